@@ -1,0 +1,20 @@
+// The one error of the library and the form of its sentence: which op, which argument, what was expected, what came.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+namespace fp8kv {
+
+// Thrown by every validate(), plan and launcher on bad input, before anything is written.
+// what() reads "fp8kv::OP: ARGUMENT must EXPECTATION, got ACTUAL".
+class Error : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+[[noreturn]] inline void fail(const char* op, const char* argument, const std::string& expected, const std::string& actual) {
+  throw Error(std::string("fp8kv::") + op + ": " + argument + " must " + expected + ", got " + actual);
+}
+
+}  // namespace fp8kv

@@ -1,0 +1,136 @@
+// FP8 quantization: one struct per operation, its validator, and its launchers. Formulas: fp8.h and docs/numerics.md.
+//
+// Scales. The input, whatever its number of dimensions, is seen as a matrix [prod(shape[:-1]), shape[-1]] = [M, N]. A GroupShape
+// (rows, cols) cuts that matrix into groups that share a scale, R = ceil(M / rows) by C = ceil(N / cols) of them; -1 means the
+// whole extent, and a last group may be smaller than the others.
+//   per tensor   (-1, -1)         scale []  or [1]
+//   per token    (1, -1)          scale [M] or [M, 1]
+//   per channel  (-1, 1)          scale [N] or [1, N]
+//   per head     (-1, head_size)  scale [H] or [1, H], of an input [T, H * head_size]
+//   per block    (gm, gn)         scale [R, C]
+// With rows = 1 the scale may also have the input's own leading dimensions, shape[:-1] + [C].
+// Without a GroupShape, a scale of one element is per tensor, and a scale with as many dimensions (at least 2) as the input
+// defines its blocks itself: each of its sizes must divide the input's. So [1, H, 1] on an input [T, H, D] is per head.
+//
+// Views may have any strides and any alignment and may be empty. Results must not overlap inputs.
+//
+// Example (per token, on the CPU):
+//   fp8kv::StaticQuantize problem{
+//       .result = fp8kv::contiguous(q, fp8kv::DType::E4M3, {tokens, hidden}),
+//       .input = fp8kv::contiguous(x, fp8kv::DType::BFloat16, {tokens, hidden}),
+//       .scale = fp8kv::contiguous(scales, fp8kv::DType::Float32, {tokens}),
+//       .group_shape = fp8kv::GroupShape{1, -1},
+//   };
+//   fp8kv::cpu::run(problem);
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+
+#include "fp8kv/views.h"
+
+namespace fp8kv {
+
+// Extent of a scale group over the matrix view; -1 is the whole extent. Any other value below 1 is refused.
+struct GroupShape {
+  std::int64_t rows = -1;
+  std::int64_t cols = -1;
+};
+
+// result[i] = quantize(input[i], scale of i's group). Op name: static_scaled_fp8_quant.
+struct StaticQuantize {
+  TensorView result;  // E4M3 or E5M2, the input's shape
+  TensorView input;   // Float32, Float16 or BFloat16
+  TensorView scale;   // Float32
+  std::optional<GroupShape> group_shape{};
+};
+
+// scale[g] = dynamic_scale(largest finite |input| of group g), then as StaticQuantize. Op name: dynamic_scaled_fp8_quant.
+struct DynamicQuantize {
+  TensorView result;  // E4M3 or E5M2, the input's shape
+  TensorView input;   // Float32, Float16 or BFloat16
+  TensorView scale;   // Float32, written
+  std::optional<TensorView> scale_ub{};  // Float32, one element: amax is clipped to it
+  std::optional<GroupShape> group_shape{};
+};
+
+// result[i] = input[i] * scale of i's group. Op name: scaled_fp8_dequant.
+struct Dequantize {
+  TensorView result;  // Float32, Float16 or BFloat16, the input's shape
+  TensorView input;   // E4M3 or E5M2
+  TensorView scale;   // Float32
+  std::optional<GroupShape> group_shape{};
+};
+
+// amax[g] = max(amax[g], largest finite |input| of group g): a running maximum, to be filled with 0 at first. Op name: group_amax.
+// The comparison is that of the fp32 bit patterns as signed integers: exact for all values >= 0, a NaN in amax stays.
+struct GroupAmax {
+  TensorView amax;   // Float32, read and written, shaped like a scale
+  TensorView input;  // Float32, Float16 or BFloat16
+  GroupShape group_shape{};
+};
+
+// What every backend works from: the problem as one list of dimensions, outermost first, with neighbours merged where memory and
+// scales allow it. Element (i0, i1, ...) of the input lies at sum(i_d * in), of the result at sum(i_d * out), and its scale at
+// sum((i_d / block) * scale), all counted in elements. The last dimension is the `run`: where both sides have stride 1
+// there and its scale stride is 0, runs are contiguous pieces with one scale.
+struct Layout {
+  struct Dim {
+    std::int64_t size = 1;
+    std::int64_t in = 0;
+    std::int64_t out = 0;
+    std::int64_t scale = 0;
+    std::int64_t block = 1;  // elements along this dimension that share a scale
+  };
+  static constexpr int kMaxLayoutDims = kMaxDims + 1;
+
+  std::int64_t numel = 0;
+  std::int64_t num_groups = 0;
+  int ndim = 1;  // at least 1
+  Dim dims[kMaxLayoutDims];
+
+  // The one case dimensions can't express: groups of several rows that cross the leading dimensions of a strided input. Then
+  // dims are the input's own, their scale strides but the last are 0, and flat row / flat_rows * flat_scale is added.
+  std::int64_t flat_rows = 0;  // 0: not used
+  std::int64_t flat_scale = 0;
+
+  // The scale tensor as a list of its own, for the ops that write it: group (g0, g1, ...) lies at sum(g_d * stride).
+  int scale_ndim = 0;
+  std::int64_t scale_sizes[kMaxDims] = {};
+  std::int64_t scale_strides[kMaxDims] = {};
+
+  const Dim& run() const { return dims[ndim - 1]; }
+};
+
+// Checks everything about a problem that can be checked without reading its elements. Throws Error.
+Layout validate(const StaticQuantize& problem);
+Layout validate(const DynamicQuantize& problem);
+Layout validate(const Dequantize& problem);
+Layout validate(const GroupAmax& problem);
+
+namespace cpu {
+
+// Runs body(begin, end) over pieces of [0, count), in any order and on any threads; pieces below `grain` are not worth a thread.
+using ParallelFor =
+    std::function<void(std::int64_t count, std::int64_t grain, const std::function<void(std::int64_t, std::int64_t)>& body)>;
+
+// On the calling thread, unless `parallel_for` spreads the work. All views must be on the CPU.
+void run(const StaticQuantize& problem, const ParallelFor& parallel_for = {});
+void run(const DynamicQuantize& problem, const ParallelFor& parallel_for = {});
+void run(const Dequantize& problem, const ParallelFor& parallel_for = {});
+void run(const GroupAmax& problem, const ParallelFor& parallel_for = {});
+
+}  // namespace cpu
+
+namespace cuda {
+
+// Enqueues on `stream` (a cudaStream_t; nullptr is the default stream) of the current device, on which all views must be.
+// Allocates nothing and waits for nothing, so it can be captured into a CUDA graph. Launch failures throw Error.
+void run(const StaticQuantize& problem, void* stream = nullptr);
+void run(const DynamicQuantize& problem, void* stream = nullptr);
+void run(const Dequantize& problem, void* stream = nullptr);
+void run(const GroupAmax& problem, void* stream = nullptr);
+
+}  // namespace cuda
+}  // namespace fp8kv
