@@ -1,0 +1,40 @@
+// The ops on CPU tensors.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "tensor.h"
+
+namespace fp8kv::torch_ops {
+namespace {
+
+// PyTorch's thread pool as the backend's ParallelFor.
+void parallel_for(std::int64_t count, std::int64_t grain, const std::function<void(std::int64_t, std::int64_t)>& body) {
+  torch::stable::parallel_for(0, count, grain, body);
+}
+
+void static_scaled_fp8_quant(const Tensor& result, const Tensor& input, const Tensor& scale, const IntList& shape) {
+  cpu::run(static_quantize(result, input, scale, shape), parallel_for);
+}
+
+void dynamic_scaled_fp8_quant(const Tensor& result, const Tensor& input, const Tensor& scale,
+                              const std::optional<Tensor>& scale_ub, const IntList& shape) {
+  cpu::run(dynamic_quantize(result, input, scale, scale_ub, shape), parallel_for);
+}
+
+void scaled_fp8_dequant(const Tensor& result, const Tensor& input, const Tensor& scale, const IntList& shape) {
+  cpu::run(dequantize(result, input, scale, shape), parallel_for);
+}
+
+void group_amax_(const Tensor& amax, const Tensor& input, const std::vector<std::int64_t>& shape) {
+  cpu::run(group_amax(amax, input, shape), parallel_for);
+}
+
+}  // namespace
+}  // namespace fp8kv::torch_ops
+
+STABLE_TORCH_LIBRARY_IMPL(fp8kv, CPU, m) {
+  m.impl("static_scaled_fp8_quant", TORCH_BOX(&fp8kv::torch_ops::static_scaled_fp8_quant));
+  m.impl("dynamic_scaled_fp8_quant", TORCH_BOX(&fp8kv::torch_ops::dynamic_scaled_fp8_quant));
+  m.impl("scaled_fp8_dequant", TORCH_BOX(&fp8kv::torch_ops::scaled_fp8_dequant));
+  m.impl("group_amax", TORCH_BOX(&fp8kv::torch_ops::group_amax_));
+}

@@ -1,0 +1,64 @@
+// The ops on CUDA tensors, and what only this library knows.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include "fp8kv/runtime.h"
+#include "tensor.h"
+
+namespace fp8kv::torch_ops {
+namespace {
+
+// Makes the tensors' device current and gives PyTorch's current stream there.
+class Launch {
+ public:
+  explicit Launch(const Tensor& tensor) {
+    const std::int32_t device = tensor.get_device_index();
+    if (device < 0) return;  // the validator names the argument that is not on a GPU
+    if (device != torch::stable::accelerator::getCurrentDeviceIndex()) guard_.emplace(device);
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_));
+  }
+  void* stream() const { return stream_; }
+
+ private:
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+  void* stream_ = nullptr;
+};
+
+void static_scaled_fp8_quant(const Tensor& result, const Tensor& input, const Tensor& scale, const IntList& shape) {
+  const Launch launch(input);
+  cuda::run(static_quantize(result, input, scale, shape), launch.stream());
+}
+
+void dynamic_scaled_fp8_quant(const Tensor& result, const Tensor& input, const Tensor& scale,
+                              const std::optional<Tensor>& scale_ub, const IntList& shape) {
+  const Launch launch(input);
+  cuda::run(dynamic_quantize(result, input, scale, scale_ub, shape), launch.stream());
+}
+
+void scaled_fp8_dequant(const Tensor& result, const Tensor& input, const Tensor& scale, const IntList& shape) {
+  const Launch launch(input);
+  cuda::run(dequantize(result, input, scale, shape), launch.stream());
+}
+
+void group_amax_(const Tensor& amax, const Tensor& input, const std::vector<std::int64_t>& shape) {
+  const Launch launch(input);
+  cuda::run(group_amax(amax, input, shape), launch.stream());
+}
+
+std::string cuda_architectures() { return cuda::architectures(); }
+
+}  // namespace
+}  // namespace fp8kv::torch_ops
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fp8kv, m) { m.def("cuda_architectures() -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(fp8kv, CompositeExplicitAutograd, m) {
+  m.impl("cuda_architectures", TORCH_BOX(&fp8kv::torch_ops::cuda_architectures));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fp8kv, CUDA, m) {
+  m.impl("static_scaled_fp8_quant", TORCH_BOX(&fp8kv::torch_ops::static_scaled_fp8_quant));
+  m.impl("dynamic_scaled_fp8_quant", TORCH_BOX(&fp8kv::torch_ops::dynamic_scaled_fp8_quant));
+  m.impl("scaled_fp8_dequant", TORCH_BOX(&fp8kv::torch_ops::scaled_fp8_dequant));
+  m.impl("group_amax", TORCH_BOX(&fp8kv::torch_ops::group_amax_));
+}

@@ -1,0 +1,99 @@
+// torch::stable::Tensor -> TensorView: the only place that knows both.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "fp8kv/error.h"
+#include "fp8kv/quantize.h"
+
+namespace fp8kv::torch_ops {
+
+using Tensor = torch::stable::Tensor;
+using IntList = std::optional<std::vector<std::int64_t>>;
+
+inline DType dtype_of(const Tensor& tensor) {
+  std::int32_t code = -1;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  using torch::headeronly::ScalarType;
+  switch (static_cast<ScalarType>(code)) {
+    case ScalarType::Float: return DType::Float32;
+    case ScalarType::Half: return DType::Float16;
+    case ScalarType::BFloat16: return DType::BFloat16;
+    case ScalarType::Float8_e4m3fn: return DType::E4M3;
+    case ScalarType::Float8_e5m2: return DType::E5M2;
+    case ScalarType::Double: return DType::Float64;
+    case ScalarType::Float8_e4m3fnuz: return DType::E4M3Fnuz;
+    case ScalarType::Float8_e5m2fnuz: return DType::E5M2Fnuz;
+    case ScalarType::Byte: return DType::UInt8;
+    case ScalarType::Char: return DType::Int8;
+    case ScalarType::Short: return DType::Int16;
+    case ScalarType::Int: return DType::Int32;
+    case ScalarType::Long: return DType::Int64;
+    case ScalarType::Bool: return DType::Bool;
+    default: return DType::Other;
+  }
+}
+
+inline TensorView view(const Tensor& tensor) {
+  TensorView v{.data = tensor.data_ptr(), .dtype = dtype_of(tensor)};
+  std::int32_t type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  v.device.type = type == aoti_torch_device_type_cpu()    ? Device::Type::CPU
+                  : type == aoti_torch_device_type_cuda() ? Device::Type::CUDA
+                                                          : Device::Type::Other;
+  v.device.index = tensor.get_device_index();
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  v.ndim = static_cast<int>(sizes.size());
+  for (int i = 0; i < v.ndim && i < kMaxDims; ++i) {
+    v.sizes[i] = sizes[i];
+    v.strides[i] = strides[i];
+  }
+  return v;
+}
+
+inline std::optional<TensorView> view(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional(view(*tensor)) : std::nullopt;
+}
+
+inline std::optional<GroupShape> group_shape(const char* op, const IntList& extents) {
+  if (!extents) return std::nullopt;
+  if (extents->size() != 2)
+    fail(op, "group_shape", "have two extents, rows and columns", std::to_string(extents->size()));
+  return GroupShape{(*extents)[0], (*extents)[1]};
+}
+
+// The problems of quantize.h from the arguments of the ops.
+inline StaticQuantize static_quantize(const Tensor& result, const Tensor& input, const Tensor& scale, const IntList& shape) {
+  return {.result = view(result),
+          .input = view(input),
+          .scale = view(scale),
+          .group_shape = group_shape("static_scaled_fp8_quant", shape)};
+}
+
+inline DynamicQuantize dynamic_quantize(const Tensor& result, const Tensor& input, const Tensor& scale,
+                                        const std::optional<Tensor>& scale_ub, const IntList& shape) {
+  return {.result = view(result),
+          .input = view(input),
+          .scale = view(scale),
+          .scale_ub = view(scale_ub),
+          .group_shape = group_shape("dynamic_scaled_fp8_quant", shape)};
+}
+
+inline Dequantize dequantize(const Tensor& result, const Tensor& input, const Tensor& scale, const IntList& shape) {
+  return {.result = view(result),
+          .input = view(input),
+          .scale = view(scale),
+          .group_shape = group_shape("scaled_fp8_dequant", shape)};
+}
+
+inline GroupAmax group_amax(const Tensor& amax, const Tensor& input, const std::vector<std::int64_t>& shape) {
+  return {.amax = view(amax), .input = view(input), .group_shape = *group_shape("group_amax", shape)};
+}
+
+}  // namespace fp8kv::torch_ops

@@ -1,0 +1,65 @@
+// Launch plans of the CUDA kernels: pure functions of a Layout, the alignment of the views and the size of the device, so that
+// they can be tested without a GPU.
+#pragma once
+
+#include <cstdint>
+
+#include "fp8kv/quantize.h"
+
+namespace fp8kv {
+
+inline constexpr int kUnit = 8;  // elements a thread handles at a time: one 8-byte FP8 access
+
+// How an elementwise operation (quantize with given scales, dequantize) walks its Layout.
+enum class MapPath : std::uint8_t {
+  Elements,  // anything: one element a thread, all indices computed
+  Runs,      // stride 1 in the run, one scale a run: a unit of 8 elements a thread
+  Columns,   // stride 1 in the run, the scale changes within it: a thread owns 8 columns and walks rows
+};
+
+constexpr const char* name(MapPath path) {
+  return path == MapPath::Runs ? "runs" : path == MapPath::Columns ? "columns" : "elements";
+}
+
+struct MapPlan {
+  MapPath path = MapPath::Elements;
+  bool aligned = false;             // every unit is one aligned access on both sides; otherwise edges are handled inside
+  int threads = 256;                // per block
+  int rows_per_thread = 1;          // Columns
+  std::int64_t units_per_run = 1;   // Runs, Columns
+  std::int64_t rows = 1;            // Columns: extent of the dimension walked
+  std::int64_t rows_folded = 1;     // Columns: rows of odd length that lie one after the other, taken as one aligned row
+  std::int64_t work = 0;            // threads that have something to do
+  std::int64_t blocks = 0;
+};
+
+// `multiprocessors` of the device. The layout must have elements and be within kMaxPiece (split() sees to that).
+MapPlan plan_map(const Layout& layout, const TensorView& input, const TensorView& result, int multiprocessors);
+
+// How an operation with scales of its own finds the largest magnitude of each group.
+enum class AmaxPath : std::uint8_t {
+  Groups,     // every run is a group: it stays in the registers of a few threads between the two passes
+  Whole,      // one group of one run: a cooperative kernel keeps what it can on the chip between the two passes
+  TwoPasses,  // anything: atomic maxima into the scales, then the elementwise kernel
+};
+
+constexpr const char* name(AmaxPath path) {
+  return path == AmaxPath::Groups ? "groups" : path == AmaxPath::Whole ? "whole" : "two passes";
+}
+
+struct DynamicPlan {
+  AmaxPath path = AmaxPath::TwoPasses;
+  bool aligned = false;
+  int threads = 256;            // per block
+  int threads_per_group = 256;  // Groups: a power of two
+  int units_per_thread = 1;     // Groups: kept in registers; 0: the run is read twice
+  std::int64_t units_per_run = 1;
+  std::int64_t blocks = 0;
+};
+
+DynamicPlan plan_dynamic(const Layout& layout, const TensorView& input, const TensorView& result, int multiprocessors);
+
+// Kernels count units and elements of one launch in 32 bits; larger problems are launched in pieces.
+inline constexpr std::int64_t kMaxPiece = std::int64_t{1} << 31;
+
+}  // namespace fp8kv
