@@ -4,11 +4,13 @@
 #include <stdexcept>
 #include <string>
 
+#include "fp8kv/export.h"
+
 namespace fp8kv {
 
 // Thrown by every validate(), plan and launcher on bad input, before anything is written.
 // what() reads "fp8kv::OP: ARGUMENT must EXPECTATION, got ACTUAL".
-class Error : public std::runtime_error {
+class FP8KV_API Error : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };

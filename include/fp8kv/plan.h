@@ -34,7 +34,7 @@ struct MapPlan {
 };
 
 // `multiprocessors` of the device. The layout must have elements and be within kMaxPiece (split() sees to that).
-MapPlan plan_map(const Layout& layout, const TensorView& input, const TensorView& result, int multiprocessors);
+FP8KV_API MapPlan plan_map(const Layout& layout, const TensorView& input, const TensorView& result, int multiprocessors);
 
 // How an operation with scales of its own finds the largest magnitude of each group.
 enum class AmaxPath : std::uint8_t {
@@ -57,7 +57,7 @@ struct DynamicPlan {
   std::int64_t blocks = 0;
 };
 
-DynamicPlan plan_dynamic(const Layout& layout, const TensorView& input, const TensorView& result, int multiprocessors);
+FP8KV_API DynamicPlan plan_dynamic(const Layout& layout, const TensorView& input, const TensorView& result, int multiprocessors);
 
 // Kernels count units and elements of one launch in 32 bits; larger problems are launched in pieces.
 inline constexpr std::int64_t kMaxPiece = std::int64_t{1} << 31;

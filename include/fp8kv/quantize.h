@@ -28,6 +28,7 @@
 #include <functional>
 #include <optional>
 
+#include "fp8kv/export.h"
 #include "fp8kv/views.h"
 
 namespace fp8kv {
@@ -104,10 +105,10 @@ struct Layout {
 };
 
 // Checks everything about a problem that can be checked without reading its elements. Throws Error.
-Layout validate(const StaticQuantize& problem);
-Layout validate(const DynamicQuantize& problem);
-Layout validate(const Dequantize& problem);
-Layout validate(const GroupAmax& problem);
+FP8KV_API Layout validate(const StaticQuantize& problem);
+FP8KV_API Layout validate(const DynamicQuantize& problem);
+FP8KV_API Layout validate(const Dequantize& problem);
+FP8KV_API Layout validate(const GroupAmax& problem);
 
 namespace cpu {
 
@@ -116,10 +117,10 @@ using ParallelFor =
     std::function<void(std::int64_t count, std::int64_t grain, const std::function<void(std::int64_t, std::int64_t)>& body)>;
 
 // On the calling thread, unless `parallel_for` spreads the work. All views must be on the CPU.
-void run(const StaticQuantize& problem, const ParallelFor& parallel_for = {});
-void run(const DynamicQuantize& problem, const ParallelFor& parallel_for = {});
-void run(const Dequantize& problem, const ParallelFor& parallel_for = {});
-void run(const GroupAmax& problem, const ParallelFor& parallel_for = {});
+FP8KV_API void run(const StaticQuantize& problem, const ParallelFor& parallel_for = {});
+FP8KV_API void run(const DynamicQuantize& problem, const ParallelFor& parallel_for = {});
+FP8KV_API void run(const Dequantize& problem, const ParallelFor& parallel_for = {});
+FP8KV_API void run(const GroupAmax& problem, const ParallelFor& parallel_for = {});
 
 }  // namespace cpu
 
@@ -127,10 +128,10 @@ namespace cuda {
 
 // Enqueues on `stream` (a cudaStream_t; nullptr is the default stream) of the current device, on which all views must be.
 // Allocates nothing and waits for nothing, so it can be captured into a CUDA graph. Launch failures throw Error.
-void run(const StaticQuantize& problem, void* stream = nullptr);
-void run(const DynamicQuantize& problem, void* stream = nullptr);
-void run(const Dequantize& problem, void* stream = nullptr);
-void run(const GroupAmax& problem, void* stream = nullptr);
+FP8KV_API void run(const StaticQuantize& problem, void* stream = nullptr);
+FP8KV_API void run(const DynamicQuantize& problem, void* stream = nullptr);
+FP8KV_API void run(const Dequantize& problem, void* stream = nullptr);
+FP8KV_API void run(const GroupAmax& problem, void* stream = nullptr);
 
 }  // namespace cuda
 }  // namespace fp8kv

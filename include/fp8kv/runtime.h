@@ -4,30 +4,32 @@
 #include <string>
 #include <vector>
 
+#include "fp8kv/export.h"
+
 namespace fp8kv {
 
-const char* version();  // "0.1.0"
+FP8KV_API const char* version();  // "0.1.0"
 
 namespace cpu {
 
 enum class Isa { Generic, AVX2, AVX512 };
 
-const char* name(Isa isa);
-std::vector<Isa> available();  // compiled in and supported by this processor, best last
+FP8KV_API const char* name(Isa isa);
+FP8KV_API std::vector<Isa> available();  // compiled in and supported by this processor, best last
 
 // The instruction set the kernels use: the best available, unless the environment variable FP8KV_CPU_ISA ("generic", "avx2",
 // "avx512") names another one, read once; what is not available there is ignored.
-Isa active();
+FP8KV_API Isa active();
 
 // For tests and benchmarks: use `isa` from now on. Throws Error when it is not available.
-void force(Isa isa);
+FP8KV_API void force(Isa isa);
 
 }  // namespace cpu
 
 namespace cuda {
 
 // Architectures compiled into the CUDA library, such as "90-real;120-virtual".
-const char* architectures();
+FP8KV_API const char* architectures();
 
 }  // namespace cuda
 }  // namespace fp8kv

@@ -1,0 +1,122 @@
+#include "fp8kv/plan.h"
+
+#include <algorithm>
+#include <bit>
+#include <numeric>
+
+namespace fp8kv {
+namespace {
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Bytes of the widest single access to a unit: 8 for FP8, 16 for all else (float32 takes two).
+bool base_aligned(const TensorView& view) {
+  return reinterpret_cast<std::uintptr_t>(view.data) % std::min(16, kUnit * size_of(view.dtype)) == 0;
+}
+
+bool contiguous_runs(const Layout& layout) { return !layout.flat_rows && layout.run().in == 1 && layout.run().out == 1; }
+
+bool outer_strides_aligned(const Layout& layout) {
+  for (int d = 0; d + 1 < layout.ndim; ++d)
+    if (layout.dims[d].in % kUnit != 0 || layout.dims[d].out % kUnit != 0) return false;
+  return true;
+}
+
+bool units_aligned(const Layout& layout, const TensorView& input, const TensorView& result) {
+  return layout.run().size % kUnit == 0 && outer_strides_aligned(layout) && base_aligned(input) && base_aligned(result);
+}
+
+// Where units are cut at aligned addresses of the result, a run may begin up to 7 elements into its first unit.
+std::int64_t units_per_run(std::int64_t run, bool aligned) { return ceil_div(aligned ? run : run + kUnit - 1, kUnit); }
+
+// Small problems get small blocks, so that they reach every multiprocessor.
+int block_size(std::int64_t work, int multiprocessors) {
+  for (int threads : {64, 128})
+    if (work <= std::int64_t{threads} * multiprocessors) return threads;
+  return 256;
+}
+
+int rows_per_thread(std::int64_t units, std::int64_t rows) {
+  if (rows < 2 || units <= (1 << 17)) return 1;
+  return rows < 4 || units <= (1 << 20) ? 2 : 4;
+}
+
+MapPlan plan_columns(const Layout& layout, const TensorView& input, const TensorView& result) {
+  const Layout::Dim& run = layout.run();
+  const bool walks = layout.ndim >= 2 && layout.dims[layout.ndim - 2].scale == 0;
+  MapPlan plan{.path = MapPath::Columns, .aligned = units_aligned(layout, input, result)};
+  plan.rows = walks ? layout.dims[layout.ndim - 2].size : 1;
+  const bool gapless = walks && layout.ndim == 2 && layout.dims[0].in == run.size && layout.dims[0].out == run.size;
+  if (!plan.aligned && gapless && run.block == 1 && base_aligned(input) && base_aligned(result)) {
+    plan.rows_folded = kUnit / std::gcd(run.size, std::int64_t{kUnit});
+    plan.aligned = true;
+  }
+  if (plan.aligned) {
+    plan.units_per_run = run.size * plan.rows_folded / kUnit;
+    plan.rows = ceil_div(plan.rows, plan.rows_folded);
+    plan.rows_per_thread = rows_per_thread(layout.numel / kUnit, plan.rows);
+  } else {
+    plan.units_per_run = units_per_run(run.size, false);
+  }
+  const std::int64_t outer = layout.numel / run.size / (walks ? layout.dims[layout.ndim - 2].size : 1);
+  plan.work = outer * ceil_div(plan.rows, plan.rows_per_thread) * plan.units_per_run;
+  return plan;
+}
+
+}  // namespace
+
+MapPlan plan_map(const Layout& layout, const TensorView& input, const TensorView& result, int multiprocessors) {
+  const Layout::Dim& run = layout.run();
+  const bool aligned = units_aligned(layout, input, result);
+  MapPlan plan;
+  if (!contiguous_runs(layout) || (!aligned && run.size < kUnit)) {
+    plan.work = layout.numel;
+  } else if (run.scale != 0) {
+    plan = plan_columns(layout, input, result);
+  } else {
+    plan.path = MapPath::Runs;
+    plan.aligned = aligned;
+    plan.units_per_run = units_per_run(run.size, aligned);
+    plan.work = layout.numel / run.size * plan.units_per_run;
+  }
+  plan.threads = block_size(plan.work, multiprocessors);
+  plan.blocks = ceil_div(plan.work, plan.threads);
+  return plan;
+}
+
+DynamicPlan plan_dynamic(const Layout& layout, const TensorView& input, const TensorView& result, int multiprocessors) {
+  const int max_units_per_thread = 16 / size_of(input.dtype);  // 32 registers
+  const Layout::Dim& run = layout.run();
+  DynamicPlan plan;
+  plan.aligned = units_aligned(layout, input, result);
+  plan.units_per_run = units_per_run(run.size, plan.aligned);
+  bool runs_are_groups = contiguous_runs(layout) && run.scale == 0 && run.size <= kMaxPiece;
+  for (int d = 0; d + 1 < layout.ndim; ++d) runs_are_groups &= layout.dims[d].scale != 0 && layout.dims[d].block == 1;
+  if (!runs_are_groups) return plan;
+
+  const std::int64_t groups = layout.numel / run.size;
+  const std::int64_t units = plan.units_per_run;
+  if (groups == 1 && units > 2048) {
+    plan.path = AmaxPath::Whole;
+    plan.threads = 512;
+    return plan;
+  }
+  plan.path = AmaxPath::Groups;
+  if (units <= 32) {
+    plan.threads_per_group = static_cast<int>(std::bit_ceil(static_cast<std::uint64_t>(units)));
+    plan.threads = groups * plan.threads_per_group <= 64 * std::int64_t{multiprocessors} ? 64 : 128;
+    plan.blocks = ceil_div(groups, plan.threads / plan.threads_per_group);
+    return plan;
+  }
+  // Many groups: few threads with several loads in flight each. Few groups: as many threads as have something to do.
+  const int wanted = groups >= 4 * std::int64_t{multiprocessors} ? 4 : groups > multiprocessors ? 2 : 1;
+  plan.units_per_thread = wanted;
+  while (plan.units_per_thread <= max_units_per_thread && ceil_div(units, plan.units_per_thread) > 1024) plan.units_per_thread *= 2;
+  if (plan.units_per_thread > max_units_per_thread) plan.units_per_thread = 0;
+  const std::int64_t threads = plan.units_per_thread == 0 ? 1024 : ceil_div(ceil_div(units, plan.units_per_thread), 32) * 32;
+  plan.threads = plan.threads_per_group = static_cast<int>(threads);
+  plan.blocks = groups;
+  return plan;
+}
+
+}  // namespace fp8kv

@@ -1,0 +1,3 @@
+// Quantization for the baseline processor.
+#define FP8KV_ISA_NAMESPACE generic
+#include "quantize_kernels.h"

@@ -1,0 +1,13 @@
+// Quantization with scales that are already there, for the launchers that first compute them.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "fp8kv/quantize.h"
+
+namespace fp8kv::cuda {
+
+void quantize_with(const char* op, const Layout& layout, const TensorView& input, const TensorView& result,
+                   const TensorView& scale, cudaStream_t stream);
+
+}  // namespace fp8kv::cuda

@@ -1,0 +1,62 @@
+// Scales prepared for use: the exact quotient x / scale without a division an element.
+#pragma once
+
+#include "convert.h"
+
+namespace fp8kv::device {
+
+// Quantizes by a split reciprocal: 1 / scale = hi + lo, with hi strictly below it and so lo > 0, and the quotient is
+// fma(x, hi, x * lo). Both terms have the sign of x, so infinities, NaN, signed zero and overflow come out right. The quotient
+// lies on the same side of every FP8 rounding boundary as the IEEE division for scales from 2^-126 to 2^96, unless the 24-bit
+// significand of the scale is 1 to 4 below a multiple of 2^20 (docs/numerics.md; a test proves it over all significands). Those
+// scales, and all outside the window, divide.
+template <class Fp8>
+struct QuantizeOp {
+  struct Prepared {
+    float hi;
+    float lo;
+    float scale;
+    bool divide;
+  };
+
+  static __device__ __forceinline__ Prepared prepare(float scale) {
+    constexpr std::uint32_t kLowest = 0x00800000u, kHighest = 0x6f800000u;  // 2^-126, 2^96
+    const std::uint32_t bits = __float_as_uint(scale);
+    const float hi = __uint_as_float(__float_as_uint(__frcp_rn(scale)) - 1u);
+    const float lo = __fmaf_rn(-hi, scale, 1.0f) * hi;
+    return {hi, lo, scale, bits - kLowest > kHighest - kLowest || ((bits + 4u) & 0xfffffu) < 4u};
+  }
+
+  static __device__ __forceinline__ float apply(const Prepared& p, float x) { return __fmaf_rn(x, p.hi, __fmul_rn(x, p.lo)); }
+  static __device__ __forceinline__ float divide(const Prepared& p, float x) { return __fdiv_rn(x, p.scale); }
+};
+
+struct DequantizeOp {
+  struct Prepared {
+    float scale;
+    static constexpr bool divide = false;
+  };
+  static __device__ __forceinline__ Prepared prepare(float scale) { return {scale}; }
+  static __device__ __forceinline__ float apply(const Prepared& p, float x) { return __fmul_rn(x, p.scale); }
+  static __device__ __forceinline__ float divide(const Prepared& p, float x) { return apply(p, x); }
+};
+
+template <class Op>
+__device__ __forceinline__ void apply(const typename Op::Prepared& scale, float (&values)[kUnit]) {
+  if (scale.divide) {
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) values[i] = Op::divide(scale, values[i]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) values[i] = Op::apply(scale, values[i]);
+}
+
+template <class Op>
+__device__ __forceinline__ void apply(const typename Op::Prepared (&scales)[kUnit], float (&values)[kUnit]) {
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i)
+    values[i] = scales[i].divide ? Op::divide(scales[i], values[i]) : Op::apply(scales[i], values[i]);
+}
+
+}  // namespace fp8kv::device

@@ -1,0 +1,73 @@
+"""FP8 quantization for inference with PyTorch: the same bytes on CPU, on CUDA and in plain PyTorch (`fp8kv.reference`).
+
+Example:
+    >>> import torch, fp8kv
+    >>> x = torch.randn(16, 4096, dtype=torch.bfloat16)
+    >>> q, scale = fp8kv.quantize(x, group_shape=fp8kv.GroupShape.PER_TOKEN)
+    >>> q.dtype, scale.shape
+    (torch.float8_e4m3fn, torch.Size([16, 1]))
+    >>> fp8kv.dequantize(q, scale, group_shape=fp8kv.GroupShape.PER_TOKEN).dtype
+    torch.bfloat16
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fp8kv import _library, reference
+from fp8kv.group_shape import GroupShape
+from fp8kv.quant_fp8 import QuantFP8
+from fp8kv.quantize import (
+    dequantize,
+    dynamic_scaled_fp8_quant,
+    group_amax,
+    quantize,
+    scaled_fp8_dequant,
+    static_scaled_fp8_quant,
+)
+
+__version__: str = _library.introspect().version()
+
+__all__ = [
+    "GroupShape",
+    "QuantFP8",
+    "__version__",
+    "build_info",
+    "dequantize",
+    "dynamic_scaled_fp8_quant",
+    "group_amax",
+    "quantize",
+    "reference",
+    "scaled_fp8_dequant",
+    "static_scaled_fp8_quant",
+]
+
+
+def build_info() -> dict[str, Any]:
+    """What this installation is made of and uses on this machine.
+
+    Returns:
+        ``version``; ``torch`` and ``torch_cuda``, PyTorch's version and the CUDA version it was built with (None without CUDA);
+        ``compiler``; ``cpu_isa``, the instruction set in use, and ``cpu_isas``, those available, best last; ``libraries``, the
+        operator libraries opened, by name; ``cuda_architectures``, those compiled in (None without CUDA kernels), and
+        ``cuda_missing``, why there are no CUDA kernels (None when there are).
+
+    Example:
+        >>> import fp8kv
+        >>> fp8kv.build_info()["version"] == fp8kv.__version__
+        True
+    """
+    import torch
+
+    module = _library.introspect()
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "compiler": module.compiler(),
+        "cpu_isa": module.cpu_isa(),
+        "cpu_isas": module.cpu_isas(),
+        "libraries": {name: str(path) for name, path in _library.loaded.items()},
+        "cuda_architectures": torch.ops.fp8kv.cuda_architectures() if "cuda" in _library.loaded else None,
+        "cuda_missing": _library.cuda_missing,
+    }
