@@ -2,7 +2,8 @@
 //
 // Everything lives in the namespace FP8KV_ISA_NAMESPACE and is always inlined, so that no function compiled for a wide
 // instruction set can stand in for its namesake in another file. Arithmetic is that of GCC's vector extensions, which
-// clang shares; an instruction is named only where the compiler can't be made to find it.
+// clang shares; an instruction is named only where the compiler can't be made to find it. (AVX-512 conversions are the masked
+// ones: GCC 12 warns about its own headers for the others.)
 #pragma once
 
 #include <cstdint>
@@ -101,17 +102,43 @@ FP8KV_INLINE I32 decode_magnitude(I32 code) {
   return select(code < (1 << F::kMantissaBits), subnormal, normal);
 }
 
-// --- Elements to and from fp32 ---------------------------------------------------------------------------------------------
+// --- Wider and narrower lanes -----------------------------------------------------------------------------------------------
 
+#if defined(__AVX512F__)
+FP8KV_INLINE I32 widen(U16 x) { return reinterpret_cast<I32>(_mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(x))); }
+FP8KV_INLINE I32 widen(U8 x) { return reinterpret_cast<I32>(_mm512_maskz_cvtepu8_epi32(0xffff, reinterpret_cast<__m128i>(x))); }
+FP8KV_INLINE U16 narrow16(I32 x) {
+  return reinterpret_cast<U16>(_mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(x)));
+}
+FP8KV_INLINE U8 narrow8(I32 x) { return reinterpret_cast<U8>(_mm512_maskz_cvtepi32_epi8(0xffff, reinterpret_cast<__m512i>(x))); }
+#elif defined(__AVX2__)
+FP8KV_INLINE I32 widen(U16 x) { return reinterpret_cast<I32>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(x))); }
+FP8KV_INLINE I32 widen(U8 x) {
+  return reinterpret_cast<I32>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(reinterpret_cast<long long>(x))));
+}
+FP8KV_INLINE U16 narrow16(I32 x) {
+  const __m256i packed = _mm256_packus_epi32(reinterpret_cast<__m256i>(x & 0xffff), __m256i{});
+  return reinterpret_cast<U16>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+}
+FP8KV_INLINE U8 narrow8(I32 x) {
+  const __m128i words = reinterpret_cast<__m128i>(narrow16(x & 0xff));
+  return reinterpret_cast<U8>(_mm_cvtsi128_si64(_mm_packus_epi16(words, words)));
+}
+#else
 FP8KV_INLINE I32 widen(U16 x) { return __builtin_convertvector(x, I32); }
 FP8KV_INLINE I32 widen(U8 x) { return __builtin_convertvector(x, I32); }
+FP8KV_INLINE U16 narrow16(I32 x) { return __builtin_convertvector(x, U16); }
+FP8KV_INLINE U8 narrow8(I32 x) { return __builtin_convertvector(x, U8); }
+#endif
+
+// --- Elements to and from fp32 ---------------------------------------------------------------------------------------------
 
 FP8KV_INLINE F32 load(const float* from) { return load_vector<F32>(from); }
 FP8KV_INLINE F32 load(const BFloat16* from) { return float_of(widen(load_vector<U16>(from)) << 16); }
 
 FP8KV_INLINE F32 load(const Half* from) {
 #if defined(__AVX512F__)
-  return _mm512_cvtph_ps(load_vector<__m256i>(from));
+  return _mm512_maskz_cvtph_ps(0xffff, load_vector<__m256i>(from));
 #elif defined(__AVX2__)
   return _mm256_cvtph_ps(load_vector<__m128i>(from));
 #else
@@ -148,20 +175,20 @@ FP8KV_INLINE void store(BFloat16* to, F32 x) {
   const U32 raw = reinterpret_cast<U32>(bits);  // unsigned, as a NaN may wrap around
   const I32 rounded = reinterpret_cast<I32>((raw + 0x7fffu + ((raw >> 16) & 1u)) >> 16);
   const I32 code = select(is_nan(bits), splat(0x7fc0), rounded);
-  store_vector(to, __builtin_convertvector(code, U16));
+  store_vector(to, narrow16(code));
 }
 
 FP8KV_INLINE void store(Half* to, F32 x) {
   const I32 bits = bits_of(x);
 #if defined(__AVX512F__)
   const F32 quiet = float_of(select(is_nan(bits), splat(kQuietNaN), bits));
-  store_vector(to, _mm512_cvtps_ph(quiet, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  store_vector(to, _mm512_maskz_cvtps_ph(0xffff, quiet, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__AVX2__)
   const F32 quiet = float_of(select(is_nan(bits), splat(kQuietNaN), bits));
   store_vector(to, _mm256_cvtps_ph(quiet, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
   const I32 code = encode_magnitude<Half>(bits & kMagnitude) | ((bits >> 16) & 0x8000);
-  store_vector(to, __builtin_convertvector(select(is_nan(bits), splat(0x7e00), code), U16));
+  store_vector(to, narrow16(select(is_nan(bits), splat(0x7e00), code)));
 #endif
 }
 
@@ -170,7 +197,7 @@ template <class Fp8>
 FP8KV_INLINE void store(Fp8* to, F32 x) {
   const I32 bits = bits_of(x);
   const I32 code = encode_magnitude<Fp8>(bits & kMagnitude) | ((bits >> 24) & 0x80);
-  store_vector(to, __builtin_convertvector(select(is_nan(bits), splat(Fp8Traits<Fp8>::kNaNBits), code), U8));
+  store_vector(to, narrow8(select(is_nan(bits), splat(Fp8Traits<Fp8>::kNaNBits), code)));
 }
 
 }  // namespace fp8kv::cpu::FP8KV_ISA_NAMESPACE

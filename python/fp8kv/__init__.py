@@ -1,4 +1,4 @@
-"""FP8 quantization for inference with PyTorch: the same bytes on CPU, on CUDA and in plain PyTorch (`fp8kv.reference`).
+"""FP8 quantization for inference: the same bytes on CPU, on CUDA and in plain PyTorch (`fp8kv.reference`).
 
 Example:
     >>> import torch, fp8kv
@@ -47,10 +47,11 @@ def build_info() -> dict[str, Any]:
     """What this installation is made of and uses on this machine.
 
     Returns:
-        ``version``; ``torch`` and ``torch_cuda``, PyTorch's version and the CUDA version it was built with (None without CUDA);
-        ``compiler``; ``cpu_isa``, the instruction set in use, and ``cpu_isas``, those available, best last; ``libraries``, the
-        operator libraries opened, by name; ``cuda_architectures``, those compiled in (None without CUDA kernels), and
-        ``cuda_missing``, why there are no CUDA kernels (None when there are).
+        ``version``; ``torch`` and ``torch_cuda``, PyTorch's version and the CUDA version it was built with
+        (None without CUDA); ``compiler``; ``cpu_isa``, the instruction set in use, and ``cpu_isas``, those
+        available, best last; ``libraries``, the operator libraries opened, by name; ``cuda_architectures``,
+        those compiled in (None without CUDA kernels), and ``cuda_missing``, why there are no CUDA kernels
+        (None when there are).
 
     Example:
         >>> import fp8kv

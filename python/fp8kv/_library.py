@@ -1,7 +1,7 @@
 """Loads the two operator libraries and tells PyTorch's tracers about the operators.
 
-`_ops_cpu.so` defines every operator of the namespace `fp8kv` and its CPU kernels; `_ops_cuda.so` adds the CUDA kernels. A build
-without nvcc has no `_ops_cuda.so`, and a PyTorch without CUDA does not open it.
+`_ops_cpu.so` defines every operator of the namespace `fp8kv` and its CPU kernels; `_ops_cuda.so` adds the
+CUDA kernels. A build without nvcc has no `_ops_cuda.so`, and a PyTorch without CUDA does not open it.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ def _open(name: str, path: Path) -> None:
             f"fp8kv is not built: its operator library {path.name} is not in {path.parent}; "
             "install it with `pip install .` in the source tree"
         )
+    ops: Any = torch.ops
     try:
-        torch.ops.load_library(path)
+        ops.load_library(path)
     except OSError as error:
         raise ImportError(
             f"fp8kv can't open its operator library {path.name} with PyTorch {torch.__version__}: {error}; "

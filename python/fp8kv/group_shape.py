@@ -12,7 +12,9 @@ class _Extents(NamedTuple):
 
 
 class GroupShape(_Extents):
-    """Extent of the groups that share a scale, over the view ``[prod(shape[:-1]), shape[-1]]`` of a tensor; -1 is the whole extent.
+    """Extents of the groups that share a scale, over the view ``[prod(shape[:-1]), shape[-1]]`` of a tensor.
+
+    -1 is the whole extent.
 
     ====================  =================  ==========================  ====================
     name                  group              scale, for an [M, N] input  typical use
@@ -24,8 +26,9 @@ class GroupShape(_Extents):
     ``GroupShape(m, n)``  (m, n)             [ceil(M/m), ceil(N/n)]      1x128, 128x128
     ====================  =================  ==========================  ====================
 
-    The last group of a row or column may be smaller than the others. Extents below 1, other than -1, are refused by the ops.
-    It is a named tuple, so a plain ``(rows, cols)`` does wherever a group shape is wanted.
+    The last group of a row or column may be smaller than the others. Extents below 1, other than -1, are
+    refused by the ops. It is a named tuple, so a plain ``(rows, cols)`` does wherever a group shape is
+    wanted.
 
     Example:
         >>> from fp8kv import GroupShape
@@ -58,10 +61,11 @@ class GroupShape(_Extents):
         return GroupShape(-1, head_size)
 
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of the scale tensor that `fp8kv.quantize` makes for an input of `shape` when it computes scales.
+        """Shape of the scales that `fp8kv.quantize` computes for an input of `shape`.
 
-        ``(1,)`` per tensor; ``shape[:-1] + (C,)`` for groups of one row, which makes ``shape[:-1] + (1,)`` per token; otherwise the
-        matrix ``(R, C)``, which makes ``(1, N)`` per channel. R and C are the numbers of groups along rows and columns.
+        ``(1,)`` per tensor; ``shape[:-1] + (C,)`` for groups of one row, which makes ``shape[:-1] + (1,)``
+        per token; otherwise the matrix ``(R, C)``, which makes ``(1, N)`` per channel. R and C are the
+        numbers of groups along rows and columns.
 
         Example:
             >>> from fp8kv import GroupShape

@@ -16,8 +16,8 @@ class QuantFP8(nn.Module):
         static: whether `forward` is given the scale.
         group_shape: which elements share a scale; see `GroupShape`.
         dtype: float8_e4m3fn or float8_e5m2.
-        num_token_padding: the result has at least this many rows (its first dimension); rows beyond those of the input are zero.
-            For matrix products that want a minimum of rows. Scales are not padded.
+        num_token_padding: the result has at least this many rows (its first dimension); rows beyond those of
+            the input are zero. For matrix products that want a minimum of rows. Scales are not padded.
 
     Example:
         >>> import torch
@@ -42,7 +42,9 @@ class QuantFP8(nn.Module):
         self.dtype = dtype
         self.num_token_padding = num_token_padding
 
-    def forward(self, x: Tensor, scale: Tensor | None = None, scale_ub: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, scale_ub: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Quantizes `x`; see `fp8kv.quantize` for shapes and dtypes.
 
         Args:
@@ -51,7 +53,8 @@ class QuantFP8(nn.Module):
             scale_ub: float32, one element; bounds computed scales. Dynamic only.
 
         Returns:
-            ``(q, scale)``: `q` of the shape of `x`, but for padding; `scale` as given, or as `fp8kv.quantize` computes it.
+            ``(q, scale)``: `q` of the shape of `x`, but for padding; `scale` as given, or as `fp8kv.quantize`
+            computes it.
 
         Raises:
             ValueError: a scale is missing or not wanted, or padding asked of a vector.
@@ -78,7 +81,8 @@ class QuantFP8(nn.Module):
     def _padded_result(self, x: Tensor) -> Tensor:
         if x.dim() < 2:
             raise ValueError(
-                f"QuantFP8: x must have at least 2 dimensions with num_token_padding, got shape {list(x.shape)}"
+                "QuantFP8: x must have at least 2 dimensions with num_token_padding, "
+                f"got shape {list(x.shape)}"
             )
         num_tokens = x.shape[0]
         padded = torch.empty(

@@ -1,7 +1,8 @@
 """FP8 quantization: `quantize`, `dequantize`, and one documented function per operator.
 
-Formulas are in docs/numerics.md, and as plain PyTorch in `fp8kv.reference`, which gives the same bytes. Everything works on CPU
-and CUDA tensors with any strides and any alignment, launches on the current stream and never synchronizes.
+Formulas are in docs/numerics.md, and as plain PyTorch in `fp8kv.reference`, which gives the same bytes.
+Everything works on CPU and CUDA tensors with any strides and any alignment, launches on the current stream
+and never synchronizes.
 """
 
 from __future__ import annotations
@@ -35,26 +36,28 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     """Quantizes `x` to FP8: with the given scale (static), or with scales computed from `x` (dynamic).
 
-    ``q = round_to_nearest_even(clamp(x.float() / scale, -max, max))``. NaN becomes the byte 0x7F; infinities and everything beyond
-    the range become the largest finite value.
+    ``q = round_to_nearest_even(clamp(x.float() / scale, -max, max))``. NaN becomes the byte 0x7F; infinities
+    and everything beyond the range become the largest finite value.
 
     Args:
         x: float32, float16 or bfloat16, any shape and strides.
-        scale: float32; None computes the scales, ``max(amax / max, 1 / (max * 512))`` with the largest finite magnitude of each group.
-        group_shape: which elements share a scale; see `GroupShape`. None: a scale of one element is per tensor, and one with the
-            dimensions of `x` defines its blocks itself, such as ``[1, H, 1]`` for ``x`` of shape ``[T, H, D]``. A computed scale is
-            per tensor then.
+        scale: float32; None computes the scales, ``max(amax / max, 1 / (max * 512))`` with the largest finite
+            magnitude of each group.
+        group_shape: which elements share a scale; see `GroupShape`. None: a scale of one element is per
+            tensor, and one with the dimensions of `x` defines its blocks itself, such as ``[1, H, 1]`` for
+            ``x`` of shape ``[T, H, D]``. A computed scale is per tensor then.
         dtype: float8_e4m3fn or float8_e5m2. `out` decides if it is given.
         scale_ub: float32, one element; bounds amax before it becomes a scale. Dynamic only.
         out: FP8, the shape of `x`, any strides; receives the result. None allocates a contiguous tensor.
 
     Returns:
-        ``(q, scale)``. A computed scale has the shape ``group_shape.scale_shape(x.shape)``: ``[1]`` per tensor, ``x.shape[:-1] + [C]``
-        for groups of one row (``x.shape[:-1] + [1]`` per token), and otherwise ``[R, C]`` (``[1, N]`` per channel). Neither tensor
-        is part of an autograd graph.
+        ``(q, scale)``. A computed scale has the shape ``group_shape.scale_shape(x.shape)``: ``[1]`` per
+        tensor, ``x.shape[:-1] + [C]`` for groups of one row (``x.shape[:-1] + [1]`` per token), and otherwise
+        ``[R, C]`` (``[1, N]`` per channel). Neither tensor is part of an autograd graph.
 
     Raises:
-        RuntimeError: dtype, device, shape or group_shape don't fit; the sentence names the argument. Nothing is written then.
+        RuntimeError: dtype, device, shape or group_shape don't fit; the sentence names the argument. Nothing
+            is written then.
         ValueError: `scale_ub` came with a `scale`.
 
     Example:
@@ -73,7 +76,9 @@ def quantize(
     extents = None if group_shape is None else list(group_shape)
     if scale is not None:
         if scale_ub is not None:
-            raise ValueError("fp8kv.quantize: scale_ub must be None when a scale is given, as it bounds computed scales")
+            raise ValueError(
+                "fp8kv.quantize: scale_ub must be None when a scale is given, as it bounds computed scales"
+            )
         _static(out, x, scale, extents)
         return out, scale
     scale = torch.empty(_scale_shape(x, extents), dtype=torch.float32, device=x.device)
@@ -108,7 +113,8 @@ def dequantize(
         The values. NaN is the positive quiet NaN without payload.
 
     Raises:
-        RuntimeError: dtype, device, shape or group_shape don't fit; the sentence names the argument. Nothing is written then.
+        RuntimeError: dtype, device, shape or group_shape don't fit; the sentence names the argument. Nothing
+            is written then.
 
     Example:
         >>> import torch, fp8kv
@@ -125,7 +131,7 @@ def dequantize(
 def static_scaled_fp8_quant(
     result: Tensor, input: Tensor, scale: Tensor, group_shape: Sequence[int] | None = None
 ) -> None:
-    """Writes ``input / scale`` as FP8 into `result`. The operator behind ``quantize(x, scale)``; allocates nothing.
+    """Writes ``input / scale`` as FP8 into `result`: the operator behind ``quantize(x, scale)``.
 
     Args:
         result: float8_e4m3fn or float8_e5m2, the shape of `input`, any strides; written.
@@ -153,7 +159,7 @@ def dynamic_scaled_fp8_quant(
     scale_ub: Tensor | None = None,
     group_shape: Sequence[int] | None = None,
 ) -> None:
-    """Computes the scale of each group of `input` into `scale`, and writes ``input / scale`` as FP8 into `result`.
+    """Writes the scale of each group of `input` into `scale`, and ``input / scale`` as FP8 into `result`.
 
     Args:
         result: float8_e4m3fn or float8_e5m2, the shape of `input`, any strides; written.
@@ -179,7 +185,7 @@ def dynamic_scaled_fp8_quant(
 def scaled_fp8_dequant(
     result: Tensor, input: Tensor, scale: Tensor, group_shape: Sequence[int] | None = None
 ) -> None:
-    """Writes ``input * scale`` into `result`. The operator behind `dequantize`; allocates nothing.
+    """Writes ``input * scale`` into `result`: the operator behind `dequantize`.
 
     Args:
         result: float32, float16 or bfloat16, the shape of `input`, any strides; written.
@@ -202,7 +208,7 @@ def scaled_fp8_dequant(
 
 
 def group_amax(amax: Tensor, input: Tensor, group_shape: Sequence[int]) -> None:
-    """Raises `amax` to the largest finite magnitude of each group of `input`: a running maximum for calibration.
+    """Raises `amax` to the largest finite magnitude of each group of `input`: the calibration primitive.
 
     Args:
         amax: float32, shaped like a scale; read and written. Fill it with 0 at first. A NaN in it stays.

@@ -1,7 +1,7 @@
 """The executable specification: every operator in plain PyTorch, with the same names, arguments and bytes.
 
-Slow and simple on purpose; it works on CPU and CUDA tensors and is what the tests compare every kernel with. The rules are those
-of docs/numerics.md.
+Slow and simple on purpose; it works on CPU and CUDA tensors and is what the tests compare every kernel with.
+The rules are those of docs/numerics.md.
 
 Example:
     >>> import torch, fp8kv
@@ -83,7 +83,7 @@ def dynamic_scale(amax: Tensor, dtype: torch.dtype, scale_ub: Tensor | None = No
 
 @dataclass(frozen=True)
 class _Grid:
-    """An input seen as `view_shape`, cut along each dimension into `counts` groups of `blocks` elements, the last perhaps smaller."""
+    """An input seen as `view_shape`, each dimension cut into `counts` groups of `blocks` elements."""
 
     shape: tuple[int, ...]
     view_shape: tuple[int, ...]
@@ -95,7 +95,9 @@ class _Grid:
         values = scale.reshape(self.counts)
         if math.prod(self.counts) == 1:
             return values.reshape(())
-        for dim, (size, block, count) in enumerate(zip(self.view_shape, self.blocks, self.counts, strict=True)):
+        for dim, (size, block, count) in enumerate(
+            zip(self.view_shape, self.blocks, self.counts, strict=True)
+        ):
             if count != 1 and block != 1:
                 values = values.repeat_interleave(block, dim).narrow(dim, 0, size)
         return values.expand(self.view_shape).reshape(self.shape)
@@ -122,8 +124,12 @@ def _grid(op: str, name: str, scale: Tensor, input: Tensor, group_shape: Sequenc
             return _Grid(shape, matrix, tuple(max(1, size) for size in matrix), (1, 1))
         counts = tuple(scale.shape)
         divides = scale.dim() > 1 and len(counts) == len(shape)
-        if not divides or any(size % count if count else size for size, count in zip(shape, counts, strict=True)):
-            _fail(op, f"{name} of shape {list(counts)} needs a group_shape for an input of shape {list(shape)}")
+        if not divides or any(
+            size % count if count else size for size, count in zip(shape, counts, strict=True)
+        ):
+            _fail(
+                op, f"{name} of shape {list(counts)} needs a group_shape for an input of shape {list(shape)}"
+            )
         blocks = tuple(max(1, size // max(1, count)) for size, count in zip(shape, counts, strict=True))
         return _Grid(shape, shape, blocks, counts)
 
@@ -142,7 +148,9 @@ def _grid(op: str, name: str, scale: Tensor, input: Tensor, group_shape: Sequenc
     return _Grid(shape, matrix, blocks, counts)
 
 
-def _fits(scale_shape: tuple[int, ...], shape: tuple[int, ...], counts: tuple[int, ...], one_row: bool) -> bool:
+def _fits(
+    scale_shape: tuple[int, ...], shape: tuple[int, ...], counts: tuple[int, ...], one_row: bool
+) -> bool:
     """Whether a scale of this shape is a form of the [rows, cols] = `counts` matrix of scales."""
     rows, cols = counts
     if rows == 1 and cols == 1:
@@ -194,14 +202,17 @@ def dynamic_scaled_fp8_quant(
         >>> import torch
         >>> from fp8kv import reference
         >>> result, scale = torch.empty(1, 2, dtype=torch.float8_e4m3fn), torch.empty(1)
-        >>> reference.dynamic_scaled_fp8_quant(result, torch.tensor([[1.0, -7.0]]), scale, group_shape=(1, -1))
+        >>> x = torch.tensor([[1.0, -7.0]])
+        >>> reference.dynamic_scaled_fp8_quant(result, x, scale, group_shape=(1, -1))
         >>> result.float().tolist(), scale.tolist()
         ([[64.0, -448.0]], [0.015625])
     """
     op = "dynamic_scaled_fp8_quant"
     _check(op, input=input, result=result, scale=scale, quantizes=True)
     if scale_ub is not None and (scale_ub.numel() != 1 or scale_ub.dtype != torch.float32):
-        _fail(op, f"scale_ub must be float32 with 1 element, got {scale_ub.dtype}, shape {list(scale_ub.shape)}")
+        _fail(
+            op, f"scale_ub must be float32 with 1 element, got {scale_ub.dtype}, shape {list(scale_ub.shape)}"
+        )
     grid = _grid(op, "scale", scale, input, group_shape)
     scale.copy_(dynamic_scale(grid.amax(input), result.dtype, scale_ub).reshape(scale.shape))
     _write(result, encode(input.float() / grid.spread(scale), result.dtype))
@@ -217,7 +228,8 @@ def scaled_fp8_dequant(
         >>> import torch
         >>> from fp8kv import reference
         >>> result = torch.empty(2)
-        >>> reference.scaled_fp8_dequant(result, torch.tensor([1.0, 1.5]).to(torch.float8_e4m3fn), torch.tensor(2.0))
+        >>> q = torch.tensor([1.0, 1.5]).to(torch.float8_e4m3fn)
+        >>> reference.scaled_fp8_dequant(result, q, torch.tensor(2.0))
         >>> result.tolist()
         [2.0, 3.0]
     """
@@ -269,7 +281,9 @@ def quantize(
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if scale is not None:
         if scale_ub is not None:
-            raise ValueError("fp8kv.quantize: scale_ub must be None when a scale is given, as it bounds computed scales")
+            raise ValueError(
+                "fp8kv.quantize: scale_ub must be None when a scale is given, as it bounds computed scales"
+            )
         static_scaled_fp8_quant(out, x, scale, group_shape)
         return out, scale
     scale = torch.empty(_computed_scale_shape(x, group_shape), dtype=torch.float32, device=x.device)
@@ -301,7 +315,8 @@ def dequantize(
     Example:
         >>> import torch
         >>> from fp8kv import reference
-        >>> reference.dequantize(torch.tensor([1.0, -2.0]).to(torch.float8_e4m3fn), torch.tensor(3.0)).tolist()
+        >>> q = torch.tensor([1.0, -2.0]).to(torch.float8_e4m3fn)
+        >>> reference.dequantize(q, torch.tensor(3.0)).tolist()
         [3.0, -6.0]
     """
     if out is None:

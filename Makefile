@@ -1,0 +1,64 @@
+# Every target sets up what it needs: a virtual environment in .venv, PyTorch, the compiled library.
+#   PYTHON=python3.12     another interpreter
+#   VENV=none             no virtual environment and no network: use PYTHON with what is installed there
+#   TORCH='torch==2.11.*' the PyTorch to install
+#   CUDAARCHS=90          CUDA architectures to compile for (default: the GPU present, or 90)
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.11.*
+BUILD ?= build/dev
+
+ifeq ($(VENV),none)
+  PY := $(PYTHON)
+  BIN :=
+  READY :=
+else
+  PY := $(VENV)/bin/python
+  BIN := $(VENV)/bin/
+  READY := $(VENV)/.ready
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-cpp test-python lint format bench build wheel clean
+
+help:  ## what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: build  ## quantize real tensors in every granularity, show the errors
+	$(PY) -m fp8kv demo
+
+test: lint test-cpp test-python  ## all tests, C++ and Python, and the linters
+
+test-cpp: build
+	$(BIN)ctest --test-dir $(BUILD) --output-on-failure
+
+test-python: build
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(READY)  ## formatting, style and types
+	PY=$(PY) BIN=$(BIN) VENV=$(VENV) .ci/lint
+
+format: $(READY)  ## rewrite the code in the project's format
+	$(BIN)ruff format python tests/python benchmarks
+	$(BIN)ruff check --fix python tests/python benchmarks
+	$(BIN)clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+
+bench: build  ## measure the kernels on this machine, beside a copy of the same bytes
+	$(PY) -m fp8kv bench $(BENCH_ARGS)
+
+build: $(READY)  ## compile, and install into the environment (editable)
+	$(PY) -m pip install -q --no-build-isolation --no-deps -e . -C build-dir=$(BUILD) -C cmake.define.FP8KV_TESTS=ON
+
+wheel: $(READY)  ## a wheel for all supported CUDA architectures, in dist/
+	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist . -C build-dir=build/wheel -C cmake.define.FP8KV_RELEASE=ON
+
+clean:  ## remove what was built; the environment stays
+	rm -rf build dist
+
+$(VENV)/.ready: pyproject.toml .ci/setup
+	.ci/setup $(PYTHON)
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --upgrade pip
+	$(PY) -m pip install -q '$(TORCH)' 'scikit-build-core>=0.10' 'pybind11>=3.0' 'cmake>=3.25' ninja
+	$(PY) .ci/requirements.py | xargs -d '\n' $(PY) -m pip install -q
+	touch $@

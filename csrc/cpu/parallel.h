@@ -1,0 +1,54 @@
+// Work in pieces, each in the default floating-point environment.
+#pragma once
+
+#include <cstdint>
+
+#include "fp8kv/quantize.h"
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#else
+#include <cfenv>
+#endif
+
+namespace fp8kv::cpu {
+
+// Rounding to nearest, subnormals kept, no traps: what the rules are defined for, whatever the thread is set to
+// (torch.set_flush_denormal, for one). The thread's own environment comes back at the end.
+class DefaultFloatEnvironment {
+ public:
+#if defined(__x86_64__)
+  DefaultFloatEnvironment() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~DefaultFloatEnvironment() { _mm_setcsr(saved_); }
+#else
+  DefaultFloatEnvironment() { std::fegetenv(&saved_), std::fesetenv(FE_DFL_ENV); }
+  ~DefaultFloatEnvironment() { std::fesetenv(&saved_); }
+#endif
+  DefaultFloatEnvironment(const DefaultFloatEnvironment&) = delete;
+  DefaultFloatEnvironment& operator=(const DefaultFloatEnvironment&) = delete;
+
+ private:
+#if defined(__x86_64__)
+  unsigned saved_;
+#else
+  std::fenv_t saved_;
+#endif
+};
+
+// About as many elements as are worth waking a thread for.
+inline constexpr std::int64_t kGrain = 1 << 15;
+
+// body(begin, end) over pieces of [0, count); an item of the count stands for `item_size` elements.
+template <class Body>
+void parallel(const ParallelFor& parallel_for, std::int64_t count, std::int64_t item_size, const Body& body) {
+  if (count <= 0) return;
+  const auto piece = [&body](std::int64_t begin, std::int64_t end) {
+    const DefaultFloatEnvironment environment;
+    body(begin, end);
+  };
+  const std::int64_t grain = item_size >= kGrain ? 1 : kGrain / (item_size > 0 ? item_size : 1);
+  if (!parallel_for || count <= grain) return piece(0, count);
+  parallel_for(count, grain, piece);
+}
+
+}  // namespace fp8kv::cpu

@@ -1,0 +1,175 @@
+"""`fp8kv doctor`: what works here, with a self-test of every operator against `fp8kv.reference`.
+
+Example:
+    >>> import fp8kv.doctor
+    >>> fp8kv.doctor.self_test("cpu")
+    []
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fp8kv
+from fp8kv import _library, reference
+from fp8kv.group_shape import GroupShape
+
+cuda: Any = torch.cuda  # largely without annotations
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: `ok` is None where something is merely absent."""
+
+    name: str
+    ok: bool | None
+    detail: str
+
+
+def checks() -> Iterator[Check]:
+    """All findings about this installation and this machine, the self-tests last."""
+    info = fp8kv.build_info()
+    yield Check("fp8kv", True, f"{info['version']}, built with {info['compiler']}")
+    yield Check("Python", True, f"{platform.python_version()} on {platform.platform()}")
+    built = f"built for CUDA {info['torch_cuda']}" if info["torch_cuda"] else "built without CUDA"
+    yield Check("PyTorch", True, f"{info['torch']}, {built}")
+    for name, path in info["libraries"].items():
+        yield Check(f"{name} library", True, path)
+    yield from _cuda_checks(info)
+    yield Check("instruction set", True, f"{info['cpu_isa']} (available: {', '.join(info['cpu_isas'])})")
+    yield from _self_tests(info)
+
+
+def _cuda_checks(info: dict[str, Any]) -> Iterator[Check]:
+    available = cuda.is_available()
+    if info["cuda_missing"] is not None:
+        yield Check("CUDA library", False if available else None, info["cuda_missing"])
+    else:
+        yield Check("CUDA architectures", True, info["cuda_architectures"])
+    if not available:
+        yield Check("GPU", None, "none that PyTorch can use")
+        return
+    yield Check("CUDA driver", True, _driver())
+    for index in range(cuda.device_count()):
+        major, minor = cuda.get_device_capability(index)
+        name = f"{cuda.get_device_name(index)}, compute capability {major}.{minor}"
+        if info["cuda_architectures"] is None:
+            continue
+        runs = architecture_runs(info["cuda_architectures"], major, minor)
+        yield Check(f"GPU {index}", runs, name if runs else f"{name}: no kernels for it in this build")
+
+
+def _driver() -> str:
+    bindings: Any = torch._C
+    version = bindings._cuda_getDriverVersion()
+    return f"supports CUDA {version // 1000}.{version % 1000 // 10}"
+
+
+def architecture_runs(architectures: str, major: int, minor: int) -> bool:
+    """Whether code for `architectures`, such as "90-real;120-virtual", runs on a GPU of this capability.
+
+    Binary code runs on its major version from its minor version on; PTX on everything from its version on;
+    code for an architecture with a suffix (90a) on that one only.
+
+    Example:
+        >>> from fp8kv.doctor import architecture_runs
+        >>> architecture_runs("80-real;90-real", 8, 9), architecture_runs("80-real;90-real", 12, 0)
+        (True, False)
+    """
+    for match in re.finditer(r"(\d+)(\d)([af]?)(-real|-virtual)?", architectures):
+        code = (int(match[1]), int(match[2]))
+        if match[3]:
+            if code == (major, minor):
+                return True
+            continue
+        if match[4] != "-virtual" and code[0] == major and code[1] <= minor:
+            return True
+        if match[4] != "-real" and code <= (major, minor):
+            return True
+    return False
+
+
+def _self_tests(info: dict[str, Any]) -> Iterator[Check]:
+    module = _library.introspect()
+    try:
+        for isa in info["cpu_isas"]:
+            module.force_cpu_isa(isa)
+            yield _self_test_check(f"self-test on CPU, {isa}", "cpu")
+    finally:
+        module.force_cpu_isa(info["cpu_isa"])
+    if info["cuda_architectures"] is not None and cuda.is_available():
+        for index in range(cuda.device_count()):
+            yield _self_test_check(f"self-test on GPU {index}", f"cuda:{index}")
+
+
+def _self_test_check(name: str, device: str) -> Check:
+    try:
+        failures = self_test(device)
+    except RuntimeError as error:
+        return Check(name, False, str(error).splitlines()[0])
+    return Check(name, not failures, "; ".join(failures) or "the same bytes as fp8kv.reference")
+
+
+_GROUPS = {
+    "tensor": GroupShape.PER_TENSOR,
+    "token": GroupShape.PER_TOKEN,
+    "channel": GroupShape.PER_CHANNEL,
+    "head": GroupShape.per_head(64),
+    "block": GroupShape(16, 32),
+}
+
+
+def self_test(device: str | torch.device) -> list[str]:
+    """Compares every operator with `fp8kv.reference` on hostile values; the names of those that differ.
+
+    The reference runs on the CPU, so that a fault of the device can't hide in both.
+    """
+    failures = []
+    for input_type in (torch.float32, torch.float16, torch.bfloat16):
+        x = _values(input_type)
+        for name, group in _GROUPS.items():
+            for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+                what = f"{input_type}, {dtype}, per {name}".replace("torch.", "")
+                expected, expected_scale = reference.quantize(x, group_shape=group, dtype=dtype)
+                actual, scale = fp8kv.quantize(x.to(device), group_shape=group, dtype=dtype)
+                if not (_same(actual, expected) and _same(scale, expected_scale)):
+                    failures.append(f"dynamic_scaled_fp8_quant ({what})")
+                actual, _ = fp8kv.quantize(
+                    x.to(device), expected_scale.to(device), group_shape=group, dtype=dtype
+                )
+                if not _same(actual, expected):
+                    failures.append(f"static_scaled_fp8_quant ({what})")
+                value = reference.dequantize(expected, expected_scale, group_shape=group, dtype=input_type)
+                back = fp8kv.dequantize(
+                    expected.to(device), expected_scale.to(device), group_shape=group, dtype=input_type
+                )
+                if not _same(back, value):
+                    failures.append(f"scaled_fp8_dequant ({what})")
+            amax = torch.zeros_like(expected_scale)
+            running = amax.to(device)
+            reference.group_amax(amax, x, group)
+            fp8kv.group_amax(running, x.to(device), group)
+            if not _same(running, amax):
+                failures.append(f"group_amax ({input_type}, per {name})".replace("torch.", ""))
+    return failures
+
+
+def _values(dtype: torch.dtype) -> Tensor:
+    """[67, 200] values over the range of `dtype`, with zeros, subnormals, infinities and NaN among them."""
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.randint(-24, 15, (67, 200), generator=generator)
+    x = torch.randn(67, 200, generator=generator) * torch.exp2(exponents.float())
+    x[5, :] = 0
+    x[7, 3], x[9, 70], x[11, 199], x[13, 0], x[17, 1] = float("nan"), float("inf"), -float("inf"), -0.0, 1e-45
+    return x.to(dtype)
+
+
+def _same(actual: Tensor, expected: Tensor) -> bool:
+    return torch.equal(actual.cpu().view(torch.uint8), expected.view(torch.uint8))

@@ -1,0 +1,48 @@
+"""Fixtures of all tests. Tests that take `device` run on the CPU and, where there is one, on the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fp8kv
+from fp8kv import _introspect
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "large: needs tens of gigabytes of memory on the GPU")
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device that the ops run on."""
+    if request.param == "cuda":
+        require_cuda()
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """For what only a GPU can do."""
+    require_cuda()
+    return torch.device("cuda")
+
+
+def require_cuda() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch finds no GPU")
+    if fp8kv.build_info()["cuda_missing"] is not None:
+        pytest.fail(f"there is a GPU, but no CUDA kernels: {fp8kv.build_info()['cuda_missing']}")
+
+
+@pytest.fixture(params=["generic", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every CPU instruction set the kernels are compiled for, made the active one."""
+    if request.param not in _introspect.cpu_isas():
+        pytest.skip(f"this processor, or this build, has no {request.param}")
+    before = _introspect.cpu_isa()
+    _introspect.force_cpu_isa(request.param)
+    yield request.param
+    _introspect.force_cpu_isa(before)

@@ -1,0 +1,174 @@
+"""What the tests share: comparison of bytes, hostile values, scales that trap shortcuts, memory layouts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+REAL = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+INTEGER = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+each_fp8 = pytest.mark.parametrize("fp8", FP8.values(), ids=FP8.keys())
+each_real = pytest.mark.parametrize("real", REAL.values(), ids=REAL.keys())
+
+
+# Comparison
+
+
+def raw(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, contiguous, on the CPU, with the bytes of an element as the last dimension."""
+    whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+    whole.copy_(tensor.detach())
+    return whole.view(*whole.shape, 1).view(torch.uint8)
+
+
+def assert_same_bytes(actual: Tensor, expected: Tensor) -> None:
+    """Bit for bit: no tolerance, NaN equal to the same NaN only, -0.0 not equal to 0.0."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    a, e = raw(actual), raw(expected)
+    if torch.equal(a, e):
+        return
+    wrong = (a != e).any(-1)
+    index = tuple(wrong.nonzero()[0].tolist())
+    pytest.fail(
+        f"{int(wrong.sum())} of {wrong.numel()} elements differ, the first at {list(index)}: "
+        f"got bytes {a[index].tolist()}, expected {e[index].tolist()}"
+    )
+
+
+# Values
+
+
+def from_bits(bits: int | Sequence[int]) -> Tensor:
+    """fp32 with these bit patterns."""
+    unsigned = torch.tensor(bits, dtype=torch.int64)
+    return (
+        torch.where(unsigned >= 1 << 31, unsigned - (1 << 32), unsigned).to(torch.int32).view(torch.float32)
+    )
+
+
+def all_patterns(dtype: torch.dtype) -> Tensor:
+    """Every value of a 16-bit type, NaNs of all kinds included."""
+    return torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+def all_fp8(dtype: torch.dtype) -> Tensor:
+    return torch.arange(256, dtype=torch.int32).to(torch.uint8).view(dtype)
+
+
+def values(shape: Sequence[int], dtype: torch.dtype, seed: int = 0, specials: bool = True) -> Tensor:
+    """Random over many binary orders; with `specials` one in 16 is a zero, a subnormal, infinite or NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tuple(shape), generator=generator)
+    x = x * torch.exp2(torch.randint(-12, 8, x.shape, generator=generator).float())
+    if specials:
+        kinds = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40, -1e-45, 3e38])
+        chosen = kinds[torch.randint(0, len(kinds), x.shape, generator=generator)]
+        x = torch.where(torch.rand(x.shape, generator=generator) < 1 / 16, chosen, x)
+    return x.to(dtype)
+
+
+def random_scales(shape: Sequence[int], seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.exp2(torch.rand(tuple(shape), generator=generator) * 12 - 8)
+
+
+def _trap_scale_bits() -> list[int]:
+    extremes = [
+        0x00000000, 0x80000000, 0xBF800000, 0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC00000,  # 0, -1, inf, NaN
+        0x00000001, 0x80000001, 0x000FFFFF, 0x007FFFFF,  # subnormal
+        0x00800000, 0x00800001, 0x00FFFFFF, 0x01000000,  # 2^-126 and 2^-125
+        0x6F7FFFFF, 0x6F800000, 0x6F800001, 0x7F000000, 0x7F7FFFFF,  # 2^96, 2^127, the largest
+        0x3FFFFFFF, 0x3F800001, 0x3EAAAAAB, 0x3B124925,
+    ]  # fmt: skip
+    # A product with the reciprocal goes wrong where the significand is just below a multiple of 2^20.
+    below = [
+        (exponent << 23) + multiple * (1 << 20) - k
+        for exponent in (118, 127)
+        for multiple in range(1, 9)
+        for k in range(6)
+    ]
+    return extremes + below
+
+
+#: Scales for which shortcuts of the division give wrong bytes, and scales nobody should have.
+TRAP_SCALES = from_bits(_trap_scale_bits())
+
+
+def fp8_boundaries(dtype: torch.dtype) -> Tensor:
+    """Every value at which the rounding to FP8 changes, and every FP8 value: fp32, positive, increasing."""
+    exact = all_fp8(dtype).float()
+    exact = exact[exact.isfinite() & (exact >= 0) & ~torch.signbit(exact)].sort().values
+    largest = exact[-1:]
+    beyond = largest + (largest - exact[-2:-1]) / 2
+    return torch.cat([exact, (exact[:-1] + exact[1:]) / 2, beyond]).sort().values
+
+
+def neighbours(x: Tensor, reach: int) -> Tensor:
+    """Each finite fp32 value with the `reach` values on either side of it: one more dimension."""
+    bits = x.view(torch.int32).unsqueeze(-1) + torch.arange(-reach, reach + 1, dtype=torch.int32)
+    return bits.view(torch.float32)
+
+
+# Memory
+
+LAYOUTS = (
+    "contiguous",
+    *(f"offset {k}" for k in range(1, 8)),
+    "transposed",
+    "columns",  # of a wider buffer
+    "rows",  # every second one
+    "steps",  # every third column
+    "inside",  # of a buffer wider in every dimension
+)
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def empty_view(
+    shape: Sequence[int], dtype: torch.dtype, layout: str, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """A view of this shape and layout, and the buffer it lies in, filled with a pattern of bytes."""
+    shape = tuple(shape)
+    size = dtype.itemsize
+
+    def buffer(*sizes: int) -> Tensor:
+        sentinel = torch.full((*sizes, size), 0xA5, dtype=torch.uint8, device=device)
+        return sentinel.view(dtype).squeeze(-1)
+
+    if layout.startswith("offset"):
+        offset = int(layout.split()[1])
+        flat = buffer(math.prod(shape) + offset + 9)
+        return flat[offset : offset + math.prod(shape)].view(shape), flat
+    if layout == "contiguous" or not shape:
+        whole = buffer(*shape)
+        return whole, whole
+    if layout == "transposed":
+        whole = buffer(*reversed(shape))
+        return whole.permute(*reversed(range(len(shape)))), whole
+    if layout == "columns":
+        whole = buffer(*shape[:-1], shape[-1] + 13)
+        return whole[..., 5 : 5 + shape[-1]], whole
+    if layout == "rows":
+        whole = buffer(2 * shape[0], *shape[1:])
+        return whole[::2], whole
+    if layout == "steps":
+        whole = buffer(*shape[:-1], 3 * shape[-1])
+        return whole[..., ::3], whole
+    if layout == "inside":
+        whole = buffer(*(n + 3 for n in shape))
+        return whole[tuple(slice(1, 1 + n) for n in shape)], whole
+    raise ValueError(layout)
+
+
+def placed(x: Tensor, layout: str, device: torch.device) -> Tensor:
+    """`x` on `device` in the given memory layout."""
+    view, _ = empty_view(x.shape, x.dtype, layout, device)
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.dtype.itemsize]
+    view.view(integer).copy_(x.view(integer))
+    return view
