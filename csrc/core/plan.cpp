@@ -84,7 +84,9 @@ MapPlan plan_map(const Layout& layout, const TensorView& input, const TensorView
   return plan;
 }
 
-DynamicPlan plan_dynamic(const Layout& layout, const TensorView& input, const TensorView& result, int multiprocessors) {
+DynamicPlan plan_dynamic(const Layout& layout, const TensorView& input, const TensorView& result, int multiprocessors,
+                         int max_cluster) {
+  constexpr std::int64_t kMaxThreads = 1024;
   const int max_units_per_thread = 16 / size_of(input.dtype);  // 32 registers
   const Layout::Dim& run = layout.run();
   DynamicPlan plan;
@@ -96,9 +98,23 @@ DynamicPlan plan_dynamic(const Layout& layout, const TensorView& input, const Te
 
   const std::int64_t groups = layout.numel / run.size;
   const std::int64_t units = plan.units_per_run;
-  if (groups == 1 && units > 2048) {
-    plan.path = AmaxPath::Whole;
-    plan.threads = 512;
+  const auto round_up = [](std::int64_t n, std::int64_t step) { return ceil_div(n, step) * step; };
+  // The fewest units a thread, 1, 2, 4 or 8, with which `threads` hold the run; 0 where none suffices.
+  const auto units_per_thread = [&](std::int64_t threads, int fewest) {
+    int count = fewest;
+    while (count <= max_units_per_thread && units > threads * count) count *= 2;
+    return count <= max_units_per_thread ? count : 0;
+  };
+
+  if (groups == 1 && units > kMaxThreads) {
+    plan.units_per_thread = units_per_thread(max_cluster * kMaxThreads, 1);
+    if (plan.units_per_thread > 0) {
+      plan.path = AmaxPath::Cluster;
+      plan.blocks = max_cluster;
+      plan.threads = static_cast<int>(round_up(ceil_div(units, plan.blocks * plan.units_per_thread), 32));
+    } else {
+      plan.path = AmaxPath::Whole;
+    }
     return plan;
   }
   plan.path = AmaxPath::Groups;
@@ -108,13 +124,11 @@ DynamicPlan plan_dynamic(const Layout& layout, const TensorView& input, const Te
     plan.blocks = ceil_div(groups, plan.threads / plan.threads_per_group);
     return plan;
   }
-  // Many groups: few threads with several loads in flight each. Few groups: as many threads as have something to do.
-  const int wanted = groups >= 4 * std::int64_t{multiprocessors} ? 4 : groups > multiprocessors ? 2 : 1;
-  plan.units_per_thread = wanted;
-  while (plan.units_per_thread <= max_units_per_thread && ceil_div(units, plan.units_per_thread) > 1024) plan.units_per_thread *= 2;
-  if (plan.units_per_thread > max_units_per_thread) plan.units_per_thread = 0;
-  const std::int64_t threads = plan.units_per_thread == 0 ? 1024 : ceil_div(ceil_div(units, plan.units_per_thread), 32) * 32;
-  plan.threads = plan.threads_per_group = static_cast<int>(threads);
+  // Two loads in flight a thread do best; misaligned runs have more to do for each, and like more.
+  plan.units_per_thread = units_per_thread(kMaxThreads, plan.aligned ? 2 : max_units_per_thread);
+  plan.threads =
+      plan.units_per_thread == 0 ? kMaxThreads : static_cast<int>(round_up(ceil_div(units, plan.units_per_thread), 32));
+  plan.threads_per_group = plan.threads;
   plan.blocks = groups;
   return plan;
 }

@@ -1,6 +1,6 @@
 #include "amax.h"
 
-#include <numeric>
+#include <algorithm>
 
 #include "../device/amax.h"
 #include "fp8kv/fp8.h"
@@ -22,114 +22,167 @@ struct AsScale {
   }
 };
 
-// A maximum that belongs to one address, written when the thread moves on to another or ends.
+// Raises target[offset] to the maximum of the block's threads, each with an offset and magnitude bits of its own; -1 for none.
+// Called by all threads of the block. Atomic operations on one address follow one another, so equal offsets are put together.
 template <class In, class Finish>
-struct Pending {
-  float* target;
-  Finish finish;
-  std::int64_t offset = -1;
-  std::uint32_t bits = 0;
-
-  __device__ __forceinline__ void add(std::int64_t at, std::uint32_t value) {
-    if (at != offset) {
-      flush();
-      offset = at;
-      bits = 0;
-    }
-    bits = max(bits, value);
-  }
-
-  __device__ __forceinline__ void flush() {
-    if (offset >= 0) device::atomic_max(target + offset, finish(device::magnitude<In>(bits)));
-  }
-
-  // At the end, by all lanes of the warp: lanes that hold the same address write once.
-  __device__ __forceinline__ void flush_warp() {
+__device__ __forceinline__ void raise(float* target, std::int64_t offset, std::uint32_t bits, const Finish& finish) {
+  __shared__ std::int64_t first;
+  __shared__ std::uint32_t scratch[32];
+  if (threadIdx.x == 0) first = offset;
+  __syncthreads();
+  bool writes;
+  if (__syncthreads_and(offset == first || offset < 0)) {
+    bits = device::block_max(bits, scratch);
+    writes = threadIdx.x == 0;
+  } else {
     const unsigned peers = __match_any_sync(0xffffffffu, offset);
     bits = __reduce_max_sync(peers, bits);
-    if (offset >= 0 && threadIdx.x % 32 == __ffs(peers) - 1)
-      device::atomic_max(target + offset, finish(device::magnitude<In>(bits)));
+    writes = threadIdx.x % 32 == __ffs(peers) - 1;
   }
+  if (writes && offset >= 0) device::atomic_max(target + offset, finish(device::magnitude<In>(bits)));
+}
+
+// One dimension whose indices a thread walks, in chunks that don't cross a block of its scale.
+struct Strip {
+  std::uint32_t size;
+  std::uint32_t block;
+  std::uint32_t chunk;
+  device::FastDiv chunks_per_block;
+  device::FastDiv items;  // threads for one chunk
+  std::int64_t in, scale;
+  std::int64_t limit;  // elements from the begin of the strip; below that of its last row where the run itself is walked
 };
 
-// Runs of stride 1 with one scale each: units at a stride of the whole grid.
-template <class In, class Finish>
-__global__ void __launch_bounds__(256) amax_runs(const In* __restrict__ input, float* __restrict__ target,
-                                                 const __grid_constant__ Walk walk, const Finish finish) {
-  Pending<In, Finish> pending{target, finish};
-  const std::uint32_t stride = gridDim.x * blockDim.x;
-  for (std::uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < walk.count; i += stride) {
-    std::uint32_t unit = i;
-    const Offsets at = walk.at<-1>(walk.units_per_run.divide(unit));
+constexpr int kStripThreads = 256;
+
+// Runs of stride 1: a thread takes one unit of a run and walks a strip of its neighbours along another dimension, so that it meets
+// one scale (kColumns: one a column) and writes once.
+template <class In, bool kColumns, bool kAligned, class Finish>
+__global__ void __launch_bounds__(kStripThreads)
+    amax_strips(const In* __restrict__ input, float* __restrict__ target, const __grid_constant__ Walk walk,
+                const __grid_constant__ Strip strip, const __grid_constant__ RunScales run_scales, const Finish finish) {
+  constexpr int kRows = 4;
+  std::uint32_t item = blockIdx.x * kStripThreads + threadIdx.x;
+  std::int64_t offset = -1;
+  std::uint32_t column = 0, bits = 0, maxima[kUnit] = {};
+  int columns = 0;
+  if (item < walk.count) {
+    std::uint32_t chunk = strip.items.divide(item);
+    const Offsets at = walk.at<-1>(walk.units_per_run.divide(item));
+    column = item * kUnit;
+    const std::uint32_t block = strip.chunks_per_block.divide(chunk);
+    const std::uint32_t begin = block * strip.block + chunk * strip.chunk;
+    const std::uint32_t end = min(min(begin + strip.chunk, (block + 1) * strip.block), strip.size);
+    offset = at.scale + block * strip.scale;
     const In* in = input + at.in;
-    const Cut cut = cut_unit(in, unit, walk.run);
-    if (cut.range.begin >= cut.range.end) continue;
-    pending.add(at.scale, device::finite_max_bits(device::load_any(in, cut.first, walk.run, cut.range)));
+    for (std::uint32_t row = begin; row < end; row += kRows) {
+      Unit<In> raw[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const std::int64_t row_begin = (row + r) * strip.in;
+        const std::int64_t size = min(walk.run, strip.limit - row_begin);
+        raw[r] = {};
+        if (row + r >= end || column >= size) continue;
+        const int left = size - column < kUnit ? static_cast<int>(size - column) : kUnit;
+        columns = max(columns, left);
+        if (kAligned && left == kUnit)
+          raw[r] = device::load_aligned(in + row_begin + column);
+        else
+          raw[r] = device::load_any(in + row_begin, column, size, {0, left});
+      }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if constexpr (kColumns) {
+#pragma unroll
+          for (int e = 0; e < kUnit; ++e) maxima[e] = max(maxima[e], device::finite_bits(raw[r], e));
+        } else {
+          bits = max(bits, device::finite_max_bits(raw[r]));
+        }
+      }
+    }
   }
-  pending.flush_warp();
+  if constexpr (kColumns) {
+    for (int e = 0; e < kUnit; ++e)
+      if (e < columns)
+        device::atomic_max(target + offset + run_scales.offset(column + e), finish(device::magnitude<In>(maxima[e])));
+  } else {
+    raise<In>(target, columns > 0 ? offset : -1, bits, finish);
+  }
 }
 
-// Runs of stride 1 whose scale changes inside: a thread keeps a maximum a column of its unit while it stays on these columns.
-template <class In, class Finish>
-__global__ void __launch_bounds__(256)
-    amax_columns(const In* __restrict__ input, float* __restrict__ target, const __grid_constant__ Walk walk,
-                 const __grid_constant__ RunScales run_scales, const Finish finish) {
-  std::int64_t held_scale = 0, held_first = 0;
-  Range held_range{0, 0};
-  std::uint32_t held[kUnit] = {};
-  const auto flush = [&] {
-#pragma unroll
-    for (int e = 0; e < kUnit; ++e) {
-      if (e < held_range.begin || e >= held_range.end) continue;
-      device::atomic_max(target + held_scale + run_scales.offset(static_cast<std::uint32_t>(held_first + e)),
-                         finish(device::magnitude<In>(held[e])));
-      held[e] = 0;
-    }
-  };
-  const std::uint32_t stride = gridDim.x * blockDim.x;
-  for (std::uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < walk.count; i += stride) {
-    std::uint32_t unit = i;
-    const Offsets at = walk.at<-1>(walk.units_per_run.divide(unit));
-    const In* in = input + at.in;
-    const Cut cut = cut_unit(in, unit, walk.run);
-    if (cut.range.begin >= cut.range.end) continue;
-    const Unit<In> raw = device::load_any(in, cut.first, walk.run, cut.range);
-    if (at.scale != held_scale || cut.first != held_first) {
-      flush();
-      held_scale = at.scale;
-      held_first = cut.first;
-      held_range = cut.range;
-    }
-#pragma unroll
-    for (int e = 0; e < kUnit; ++e) held[e] = max(held[e], device::finite_bits(raw, e));
-  }
-  flush();
-}
-
+// Anything: one element at a time, at a stride of the whole grid.
 template <class In, class Finish>
 __global__ void __launch_bounds__(256)
     amax_elements(const In* __restrict__ input, float* __restrict__ target, const __grid_constant__ Walk walk,
                   const __grid_constant__ FlatRows flat, const Finish finish) {
-  Pending<In, Finish> pending{target, finish};
+  std::int64_t offset = -1;
+  std::uint32_t bits = 0;
   const std::uint32_t stride = gridDim.x * blockDim.x;
   for (std::uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < walk.count; i += stride) {
     const Offsets at = walk.at<-1>(i);
+    const std::int64_t here = at.scale + flat.offset(i);
+    if (here != offset) {
+      if (offset >= 0) device::atomic_max(target + offset, finish(device::magnitude<In>(bits)));
+      offset = here;
+      bits = 0;
+    }
     Unit<In> one{};
     one.words[0] = __builtin_bit_cast(typename device::BitsOf<In>::type, input[at.in]);
-    pending.add(at.scale + flat.offset(i), device::finite_bits(one, 0));
+    bits = max(bits, device::finite_bits(one, 0));
   }
-  pending.flush_warp();
+  raise<In>(target, offset, bits, finish);
 }
 
-// Blocks for `work` items with a stride that is a multiple of `row_units`, the items after which scales repeat at best, so that
-// threads stay on their group as long as possible.
-unsigned grid_for(std::int64_t work, std::int64_t row_units) {
-  constexpr int kThreads = 256, kBlocksPerMultiprocessor = 8;
-  const std::int64_t wanted = std::int64_t{multiprocessors()} * kBlocksPerMultiprocessor * kThreads;
-  std::int64_t threads = std::min(work, wanted);
-  const std::int64_t step = std::lcm(row_units, std::int64_t{kThreads});
-  if (step < work && step <= 4 * wanted) threads = std::max(step, threads / step * step);
-  return static_cast<unsigned>((threads + kThreads - 1) / kThreads);
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// How many indices along a dimension share a scale.
+std::int64_t shared_extent(const Layout::Dim& dim) { return dim.scale == 0 ? dim.size : dim.block; }
+
+// Where a Layout is walked: in a dimension outside the run, or in the run itself, cut into rows of kRowOfRun elements.
+struct StripPlan {
+  static constexpr std::int64_t kRowOfRun = 2048;
+  Layout outer;  // the dimensions that are left, with the run
+  Strip strip;
+  std::int64_t items;  // threads
+};
+
+StripPlan plan_strips(const Layout& layout) {
+  const Layout::Dim& run = layout.run();
+  int walked = layout.ndim - 1;
+  std::int64_t best = run.scale == 0 ? ceil_div(run.size, StripPlan::kRowOfRun) : 0;
+  for (int d = 0; d + 1 < layout.ndim; ++d)
+    if (shared_extent(layout.dims[d]) > best) best = shared_extent(layout.dims[walked = d]);
+
+  StripPlan plan{layout, {}, 0};
+  Layout::Dim dim = layout.dims[walked];
+  std::int64_t limit = INT64_MAX;
+  if (walked == layout.ndim - 1 && best > 0) {
+    limit = run.size;
+    dim = {best, StripPlan::kRowOfRun, 0, 0, 1};
+    plan.outer.dims[walked].size = std::min(run.size, StripPlan::kRowOfRun);
+  } else if (walked == layout.ndim - 1) {
+    dim = {1, 0, 0, 0, 1};
+  } else {
+    std::copy(layout.dims + walked + 1, layout.dims + layout.ndim, plan.outer.dims + walked);
+    --plan.outer.ndim;
+  }
+  std::int64_t outer = 1;
+  for (int d = 0; d + 1 < plan.outer.ndim; ++d) outer *= plan.outer.dims[d].size;
+  const std::int64_t units = ceil_div(plan.outer.run().size, kUnit);
+  const std::int64_t block = shared_extent(dim);
+  const std::int64_t wanted_threads = std::int64_t{multiprocessors()} * 1024;
+  const std::int64_t chunk = std::clamp<std::int64_t>(ceil_div(dim.size * outer * units, wanted_threads * 4) * 4, 4, 64);
+  const std::int64_t chunks_per_block = ceil_div(block, chunk);
+  plan.items = outer * units * chunks_per_block * ceil_div(dim.size, block);
+  plan.strip = {static_cast<std::uint32_t>(dim.size), static_cast<std::uint32_t>(block), static_cast<std::uint32_t>(chunk),
+                device::FastDiv(chunks_per_block), device::FastDiv(outer * units), dim.in, dim.scale, limit};
+  return plan;
+}
+
+bool strips_aligned(const Layout& layout, const void* input, std::int64_t bytes) {
+  for (int d = 0; d + 1 < layout.ndim; ++d)
+    if (layout.dims[d].in % kUnit != 0) return false;
+  return reinterpret_cast<std::uintptr_t>(input) % std::min<std::int64_t>(16, kUnit * bytes) == 0;
 }
 
 template <class In, class Finish>
@@ -138,22 +191,20 @@ void launch_amax(const core::Piece& piece, const In* input, float* target, Finis
   const Layout::Dim& run = layout.run();
   input += piece.in;
   target += piece.scale;
-  const std::int64_t outer_rows = layout.ndim > 1 ? layout.dims[0].size : 1;
-  if (layout.flat_rows || run.in != 1 || run.size < kUnit) {
+  if (layout.flat_rows || run.in != 1 || (run.size < kUnit && layout.ndim == 1)) {
+    const std::int64_t blocks = std::min<std::int64_t>(ceil_div(layout.numel, 256), std::int64_t{multiprocessors()} * 8);
     const Walk walk = Walk::over(layout, layout.ndim, 1, layout.numel);
-    amax_elements<<<grid_for(walk.count, layout.numel / outer_rows), 256, 0, stream>>>(input, target, walk, FlatRows::of(piece),
-                                                                                     finish);
+    amax_elements<<<static_cast<unsigned>(blocks), 256, 0, stream>>>(input, target, walk, FlatRows::of(piece), finish);
     return;
   }
-  const std::int64_t units = (run.size + kUnit - 1 + kUnit - 1) / kUnit;
-  const Walk walk = Walk::over(layout, layout.ndim - 1, units, layout.numel / run.size * units);
-  const unsigned blocks = grid_for(walk.count, walk.count / outer_rows);
-  if (run.scale == 0) {
-    amax_runs<<<blocks, 256, 0, stream>>>(input, target, walk, finish);
-  } else {
-    const RunScales scales{run.scale, 0, device::FastDiv(run.block)};
-    amax_columns<<<blocks, 256, 0, stream>>>(input, target, walk, scales, finish);
-  }
+  const StripPlan plan = plan_strips(layout);
+  const Walk walk = Walk::over(plan.outer, plan.outer.ndim - 1, ceil_div(plan.outer.run().size, kUnit), plan.items);
+  const RunScales run_scales{run.scale, 0, device::FastDiv(run.block), false};
+  const bool aligned = strips_aligned(layout, input, sizeof(In));
+  const auto kernel = run.scale == 0 ? aligned ? amax_strips<In, false, true, Finish> : amax_strips<In, false, false, Finish>
+                                     : aligned ? amax_strips<In, true, true, Finish> : amax_strips<In, true, false, Finish>;
+  kernel<<<static_cast<unsigned>(ceil_div(plan.items, kStripThreads)), kStripThreads, 0, stream>>>(input, target, walk, plan.strip,
+                                                                                                   run_scales, finish);
 }
 
 struct Groups {
@@ -181,7 +232,7 @@ void raise_to_amax(const char* op, const Layout& layout, const TensorView& input
                    const float* upper_bound, cudaStream_t stream) {
   const auto launch = [&](auto finish) {
     core::visit_real(input.dtype, [&]<class In>(core::Type<In>) {
-      core::for_each_piece({layout}, kMaxPiece / 2, [&](const core::Piece& piece) {
+      core::for_each_piece({layout}, kMaxPiece / 8, [&](const core::Piece& piece) {
         launch_amax(piece, static_cast<const In*>(input.data), target, finish, stream);
         check_launch(op);
       });

@@ -1,5 +1,8 @@
 #include <cooperative_groups.h>
 
+#include <algorithm>
+#include <utility>
+
 #include "../device/amax.h"
 #include "amax.h"
 #include "fp8kv/fp8.h"
@@ -95,59 +98,122 @@ __global__ void __launch_bounds__(1024)
   }
 }
 
-// AmaxPath::Whole: one run, one scale, all multiprocessors. A thread keeps its first units in registers between the two passes;
-// the rest is read again, last first, while the L2 cache still has it. The scale itself collects the maximum: dynamic_scale
-// never decreases, so the largest scale of the blocks is the scale of all.
+// AmaxPath::Cluster: one run, one scale, one thread block cluster. Every block sends its maximum to all others.
+template <class Fp8, class In, int kUnits, bool kAligned>
+__global__ void __launch_bounds__(1024)
+    quantize_cluster(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scale_out,
+                     const float* __restrict__ upper_bound, std::int64_t size, std::uint32_t units) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  using Op = device::QuantizeOp<Fp8>;
+  __shared__ std::uint32_t scratch[32];
+  __shared__ std::uint32_t maxima[16];
+  cg::cluster_group cluster = cg::this_cluster();
+  auto started = cluster.barrier_arrive();
+  const std::uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
+  const std::uint32_t stride = gridDim.x * blockDim.x;
+  const Run<Fp8, In, kAligned> run{input, result, size};
+  const float bound = bound_of(upper_bound);
+
+  Unit<In> held[kUnits];
+#pragma unroll
+  for (int k = 0; k < kUnits; ++k) {
+    const std::uint32_t unit = thread + k * stride;
+    held[k] = unit < units ? run.load(run.cut(unit)) : Unit<In>{};
+  }
+  std::uint32_t bits = 0;
+#pragma unroll
+  for (int k = 0; k < kUnits; ++k) bits = max(bits, device::finite_max_bits(held[k]));
+  bits = device::block_max(bits, scratch);
+  cluster.barrier_wait(std::move(started));  // the shared memory of all blocks is there
+  if (threadIdx.x < gridDim.x) *cluster.map_shared_rank(&maxima[blockIdx.x], threadIdx.x) = bits;
+  cluster.sync();
+  const unsigned lane = threadIdx.x % 32;
+  bits = __reduce_max_sync(0xffffffffu, lane < gridDim.x ? maxima[lane] : 0u);
+
+  const float scale = dynamic_scale<Fp8>(device::magnitude<In>(bits), bound);
+  if (thread == 0) *scale_out = scale;
+  const auto prepared = Op::prepare(scale);
+#pragma unroll
+  for (int k = 0; k < kUnits; ++k) {
+    const std::uint32_t unit = thread + k * stride;
+    if (unit >= units) break;
+    const Cut cut = run.cut(unit);
+    if (cut.range.begin < cut.range.end) quantize_unit(held[k], result, cut, prepared);
+  }
+#endif
+}
+
+// AmaxPath::Whole: one run, one scale, all multiprocessors. Between the two passes a thread keeps its first units in registers and
+// the next `slots` in shared memory; the rest is read again, last first, while the L2 cache still has it. The scale itself
+// collects the maximum: dynamic_scale never decreases, so the largest scale of the blocks is the scale of all.
 constexpr int kWholeThreads = 512;
+constexpr int kWholeBlocks = 2;  // a multiprocessor
 template <class In>
 constexpr int kWholeUnits = 16 / sizeof(In);
 
 template <class Fp8, class In, bool kAligned>
-__global__ void __launch_bounds__(kWholeThreads, 2)
+__global__ void __launch_bounds__(kWholeThreads, kWholeBlocks)
     quantize_whole(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scale_out,
-                   const float* __restrict__ upper_bound, std::int64_t size, std::uint32_t units) {
+                   const float* __restrict__ upper_bound, std::int64_t size, std::uint32_t units, int slots) {
   using Op = device::QuantizeOp<Fp8>;
   constexpr int kHeld = kWholeUnits<In>;
+  extern __shared__ __align__(16) char shared[];
   __shared__ std::uint32_t scratch[32];
+  Unit<In>* kept = reinterpret_cast<Unit<In>*>(shared) + threadIdx.x;  // slot k at kept[k * kWholeThreads]
   const cg::grid_group grid = cg::this_grid();
   const std::uint32_t thread = blockIdx.x * kWholeThreads + threadIdx.x;
   const std::uint32_t stride = gridDim.x * kWholeThreads;
+  const std::uint32_t first_kept = thread + kHeld * stride;
+  const std::uint32_t first_rest = first_kept + slots * stride;
   const Run<Fp8, In, kAligned> run{input, result, size};
 
   if (thread == 0) *scale_out = 0.0f;
+  auto zeroed = grid.barrier_arrive();
   Unit<In> held[kHeld];
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) {
     const std::uint32_t unit = thread + k * stride;
     held[k] = unit < units ? run.load(run.cut(unit)) : Unit<In>{};
   }
-  grid.sync();  // the scale is 0 for everybody
   std::uint32_t bits = 0;
+  int slot = 0;
+#pragma unroll 4
+  for (std::uint32_t unit = first_kept; unit < min(units, first_rest); unit += stride, ++slot) {
+    const Unit<In> raw = run.load(run.cut(unit));
+    kept[slot * kWholeThreads] = raw;
+    bits = max(bits, device::finite_max_bits(raw));
+  }
 #pragma unroll 8
-  for (std::uint32_t unit = thread + kHeld * stride; unit < units; unit += stride)
+  for (std::uint32_t unit = first_rest; unit < units; unit += stride)
     bits = max(bits, device::finite_max_bits(run.load(run.cut(unit))));
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) bits = max(bits, device::finite_max_bits(held[k]));
   bits = device::block_max(bits, scratch);
+  grid.barrier_wait(std::move(zeroed));
   if (threadIdx.x == 0)
     device::atomic_max(scale_out, dynamic_scale<Fp8>(device::magnitude<In>(bits), bound_of(upper_bound)));
   grid.sync();  // the scale is final
 
   const auto prepared = Op::prepare(__ldcg(scale_out));
-  if (units > thread) {
-    const std::uint32_t last = thread + (units - 1 - thread) / stride * stride;
+  const auto finish = [&](std::uint32_t unit, const Unit<In>& raw, const Cut& cut) {
+    if (cut.range.begin < cut.range.end) quantize_unit(raw, result, cut, prepared);
+  };
+  if (units > first_rest) {
+    const std::uint32_t last = first_rest + (units - 1 - first_rest) / stride * stride;
 #pragma unroll 4
-    for (std::uint32_t unit = last; unit >= thread + kHeld * stride; unit -= stride) {
+    for (std::uint32_t unit = last; unit >= first_rest; unit -= stride) {
       const Cut cut = run.cut(unit);
-      if (cut.range.begin < cut.range.end) quantize_unit(run.load(cut), result, cut, prepared);
+      finish(unit, run.load(cut), cut);
     }
   }
+  slot = 0;
+#pragma unroll 2
+  for (std::uint32_t unit = first_kept; unit < min(units, first_rest); unit += stride, ++slot)
+    finish(unit, kept[slot * kWholeThreads], run.cut(unit));
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) {
     const std::uint32_t unit = thread + k * stride;
-    if (unit >= units) break;
-    const Cut cut = run.cut(unit);
-    if (cut.range.begin < cut.range.end) quantize_unit(held[k], result, cut, prepared);
+    if (unit < units) finish(unit, held[k], run.cut(unit));
   }
 }
 
@@ -164,7 +230,7 @@ struct DynamicLauncher {
   void groups(const char* op) const {
     core::for_each_piece({layout}, kMaxPiece, [&](const core::Piece& piece) {
       const DynamicPlan plan = plan_dynamic(piece.layout, shifted(problem.input, piece.in), shifted(problem.result, piece.out),
-                                            multiprocessors());
+                                            device_limits().multiprocessors, device_limits().max_cluster);
       switch (plan.units_per_thread) {
         case 1: launch_groups<1>(piece, plan); break;
         case 2: launch_groups<2>(piece, plan); break;
@@ -176,15 +242,31 @@ struct DynamicLauncher {
     });
   }
 
+  void cluster(const char* op, const DynamicPlan& plan) const {
+    switch (plan.units_per_thread) {
+      case 1: launch_cluster<1>(plan); break;
+      case 2: launch_cluster<2>(plan); break;
+      case 4: launch_cluster<4>(plan); break;
+      default: launch_cluster<8>(plan); break;
+    }
+    check_launch(op);
+  }
+
   void whole(const char* op, const DynamicPlan& plan) const {
     auto kernel = plan.aligned ? quantize_whole<Fp8, In, true> : quantize_whole<Fp8, In, false>;
     std::int64_t size = layout.run().size;
     auto units = static_cast<std::uint32_t>(plan.units_per_run);
     const std::int64_t needed = (plan.units_per_run + kWholeThreads - 1) / kWholeThreads;
-    const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(needed, 2 * multiprocessors()));
+    const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(needed, kWholeBlocks * multiprocessors()));
+    // Shared memory for what registers can't hold; 2 KiB a block stay for static and reserved memory.
+    constexpr int kSlotBytes = kWholeThreads * sizeof(Unit<In>);
+    const std::int64_t beyond_registers = (needed + blocks - 1) / blocks - kWholeUnits<In>;
+    int slots = (device_limits().shared_memory / kWholeBlocks - 2048) / kSlotBytes;
+    slots = static_cast<int>(std::clamp<std::int64_t>(beyond_registers, 0, slots));
+    if (slots > 0) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, slots * kSlotBytes);
     void* arguments[] = {const_cast<In**>(&input), const_cast<Fp8**>(&result), const_cast<float**>(&scale),
-                         const_cast<float**>(&upper_bound), &size, &units};
-    cudaLaunchCooperativeKernel(reinterpret_cast<void*>(kernel), blocks, kWholeThreads, arguments, 0, stream);
+                         const_cast<float**>(&upper_bound), &size, &units, &slots};
+    cudaLaunchCooperativeKernel(reinterpret_cast<void*>(kernel), blocks, kWholeThreads, arguments, slots * kSlotBytes, stream);
     check_launch(op);
   }
 
@@ -196,6 +278,23 @@ struct DynamicLauncher {
   }
 
  private:
+  template <int kUnits>
+  void launch_cluster(const DynamicPlan& plan) const {
+    auto kernel = plan.aligned ? quantize_cluster<Fp8, In, kUnits, true> : quantize_cluster<Fp8, In, kUnits, false>;
+    if (plan.blocks > 8) cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    cudaLaunchAttribute cluster_size{};
+    cluster_size.id = cudaLaunchAttributeClusterDimension;
+    cluster_size.val.clusterDim = {static_cast<unsigned>(plan.blocks), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = static_cast<unsigned>(plan.blocks);
+    config.blockDim = plan.threads;
+    config.stream = stream;
+    config.attrs = &cluster_size;
+    config.numAttrs = 1;
+    cudaLaunchKernelEx(&config, kernel, input, result, scale, upper_bound, layout.run().size,
+                       static_cast<std::uint32_t>(plan.units_per_run));
+  }
+
   template <int kUnits>
   void launch_groups(const core::Piece& piece, const DynamicPlan& plan) const {
     const Layout& part = piece.layout;
@@ -216,9 +315,12 @@ void run(const DynamicQuantize& problem, void* stream) {
     core::visit_fp8(problem.result.dtype, [&]<class Fp8>(core::Type<Fp8>) {
       const DynamicLauncher<Fp8, In> launcher{problem, layout, static_cast<cudaStream_t>(stream)};
       if (layout.numel == 0) return launcher.two_passes(op);
-      const DynamicPlan plan = plan_dynamic(layout, problem.input, problem.result, multiprocessors());
+      const DeviceLimits& limits = device_limits();
+      const DynamicPlan plan =
+          plan_dynamic(layout, problem.input, problem.result, limits.multiprocessors, limits.max_cluster);
       switch (plan.path) {
         case AmaxPath::Groups: return launcher.groups(op);
+        case AmaxPath::Cluster: return launcher.cluster(op, plan);
         case AmaxPath::Whole: return launcher.whole(op, plan);
         case AmaxPath::TwoPasses: return launcher.two_passes(op);
       }

@@ -25,19 +25,15 @@ inline TensorView shifted(TensorView view, std::int64_t offset) {
   return view;
 }
 
-// Multiprocessors of the current device, asked once a device.
-inline int multiprocessors() {
-  constexpr int kMaxDevices = 64;
-  static int counts[kMaxDevices] = {};
-  int device = 0;
-  cudaGetDevice(&device);
-  if (device >= kMaxDevices || counts[device] == 0) {
-    int count = 1;
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    if (device >= kMaxDevices) return count;
-    counts[device] = count;
-  }
-  return counts[device];
-}
+// What plans ask of the current device.
+struct DeviceLimits {
+  int multiprocessors = 0;
+  int max_cluster = 0;      // thread blocks of 1024 threads, 0 without clusters
+  int shared_memory = 0;    // bytes of one multiprocessor
+};
+
+const DeviceLimits& device_limits();
+
+inline int multiprocessors() { return device_limits().multiprocessors; }
 
 }  // namespace fp8kv::cuda

@@ -62,8 +62,9 @@ __global__ void __launch_bounds__(256)
 // Scales that change within the run.
 struct RunScales {
   std::int64_t stride;
-  std::uint32_t period;  // elements after which they repeat
+  std::uint32_t period;  // elements after which they repeat, 0 for the whole run
   device::FastDiv block;
+  bool vectors;  // aligned and one after the other: 8 at once
 
   __device__ __forceinline__ std::int64_t offset(std::uint32_t element) const { return block.quotient(element) * stride; }
 };
@@ -71,6 +72,13 @@ struct RunScales {
 template <class Op>
 __device__ __forceinline__ void prepare_scales(typename Op::Prepared (&prepared)[kUnit], const float* scales,
                                                const RunScales& run, std::uint32_t first, Range range = {}) {
+  if (run.vectors) {
+    float values[kUnit];
+    device::unpack(device::load_aligned(scales + first), values);
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) prepared[i] = Op::prepare(values[i]);
+    return;
+  }
   std::uint32_t element = run.period ? first % run.period : first;
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) {
@@ -206,17 +214,19 @@ struct MapLauncher {
     if (!plan.aligned) return launch(map_runs<Op, In, Out, -1, false>, piece, plan, walk);
     if (outer == 0) return launch(map_runs<Op, In, Out, 0, true>, piece, plan, walk);
     if (outer == 1) return launch(map_runs<Op, In, Out, 1, true>, piece, plan, walk);
+    if (outer == 2) return launch(map_runs<Op, In, Out, 2, true>, piece, plan, walk);
     launch(map_runs<Op, In, Out, -1, true>, piece, plan, walk);
   }
 
   void columns(const core::Piece& piece, const MapPlan& plan) const {
     const Layout& layout = piece.layout;
     const Layout::Dim& run = layout.run();
-    const RunScales scales{run.scale, plan.rows_folded > 1 ? static_cast<std::uint32_t>(run.size) : 0u,
-                           device::FastDiv(run.block)};
+    const bool folded = plan.rows_folded > 1;
+    const bool vectors = plan.aligned && !folded && run.scale == 1 && run.block == 1 && scales_aligned(piece);
+    const RunScales run_scales{run.scale, folded ? static_cast<std::uint32_t>(run.size) : 0u, device::FastDiv(run.block), vectors};
     if (!plan.aligned)
       return launch(map_columns_any<Op, In, Out>, piece, plan, Walk::over(layout, layout.ndim - 1, plan.units_per_run, plan.work),
-                    scales);
+                    run_scales);
     const bool walks = layout.ndim >= 2 && layout.dims[layout.ndim - 2].scale == 0;
     Walk walk = Walk::over(layout, layout.ndim - (walks ? 2 : 1), plan.units_per_run, plan.work);
     walk.run = run.size * plan.rows_folded;
@@ -228,9 +238,15 @@ struct MapLauncher {
       rows.out = dim.out * plan.rows_folded;
       rows.last_row_size = (dim.size - (plan.rows - 1) * plan.rows_folded) * run.size;
     }
-    if (plan.rows_per_thread == 1) return launch(map_columns<Op, In, Out, 1>, piece, plan, walk, rows, scales);
-    if (plan.rows_per_thread == 2) return launch(map_columns<Op, In, Out, 2>, piece, plan, walk, rows, scales);
-    launch(map_columns<Op, In, Out, 4>, piece, plan, walk, rows, scales);
+    if (plan.rows_per_thread == 1) return launch(map_columns<Op, In, Out, 1>, piece, plan, walk, rows, run_scales);
+    if (plan.rows_per_thread == 2) return launch(map_columns<Op, In, Out, 2>, piece, plan, walk, rows, run_scales);
+    launch(map_columns<Op, In, Out, 4>, piece, plan, walk, rows, run_scales);
+  }
+
+  bool scales_aligned(const core::Piece& piece) const {
+    for (int d = 0; d + 1 < piece.layout.ndim; ++d)
+      if (piece.layout.dims[d].scale % 4 != 0) return false;
+    return reinterpret_cast<std::uintptr_t>(scales + piece.scale) % 16 == 0;
   }
 
   void elements(const core::Piece& piece, const MapPlan& plan) const {

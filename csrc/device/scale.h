@@ -5,6 +5,12 @@
 
 namespace fp8kv::device {
 
+__device__ __forceinline__ float reciprocal_approximation(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Quantizes by a split reciprocal: 1 / scale = hi + lo, with hi strictly below it and so lo > 0, and the quotient is
 // fma(x, hi, x * lo). Both terms have the sign of x, so infinities, NaN, signed zero and overflow come out right. The quotient
 // lies on the same side of every FP8 rounding boundary as the IEEE division for scales from 2^-126 to 2^96, unless the 24-bit
@@ -22,8 +28,11 @@ struct QuantizeOp {
   static __device__ __forceinline__ Prepared prepare(float scale) {
     constexpr std::uint32_t kLowest = 0x00800000u, kHighest = 0x6f800000u;  // 2^-126, 2^96
     const std::uint32_t bits = __float_as_uint(scale);
-    const float hi = __uint_as_float(__float_as_uint(__frcp_rn(scale)) - 1u);
-    const float lo = __fmaf_rn(-hi, scale, 1.0f) * hi;
+    // One Newton step takes the approximation to less than 1 ulp; two ulp below that is below 1 / scale by 1 to 3 ulp.
+    const float guess = reciprocal_approximation(scale);
+    const float close = __fmaf_rn(guess, __fmaf_rn(-scale, guess, 1.0f), guess);
+    const float hi = __uint_as_float(__float_as_uint(close) - 2u);
+    const float lo = __fmul_rn(__fmaf_rn(-hi, scale, 1.0f), hi);
     return {hi, lo, scale, bits - kLowest > kHighest - kLowest || ((bits + 4u) & 0xfffffu) < 4u};
   }
 
@@ -41,6 +50,21 @@ struct DequantizeOp {
   static __device__ __forceinline__ float divide(const Prepared& p, float x) { return apply(p, x); }
 };
 
+// Each of 8 values with its own scale, or all with one.
+template <class Op>
+__device__ __forceinline__ void apply(const typename Op::Prepared (&scales)[kUnit], float (&values)[kUnit]) {
+  bool divide = false;
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) divide |= scales[i].divide;
+  if (divide) {
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) values[i] = Op::divide(scales[i], values[i]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) values[i] = Op::apply(scales[i], values[i]);
+}
+
 template <class Op>
 __device__ __forceinline__ void apply(const typename Op::Prepared& scale, float (&values)[kUnit]) {
   if (scale.divide) {
@@ -50,13 +74,6 @@ __device__ __forceinline__ void apply(const typename Op::Prepared& scale, float 
   }
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) values[i] = Op::apply(scale, values[i]);
-}
-
-template <class Op>
-__device__ __forceinline__ void apply(const typename Op::Prepared (&scales)[kUnit], float (&values)[kUnit]) {
-#pragma unroll
-  for (int i = 0; i < kUnit; ++i)
-    values[i] = scales[i].divide ? Op::divide(scales[i], values[i]) : Op::apply(scales[i], values[i]);
 }
 
 }  // namespace fp8kv::device

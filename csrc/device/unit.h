@@ -17,14 +17,15 @@ struct Unit {
   std::uint32_t words[kWords];
 };
 
+// The loads are volatile so that they stay where the code has them: early, with the wait at the first use.
 __device__ __forceinline__ void load16(std::uint32_t* words, const void* p) {
-  asm("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
       : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
       : "l"(p));
 }
 
 __device__ __forceinline__ void load8(std::uint32_t* words, const void* p) {
-  asm("ld.global.nc.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(p));
+  asm volatile("ld.global.nc.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(p));
 }
 
 // kWords words from an address aligned to min(16, bytes).

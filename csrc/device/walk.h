@@ -39,12 +39,16 @@ struct Walk {
     return walk;
   }
 
-  // Where item `index` of the outer dimensions begins. kOuter: their number where it is 0 or 1, or -1 for any.
+  // Where item `index` of the outer dimensions begins. kOuter: their number up to 2, or -1 for any.
   template <int kOuter>
   __device__ __forceinline__ Offsets at(std::uint32_t index) const {
     Offsets offsets;
     if constexpr (kOuter == 1) {
       add(offsets, dims[0], index);
+    } else if constexpr (kOuter == 2) {
+      const std::uint32_t outer = dims[1].size.divide(index);
+      add(offsets, dims[0], outer);
+      add(offsets, dims[1], index);
     } else if constexpr (kOuter < 0) {
       for (int d = ndim - 1; d > 0; --d) {
         const std::uint32_t outer = dims[d].size.quotient(index);

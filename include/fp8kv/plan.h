@@ -39,12 +39,19 @@ FP8KV_API MapPlan plan_map(const Layout& layout, const TensorView& input, const 
 // How an operation with scales of its own finds the largest magnitude of each group.
 enum class AmaxPath : std::uint8_t {
   Groups,     // every run is a group: it stays in the registers of a few threads between the two passes
+  Cluster,    // one group of one run that fits the registers of one thread block cluster
   Whole,      // one group of one run: a cooperative kernel keeps what it can on the chip between the two passes
   TwoPasses,  // anything: atomic maxima into the scales, then the elementwise kernel
 };
 
 constexpr const char* name(AmaxPath path) {
-  return path == AmaxPath::Groups ? "groups" : path == AmaxPath::Whole ? "whole" : "two passes";
+  switch (path) {
+    case AmaxPath::Groups: return "groups";
+    case AmaxPath::Cluster: return "cluster";
+    case AmaxPath::Whole: return "whole";
+    case AmaxPath::TwoPasses: break;
+  }
+  return "two passes";
 }
 
 struct DynamicPlan {
@@ -52,12 +59,14 @@ struct DynamicPlan {
   bool aligned = false;
   int threads = 256;            // per block
   int threads_per_group = 256;  // Groups: a power of two
-  int units_per_thread = 1;     // Groups: kept in registers; 0: the run is read twice
+  int units_per_thread = 1;     // Groups, Cluster: kept in registers; 0: the run is read twice
   std::int64_t units_per_run = 1;
   std::int64_t blocks = 0;
 };
 
-FP8KV_API DynamicPlan plan_dynamic(const Layout& layout, const TensorView& input, const TensorView& result, int multiprocessors);
+// `max_cluster`: thread blocks of 1024 threads in the largest cluster of the device, 0 where it has none.
+FP8KV_API DynamicPlan plan_dynamic(const Layout& layout, const TensorView& input, const TensorView& result, int multiprocessors,
+                                   int max_cluster);
 
 // Kernels count units and elements of one launch in 32 bits; larger problems are launched in pieces.
 inline constexpr std::int64_t kMaxPiece = std::int64_t{1} << 31;

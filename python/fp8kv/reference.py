@@ -98,7 +98,7 @@ class _Grid:
         for dim, (size, block, count) in enumerate(
             zip(self.view_shape, self.blocks, self.counts, strict=True)
         ):
-            if count != 1 and block != 1:
+            if count != 1:
                 values = values.repeat_interleave(block, dim).narrow(dim, 0, size)
         return values.expand(self.view_shape).reshape(self.shape)
 
@@ -243,6 +243,8 @@ def scaled_fp8_dequant(
 def group_amax(amax: Tensor, input: Tensor, group_shape: Sequence[int]) -> None:
     """See `fp8kv.group_amax`. The maximum is that of the fp32 bit patterns as signed integers.
 
+    Nothing changes for an empty input.
+
     Example:
         >>> import torch
         >>> from fp8kv import reference
@@ -254,6 +256,8 @@ def group_amax(amax: Tensor, input: Tensor, group_shape: Sequence[int]) -> None:
     op = "group_amax"
     _check(op, input=input, result=None, scale=amax, quantizes=True)
     grid = _grid(op, "amax", amax, input, group_shape)
+    if input.numel() == 0:
+        return
     seen = grid.amax(input).reshape(amax.shape)
     bits = amax.view(torch.int32)
     bits.copy_(torch.maximum(bits, seen.view(torch.int32)))

@@ -405,7 +405,7 @@ INSTANTIATE_TEST_SUITE_P(
                     AcceptedScale{"per_head", {4, 32}, {2}, GroupShape{-1, 16}},
                     AcceptedScale{"per_head_row", {4, 32}, {1, 2}, GroupShape{-1, 16}},
                     AcceptedScale{"per_head_ragged", {4, 40}, {3}, GroupShape{-1, 16}},
-                    AcceptedScale{"per_head_4d", {2, 3, 4, 32}, {1, 4, 1, 1}, {}},
+                    AcceptedScale{"per_head_4d", {2, 3, 4, 32}, {1, 1, 4, 1}, {}},
                     AcceptedScale{"per_head_blocks", {4, 6, 8}, {1, 6, 1}, {}},
                     AcceptedScale{"per_head_pairs", {4, 6, 8}, {1, 3, 1}, {}},
                     AcceptedScale{"blocks_3d", {4, 6, 8}, {2, 3, 4}, {}},
@@ -513,7 +513,7 @@ TEST(QuantizeLayout, StridedDimensionsThatGroupsDivideNeedNoFlatRows) {
   EXPECT_EQ(layout_text(p), "3:64,32,2 4:8,8,1/2 8:1,1,0");
   p = quantize_problem({3, 4, 8}, {2}, GroupShape{8, -1});
   p.input = input({3, 4, 8}, {64, 8, 1});
-  EXPECT_EQ(layout_text(p), "3:64,32,1/2 4:8,8,0 8:1,1,0");
+  EXPECT_EQ(layout_text(p), "3:64,32,1/2 32:1,1,0");
 }
 
 TEST(QuantizeLayout, ScaleStridesAreUsed) {
@@ -551,6 +551,7 @@ TEST(QuantizeLayout, HugeSizesDoNotOverflow) {
   const std::int64_t rows = std::int64_t{1} << 33;
   StaticQuantize p = quantize_problem({rows, 128}, {1});
   p.input.data = reinterpret_cast<void*>(std::uintptr_t{1} << 44);
+  p.scale.data = reinterpret_cast<void*>(std::uintptr_t{1} << 46);
   EXPECT_EQ(layout_text(p), std::to_string(rows * 128) + ":1,1,0");
 }
 

@@ -100,13 +100,13 @@ def test_it_is_a_running_maximum(device: torch.device, granularity: str) -> None
 
 @pytest.mark.parametrize(
     "bits",
-    [0x00000000, 0x80000000, 0x00000001, 0x3F800000, 0xBF800000, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000,
-     0x7F800001, 0xFFC00000],
+    [0x00000000, 0x80000000, 0x00000001, 0x3F800000, 0xBF800000, 0x7F7FFFFF, 0x7F800000, 0xFF800000,
+     0x7FC00000, 0x7F800001, 0xFFC00000],
     ids=hex,
 )  # fmt: skip
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_what_was_in_amax(device: torch.device, granularity: str, bits: int) -> None:
-    """Bit patterns compare as signed integers: whatever is negative gives way, infinity and a positive NaN stay."""
+    """Bit patterns compare as signed integers: what is negative gives way, infinity and positive NaN stay."""
     group, amax_shape = GRANULARITIES[granularity]
     shape = amax_shape(6, 40)
     before = from_bits([bits] * math.prod(shape)).reshape(shape)
@@ -163,6 +163,7 @@ def test_more_and_fewer_dimensions(
 ) -> None:
     for real in REAL.values():
         check(device, values(shape, real), torch.full(amax_shape, 0.125), group)
+        check(device, values(shape, real), torch.full(amax_shape, -1.0), group)
     for layout in ("transposed", "columns", "rows", "inside") if 0 not in shape else ():
         check(device, values(shape, torch.bfloat16), torch.zeros(amax_shape), group, (layout, "contiguous"))
 

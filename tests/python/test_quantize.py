@@ -124,7 +124,7 @@ def test_every_16_bit_value_with_trap_scales_per_channel(
 
 
 def boundary_inputs(scales: Tensor, fp8: torch.dtype) -> Tensor:
-    """For each scale a row of fp32 inputs whose quotients lie on the rounding boundaries of FP8 or just beside."""
+    """For each scale a row of fp32 inputs whose quotients lie on the rounding boundaries or just beside."""
     boundaries = fp8_boundaries(fp8)[1:]
     near = neighbours(scales[:, None] * boundaries, 2).reshape(len(scales), -1)
     return torch.cat([near, -near], dim=1)
@@ -238,7 +238,9 @@ def test_expanded_input(device: torch.device, expanded: tuple[int, ...]) -> None
 
 
 @pytest.mark.parametrize(
-    ("group", "scale_shape"), [((1, -1), (12, 1)), ((-1, 1), (1, 40)), ((3, 8), (4, 5))], ids=["token", "channel", "block"]
+    ("group", "scale_shape"),
+    [((1, -1), (12, 1)), ((-1, 1), (1, 40)), ((3, 8), (4, 5))],
+    ids=["token", "channel", "block"],
 )  # fmt: skip
 def test_expanded_scale(device: torch.device, group: tuple[int, int], scale_shape: tuple[int, int]) -> None:
     x = values((12, 40), torch.bfloat16)
@@ -328,7 +330,8 @@ def test_ragged_blocks(device: torch.device, group: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("shape", "group", "scale_shape"),
     [
-        ((0,), None, ()), ((0, 5), None, (1,)), ((5, 0), None, ()), ((0, 5), (1, -1), (0,)), ((0, 5), (1, -1), (0, 1)),
+        ((0,), None, ()), ((0, 5), None, (1,)), ((5, 0), None, ()), ((0, 5), (1, -1), (0,)),
+        ((0, 5), (1, -1), (0, 1)),
         ((5, 0), (1, -1), (5,)), ((5, 0), (-1, 1), (0,)), ((0, 5), (-1, 1), (5,)), ((0, 5), (2, 2), (0, 3)),
         ((2, 0, 4), None, (1, 0, 1)), ((0, 4, 4), None, (1, 4, 1)), ((0, 0), (1, 1), (0, 0)),
     ],
@@ -386,7 +389,7 @@ def test_more_than_2_to_the_31_elements(cuda: torch.device, group: tuple[int, in
 
 
 def test_more_than_2_to_the_31_elements_between_rows(device: torch.device) -> None:
-    """Strides beyond 32 bits. What lies between the rows is never touched, so on the CPU it takes no memory."""
+    """Strides beyond 32 bits. What lies between the rows is never touched and takes no memory on the CPU."""
     if device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < 24 * 10**9:
         pytest.skip("needs 24 GB of GPU memory")
     stride = (1 << 31) + 24

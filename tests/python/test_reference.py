@@ -70,7 +70,7 @@ LADDERS = {
 
 
 def nearest_byte(x: float, dtype: torch.dtype) -> int:
-    """Round to nearest, ties to even, saturating: by search in the list of all values, in exact arithmetic."""
+    """Round to nearest, ties to even, saturating: by search in the list of all values, exactly."""
     if math.isnan(x):
         return 0x7F
     sign = 0x80 if math.copysign(1.0, x) < 0 else 0

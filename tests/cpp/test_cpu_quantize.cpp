@@ -1,0 +1,806 @@
+// The CPU backend, one instruction set after the other, against the scalar rules of fp8.h applied element by element. Groups are
+// found here from their definition (docs/numerics.md), not from a Layout.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "fp8kv/fp8.h"
+#include "fp8kv/quantize.h"
+#include "fp8kv/runtime.h"
+#include "support.h"
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+namespace fp8kv {
+namespace {
+
+using testing_support::error_of;
+using Sizes = std::vector<std::int64_t>;
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr DType kReals[] = {DType::Float32, DType::Float16, DType::BFloat16};
+constexpr DType kFp8s[] = {DType::E4M3, DType::E5M2};
+
+float float_of(std::uint32_t bits) { return std::bit_cast<float>(bits); }
+
+// --- Tensors -----------------------------------------------------------------------------------------------------------------------
+
+std::int64_t product(const Sizes& sizes) {
+  std::int64_t count = 1;
+  for (std::int64_t size : sizes) count *= size;
+  return count;
+}
+
+enum class Memory { Contiguous, Padded, Sparse, Reversed };
+
+// A tensor with storage of its own. Gaps hold a pattern, so that a write beside the elements shows.
+class Tensor {
+ public:
+  // `skip`: elements before the first, so that bases are not aligned to vectors.
+  Tensor(DType dtype, const Sizes& sizes, Memory memory = Memory::Contiguous, std::int64_t skip = 0)
+      : dtype_(dtype), sizes_(sizes), strides_(sizes.size(), 1), skip_(skip) {
+    const int ndim = static_cast<int>(sizes.size());
+    std::int64_t stride = memory == Memory::Sparse ? 2 : 1;
+    for (int i = 0; i < ndim; ++i) {
+      const int d = memory == Memory::Reversed ? i : ndim - 1 - i;
+      strides_[d] = stride;
+      stride *= std::max<std::int64_t>(1, sizes[d]);
+      if (memory == Memory::Padded) stride += 3;
+    }
+    storage_.assign((skip + stride + 8) * size_of(dtype), 0xA5);
+  }
+
+  DType dtype() const { return dtype_; }
+  const Sizes& sizes() const { return sizes_; }
+  std::int64_t numel() const { return product(sizes_); }
+  const std::vector<unsigned char>& storage() const { return storage_; }
+
+  // Element number `index` in row-major order.
+  unsigned char* at(std::int64_t index) {
+    std::int64_t offset = skip_;
+    for (int d = static_cast<int>(sizes_.size()) - 1; d >= 0; --d) {
+      offset += index % sizes_[d] * strides_[d];
+      index /= sizes_[d];
+    }
+    return storage_.data() + offset * size_of(dtype_);
+  }
+
+  template <class T>
+  T get(std::int64_t index) {
+    T value;
+    std::memcpy(&value, at(index), sizeof value);
+    return value;
+  }
+
+  template <class T>
+  void set(std::int64_t index, T value) {
+    std::memcpy(at(index), &value, sizeof value);
+  }
+
+  float get_real(std::int64_t index) {
+    switch (dtype_) {
+      case DType::Float32: return get<float>(index);
+      case DType::Float16: return decode(get<Half>(index));
+      case DType::BFloat16: return decode(get<BFloat16>(index));
+      case DType::E4M3: return decode(get<E4M3>(index));
+      default: return decode(get<E5M2>(index));
+    }
+  }
+
+  void set_real(std::int64_t index, float value) {
+    switch (dtype_) {
+      case DType::Float32: return set(index, from_float<float>(value));
+      case DType::Float16: return set(index, from_float<Half>(value));
+      default: return set(index, from_float<BFloat16>(value));
+    }
+  }
+
+  TensorView view() {
+    TensorView v{.data = storage_.data() + skip_ * size_of(dtype_), .dtype = dtype_, .ndim = static_cast<int>(sizes_.size())};
+    std::copy(sizes_.begin(), sizes_.end(), v.sizes);
+    std::copy(strides_.begin(), strides_.end(), v.strides);
+    return v;
+  }
+
+ private:
+  DType dtype_;
+  Sizes sizes_, strides_;
+  std::int64_t skip_;
+  std::vector<unsigned char> storage_;
+};
+
+// Moderate values, and every now and then any bit pattern at all.
+void fill(Tensor& t, unsigned seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal(0.0f, 20.0f);
+  for (std::int64_t i = 0; i < t.numel(); ++i) {
+    const std::uint32_t bits = random();
+    if (is_real(t.dtype()) && bits % 8 != 0) {
+      t.set_real(i, normal(random));
+    } else {
+      const std::uint32_t any = random();
+      std::memcpy(t.at(i), &any, size_of(t.dtype()));
+    }
+  }
+}
+
+void fill_scales(Tensor& t, unsigned seed) {
+  constexpr float kSpecial[] = {0.0f, -0.0f, -1.5f, kInf, -kInf, kNaN, 0x1p-149f, 0x1p-127f, 0x1p-126f, 0x1p96f, 0x1p100f, 0x1p127f};
+  std::mt19937 random(seed);
+  for (std::int64_t i = 0; i < t.numel(); ++i) {
+    const std::uint32_t bits = random();
+    float scale = float_of(0x3c000000u + (bits >> 9) * 2);  // a few binades around 0.1
+    if (bits % 8 == 0) scale = kSpecial[bits / 8 % std::size(kSpecial)];
+    if (bits % 8 == 1) scale = float_of((std::bit_cast<std::uint32_t>(scale) | 0xfffffu) - bits / 8 % 8);  // trap significands
+    t.set(i, scale);
+  }
+}
+
+// --- The reference -------------------------------------------------------------------------------------------------------------
+
+struct Grouping {
+  Sizes input;
+  Sizes scale;
+  std::optional<GroupShape> group_shape;
+
+  // The number, in row-major order of the scale, of the group of element `i` in row-major order of the input.
+  std::int64_t group(std::int64_t i) const {
+    if (group_shape) {
+      const std::int64_t columns = input.empty() ? 1 : input.back();
+      const std::int64_t rows = group_shape->rows == -1 ? product(input) : group_shape->rows;
+      const std::int64_t cols = group_shape->cols == -1 ? columns : group_shape->cols;
+      return i / columns / rows * ((columns + cols - 1) / cols) + i % columns / cols;
+    }
+    if (product(scale) == 1) return 0;
+    std::int64_t index = 0, stride = 1;
+    for (int d = static_cast<int>(input.size()) - 1; d >= 0; --d) {
+      index += i % input[d] / (input[d] / scale[d]) * stride;
+      stride *= scale[d];
+      i /= input[d];
+    }
+    return index;
+  }
+};
+
+void reference_quantize(Tensor& result, Tensor& input, Tensor& scale, const Grouping& grouping) {
+  for (std::int64_t i = 0; i < input.numel(); ++i) {
+    const float x = input.get_real(i), s = scale.get<float>(grouping.group(i));
+    if (result.dtype() == DType::E4M3) {
+      result.set(i, quantize<E4M3>(x, s));
+    } else {
+      result.set(i, quantize<E5M2>(x, s));
+    }
+  }
+}
+
+void reference_dequantize(Tensor& result, Tensor& input, Tensor& scale, const Grouping& grouping) {
+  for (std::int64_t i = 0; i < input.numel(); ++i)
+    result.set_real(i, input.get_real(i) * scale.get<float>(grouping.group(i)));
+}
+
+void reference_amax(Tensor& amax, Tensor& input, const Grouping& grouping) {
+  for (std::int64_t i = 0; i < input.numel(); ++i) {
+    const float x = input.get_real(i);
+    const auto bits = is_finite(x) ? std::bit_cast<std::int32_t>(x) & 0x7fffffff : 0;
+    const std::int64_t group = grouping.group(i);
+    amax.set(group, std::max(amax.get<std::int32_t>(group), bits));
+  }
+}
+
+void reference_dynamic_scales(Tensor& scale, Tensor& input, const Grouping& grouping, DType fp8, float upper_bound) {
+  for (std::int64_t g = 0; g < scale.numel(); ++g) scale.set(g, 0.0f);
+  reference_amax(scale, input, grouping);
+  for (std::int64_t g = 0; g < scale.numel(); ++g) {
+    const float amax = scale.get<float>(g);
+    scale.set(g, fp8 == DType::E4M3 ? dynamic_scale<E4M3>(amax, upper_bound) : dynamic_scale<E5M2>(amax, upper_bound));
+  }
+}
+
+// The first difference, in words; "" when there is none. Gaps count.
+std::string difference(const Tensor& found, const Tensor& expected) {
+  const auto& a = found.storage();
+  const auto& b = expected.storage();
+  const auto [at, other] = std::mismatch(a.begin(), a.end(), b.begin());
+  if (at == a.end()) return "";
+  return "byte " + std::to_string(at - a.begin()) + " is " + std::to_string(*at) + ", expected " + std::to_string(*other);
+}
+
+// --- Every instruction set ---------------------------------------------------------------------------------------------------
+
+template <class Base>
+class Forced : public Base {
+ protected:
+  void SetUp() override { before_ = cpu::active(); }
+  void TearDown() override { cpu::force(before_); }
+
+ private:
+  cpu::Isa before_;
+};
+
+class CpuIsa : public Forced<testing::TestWithParam<cpu::Isa>> {
+ protected:
+  void SetUp() override {
+    Forced::SetUp();
+    cpu::force(GetParam());
+  }
+};
+
+std::string isa_name(const testing::TestParamInfo<cpu::Isa>& info) { return cpu::name(info.param); }
+
+INSTANTIATE_TEST_SUITE_P(, CpuIsa, testing::ValuesIn(cpu::available()), isa_name);
+
+// --- Layouts -----------------------------------------------------------------------------------------------------------------------
+
+struct Case {
+  const char* name;
+  Sizes sizes;
+  Sizes scale;
+  std::optional<GroupShape> group_shape{};
+  Memory input = Memory::Contiguous;
+  Memory result = Memory::Contiguous;
+  Memory scales = Memory::Contiguous;
+};
+
+void PrintTo(const Case& c, std::ostream* os) { *os << c.name; }
+
+const std::vector<Case>& cases() {
+  static const std::vector<Case> all = {
+      {.name = "scalar", .sizes = {}, .scale = {}},
+      {.name = "one", .sizes = {1}, .scale = {1}},
+      {.name = "vector_7", .sizes = {7}, .scale = {1}},
+      {.name = "vector_63", .sizes = {63}, .scale = {1}},
+      {.name = "vector_65", .sizes = {65}, .scale = {1}},
+      {.name = "vector_1000", .sizes = {1000}, .scale = {}},
+      {.name = "per_tensor_3d", .sizes = {3, 5, 37}, .scale = {1}},
+      {.name = "per_tensor_long", .sizes = {3, 70001}, .scale = {1}},
+      {.name = "per_tensor_padded", .sizes = {9, 45}, .scale = {1}, .input = Memory::Padded, .result = Memory::Padded},
+      {.name = "per_tensor_sparse_input", .sizes = {9, 1045}, .scale = {1}, .input = Memory::Sparse},
+      {.name = "per_tensor_sparse_result", .sizes = {9, 1045}, .scale = {1}, .result = Memory::Sparse},
+      {.name = "per_tensor_transposed", .sizes = {33, 45}, .scale = {1}, .input = Memory::Reversed},
+      {.name = "per_tensor_transposed_both",
+       .sizes = {33, 45},
+       .scale = {1},
+       .input = Memory::Reversed,
+       .result = Memory::Reversed},
+      {.name = "per_token", .sizes = {13, 101}, .scale = {13}, .group_shape = GroupShape{1, -1}},
+      {.name = "per_token_column_of_scales", .sizes = {13, 96}, .scale = {13, 1}, .group_shape = GroupShape{1, -1}},
+      {.name = "per_token_3d", .sizes = {3, 4, 64}, .scale = {3, 4, 1}, .group_shape = GroupShape{1, -1}},
+      {.name = "per_token_short", .sizes = {300, 3}, .scale = {300}, .group_shape = GroupShape{1, -1}},
+      {.name = "per_token_strided_scales",
+       .sizes = {13, 64},
+       .scale = {13},
+       .group_shape = GroupShape{1, -1},
+       .input = Memory::Padded,
+       .scales = Memory::Sparse},
+      {.name = "per_token_transposed",
+       .sizes = {40, 30},
+       .scale = {40},
+       .group_shape = GroupShape{1, -1},
+       .input = Memory::Reversed,
+       .result = Memory::Reversed},
+      {.name = "per_token_long", .sizes = {2, 66000}, .scale = {2}, .group_shape = GroupShape{1, -1}},
+      {.name = "per_token_beyond_the_cache", .sizes = {2, 140000}, .scale = {2}, .group_shape = GroupShape{1, -1}},
+      {.name = "per_channel", .sizes = {17, 101}, .scale = {101}, .group_shape = GroupShape{-1, 1}},
+      {.name = "per_channel_3d", .sizes = {3, 4, 160}, .scale = {1, 160}, .group_shape = GroupShape{-1, 1}},
+      {.name = "per_channel_wide", .sizes = {3, 5003}, .scale = {5003}, .group_shape = GroupShape{-1, 1}},
+      {.name = "per_channel_narrow", .sizes = {700, 5}, .scale = {5}, .group_shape = GroupShape{-1, 1}},
+      {.name = "per_channel_strided_scales",
+       .sizes = {17, 801},
+       .scale = {801},
+       .group_shape = GroupShape{-1, 1},
+       .scales = Memory::Sparse},
+      {.name = "per_channel_sparse",
+       .sizes = {5, 1301},
+       .scale = {1301},
+       .group_shape = GroupShape{-1, 1},
+       .input = Memory::Sparse,
+       .result = Memory::Sparse},
+      {.name = "per_channel_transposed",
+       .sizes = {40, 30},
+       .scale = {30},
+       .group_shape = GroupShape{-1, 1},
+       .input = Memory::Reversed,
+       .result = Memory::Reversed},
+      {.name = "per_head", .sizes = {11, 4 * 64}, .scale = {4}, .group_shape = GroupShape{-1, 64}},
+      {.name = "per_head_odd", .sizes = {11, 4 * 36}, .scale = {1, 4}, .group_shape = GroupShape{-1, 36}},
+      {.name = "per_head_ragged", .sizes = {11, 100}, .scale = {4}, .group_shape = GroupShape{-1, 32}},
+      {.name = "per_head_blocks", .sizes = {7, 3, 80}, .scale = {1, 3, 1}},
+      {.name = "per_head_padded",
+       .sizes = {7, 3, 80},
+       .scale = {1, 3, 1},
+       .input = Memory::Padded,
+       .result = Memory::Padded,
+       .scales = Memory::Sparse},
+      {.name = "per_head_transposed", .sizes = {7, 3, 80}, .scale = {1, 3, 1}, .result = Memory::Reversed},
+      {.name = "blocks_1x128", .sizes = {5, 384}, .scale = {5, 3}, .group_shape = GroupShape{1, 128}},
+      {.name = "blocks_1x128_ragged", .sizes = {5, 300}, .scale = {5, 3}, .group_shape = GroupShape{1, 128}},
+      {.name = "blocks_1x3", .sizes = {5, 100}, .scale = {5, 34}, .group_shape = GroupShape{1, 3}},
+      {.name = "blocks_1x1", .sizes = {5, 33}, .scale = {5, 33}, .group_shape = GroupShape{1, 1}},
+      {.name = "blocks_32x32", .sizes = {64, 96}, .scale = {2, 3}, .group_shape = GroupShape{32, 32}},
+      {.name = "blocks_32x32_ragged", .sizes = {70, 100}, .scale = {3, 4}, .group_shape = GroupShape{32, 32}},
+      {.name = "blocks_3x5_ragged", .sizes = {10, 23}, .scale = {4, 5}, .group_shape = GroupShape{3, 5}},
+      {.name = "blocks_3x5_sparse",
+       .sizes = {10, 23},
+       .scale = {4, 5},
+       .group_shape = GroupShape{3, 5},
+       .input = Memory::Sparse,
+       .result = Memory::Padded,
+       .scales = Memory::Sparse},
+      {.name = "blocks_20_wide_sparse",
+       .sizes = {10, 70},
+       .scale = {10, 4},
+       .group_shape = GroupShape{1, 20},
+       .input = Memory::Sparse,
+       .result = Memory::Sparse},
+      {.name = "blocks_of_rows", .sizes = {10, 70}, .scale = {4}, .group_shape = GroupShape{3, -1}},
+      {.name = "blocks_of_rows_across_dims", .sizes = {4, 5, 33}, .scale = {7}, .group_shape = GroupShape{3, -1}},
+      {.name = "blocks_of_rows_across_strided_dims",
+       .sizes = {4, 5, 33},
+       .scale = {7},
+       .group_shape = GroupShape{3, -1},
+       .input = Memory::Padded},
+      {.name = "blocks_across_strided_dims",
+       .sizes = {4, 5, 33},
+       .scale = {7, 5},
+       .group_shape = GroupShape{3, 8},
+       .input = Memory::Padded,
+       .result = Memory::Sparse},
+      {.name = "blocks_across_strided_dims_of_one_column",
+       .sizes = {4, 5, 1},
+       .scale = {7},
+       .group_shape = GroupShape{3, -1},
+       .input = Memory::Padded},
+      {.name = "blocks_4d", .sizes = {4, 6, 10, 8}, .scale = {2, 3, 5, 2}},
+      {.name = "blocks_4d_reversed", .sizes = {4, 6, 10, 8}, .scale = {2, 3, 5, 2}, .result = Memory::Reversed},
+      {.name = "eight_dimensions", .sizes = {2, 1, 3, 2, 1, 2, 3, 5}, .scale = {2, 1, 1, 2, 1, 1, 3, 1}, .input = Memory::Padded},
+      {.name = "no_rows", .sizes = {0, 16}, .scale = {1}},
+      {.name = "no_rows_per_token", .sizes = {0, 16}, .scale = {0}, .group_shape = GroupShape{1, -1}},
+      {.name = "no_rows_per_channel", .sizes = {0, 16}, .scale = {16}, .group_shape = GroupShape{-1, 1}},
+      {.name = "no_columns_per_token", .sizes = {5, 0}, .scale = {5}, .group_shape = GroupShape{1, -1}, .scales = Memory::Sparse},
+  };
+  return all;
+}
+
+using CaseParam = std::tuple<cpu::Isa, Case>;
+
+class CpuQuantize : public Forced<testing::TestWithParam<CaseParam>> {
+ protected:
+  void SetUp() override {
+    Forced::SetUp();
+    cpu::force(std::get<0>(GetParam()));
+  }
+
+  const Case& layout() const { return std::get<1>(GetParam()); }
+  Grouping grouping() const { return {layout().sizes, layout().scale, layout().group_shape}; }
+};
+
+std::string case_name(const testing::TestParamInfo<CaseParam>& info) {
+  return std::string(cpu::name(std::get<0>(info.param))) + "_" + std::get<1>(info.param).name;
+}
+
+INSTANTIATE_TEST_SUITE_P(, CpuQuantize, testing::Combine(testing::ValuesIn(cpu::available()), testing::ValuesIn(cases())),
+                         case_name);
+
+// The op that finds amax always has a group shape.
+class CpuGroupAmax : public CpuQuantize {};
+
+std::vector<Case> cases_with_group_shape() {
+  std::vector<Case> some;
+  for (const Case& c : cases())
+    if (c.group_shape) some.push_back(c);
+  return some;
+}
+
+INSTANTIATE_TEST_SUITE_P(, CpuGroupAmax,
+                         testing::Combine(testing::ValuesIn(cpu::available()), testing::ValuesIn(cases_with_group_shape())),
+                         case_name);
+
+std::string pair_name(DType a, DType b) { return std::string(name(a)) + " to " + name(b); }
+
+TEST_P(CpuQuantize, Static) {
+  const Case& c = layout();
+  for (DType real : kReals) {
+    for (DType fp8 : kFp8s) {
+      SCOPED_TRACE(pair_name(real, fp8));
+      Tensor input(real, c.sizes, c.input, 3), result(fp8, c.sizes, c.result, 5), scale(DType::Float32, c.scale, c.scales, 1);
+      fill(input, 1);
+      fill_scales(scale, 2);
+      Tensor expected = result;
+      reference_quantize(expected, input, scale, grouping());
+      cpu::run(StaticQuantize{result.view(), input.view(), scale.view(), c.group_shape});
+      EXPECT_EQ(difference(result, expected), "");
+    }
+  }
+}
+
+TEST_P(CpuQuantize, Dequantize) {
+  const Case& c = layout();
+  for (DType real : kReals) {
+    for (DType fp8 : kFp8s) {
+      SCOPED_TRACE(pair_name(fp8, real));
+      Tensor input(fp8, c.sizes, c.input, 3), result(real, c.sizes, c.result, 5), scale(DType::Float32, c.scale, c.scales, 1);
+      fill(input, 3);
+      fill_scales(scale, 4);
+      Tensor expected = result;
+      reference_dequantize(expected, input, scale, grouping());
+      cpu::run(Dequantize{result.view(), input.view(), scale.view(), c.group_shape});
+      EXPECT_EQ(difference(result, expected), "");
+    }
+  }
+}
+
+TEST_P(CpuQuantize, Dynamic) {
+  const Case& c = layout();
+  for (DType real : kReals) {
+    for (DType fp8 : kFp8s) {
+      SCOPED_TRACE(pair_name(real, fp8));
+      Tensor input(real, c.sizes, c.input, 3), result(fp8, c.sizes, c.result, 5), scale(DType::Float32, c.scale, c.scales, 1);
+      fill(input, 5);
+      Tensor expected = result, expected_scale = scale;
+      reference_dynamic_scales(expected_scale, input, grouping(), fp8, kInf);
+      reference_quantize(expected, input, expected_scale, grouping());
+      cpu::run(DynamicQuantize{.result = result.view(), .input = input.view(), .scale = scale.view(), .group_shape = c.group_shape});
+      EXPECT_EQ(difference(scale, expected_scale), "") << "scales";
+      EXPECT_EQ(difference(result, expected), "");
+    }
+  }
+}
+
+TEST_P(CpuGroupAmax, RaisesTheRunningMaximum) {
+  const Case& c = layout();
+  for (DType real : kReals) {
+    SCOPED_TRACE(name(real));
+    Tensor input(real, c.sizes, c.input, 3), amax(DType::Float32, c.scale, c.scales, 1);
+    fill(input, 6);
+    fill_scales(amax, 7);  // a running maximum may be anything
+    Tensor expected = amax;
+    reference_amax(expected, input, grouping());
+    cpu::run(GroupAmax{amax.view(), input.view(), *c.group_shape});
+    EXPECT_EQ(difference(amax, expected), "");
+  }
+}
+
+// --- Threads ---------------------------------------------------------------------------------------------------------------------
+
+// Small uneven pieces from the last to the first.
+void backwards(std::int64_t count, std::int64_t, const std::function<void(std::int64_t, std::int64_t)>& body) {
+  const std::int64_t step = count / 7 + 1;
+  for (std::int64_t begin = (count - 1) / step * step; begin >= 0; begin -= step) body(begin, std::min(count, begin + step));
+}
+
+void with_threads(std::int64_t count, std::int64_t, const std::function<void(std::int64_t, std::int64_t)>& body) {
+  std::vector<std::thread> threads;
+  const std::int64_t step = (count + 2) / 3;
+  for (std::int64_t begin = 0; begin < count; begin += step)
+    threads.emplace_back([&, begin] { body(begin, std::min(count, begin + step)); });
+  for (std::thread& thread : threads) thread.join();
+}
+
+struct Spread {
+  const char* name;
+  cpu::ParallelFor parallel_for;
+};
+
+using SpreadParam = std::tuple<cpu::Isa, Spread>;
+
+class CpuThreads : public Forced<testing::TestWithParam<SpreadParam>> {
+ protected:
+  void SetUp() override {
+    Forced::SetUp();
+    cpu::force(std::get<0>(GetParam()));
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(, CpuThreads,
+                         testing::Combine(testing::ValuesIn(cpu::available()),
+                                          testing::Values(Spread{"backwards", backwards}, Spread{"threads", with_threads})),
+                         [](const testing::TestParamInfo<SpreadParam>& info) {
+                           return std::string(cpu::name(std::get<0>(info.param))) + "_" + std::get<1>(info.param).name;
+                         });
+
+TEST_P(CpuThreads, PiecesGiveTheSameBytesAsTheWhole) {
+  const cpu::ParallelFor& spread = std::get<1>(GetParam()).parallel_for;
+  const Case kCases[] = {
+      {.name = "per tensor", .sizes = {301, 1001}, .scale = {1}, .group_shape = GroupShape{-1, -1}},
+      {.name = "per token", .sizes = {301, 1001}, .scale = {301}, .group_shape = GroupShape{1, -1}},
+      {.name = "per channel", .sizes = {301, 5001}, .scale = {5001}, .group_shape = GroupShape{-1, 1}},
+      {.name = "per head", .sizes = {501, 16 * 72}, .scale = {16}, .group_shape = GroupShape{-1, 72}},
+      {.name = "blocks", .sizes = {301, 1001}, .scale = {10, 8}, .group_shape = GroupShape{32, 128}},
+      {.name = "blocks across rows",
+       .sizes = {30, 11, 1001},
+       .scale = {66, 8},
+       .group_shape = GroupShape{5, 128},
+       .input = Memory::Padded},
+  };
+  for (const Case& c : kCases) {
+    SCOPED_TRACE(c.name);
+    const Grouping grouping{c.sizes, c.scale, c.group_shape};
+    Tensor input(DType::BFloat16, c.sizes, c.input), result(DType::E4M3, c.sizes), scale(DType::Float32, c.scale);
+    fill(input, 8);
+    Tensor expected = result, expected_scale = scale, back(DType::Float16, c.sizes);
+    reference_dynamic_scales(expected_scale, input, grouping, DType::E4M3, kInf);
+    reference_quantize(expected, input, expected_scale, grouping);
+    cpu::run(DynamicQuantize{.result = result.view(), .input = input.view(), .scale = scale.view(), .group_shape = c.group_shape},
+             spread);
+    EXPECT_EQ(difference(scale, expected_scale), "") << "dynamic scales";
+    EXPECT_EQ(difference(result, expected), "") << "dynamic";
+
+    Tensor again(DType::E4M3, c.sizes);
+    cpu::run(StaticQuantize{again.view(), input.view(), scale.view(), c.group_shape}, spread);
+    EXPECT_EQ(difference(again, expected), "") << "static";
+
+    Tensor expected_back = back;
+    reference_dequantize(expected_back, result, scale, grouping);
+    cpu::run(Dequantize{back.view(), result.view(), scale.view(), c.group_shape}, spread);
+    EXPECT_EQ(difference(back, expected_back), "") << "dequantize";
+
+    Tensor amax(DType::Float32, c.scale), expected_amax(DType::Float32, c.scale);
+    for (std::int64_t g = 0; g < amax.numel(); ++g) amax.set(g, 0.0f), expected_amax.set(g, 0.0f);
+    reference_amax(expected_amax, input, grouping);
+    cpu::run(GroupAmax{amax.view(), input.view(), *c.group_shape}, spread);
+    EXPECT_EQ(difference(amax, expected_amax), "") << "amax";
+  }
+}
+
+// --- Numbers -----------------------------------------------------------------------------------------------------------------------
+
+std::vector<float> hostile_scales() {
+  std::vector<float> scales = {1.0f,     0.013f,   3.0f,       float_of(0x3fffffffu), 0.0f,    -0.0f,   -0.7f,   kInf,
+                               -kInf,    kNaN,     0x1p-149f,  0x1.8p-140f,           0x1p-126f, 0x1p96f, 0x1.2p96f, 0x1p127f,
+                               1e-30f,   1e30f,    0x1p-100f,  448.0f,                1.0f / 448.0f, kMinScale<E4M3>, kMinScale<E5M2>};
+  scales.push_back(float_of(0x007fffffu));  // the largest subnormal
+  scales.push_back(float_of(0x6f7fffffu));  // just below 2^96
+  scales.push_back(std::numeric_limits<float>::max());
+  for (std::uint32_t multiple : {0x100000u, 0x300000u, 0x400000u, 0x700000u, 0x800000u})
+    for (std::uint32_t below = 0; below <= 6; ++below) {
+      scales.push_back(float_of(0x3c000000u + multiple - below));
+      scales.push_back(float_of(0x00800000u + multiple - below));
+    }
+  std::mt19937 random(11);
+  for (int i = 0; i < 40; ++i) scales.push_back(float_of(0x38000000u + (random() >> 5)));
+  return scales;
+}
+
+// All 65536 patterns of a 16-bit type, as many of fp32.
+Tensor every_pattern(DType real, unsigned seed) {
+  Tensor input(real, {65536});
+  std::mt19937 random(seed);
+  for (std::int64_t i = 0; i < 65536; ++i) {
+    if (real == DType::Float32) {
+      input.set(i, static_cast<std::uint32_t>(i << 16 | (random() & (i % 3 ? 0xffff : 0))));
+    } else {
+      input.set(i, static_cast<std::uint16_t>(i));
+    }
+  }
+  return input;
+}
+
+TEST_P(CpuIsa, QuantizesEveryPatternWithHostileScales) {
+  for (DType real : kReals) {
+    Tensor input = every_pattern(real, 12);
+    for (DType fp8 : kFp8s) {
+      for (float s : hostile_scales()) {
+        Tensor result(fp8, {65536}), scale(DType::Float32, {});
+        scale.set(0, s);
+        Tensor expected = result;
+        reference_quantize(expected, input, scale, {{65536}, {}, {}});
+        cpu::run(StaticQuantize{result.view(), input.view(), scale.view()});
+        ASSERT_EQ(difference(result, expected), "") << pair_name(real, fp8) << " with scale " << s;
+      }
+    }
+  }
+}
+
+TEST_P(CpuIsa, QuantizesEveryPatternWithHostileScalesPerColumn) {
+  const std::vector<float> scales = hostile_scales();
+  const auto columns = static_cast<std::int64_t>(scales.size());
+  for (DType real : kReals) {
+    Tensor patterns = every_pattern(real, 13);
+    Tensor input(real, {65536, columns}), scale(DType::Float32, {columns});
+    for (std::int64_t i = 0; i < 65536 * columns; ++i) std::memcpy(input.at(i), patterns.at(i / columns), size_of(real));
+    for (std::int64_t i = 0; i < columns; ++i) scale.set(i, scales[i]);
+    for (DType fp8 : kFp8s) {
+      Tensor result(fp8, {65536, columns});
+      Tensor expected = result;
+      reference_quantize(expected, input, scale, {{65536, columns}, {columns}, GroupShape{-1, 1}});
+      cpu::run(StaticQuantize{result.view(), input.view(), scale.view(), GroupShape{-1, 1}});
+      ASSERT_EQ(difference(result, expected), "") << pair_name(real, fp8);
+    }
+  }
+}
+
+// Quotients at and beside every boundary between two FP8 values, where a product with a reciprocal goes wrong.
+TEST_P(CpuIsa, QuantizesBoundariesOfManyScales) {
+  std::mt19937 random(14);
+  constexpr int kScales = 3000;
+  for (DType fp8 : kFp8s) {
+    const int mantissa_bits = fp8 == DType::E4M3 ? 3 : 2;
+    const int significands = 1 << (mantissa_bits + 1);  // values and midpoints of one binade
+    Tensor input(DType::Float32, {kScales, significands * 5}), scale(DType::Float32, {kScales});
+    for (std::int64_t i = 0; i < kScales; ++i) {
+      std::uint32_t bits = 0x3f800000u | (random() & 0x7fffffu);
+      if (i % 3 == 0) bits = (bits | 0xfffffu) - i / 3 % 16;  // around the significands that need the division
+      scale.set(i, float_of(bits));
+      for (int m = 0; m < significands; ++m) {
+        const float boundary = (1.0f + static_cast<float>(m) / significands) * float_of(bits);
+        for (int ulp = -2; ulp <= 2; ++ulp)
+          input.set(i * significands * 5 + m * 5 + ulp + 2, std::bit_cast<std::uint32_t>(boundary) + ulp);
+      }
+    }
+    Tensor result(fp8, input.sizes());
+    Tensor expected = result;
+    const Grouping grouping{input.sizes(), {kScales}, GroupShape{1, -1}};
+    reference_quantize(expected, input, scale, grouping);
+    cpu::run(StaticQuantize{result.view(), input.view(), scale.view(), grouping.group_shape});
+    EXPECT_EQ(difference(result, expected), "") << name(fp8);
+  }
+}
+
+TEST_P(CpuIsa, DequantizesEveryByteWithHostileScales) {
+  for (DType fp8 : kFp8s) {
+    Tensor input(fp8, {256});
+    for (std::int64_t i = 0; i < 256; ++i) input.set(i, static_cast<std::uint8_t>(i));
+    std::vector<float> scales = hostile_scales();
+    std::mt19937 random(15);
+    for (int i = 0; i < 2000; ++i) scales.push_back(float_of(random()));
+    for (DType real : kReals) {
+      for (float s : scales) {
+        Tensor result(real, {256}), scale(DType::Float32, {1});
+        scale.set(0, s);
+        Tensor expected = result;
+        reference_dequantize(expected, input, scale, {{256}, {1}, {}});
+        cpu::run(Dequantize{result.view(), input.view(), scale.view()});
+        ASSERT_EQ(difference(result, expected), "") << pair_name(fp8, real) << " with scale " << s;
+      }
+    }
+  }
+}
+
+TEST_P(CpuIsa, DynamicScaleClipsToItsUpperBound) {
+  for (float bound : {1.0f, 100.0f, 0.0f, -3.0f, kInf, kNaN}) {
+    Tensor input(DType::BFloat16, {6, 64}), result(DType::E4M3, {6, 64}), scale(DType::Float32, {6}), ub(DType::Float32, {});
+    fill(input, 16);
+    ub.set(0, bound);
+    const Grouping grouping{{6, 64}, {6}, GroupShape{1, -1}};
+    Tensor expected = result, expected_scale = scale;
+    reference_dynamic_scales(expected_scale, input, grouping, DType::E4M3, bound);
+    reference_quantize(expected, input, expected_scale, grouping);
+    cpu::run(DynamicQuantize{.result = result.view(),
+                             .input = input.view(),
+                             .scale = scale.view(),
+                             .scale_ub = ub.view(),
+                             .group_shape = grouping.group_shape});
+    EXPECT_EQ(difference(scale, expected_scale), "") << bound;
+    EXPECT_EQ(difference(result, expected), "") << bound;
+  }
+}
+
+TEST_P(CpuIsa, GroupsWithoutFiniteElementsGetTheSmallestScale) {
+  for (float value : {0.0f, kNaN, kInf, -kInf}) {
+    Tensor input(DType::Float32, {3, 40}), result(DType::E5M2, {3, 40}), scale(DType::Float32, {3});
+    for (std::int64_t i = 0; i < 120; ++i) input.set(i, value);
+    cpu::run(DynamicQuantize{
+        .result = result.view(), .input = input.view(), .scale = scale.view(), .group_shape = GroupShape{1, -1}});
+    for (std::int64_t g = 0; g < 3; ++g) EXPECT_EQ(scale.get<float>(g), kMinScale<E5M2>) << value;
+    const std::uint8_t expected = value != value ? 0x7F : value == 0.0f ? 0x00 : value > 0 ? 0x7B : 0xFB;
+    for (std::int64_t i = 0; i < 120; ++i) ASSERT_EQ(result.get<std::uint8_t>(i), expected) << value;
+  }
+}
+
+TEST_P(CpuIsa, AmaxKeepsItsRunningMaximum) {
+  Tensor input(DType::Float32, {4, 8}), amax(DType::Float32, {4});
+  for (std::int64_t i = 0; i < 32; ++i) input.set(i, i % 8 == 3 ? -static_cast<float>(i) : 0.5f);
+  const float before[] = {0.0f, 100.0f, kNaN, kInf};
+  for (int g = 0; g < 4; ++g) amax.set(g, before[g]);
+  cpu::run(GroupAmax{amax.view(), input.view(), GroupShape{1, -1}});
+  EXPECT_EQ(amax.get<float>(0), 3.0f);
+  EXPECT_EQ(amax.get<float>(1), 100.0f);
+  EXPECT_TRUE(is_nan(amax.get<float>(2)));
+  EXPECT_EQ(amax.get<float>(3), kInf);
+}
+
+// --- The floating-point environment --------------------------------------------------------------------------------------------
+
+#if defined(__x86_64__)
+class Mxcsr {
+ public:
+  explicit Mxcsr(unsigned bits) : before_(_mm_getcsr()) { _mm_setcsr(before_ | bits); }
+  ~Mxcsr() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+};
+
+TEST_P(CpuIsa, IgnoresFlushToZeroAndRoundingOfTheThread) {
+  constexpr unsigned kFlushToZero = 0x8000, kDenormalsAreZero = 0x0040, kTowardsZero = 0x6000;
+  const Grouping grouping{{64, 64}, {64}, GroupShape{1, -1}};
+  Tensor input(DType::Float32, {64, 64}), scale(DType::Float32, {64});
+  std::mt19937 random(17);
+  for (std::int64_t i = 0; i < input.numel(); ++i) input.set(i, random() & 0x80ffffffu);  // subnormals and their neighbours
+  for (std::int64_t i = 0; i < 64; ++i) scale.set(i, float_of(i % 2 ? 0x00012345u : 0x01000001u));
+  for (DType fp8 : kFp8s) {
+    Tensor result(fp8, {64, 64}), dynamic(fp8, {64, 64}), found(DType::Float32, {64}), back(DType::Float32, {64, 64});
+    Tensor expected = result, expected_dynamic = dynamic, expected_found = found, expected_back = back;
+    reference_quantize(expected, input, scale, grouping);
+    reference_dynamic_scales(expected_found, input, grouping, fp8, kInf);
+    reference_quantize(expected_dynamic, input, expected_found, grouping);
+    reference_dequantize(expected_back, expected, scale, grouping);
+    unsigned after = 0;
+    {
+      const Mxcsr set(kFlushToZero | kDenormalsAreZero | kTowardsZero);
+      cpu::run(StaticQuantize{result.view(), input.view(), scale.view(), grouping.group_shape});
+      cpu::run(DynamicQuantize{
+          .result = dynamic.view(), .input = input.view(), .scale = found.view(), .group_shape = grouping.group_shape});
+      cpu::run(Dequantize{back.view(), result.view(), scale.view(), grouping.group_shape});
+      after = _mm_getcsr();
+    }
+    EXPECT_EQ(after & 0xffc0u, (kFlushToZero | kDenormalsAreZero | kTowardsZero | 0x1f80u)) << "not restored";
+    EXPECT_EQ(difference(result, expected), "");
+    EXPECT_EQ(difference(found, expected_found), "");
+    EXPECT_EQ(difference(dynamic, expected_dynamic), "");
+    EXPECT_EQ(difference(back, expected_back), "");
+  }
+}
+#endif
+
+// --- Errors and the choice of the instruction set -------------------------------------------------------------------------------
+
+TEST(CpuErrors, OtherDevicesAreRefused) {
+  constexpr Device kCuda{Device::Type::CUDA, 1};
+  Tensor real(DType::Float32, {8}), fp8(DType::E4M3, {8}), scale(DType::Float32, {1});
+  TensorView r = real.view(), q = fp8.view(), s = scale.view();
+  r.device = q.device = s.device = kCuda;
+  const std::string sentence = ": input must be on the cpu, got cuda:1";
+  EXPECT_EQ(error_of([&] { cpu::run(StaticQuantize{q, r, s}); }), "fp8kv::static_scaled_fp8_quant" + sentence);
+  EXPECT_EQ(error_of([&] { cpu::run(DynamicQuantize{q, r, s}); }), "fp8kv::dynamic_scaled_fp8_quant" + sentence);
+  EXPECT_EQ(error_of([&] { cpu::run(Dequantize{r, q, s}); }), "fp8kv::scaled_fp8_dequant" + sentence);
+  EXPECT_EQ(error_of([&] { cpu::run(GroupAmax{s, r}); }), "fp8kv::group_amax" + sentence);
+}
+
+TEST(CpuErrors, NothingIsWrittenWhenTheProblemIsRefused) {
+  Tensor input(DType::Float32, {8, 4}), result(DType::E4M3, {8, 4}), scale(DType::Float32, {3});
+  fill(input, 18);
+  const Tensor result_before = result, scale_before = scale;
+  EXPECT_THROW(cpu::run(DynamicQuantize{.result = result.view(),
+                                        .input = input.view(),
+                                        .scale = scale.view(),
+                                        .group_shape = GroupShape{1, -1}}),
+               Error);
+  EXPECT_EQ(difference(result, result_before), "");
+  EXPECT_EQ(difference(scale, scale_before), "");
+}
+
+TEST(CpuErrors, AnInstructionSetThatIsNotThereIsRefused) {
+  const std::vector<cpu::Isa> available = cpu::available();
+  for (cpu::Isa isa : {cpu::Isa::Generic, cpu::Isa::AVX2, cpu::Isa::AVX512}) {
+    if (std::find(available.begin(), available.end(), isa) != available.end()) continue;
+    EXPECT_NE(error_of([&] { cpu::force(isa); }), "") << cpu::name(isa);
+  }
+}
+
+TEST(CpuIsaChoice, GenericIsAlwaysThereAndTheBestComesLast) {
+  const std::vector<cpu::Isa> available = cpu::available();
+  ASSERT_FALSE(available.empty());
+  EXPECT_EQ(available.front(), cpu::Isa::Generic);
+  EXPECT_TRUE(std::is_sorted(available.begin(), available.end()));
+}
+
+TEST(CpuIsaChoice, Names) {
+  EXPECT_STREQ(cpu::name(cpu::Isa::Generic), "generic");
+  EXPECT_STREQ(cpu::name(cpu::Isa::AVX2), "avx2");
+  EXPECT_STREQ(cpu::name(cpu::Isa::AVX512), "avx512");
+}
+
+}  // namespace
+}  // namespace fp8kv

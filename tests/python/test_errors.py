@@ -1,0 +1,383 @@
+"""Every error sentence of the ops, in full, on every device; nothing is written when there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fp8kv
+from helpers import assert_same_bytes, raw
+
+E4M3 = torch.float8_e4m3fn
+Make = Callable[[torch.device], Any]
+
+
+def new(*shape: int, dtype: torch.dtype = torch.float32) -> Make:
+    return lambda device: torch.zeros(shape, dtype=dtype, device=device)
+
+
+def sevens(*shape: int, dtype: torch.dtype = E4M3) -> Make:
+    """What is to be written, with something in it that must stay."""
+    return lambda device: torch.full(shape, 7.0, device=device).to(dtype)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mistake: the arguments that are not the op's usual ones, and the sentence without the op's name."""
+
+    id: str
+    sentence: str
+    arguments: dict[str, Make] = field(default_factory=dict)
+
+
+USUAL: dict[str, dict[str, Make]] = {
+    "static_scaled_fp8_quant": {"result": sevens(4, 6), "input": new(4, 6), "scale": new(1)},
+    "dynamic_scaled_fp8_quant": {
+        "result": sevens(4, 6), "input": new(4, 6), "scale": sevens(1, dtype=torch.float32),
+    },
+    "scaled_fp8_dequant": {
+        "result": sevens(4, 6, dtype=torch.bfloat16), "input": new(4, 6, dtype=E4M3), "scale": new(1),
+    },
+    "group_amax": {
+        "amax": sevens(1, dtype=torch.float32), "input": new(4, 6), "group_shape": lambda device: [-1, -1],
+    },
+}  # fmt: skip
+WRITTEN = {
+    "static_scaled_fp8_quant": ["result"],
+    "dynamic_scaled_fp8_quant": ["result", "scale"],
+    "scaled_fp8_dequant": ["result"],
+    "group_amax": ["amax"],
+}
+REAL = "float32, float16 or bfloat16"
+FP8 = "float8_e4m3fn or float8_e5m2"
+EXTENTS = "group_shape must have two extents"
+F32 = torch.float32
+OTHER_DTYPES = {
+    "float64": torch.float64, "float8_e4m3fnuz": torch.float8_e4m3fnuz,
+    "float8_e5m2fnuz": torch.float8_e5m2fnuz, "uint8": torch.uint8, "int8": torch.int8, "int16": torch.int16,
+    "int32": torch.int32, "int64": torch.int64, "bool": torch.bool,
+}  # fmt: skip
+
+
+def group(*extents: int) -> dict[str, Make]:
+    return {"group_shape": lambda device: list(extents)}
+
+
+def wrong_scales(name: str) -> list[Case]:
+    """The rules on scale shapes; the input is [4, 6]."""
+    both = " for group_shape {} and an input of shape [4, 6], got shape {}"
+
+    def case(extents: tuple[int, int], expected: str, shape: tuple[int, ...]) -> Case:
+        return Case(
+            f"{name}-{list(shape)}-{extents}",
+            f"{name} must have {expected}" + both.format(extents, list(shape)),
+            {name: sevens(*shape, dtype=F32), **group(*extents)},
+        )
+
+    return [
+        case((-1, -1), "1 element", (2,)),
+        case((-1, -1), "1 element", (0,)),
+        case((4, 6), "1 element", (4, 6)),
+        case((100, 100), "1 element", (6,)),
+        case((1, -1), "shape [4] or [4, 1]", (6,)),
+        case((1, -1), "shape [4] or [4, 1]", (1, 4)),
+        case((1, -1), "shape [4] or [4, 1]", (1,)),
+        case((1, -1), "shape [4] or [4, 1]", ()),
+        case((3, -1), "shape [2] or [2, 1]", (4,)),
+        case((-1, 1), "shape [6] or [1, 6]", (4,)),
+        case((-1, 1), "shape [6] or [1, 6]", (6, 1)),
+        case((-1, 4), "shape [2] or [1, 2]", (6,)),
+        case((2, 3), "shape [2, 2]", (4,)),
+        case((3, 4), "shape [2, 2]", (1, 1)),
+        case((1, 1), "shape [4, 6]", (24,)),
+        Case(f"{name}-group of 0 rows", f"{EXTENTS}, each -1 or at least 1, got (0, 1)", group(0, 1)),
+        Case(f"{name}-group of -2 columns", f"{EXTENTS}, each -1 or at least 1, got (1, -2)", group(1, -2)),
+        Case(f"{name}-one extent", f"{EXTENTS}, rows and columns, got 1", group(1)),
+        Case(f"{name}-three extents", f"{EXTENTS}, rows and columns, got 3", group(1, 2, 3)),
+        Case(f"{name}-no extents", f"{EXTENTS}, rows and columns, got 0", group()),
+    ]  # fmt: skip
+
+
+def wrong_scales_without_group(name: str) -> list[Case]:
+    divide = (
+        f"{name} must have 1 element, or come with a group_shape, "
+        "or have sizes that divide those of the input, [4, 6]"
+    )
+    return [
+        Case(
+            f"{name}-one dimension",
+            f"{name} must come with a group_shape when it has one dimension and more than one element, "
+            "got shape [4] and no group_shape",
+            {name: sevens(4, dtype=F32)},
+        ),
+        Case(f"{name}-does not divide", f"{divide}, got shape [3, 1]", {name: sevens(3, 1, dtype=torch.float32)}),
+        Case(f"{name}-too large", f"{divide}, got shape [4, 12]", {name: sevens(4, 12, dtype=torch.float32)}),
+        Case(f"{name}-dimensions", f"{divide}, got shape [1, 4, 1]", {name: sevens(1, 4, 1, dtype=torch.float32)}),
+        Case(f"{name}-empty", f"{divide}, got shape [4, 0]", {name: sevens(4, 0, dtype=torch.float32)}),
+    ]  # fmt: skip
+
+
+def wrong_dtype(name: str, expected: str, *others: str) -> list[Case]:
+    return [
+        Case(
+            f"{name}-{other}",
+            f"{name} must be {expected}, got {other}",
+            {name: new(4, 6, dtype=(OTHER_DTYPES | EVERY_DTYPE)[other])},
+        )
+        for other in (*OTHER_DTYPES, *others)
+    ]
+
+
+EVERY_DTYPE = {
+    "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+def wrong_float32(name: str) -> list[Case]:
+    return [
+        Case(f"{name}-{other}", f"{name} must be float32, got {other}", {name: new(1, dtype=dtype)})
+        for other, dtype in (OTHER_DTYPES | EVERY_DTYPE).items()
+        if other != "float32"
+    ]
+
+
+def shared(size: int, **views: tuple[torch.dtype, int, tuple[int, ...]]) -> dict[str, Make]:
+    """Arguments that are views of one buffer: dtype, first byte, shape."""
+    buffers: dict[torch.device, Tensor] = {}
+
+    def view(dtype: torch.dtype, start: int, shape: tuple[int, ...]) -> Make:
+        def make(device: torch.device) -> Tensor:
+            buffer = buffers.setdefault(device, torch.zeros(size, dtype=torch.uint8, device=device))
+            count = dtype.itemsize * torch.Size(shape).numel()
+            return buffer[start : start + count].view(dtype).view(shape)
+
+        return make
+
+    return {name: view(*spec) for name, spec in views.items()}
+
+
+def wrong_shapes(dtype: torch.dtype) -> list[Case]:
+    """Of the result, which is of this dtype, and too many dimensions of the result and of the scale."""
+    shapes = {"transposed": (6, 4), "flat": (24,), "0-D": (), "one dimension more": (1, 4, 6)}
+    cases = [
+        Case(
+            f"result is {id}",
+            f"result must have the shape of input, [4, 6], got shape {list(shape)}",
+            {"result": sevens(*shape, dtype=dtype)},
+        )
+        for id, shape in shapes.items()
+    ]
+    return [
+        *cases,
+        too_many_dimensions("result", dtype),
+        too_many_dimensions("scale", F32),
+    ]
+
+
+def too_many_dimensions(name: str, dtype: torch.dtype) -> Case:
+    sentence = f"{name} must have at most 8 dimensions, got 9"
+    return Case(f"9-D {name}", sentence, {name: sevens(*[1] * 9, dtype=dtype)})
+
+
+EXPANDED = Case(
+    "result is expanded",
+    "result must not overlap itself, as it is written, got stride 0 in dimension 0 of size 4",
+    {"result": lambda device: sevens(1, 6)(device).expand(4, 6)},
+)
+CASES: dict[str, list[Case]] = {
+    "static_scaled_fp8_quant": [
+        *wrong_dtype("input", REAL, "float8_e4m3fn", "float8_e5m2"),
+        *wrong_dtype("result", FP8, "float32", "float16", "bfloat16"),
+        *wrong_float32("scale"),
+        *wrong_shapes(E4M3),
+        too_many_dimensions("input", F32),
+        *wrong_scales("scale"),
+        *wrong_scales_without_group("scale"),
+        EXPANDED,
+        Case(
+            "result over input", "result must not overlap input, got views that share memory",
+            shared(96, result=(E4M3, 72, (4, 6)), input=(F32, 0, (4, 6))),
+        ),
+        Case(
+            "result over scale", "result must not overlap scale, got views that share memory",
+            shared(24, result=(E4M3, 0, (4, 6)), scale=(F32, 20, (1,))),
+        ),
+    ],
+    "dynamic_scaled_fp8_quant": [
+        *wrong_dtype("input", REAL, "float8_e4m3fn", "float8_e5m2"),
+        *wrong_dtype("result", FP8, "float32", "float16", "bfloat16"),
+        *wrong_float32("scale"),
+        *wrong_float32("scale_ub"),
+        *wrong_shapes(E4M3),
+        too_many_dimensions("input", F32),
+        *wrong_scales("scale"),
+        *wrong_scales_without_group("scale"),
+        EXPANDED,
+        Case(
+            "scale is expanded",
+            "scale must not overlap itself, as it is written, got stride 0 in dimension 0 of size 4",
+            {"scale": lambda device: sevens(1, dtype=F32)(device).expand(4), **group(1, -1)},
+        ),
+        Case(
+            "result over input", "result must not overlap input, got views that share memory",
+            shared(96, result=(E4M3, 72, (4, 6)), input=(F32, 0, (4, 6))),
+        ),
+        Case(
+            "result over scale", "result must not overlap scale, got views that share memory",
+            shared(24, result=(E4M3, 0, (4, 6)), scale=(F32, 20, (1,))),
+        ),
+        Case(
+            "scale over input", "scale must not overlap input, got views that share memory",
+            shared(96, input=(F32, 0, (4, 6)), scale=(F32, 92, (1,))),
+        ),
+        Case(
+            "result over scale_ub", "result must not overlap scale_ub, got views that share memory",
+            shared(24, result=(E4M3, 0, (4, 6)), scale_ub=(F32, 4, (1,))),
+        ),
+        Case(
+            "scale over scale_ub", "scale must not overlap scale_ub, got views that share memory",
+            shared(4, scale=(F32, 0, (1,)), scale_ub=(F32, 0, (1,))),
+        ),
+        Case("two bounds", "scale_ub must have 1 element, got shape [2]", {"scale_ub": new(2)}),
+        Case("no bound", "scale_ub must have 1 element, got shape [0]", {"scale_ub": new(0)}),
+        too_many_dimensions("scale_ub", F32),
+    ],
+    "scaled_fp8_dequant": [
+        *wrong_dtype("input", FP8, "float32", "float16", "bfloat16"),
+        *wrong_dtype("result", REAL, "float8_e4m3fn", "float8_e5m2"),
+        *wrong_float32("scale"),
+        *wrong_shapes(torch.bfloat16),
+        too_many_dimensions("input", E4M3),
+        *wrong_scales("scale"),
+        *wrong_scales_without_group("scale"),
+        Case(
+            EXPANDED.id, EXPANDED.sentence,
+            {"result": lambda device: torch.ones(1, 6, device=device).expand(4, 6)},
+        ),
+        Case(
+            "result over input", "result must not overlap input, got views that share memory",
+            shared(96, result=(F32, 0, (4, 6)), input=(E4M3, 72, (4, 6))),
+        ),
+        Case(
+            "result over scale", "result must not overlap scale, got views that share memory",
+            shared(96, result=(F32, 0, (4, 6)), scale=(F32, 0, (1,))),
+        ),
+    ],
+    "group_amax": [
+        *wrong_dtype("input", REAL, "float8_e4m3fn", "float8_e5m2"),
+        *wrong_float32("amax"),
+        too_many_dimensions("amax", F32),
+        too_many_dimensions("input", F32),
+        *wrong_scales("amax"),
+        Case(
+            "amax is expanded",
+            "amax must not overlap itself, as it is written, got stride 0 in dimension 0 of size 4",
+            {"amax": lambda device: sevens(1, dtype=F32)(device).expand(4), **group(1, -1)},
+        ),
+        Case(
+            "amax over input", "amax must not overlap input, got views that share memory",
+            shared(96, input=(F32, 0, (4, 6)), amax=(F32, 92, (1,))),
+        ),
+    ],
+}  # fmt: skip
+ALL = [pytest.param(op, case, id=f"{op}-{case.id}") for op, cases in CASES.items() for case in cases]
+
+
+@pytest.mark.parametrize(("op", "case"), ALL)
+def test_the_sentence(device: torch.device, op: str, case: Case) -> None:
+    arguments = {name: make(device) for name, make in (USUAL[op] | case.arguments).items()}
+    before = {name: value.clone() for name, value in arguments.items() if isinstance(value, Tensor)}
+    with pytest.raises(RuntimeError) as error:
+        getattr(fp8kv, op)(**arguments)
+    assert str(error.value) == f"fp8kv::{op}: {case.sentence}"
+    for name, value in before.items():
+        assert_same_bytes(arguments[name], value)
+
+
+@pytest.mark.parametrize("op", USUAL)
+def test_the_usual_arguments_are_accepted(device: torch.device, op: str) -> None:
+    """So that each case has one mistake only."""
+    arguments = {name: make(device) for name, make in USUAL[op].items()}
+    before = {name: raw(arguments[name]) for name in WRITTEN[op]}
+    getattr(fp8kv, op)(**arguments)
+    if op != "group_amax":
+        assert any(not torch.equal(raw(arguments[name]), before[name]) for name in WRITTEN[op])
+
+
+@pytest.mark.parametrize(
+    ("op", "argument", "other"),
+    [
+        ("static_scaled_fp8_quant", "result", "input"),
+        ("static_scaled_fp8_quant", "scale", "input"),
+        ("dynamic_scaled_fp8_quant", "result", "input"),
+        ("dynamic_scaled_fp8_quant", "scale", "input"),
+        ("dynamic_scaled_fp8_quant", "scale_ub", "input"),
+        ("scaled_fp8_dequant", "result", "input"),
+        ("scaled_fp8_dequant", "scale", "input"),
+        ("group_amax", "amax", "input"),
+    ],
+)
+@pytest.mark.parametrize("stray", ["cpu", "cuda:0"])
+def test_devices_that_differ(cuda: torch.device, op: str, argument: str, other: str, stray: str) -> None:
+    home = "cuda:0" if stray == "cpu" else "cpu"
+    arguments = {name: make(torch.device(home)) for name, make in USUAL[op].items()}
+    arguments[argument] = (USUAL[op] | {"scale_ub": new(1)})[argument](torch.device(stray))
+    with pytest.raises(RuntimeError) as error:
+        getattr(fp8kv, op)(**arguments)
+    assert (
+        str(error.value) == f"fp8kv::{op}: {argument} must be on the device of {other}, {home}, got {stray}"
+    )
+
+
+@pytest.mark.parametrize("op", ["static_scaled_fp8_quant", "dynamic_scaled_fp8_quant", "scaled_fp8_dequant"])
+def test_views_beside_each_other_do_not_overlap(device: torch.device, op: str) -> None:
+    """Input and result may be columns of one buffer."""
+    buffer = torch.zeros(4, 64, dtype=torch.uint8, device=device)
+    fp8, real = buffer[:, :6].view(E4M3), buffer[:, 8:32].view(torch.float32)
+    scale = torch.ones(1, device=device)
+    if op == "scaled_fp8_dequant":
+        fp8kv.scaled_fp8_dequant(real, fp8, scale)
+    else:
+        getattr(fp8kv, op)(fp8, real, scale)
+    assert not buffer[:, 6:8].any()
+    assert not buffer[:, 32:].any()
+
+
+def test_what_quantize_refuses_itself(device: torch.device) -> None:
+    one = torch.ones(1, device=device)
+    with pytest.raises(ValueError) as error:
+        fp8kv.quantize(one, one, scale_ub=one)
+    expected = "fp8kv.quantize: scale_ub must be None when a scale is given, as it bounds computed scales"
+    assert str(error.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda x: fp8kv.quantize(x, dtype=torch.uint8),
+         "dynamic_scaled_fp8_quant: result must be " + FP8 + ", got uint8"),
+        (lambda x: fp8kv.quantize(x, group_shape=(1,)),
+         "dynamic_scaled_fp8_quant: group_shape must have two extents, rows and columns, got 1"),
+        (lambda x: fp8kv.quantize(x, group_shape=(0, 5)),
+         "dynamic_scaled_fp8_quant: group_shape must have two extents, each -1 or at least 1, got (0, 5)"),
+        (lambda x: fp8kv.quantize(x.double()),
+         "dynamic_scaled_fp8_quant: input must be " + REAL + ", got float64"),
+        (lambda x: fp8kv.dequantize(x, x[:1, 0]),
+         "scaled_fp8_dequant: input must be " + FP8 + ", got float32"),
+        (lambda x: fp8kv.dequantize(x.to(E4M3), x[:1, 0], dtype=torch.float64),
+         "scaled_fp8_dequant: result must be " + REAL + ", got float64"),
+    ],
+    ids=["dtype", "one extent", "extent 0", "input", "dequantize input", "dequantize dtype"],
+)  # fmt: skip
+def test_the_functions_pass_on_what_the_ops_say(
+    device: torch.device, call: Callable[[Tensor], object], sentence: str
+) -> None:
+    with pytest.raises(RuntimeError) as error:
+        call(torch.ones(4, 6, device=device))
+    assert str(error.value) == f"fp8kv::{sentence}"
