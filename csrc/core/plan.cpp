@@ -29,18 +29,6 @@ bool units_aligned(const Layout& layout, const TensorView& input, const TensorVi
 // Where units are cut at aligned addresses of the result, a run may begin up to 7 elements into its first unit.
 std::int64_t units_per_run(std::int64_t run, bool aligned) { return ceil_div(aligned ? run : run + kUnit - 1, kUnit); }
 
-// Small problems get small blocks, so that they reach every multiprocessor.
-int block_size(std::int64_t work, int multiprocessors) {
-  for (int threads : {64, 128})
-    if (work <= std::int64_t{threads} * multiprocessors) return threads;
-  return 256;
-}
-
-int rows_per_thread(std::int64_t units, std::int64_t rows) {
-  if (rows < 2 || units <= (1 << 17)) return 1;
-  return rows < 4 || units <= (1 << 20) ? 2 : 4;
-}
-
 MapPlan plan_columns(const Layout& layout, const TensorView& input, const TensorView& result) {
   const Layout::Dim& run = layout.run();
   const bool walks = layout.ndim >= 2 && layout.dims[layout.ndim - 2].scale == 0;
@@ -54,7 +42,11 @@ MapPlan plan_columns(const Layout& layout, const TensorView& input, const Tensor
   if (plan.aligned) {
     plan.units_per_run = run.size * plan.rows_folded / kUnit;
     plan.rows = ceil_div(plan.rows, plan.rows_folded);
-    plan.rows_per_thread = rows_per_thread(layout.numel / kUnit, plan.rows);
+    // One row while there is little to do; then more, so that preparing the scales is shared. Folded rows share more work yet.
+    const std::int64_t units = layout.numel / kUnit;
+    if (units > (1 << 20) || (plan.rows_folded > 1 && units > (1 << 17))) plan.rows_per_thread = plan.rows_folded > 1 ? 4 : 2;
+    plan.rows_per_thread =
+        static_cast<int>(std::min<std::int64_t>(plan.rows_per_thread, std::bit_floor(static_cast<std::uint64_t>(plan.rows))));
   } else {
     plan.units_per_run = units_per_run(run.size, false);
   }
@@ -79,7 +71,10 @@ MapPlan plan_map(const Layout& layout, const TensorView& input, const TensorView
     plan.units_per_run = units_per_run(run.size, aligned);
     plan.work = layout.numel / run.size * plan.units_per_run;
   }
-  plan.threads = block_size(plan.work, multiprocessors);
+  // Columns hold many registers: smaller blocks fill a multiprocessor better. Very small problems reach more multiprocessors
+  // so.
+  plan.threads = plan.path == MapPath::Columns ? (plan.rows_per_thread == 2 ? 64 : 128) : 256;
+  if (plan.work <= 64 * std::int64_t{multiprocessors}) plan.threads = std::min(plan.threads, 128);
   plan.blocks = ceil_div(plan.work, plan.threads);
   return plan;
 }

@@ -19,9 +19,7 @@ struct ScaleMap {
   std::int64_t flat_scale = 0;
 };
 
-std::string group_string(const GroupShape& g) {
-  return "(" + std::to_string(g.rows) + ", " + std::to_string(g.cols) + ")";
-}
+std::string group_string(const GroupShape& g) { return "(" + std::to_string(g.rows) + ", " + std::to_string(g.cols) + ")"; }
 
 // The matrix view of an input and the groups that a GroupShape cuts it into.
 struct Groups {
@@ -83,7 +81,8 @@ struct Sides {
   TensorView result;
 };
 
-// Makes leading dimensions that lie one after the other in memory on both sides into one, so that groups of rows may cross them.
+// Makes leading dimensions that lie one after the other in memory on both sides into one, so that groups of rows may cross
+// them.
 void merge_leading(Sides& sides) {
   TensorView in = sides.input, out = sides.result;
   int count = 0;
@@ -223,9 +222,8 @@ Layout make_layout(const Sides& sides, const TensorView& scale, const ScaleMap& 
 
   if (!map.flat_rows) {
     // Memory order, so that the run is the dimension with the smallest strides, whatever order the caller's view has.
-    std::stable_sort(dims, dims + count, [](const Layout::Dim& a, const Layout::Dim& b) {
-      return a.out != b.out ? a.out > b.out : a.in > b.in;
-    });
+    std::stable_sort(dims, dims + count,
+                     [](const Layout::Dim& a, const Layout::Dim& b) { return a.out != b.out ? a.out > b.out : a.in > b.in; });
     const Layout::Dim last = dims[count - 1];
     if (last.scale != 0 && last.block >= kShortestRun && last.size % last.block == 0) {
       dims[count - 1] = {last.size / last.block, last.in * last.block, last.out * last.block, last.scale, 1};

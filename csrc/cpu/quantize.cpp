@@ -29,19 +29,26 @@ void check_cpu(const char* op, const TensorView& input) {
   if (input.device.type != Device::Type::CPU) fail(op, "input", "be on the cpu", device_string(input.device));
 }
 
+// Runs whose scale changes at every so many elements or sooner are walked in strips of columns; with longer blocks, each block
+// of a run gets a kernel call of its own.
+constexpr std::int64_t kLongBlock = 16;
+
+bool scales_by_column(const Layout& layout) { return layout.run().scale != 0 && layout.run().block < kLongBlock; }
+
 // Strided elements pass through the stack in pieces of this many.
 constexpr std::int64_t kStaged = 512;
 
-// Blocks at least this long along the run get a kernel call of their own.
-constexpr std::int64_t kLongBlock = 16;
+struct Stage {
+  alignas(64) std::byte data[kStaged * sizeof(float)];
+};
 
-// Copies elements of `size` bytes between strided places.
 template <class T>
 void copy_elements(const std::byte* from, std::int64_t from_stride, std::byte* to, std::int64_t to_stride, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i)
     std::memcpy(to + i * to_stride * sizeof(T), from + i * from_stride * sizeof(T), sizeof(T));
 }
 
+// Between strided places; strides count elements of `size` bytes.
 void copy_elements(int size, const std::byte* from, std::int64_t from_stride, std::byte* to, std::int64_t to_stride,
                    std::int64_t count) {
   switch (size) {
@@ -60,7 +67,7 @@ struct Map {
   std::byte* out;
   const float* scale;
   int in_size, out_size;
-  MapKernels kernels;
+  const MapKernels& kernels;
 };
 
 Map make_map(const Layout& layout, const TensorView& input, const TensorView& result, const TensorView& scale,
@@ -74,58 +81,73 @@ Map make_map(const Layout& layout, const TensorView& input, const TensorView& re
           .kernels = kernels};
 }
 
-// `count` elements along the run from element offsets `in` and `out`. With `columns`, scale[i] is that of element i.
-void map_piece(const Map& map, std::int64_t in, std::int64_t out, std::int64_t count, const float* scale, bool columns) {
+// kernel(from, to, n, i) for elements [i, i + n) of `count` along the run from the offsets `in` and `out`, by way of the stack.
+template <class Kernel>
+void map_staged(const Map& map, std::int64_t in, std::int64_t out, std::int64_t count, const Kernel& kernel) {
   const Layout::Dim& run = map.layout.run();
-  const MapKernel kernel = columns ? map.kernels.columns : map.kernels.run;
   const std::byte* from = map.in + in * map.in_size;
   std::byte* to = map.out + out * map.out_size;
-  if (run.in == 1 && run.out == 1) return kernel(from, to, count, scale);
-
-  alignas(64) std::byte in_staged[kStaged * sizeof(float)], out_staged[kStaged * sizeof(float)];
+  Stage before, after;
   for (std::int64_t i = 0; i < count; i += kStaged) {
     const std::int64_t n = std::min(kStaged, count - i);
-    copy_elements(map.in_size, from + i * run.in * map.in_size, run.in, in_staged, 1, n);
-    kernel(in_staged, out_staged, n, columns ? scale + i : scale);
-    copy_elements(map.out_size, out_staged, 1, to + i * run.out * map.out_size, run.out, n);
+    copy_elements(map.in_size, from + i * run.in * map.in_size, run.in, before.data, 1, n);
+    kernel(before.data, after.data, n, i);
+    copy_elements(map.out_size, after.data, 1, to + i * run.out * map.out_size, run.out, n);
   }
 }
 
-// As map_piece, for `count` elements from `column` of a run whose first scale is scale[0].
-void map_columns(const Map& map, std::int64_t in, std::int64_t out, std::int64_t column, std::int64_t count,
-                 const float* scale) {
-  const Layout::Dim& run = map.layout.run();
-  in += column * run.in;
-  out += column * run.out;
-  if (run.scale == 0) return map_piece(map, in, out, count, scale, false);
-  if (run.scale == 1 && run.block == 1) return map_piece(map, in, out, count, scale + column, true);
+bool contiguous_runs(const Layout& layout) { return layout.run().in == 1 && layout.run().out == 1; }
 
-  float staged[kStaged];
-  for (std::int64_t i = 0; i < count;) {
-    const std::int64_t group = (column + i) / run.block;
-    if (run.block >= kLongBlock) {
-      const std::int64_t n = std::min((group + 1) * run.block - column - i, count - i);
-      map_piece(map, in + i * run.in, out + i * run.out, n, scale + group * run.scale, false);
-      i += n;
-    } else {
-      const std::int64_t n = std::min(kStaged, count - i);
-      std::int64_t phase = (column + i) % run.block;
-      const float* next = scale + group * run.scale;
-      for (std::int64_t j = 0; j < n; ++j) {
-        staged[j] = *next;
-        if (++phase == run.block) phase = 0, next += run.scale;
-      }
-      map_piece(map, in + i * run.in, out + i * run.out, n, staged, true);
-      i += n;
-    }
-  }
+void map_piece(const Map& map, std::int64_t in, std::int64_t out, const float* scale, std::int64_t columns, const Rows& rows) {
+  if (contiguous_runs(map.layout))
+    return map.kernels.rows(map.in + in * map.in_size, map.out + out * map.out_size, scale, columns, rows);
+  for (std::int64_t r = 0; r < rows.count; ++r, in += rows.in, out += rows.out, scale += rows.scale)
+    map_staged(map, in, out, columns, [&](const void* from, void* to, std::int64_t n, std::int64_t) {
+      map.kernels.rows(from, to, scale, n, Rows{});
+    });
 }
+
+// A strip of columns. Scales are made ready once for all rows that share them.
+class MapStrip {
+ public:
+  MapStrip(const Map& map, std::int64_t first_column, std::int64_t count) : map_(map), first_(first_column), count_(count) {}
+
+  void row(std::int64_t in, std::int64_t out, std::int64_t scale) {
+    if (scale != scale_) load_scales(scale);
+    if (contiguous_runs(map_.layout))
+      return map_.kernels.columns(map_.in + in * map_.in_size, map_.out + out * map_.out_size, count_, scales_, 0);
+    map_staged(map_, in, out, count_, [&](const void* from, void* to, std::int64_t n, std::int64_t i) {
+      map_.kernels.columns(from, to, n, scales_, i);
+    });
+  }
+
+ private:
+  void load_scales(std::int64_t scale) {
+    const Layout::Dim& run = map_.layout.run();
+    for (std::int64_t i = 0; i < count_; ++i) scales_.scale[i] = map_.scale[scale + (first_ + i) / run.block * run.scale];
+    map_.kernels.prepare(scales_, count_);
+    scale_ = scale;
+  }
+
+  const Map& map_;
+  std::int64_t first_, count_;
+  std::int64_t scale_ = -1;  // offset of the scales that are loaded; -1: none
+  ColumnScales scales_;
+};
+static_assert(ColumnScales::kMaxCount >= kStripColumns);
 
 void run_map(const Map& map, const ParallelFor& parallel_for) {
-  parallel(parallel_for, map.layout.numel, 1, [&](std::int64_t begin, std::int64_t end) {
-    for_each_run_part(map.layout, begin, end, [&](const Runs& runs, std::int64_t column, std::int64_t count) {
-      map_columns(map, runs.in(), runs.out(), column, count, map.scale + runs.scale());
+  if (scales_by_column(map.layout)) {
+    const std::int64_t item_size = std::min(map.layout.run().size, kStripColumns);
+    return parallel(parallel_for, strip_items(map.layout), item_size, [&](std::int64_t begin, std::int64_t end) {
+      for_each_strip<MapStrip>(map, map.layout, begin, end);
     });
+  }
+  parallel(parallel_for, map.layout.numel, 1, [&](std::int64_t begin, std::int64_t end) {
+    for_each_piece(map.layout, begin, end, map.layout.numel,
+                   [&](std::int64_t in, std::int64_t out, std::int64_t scale, std::int64_t columns, const Rows& rows) {
+                     map_piece(map, in, out, map.scale + scale, columns, rows);
+                   });
   });
 }
 
@@ -136,18 +158,15 @@ struct Amax {
   const std::byte* in;
   float* amax;
   int in_size;
-  AmaxKernel kernel;
-  AmaxColumnsKernel columns_kernel;
+  const AmaxKernels& kernels;
 };
 
 Amax make_amax(const Layout& layout, const TensorView& input, const TensorView& amax) {
-  const int type = real_index(input.dtype);
   return {.layout = layout,
           .in = static_cast<const std::byte*>(input.data),
           .amax = static_cast<float*>(amax.data),
           .in_size = size_of(input.dtype),
-          .kernel = kernels().amax[type],
-          .columns_kernel = kernels().amax_columns[type]};
+          .kernels = kernels().amax[real_index(input.dtype)]};
 }
 
 // The order of the bit patterns: that of the values for all that are >= 0. Any order of merging gives the same result.
@@ -158,64 +177,71 @@ void merge_amax(float& amax, std::int32_t bits) {
     if (shared.compare_exchange_weak(seen, std::bit_cast<float>(bits), std::memory_order_relaxed)) return;
 }
 
-// The largest finite magnitude of `count` elements along the run from element offset `in`.
-std::int32_t amax_piece(const Amax& a, std::int64_t in, std::int64_t count) {
+// kernel(from, n, i) for elements [i, i + n) of `count` along the run from the offset `in`, by way of the stack.
+template <class Kernel>
+void amax_staged(const Amax& a, std::int64_t in, std::int64_t count, const Kernel& kernel) {
   const std::int64_t stride = a.layout.run().in;
   const std::byte* from = a.in + in * a.in_size;
-  if (stride == 1) return a.kernel(from, count);
-  alignas(64) std::byte staged[kStaged * sizeof(float)];
-  std::int32_t largest = 0;
+  Stage stage;
   for (std::int64_t i = 0; i < count; i += kStaged) {
     const std::int64_t n = std::min(kStaged, count - i);
-    copy_elements(a.in_size, from + i * stride * a.in_size, stride, staged, 1, n);
-    largest = std::max(largest, a.kernel(staged, n));
+    copy_elements(a.in_size, from + i * stride * a.in_size, stride, stage.data, 1, n);
+    kernel(stage.data, n, i);
   }
-  return largest;
 }
 
-// One scale a run: neighbouring pieces of one group are merged on the way.
-void amax_of_runs(const Amax& a, const ParallelFor& parallel_for) {
-  parallel(parallel_for, a.layout.numel, 1, [&](std::int64_t begin, std::int64_t end) {
-    std::int64_t group = -1;
-    std::int32_t largest = 0;
-    for_each_run_part(a.layout, begin, end, [&](const Runs& runs, std::int64_t column, std::int64_t count) {
-      if (runs.scale() != group) {
-        if (group >= 0) merge_amax(a.amax[group], largest);
-        group = runs.scale();
-        largest = 0;
-      }
-      largest = std::max(largest, amax_piece(a, runs.in() + column * a.layout.run().in, count));
+// Rows that are looked at together.
+constexpr std::int64_t kMaxRows = 64;
+
+void amax_piece(const Amax& a, std::int64_t in, std::int32_t* largest, std::int64_t columns, const Rows& rows) {
+  if (a.layout.run().in == 1) return a.kernels.rows(a.in + in * a.in_size, largest, columns, rows);
+  for (std::int64_t r = 0; r < rows.count; ++r, in += rows.in) {
+    largest[r] = 0;
+    amax_staged(a, in, columns, [&](const void* from, std::int64_t n, std::int64_t) {
+      std::int32_t part;
+      a.kernels.rows(from, &part, n, Rows{});
+      largest[r] = std::max(largest[r], part);
     });
-    merge_amax(a.amax[group], largest);
-  });
+  }
 }
 
-// Scales that change along the run: the maxima of a strip of columns are kept while rows pass by.
-class Strip {
+// Merges neighbouring pieces of one group on the way.
+void amax_of_pieces(const Amax& a, std::int64_t begin, std::int64_t end) {
+  std::int64_t group = -1;
+  std::int32_t largest = 0, found[kMaxRows];
+  for_each_piece(a.layout, begin, end, kMaxRows,
+                 [&](std::int64_t in, std::int64_t, std::int64_t scale, std::int64_t columns, const Rows& rows) {
+                   amax_piece(a, in, found, columns, rows);
+                   for (std::int64_t r = 0; r < rows.count; ++r, scale += rows.scale) {
+                     if (scale != group) {
+                       if (group >= 0) merge_amax(a.amax[group], largest);
+                       group = scale;
+                       largest = 0;
+                     }
+                     largest = std::max(largest, found[r]);
+                   }
+                 });
+  merge_amax(a.amax[group], largest);
+}
+
+// A strip of columns, whose maxima are kept while rows that share scales pass by.
+class AmaxStrip {
  public:
-  static constexpr std::int64_t kColumns = 2048;
+  AmaxStrip(const Amax& a, std::int64_t first_column, std::int64_t count) : a_(a), first_(first_column), count_(count) {}
+  ~AmaxStrip() { flush(); }
+  AmaxStrip(const AmaxStrip&) = delete;
+  AmaxStrip& operator=(const AmaxStrip&) = delete;
 
-  Strip(const Amax& a, std::int64_t first_column)
-      : a_(a), first_(first_column), count_(std::min(kColumns, a.layout.run().size - first_column)) {}
-  ~Strip() { flush(); }
-  Strip(const Strip&) = delete;
-  Strip& operator=(const Strip&) = delete;
-
-  void add(std::int64_t in, std::int64_t scale) {
-    if (scale != scale_) flush();
-    if (scale_ < 0) {
+  void row(std::int64_t in, std::int64_t, std::int64_t scale) {
+    if (scale != scale_) {
+      flush();
       std::fill(largest_, largest_ + count_, 0);
       scale_ = scale;
     }
-    const std::int64_t stride = a_.layout.run().in;
-    const std::byte* from = a_.in + (in + first_ * stride) * a_.in_size;
-    if (stride == 1) return a_.columns_kernel(from, count_, largest_);
-    alignas(64) std::byte staged[kStaged * sizeof(float)];
-    for (std::int64_t i = 0; i < count_; i += kStaged) {
-      const std::int64_t n = std::min(kStaged, count_ - i);
-      copy_elements(a_.in_size, from + i * stride * a_.in_size, stride, staged, 1, n);
-      a_.columns_kernel(staged, n, largest_ + i);
-    }
+    if (a_.layout.run().in == 1) return a_.kernels.columns(a_.in + in * a_.in_size, largest_, count_);
+    amax_staged(a_, in, count_, [&](const void* from, std::int64_t n, std::int64_t i) {
+      a_.kernels.columns(from, largest_ + i, n);
+    });
   }
 
  private:
@@ -229,33 +255,23 @@ class Strip {
       for (; i < end; ++i) largest = std::max(largest, largest_[i]);
       merge_amax(a_.amax[scale_ + group * run.scale], largest);
     }
-    scale_ = -1;
   }
 
   const Amax& a_;
   std::int64_t first_, count_;
-  std::int64_t scale_ = -1;  // offset of the row's scales; -1: nothing gathered
-  std::int32_t largest_[kColumns];
+  std::int64_t scale_ = -1;  // offset of the scales of the rows gathered; -1: none
+  std::int32_t largest_[kStripColumns];
 };
 
-void amax_of_columns(const Amax& a, const ParallelFor& parallel_for) {
-  const std::int64_t columns = a.layout.run().size;
-  const std::int64_t strips = (columns + Strip::kColumns - 1) / Strip::kColumns;
-  const std::int64_t rows = Runs::count(a.layout);
-  parallel(parallel_for, strips * rows, std::min(columns, Strip::kColumns), [&](std::int64_t begin, std::int64_t end) {
-    while (begin < end) {
-      const std::int64_t first_row = begin % rows;
-      const std::int64_t count = std::min(rows - first_row, end - begin);
-      Strip strip(a, begin / rows * Strip::kColumns);
-      Runs runs(a.layout, first_row);
-      for (std::int64_t i = 0; i < count; ++i, runs.advance()) strip.add(runs.in(), runs.scale());
-      begin += count;
-    }
-  });
-}
-
 void run_amax(const Amax& a, const ParallelFor& parallel_for) {
-  a.layout.run().scale == 0 ? amax_of_runs(a, parallel_for) : amax_of_columns(a, parallel_for);
+  if (scales_by_column(a.layout)) {
+    const std::int64_t item_size = std::min(a.layout.run().size, kStripColumns);
+    return parallel(parallel_for, strip_items(a.layout), item_size, [&](std::int64_t begin, std::int64_t end) {
+      for_each_strip<AmaxStrip>(a, a.layout, begin, end);
+    });
+  }
+  parallel(parallel_for, a.layout.numel, 1,
+           [&](std::int64_t begin, std::int64_t end) { amax_of_pieces(a, begin, end); });
 }
 
 // --- Scales found from the input ---------------------------------------------------------------------------------------------
@@ -292,14 +308,18 @@ bool runs_are_groups(const Layout& layout) {
 
 // Each run is read twice, the second time from the cache.
 void quantize_runs(const Map& map, const Amax& amax, DType fp8, float upper_bound, const ParallelFor& parallel_for) {
-  const std::int64_t size = map.layout.run().size;
-  parallel(parallel_for, Runs::count(map.layout), size, [&](std::int64_t begin, std::int64_t end) {
-    Runs runs(map.layout, begin);
-    for (std::int64_t i = begin; i < end; ++i, runs.advance()) {
-      float& scale = amax.amax[runs.scale()];
-      scale = scale_of(fp8, std::bit_cast<float>(amax_piece(amax, runs.in(), size)), upper_bound);
-      map_piece(map, runs.in(), runs.out(), size, &scale, false);
-    }
+  const std::int64_t columns = map.layout.run().size;
+  const std::int64_t max_rows = std::clamp<std::int64_t>(kCachedRun / 4 / columns, 1, kMaxRows);
+  parallel(parallel_for, Runs::count(map.layout), columns, [&](std::int64_t begin, std::int64_t end) {
+    for_each_piece(map.layout, begin * columns, end * columns, max_rows,
+                   [&](std::int64_t in, std::int64_t out, std::int64_t scale, std::int64_t, const Rows& rows) {
+                     std::int32_t largest[kMaxRows];
+                     amax_piece(amax, in, largest, columns, rows);
+                     float* scales = amax.amax + scale;
+                     for (std::int64_t r = 0; r < rows.count; ++r)
+                       scales[r * rows.scale] = scale_of(fp8, std::bit_cast<float>(largest[r]), upper_bound);
+                     map_piece(map, in, out, scales, columns, rows);
+                   });
   });
 }
 

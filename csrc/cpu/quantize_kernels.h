@@ -2,47 +2,193 @@
 // include this file once.
 #pragma once
 
+#include <type_traits>
+
 #include "quantize_table.h"
-#include "simd.h"
+#include "simd_codec.h"
 
 namespace fp8kv::cpu::FP8KV_ISA_NAMESPACE {
 namespace {
 
-// --- Quantize and dequantize ---------------------------------------------------------------------------------------------------
+constexpr int kUnit = 4 * kLanes;  // elements handled at a time
 
-struct Divide {
-  FP8KV_INLINE F32 apply(F32 x, F32 scale) { return x / scale; }
+// --- The two operations on a unit --------------------------------------------------------------------------------------------
+
+// x / s without dividing: 1 / s = high + low with high rounded down and low > 0, so that both terms of x * high + x * low have the
+// sign of x. It isn't always the fp32 quotient, but on the same side of every boundary between FP8 values, for the scales that
+// are `ordinary` (docs/numerics.md); the others take the division. A `high` that is only somewhere below 1 / s will not do.
+struct Reciprocal {
+  FP8KV_INLINE bool ordinary(float scale) {
+    constexpr std::uint32_t kFirst = 0x00800000u, kLast = 0x6f800000u;  // 2^-126, 2^96
+    const auto bits = __builtin_bit_cast(std::uint32_t, scale);
+    return kHasFma && bits - kFirst <= kLast - kFirst && ((bits + 4) & 0xfffffu) >= 4;
+  }
+  FP8KV_INLINE float high(float scale) {
+    const float nearest = 1.0f / scale;
+    return remainder(nearest, scale) > 0.0f ? nearest : __builtin_bit_cast(float, __builtin_bit_cast(std::uint32_t, nearest) - 1);
+  }
+  FP8KV_INLINE float low(float scale, float high) { return remainder(high, scale) * high; }
+
+ private:
+  FP8KV_INLINE float remainder(float reciprocal, float scale) {
+    if constexpr (!kHasFma) return 0.0f;
+    return __builtin_fmaf(-reciprocal, scale, 1.0f);
+  }
 };
 
-struct Multiply {
-  FP8KV_INLINE F32 apply(F32 x, F32 scale) { return x * scale; }
+template <class Real, class Fp8>
+struct Quantize {
+  using In = Real;
+  using Out = Fp8;
+  using Split = Reciprocal;
+
+  FP8KV_INLINE_MEMBER void plain(const In* in, Out* out, const F32 (&scale)[4]) const {
+    F32 x[4];
+    for (int k = 0; k < 4; ++k) x[k] = load(in + k * kLanes) / scale[k];
+    store(out, x, encoder);
+  }
+
+  // False, and nothing done, when there is a NaN.
+  FP8KV_INLINE_MEMBER bool fast(const In* in, Out* out, const F32 (&high)[4], const F32 (&low)[4]) const {
+    F32 x[4];
+    for (int k = 0; k < 4; ++k) {
+      const F32 value = load(in + k * kLanes);
+      x[k] = multiply_add(value, high[k], value * low[k]);
+    }
+    if (any_nan(x)) return false;
+    store_numbers(out, x, encoder);
+    return true;
+  }
+
+  const Encoder<Fp8> encoder;
 };
 
-enum class Scales { One, Columns };
+// Nothing to prepare: finite scales leave finite elements free of NaN.
+struct Factor {
+  FP8KV_INLINE bool ordinary(float scale) { return (__builtin_bit_cast(std::int32_t, scale) & kMagnitude) < kInfinity; }
+  FP8KV_INLINE float high(float scale) { return scale; }
+  FP8KV_INLINE float low(float, float) { return 0.0f; }
+};
 
-// A piece shorter than a vector, through a vector of its own.
-template <class Step, class In, class Out>
-FP8KV_INLINE void map_short(const In* in, Out* out, std::int64_t count, const float* scale, bool columns) {
-  In x[kLanes] = {};
-  Out y[kLanes];
-  float s[kLanes];
-  for (int i = 0; i < kLanes; ++i) s[i] = scale[columns && i < count ? i : 0];
+template <class Fp8, class Real>
+struct Dequantize {
+  using In = Fp8;
+  using Out = Real;
+  using Split = Factor;
+
+  FP8KV_INLINE_MEMBER void plain(const In* in, Out* out, const F32 (&scale)[4]) const {
+    F32 x[4];
+    for (int k = 0; k < 4; ++k) x[k] = float_of(quiet(load(in + k * kLanes) * scale[k]));
+    store(out, x);
+  }
+
+  FP8KV_INLINE_MEMBER bool fast(const In* in, Out* out, const F32 (&scale)[4], const F32 (&)[4]) const {
+    if (any_magnitude_above(load_vector<Bytes>(in), Fp8Traits<Fp8>::kMaxBits)) return false;
+    F32 x[4];
+    for (int k = 0; k < 4; ++k) x[k] = load_number(in + k * kLanes) * scale[k];
+    store(out, x);
+    return true;
+  }
+};
+
+// --- Pieces ------------------------------------------------------------------------------------------------------------------
+
+FP8KV_INLINE void splat4(F32 (&to)[4], float x) {
+  for (int k = 0; k < 4; ++k) to[k] = splat(x);
+}
+FP8KV_INLINE void load4(F32 (&to)[4], const float* from) {
+  for (int k = 0; k < 4; ++k) to[k] = load(from + k * kLanes);
+}
+
+// step(i) for units that cover [0, count), count >= kUnit. The last may overlap the one before: the same bytes again.
+template <class Step>
+FP8KV_INLINE void for_each_unit(std::int64_t count, const Step& step) {
+  std::int64_t i = 0;
+  for (; i + kUnit <= count; i += kUnit) step(i);
+  if (i < count) step(count - kUnit);
+}
+
+// What the fast path leaves over, out of its way. `stride` is 0 where all elements have one scale.
+template <class Op>
+[[gnu::noinline, gnu::cold]] void map_plain(const typename Op::In* in, typename Op::Out* out, std::int64_t count,
+                                            const float* scale, std::int64_t stride) {
+  const Op op;
+  for_each_unit(count, [&](std::int64_t i) __attribute__((always_inline)) {
+    F32 scales[4];
+    stride == 0 ? splat4(scales, *scale) : load4(scales, scale + i);
+    op.plain(in + i, out + i, scales);
+  });
+}
+
+template <class Op>
+FP8KV_INLINE void map_row(const Op& op, const typename Op::In* in, typename Op::Out* out, std::int64_t count, const float* scale) {
+  if (!Op::Split::ordinary(*scale)) [[unlikely]] return map_plain<Op>(in, out, count, scale, 0);
+  F32 high[4], low[4];
+  splat4(high, Op::Split::high(*scale));
+  splat4(low, Op::Split::low(*scale, Op::Split::high(*scale)));
+  for_each_unit(count, [&](std::int64_t i) __attribute__((always_inline)) {
+    prefetch<typename Op::In, kUnit>(in + i);
+    if (!op.fast(in + i, out + i, high, low)) [[unlikely]] map_plain<Op>(in + i, out + i, kUnit, scale, 0);
+  });
+}
+
+// Less than a unit: through a unit on the stack.
+template <class Op, class MapUnit>
+FP8KV_INLINE void map_short(const typename Op::In* in, typename Op::Out* out, std::int64_t count, const MapUnit& map_unit) {
+  typename Op::In x[kUnit] = {};
+  typename Op::Out y[kUnit];
   for (int i = 0; i < count; ++i) x[i] = in[i];
-  store(y, Step::apply(load(x), load(s)));
+  map_unit(x, y);
   for (int i = 0; i < count; ++i) out[i] = y[i];
 }
 
-template <class Step, Scales kScales, class In, class Out>
-void map(const void* in_data, void* out_data, std::int64_t count, const float* scale) {
-  const auto* in = static_cast<const In*>(in_data);
-  auto* out = static_cast<Out*>(out_data);
-  if (count < kLanes) return map_short<Step>(in, out, count, scale, kScales == Scales::Columns);
-  const F32 one = splat(*scale);
-  const auto step = [&](std::int64_t i) __attribute__((always_inline)) {
-    store(out + i, Step::apply(load(in + i), kScales == Scales::Columns ? load(scale + i) : one));
-  };
-  for (std::int64_t i = 0; i + kLanes <= count; i += kLanes) step(i);
-  if (count % kLanes) step(count - kLanes);  // overlaps the one before: the same bytes again
+template <class Op>
+void map_rows(const void* in_data, void* out_data, const float* scale, std::int64_t columns, const Rows& rows) {
+  const auto* in = static_cast<const typename Op::In*>(in_data);
+  auto* out = static_cast<typename Op::Out*>(out_data);
+  const Op op;
+  for (std::int64_t r = 0; r < rows.count; ++r, in += rows.in, out += rows.out, scale += rows.scale) {
+    if (columns >= kUnit) {
+      map_row(op, in, out, columns, scale);
+    } else {
+      map_short<Op>(in, out, columns, [&](auto* x, auto* y) { map_row(op, x, y, kUnit, scale); });
+    }
+  }
+}
+
+template <class Op>
+void prepare(ColumnScales& scales, std::int64_t count) {
+  scales.ordinary = true;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float scale = scales.scale[i];
+    scales.ordinary &= Op::Split::ordinary(scale);
+    scales.high[i] = Op::Split::high(scale);
+    scales.low[i] = Op::Split::low(scale, scales.high[i]);
+  }
+  for (std::int64_t i = count; i < count + kUnit; ++i) scales.scale[i] = scales.high[i] = scales.low[i] = 1.0f;
+}
+
+template <class Op>
+FP8KV_INLINE void map_row_of_columns(const Op& op, const typename Op::In* in, typename Op::Out* out, std::int64_t count,
+                                     const ColumnScales& scales, std::int64_t first) {
+  if (!scales.ordinary) [[unlikely]] return map_plain<Op>(in, out, count, scales.scale + first, 1);
+  for_each_unit(count, [&](std::int64_t i) __attribute__((always_inline)) {
+    F32 high[4], low[4];
+    load4(high, scales.high + first + i);
+    load4(low, scales.low + first + i);
+    prefetch<typename Op::In, kUnit>(in + i);
+    if (!op.fast(in + i, out + i, high, low)) [[unlikely]]
+      map_plain<Op>(in + i, out + i, kUnit, scales.scale + first + i, 1);
+  });
+}
+
+template <class Op>
+void map_columns(const void* in_data, void* out_data, std::int64_t columns, const ColumnScales& scales, std::int64_t first) {
+  const auto* in = static_cast<const typename Op::In*>(in_data);
+  auto* out = static_cast<typename Op::Out*>(out_data);
+  const Op op;
+  if (columns >= kUnit) return map_row_of_columns(op, in, out, columns, scales, first);
+  map_short<Op>(in, out, columns, [&](auto* x, auto* y) { map_row_of_columns(op, x, y, kUnit, scales, first); });
 }
 
 // --- Largest finite magnitudes -------------------------------------------------------------------------------------------------
@@ -52,90 +198,98 @@ template <class T>
 struct Magnitude {
   using Bits = std::int16_t;
   static constexpr Bits kMask = 0x7fff;
+  static constexpr Bits kInfinity = std::is_same_v<T, Half> ? 0x7c00 : 0x7f80;
 };
 template <>
 struct Magnitude<float> {
   using Bits = std::int32_t;
   static constexpr Bits kMask = kMagnitude;
+  static constexpr Bits kInfinity = FP8KV_ISA_NAMESPACE::kInfinity;
 };
 
-template <class T>
-constexpr typename Magnitude<T>::Bits kInfinityBits = 0x7c00;
-template <>
-constexpr std::int16_t kInfinityBits<BFloat16> = 0x7f80;
-template <>
-constexpr std::int32_t kInfinityBits<float> = kInfinity;
-
-// The fp32 bits of a non-negative T.
-template <class T>
-FP8KV_INLINE std::int32_t widen_magnitude(typename Magnitude<T>::Bits bits) {
-  T x[kLanes] = {};
-  __builtin_memcpy(&x[0], &bits, sizeof bits);
-  return bits_of(load(x))[0];
+// As fp32.
+FP8KV_INLINE std::int32_t magnitude_bits(float, std::int32_t bits) { return bits; }
+FP8KV_INLINE std::int32_t magnitude_bits(BFloat16, std::int16_t bits) { return bits << 16; }
+FP8KV_INLINE std::int32_t magnitude_bits(Half, std::int16_t bits) {
+  return bits < 0x400 ? __builtin_bit_cast(std::int32_t, bits * 0x1p-24f) : (bits << 13) + (112 << 23);
 }
 
+// In 16 or 32 bits; `columns` at least a vector.
 template <class T>
-std::int32_t amax(const void* in_data, std::int64_t count) {
-  using Bits = typename Magnitude<T>::Bits;
-  typedef Bits Vector __attribute__((vector_size(4 * kLanes)));
-  constexpr int kWidth = sizeof(Vector) / sizeof(Bits);
-  const auto* in = static_cast<const T*>(in_data);
+FP8KV_INLINE typename Magnitude<T>::Bits amax_row(const T* in, std::int64_t columns) {
+  using M = Magnitude<T>;
+  typedef typename M::Bits Vector __attribute__((vector_size(4 * kLanes)));
+  constexpr int kWidth = sizeof(Vector) / sizeof(T);
   Vector largest = {};
   const auto step = [&](const T* from) __attribute__((always_inline)) {
-    const Vector x = load_vector<Vector>(from) & Magnitude<T>::kMask;
-    const Vector finite = x < kInfinityBits<T> ? x : Vector{};
+    const Vector x = load_vector<Vector>(from) & M::kMask;
+    const Vector finite = x < M::kInfinity ? x : Vector{};
     largest = finite > largest ? finite : largest;
   };
-  if (count < kWidth) {
-    T x[kWidth] = {};
-    for (int i = 0; i < count; ++i) x[i] = in[i];
-    step(x);
-  } else {
-    for (std::int64_t i = 0; i + kWidth <= count; i += kWidth) step(in + i);
-    if (count % kWidth) step(in + count - kWidth);
+  for (std::int64_t i = 0; i + kWidth <= columns; i += kWidth) {
+    prefetch<T, kWidth>(in + i);
+    step(in + i);
   }
-  Bits result = 0;
-  for (int i = 0; i < kWidth; ++i) result = largest[i] > result ? largest[i] : result;
-  return widen_magnitude<T>(result);
+  if (columns % kWidth) step(in + columns - kWidth);
+  return largest_lane(largest);
 }
 
 template <class T>
-void amax_columns(const void* in_data, std::int64_t count, std::int32_t* largest) {
+void amax_rows(const void* in_data, std::int32_t* amax, std::int64_t columns, const Rows& rows) {
+  constexpr int kWidth = 4 * kLanes / sizeof(T);
+  const auto* in = static_cast<const T*>(in_data);
+  for (std::int64_t r = 0; r < rows.count; ++r, in += rows.in) {
+    if (columns >= kWidth) {
+      amax[r] = magnitude_bits(T{}, amax_row(in, columns));
+    } else {
+      T x[kWidth] = {};
+      for (int i = 0; i < columns; ++i) x[i] = in[i];
+      amax[r] = magnitude_bits(T{}, amax_row(x, kWidth));
+    }
+  }
+}
+
+template <class T>
+void amax_columns(const void* in_data, std::int32_t* amax, std::int64_t columns) {
   const auto* in = static_cast<const T*>(in_data);
   const auto step = [](const T* from, std::int32_t* to) __attribute__((always_inline)) {
     const I32 x = bits_of(load(from)) & kMagnitude;
     store_vector(to, max(select(x < kInfinity, x, I32{}), load_vector<I32>(to)));
   };
-  if (count < kLanes) {
+  if (columns < kLanes) {
     T x[kLanes] = {};
     std::int32_t y[kLanes] = {};
-    for (int i = 0; i < count; ++i) x[i] = in[i], y[i] = largest[i];
+    for (int i = 0; i < columns; ++i) x[i] = in[i], y[i] = amax[i];
     step(x, y);
-    for (int i = 0; i < count; ++i) largest[i] = y[i];
+    for (int i = 0; i < columns; ++i) amax[i] = y[i];
     return;
   }
-  for (std::int64_t i = 0; i + kLanes <= count; i += kLanes) step(in + i, largest + i);
-  if (count % kLanes) step(in + count - kLanes, largest + count - kLanes);
+  for (std::int64_t i = 0; i + kLanes <= columns; i += kLanes) {
+    prefetch<T, kLanes>(in + i);
+    step(in + i, amax + i);
+  }
+  if (columns % kLanes) step(in + columns - kLanes, amax + columns - kLanes);
 }
 
 // --- The table -----------------------------------------------------------------------------------------------------------------
 
-template <class In, class Out>
-constexpr MapKernels quantize_kernels = {map<Divide, Scales::One, In, Out>, map<Divide, Scales::Columns, In, Out>};
+template <class Op>
+constexpr MapKernels map_kernels = {map_rows<Op>, prepare<Op>, map_columns<Op>};
 
-template <class In, class Out>
-constexpr MapKernels dequantize_kernels = {map<Multiply, Scales::One, In, Out>, map<Multiply, Scales::Columns, In, Out>};
+template <class T>
+constexpr AmaxKernels amax_kernels = {amax_rows<T>, amax_columns<T>};
 
 }  // namespace
 
 const QuantizeTable quantize_table = {
-    .quantize = {{quantize_kernels<float, E4M3>, quantize_kernels<float, E5M2>},
-                 {quantize_kernels<Half, E4M3>, quantize_kernels<Half, E5M2>},
-                 {quantize_kernels<BFloat16, E4M3>, quantize_kernels<BFloat16, E5M2>}},
-    .dequantize = {{dequantize_kernels<E4M3, float>, dequantize_kernels<E4M3, Half>, dequantize_kernels<E4M3, BFloat16>},
-                   {dequantize_kernels<E5M2, float>, dequantize_kernels<E5M2, Half>, dequantize_kernels<E5M2, BFloat16>}},
-    .amax = {amax<float>, amax<Half>, amax<BFloat16>},
-    .amax_columns = {amax_columns<float>, amax_columns<Half>, amax_columns<BFloat16>},
+    .quantize = {{map_kernels<Quantize<float, E4M3>>, map_kernels<Quantize<float, E5M2>>},
+                 {map_kernels<Quantize<Half, E4M3>>, map_kernels<Quantize<Half, E5M2>>},
+                 {map_kernels<Quantize<BFloat16, E4M3>>, map_kernels<Quantize<BFloat16, E5M2>>}},
+    .dequantize = {{map_kernels<Dequantize<E4M3, float>>, map_kernels<Dequantize<E4M3, Half>>,
+                    map_kernels<Dequantize<E4M3, BFloat16>>},
+                   {map_kernels<Dequantize<E5M2, float>>, map_kernels<Dequantize<E5M2, Half>>,
+                    map_kernels<Dequantize<E5M2, BFloat16>>}},
+    .amax = {amax_kernels<float>, amax_kernels<Half>, amax_kernels<BFloat16>},
 };
 
 }  // namespace fp8kv::cpu::FP8KV_ISA_NAMESPACE

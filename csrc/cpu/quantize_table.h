@@ -1,4 +1,6 @@
-// The kernels of quantization as every instruction set exports them: each handles one contiguous piece.
+// The kernels of quantization as every instruction set exports them.
+//
+// A kernel handles rows of contiguous elements. Neither side is aligned beyond its elements, and the two don't overlap.
 #pragma once
 
 #include <cstdint>
@@ -7,25 +9,44 @@
 
 namespace fp8kv::cpu {
 
-// `count` elements from `in` to `out`. Neither is aligned beyond its elements, and they don't overlap.
-using MapKernel = void (*)(const void* in, void* out, std::int64_t count, const float* scale);
-
-struct MapKernels {
-  MapKernel run;      // *scale is that of all elements
-  MapKernel columns;  // scale[i] is that of element i
+// How many rows, and the step from one to the next in elements of each view.
+struct Rows {
+  std::int64_t count = 1;
+  std::int64_t in = 0;
+  std::int64_t out = 0;
+  std::int64_t scale = 0;
 };
 
-// The largest finite magnitude of `count` elements, as the bit pattern of an fp32: these compare like the values.
-using AmaxKernel = std::int32_t (*)(const void* in, std::int64_t count);
+// The scales of neighbouring columns, made ready by a kernel of the same MapKernels. What the rest means is up to it.
+struct ColumnScales {
+  static constexpr std::int64_t kMaxCount = 2048;
+  static constexpr std::int64_t kCapacity = kMaxCount + 64;  // a last vector may reach beyond
+  bool ordinary = false;                                     // all scales are such that the fast path is exact
+  alignas(64) float scale[kCapacity];
+  alignas(64) float high[kCapacity];
+  alignas(64) float low[kCapacity];
+};
 
-// The same for each column: amax[i] = max(amax[i], |element i| if finite).
-using AmaxColumnsKernel = void (*)(const void* in, std::int64_t count, std::int32_t* amax);
+struct MapKernels {
+  // Rows with one scale each.
+  void (*rows)(const void* in, void* out, const float* scale, std::int64_t columns, const Rows& rows);
+  // `scale` is set for this many columns.
+  void (*prepare)(ColumnScales& scales, std::int64_t columns);
+  // A row in which element i has the scale number first + i.
+  void (*columns)(const void* in, void* out, std::int64_t columns, const ColumnScales& scales, std::int64_t first);
+};
+
+struct AmaxKernels {
+  // amax[r] = the largest finite magnitude of row r, as the bit pattern of an fp32: these compare like the values.
+  void (*rows)(const void* in, std::int32_t* amax, std::int64_t columns, const Rows& rows);
+  // The same for each column of a row: amax[i] = max(amax[i], |element i| if finite).
+  void (*columns)(const void* in, std::int32_t* amax, std::int64_t columns);
+};
 
 struct QuantizeTable {
   MapKernels quantize[3][2];    // [real_index(input)][fp8_index(result)]
   MapKernels dequantize[2][3];  // [fp8_index(input)][real_index(result)]
-  AmaxKernel amax[3];           // [real_index(input)]
-  AmaxColumnsKernel amax_columns[3];
+  AmaxKernels amax[3];          // [real_index(input)]
 };
 
 constexpr int real_index(DType dtype) { return dtype == DType::Float32 ? 0 : dtype == DType::Float16 ? 1 : 2; }

@@ -1,12 +1,15 @@
-// The runs of a Layout one after the other: where each begins in the input, the result and the scales.
+// Walks over a Layout: run after run, or strip of columns after strip.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "fp8kv/quantize.h"
+#include "quantize_table.h"
 
 namespace fp8kv::cpu {
 
+// The runs of a Layout one after the other: where each begins in the input, the result and the scales.
 class Runs {
  public:
   // At run number `first` in row-major order of all dimensions but the last.
@@ -31,15 +34,31 @@ class Runs {
     return layout_.flat_rows == 0 ? scale_ : scale_ + number_ / layout_.flat_rows * layout_.flat_scale;
   }
 
-  // To the next run; divides nothing but where an outer dimension wraps around.
-  void advance() {
-    ++number_;
-    for (int d = layout_.ndim - 2; d >= 0; --d) {
+  // This run and those after it, at most `limit`, that are equal steps apart.
+  Rows rows(std::int64_t limit) const {
+    const int d = layout_.ndim - 2;
+    if (d < 0 || layout_.flat_rows != 0) return {};
+    const Layout::Dim& dim = layout_.dims[d];
+    const bool one_scale = dim.scale == 0 || dim.block > 1;
+    const std::int64_t size = one_scale && dim.scale != 0 ? std::min(dim.size, index_[d] - phase_[d] + dim.block) : dim.size;
+    return {.count = std::min(limit, size - index_[d]), .in = dim.in, .out = dim.out, .scale = one_scale ? 0 : dim.scale};
+  }
+
+  // By some of rows().
+  void advance(std::int64_t count = 1) {
+    number_ += count;
+    for (int d = layout_.ndim - 2; d >= 0; --d, count = 1) {
       const Layout::Dim& dim = layout_.dims[d];
-      in_ += dim.in;
-      out_ += dim.out;
-      if (++phase_[d] == dim.block) phase_[d] = 0, scale_ += dim.scale;
-      if (++index_[d] < dim.size) return;
+      in_ += count * dim.in;
+      out_ += count * dim.out;
+      phase_[d] += count;
+      if (dim.block == 1) {
+        phase_[d] = 0, scale_ += count * dim.scale;
+      } else if (phase_[d] == dim.block) {
+        phase_[d] = 0, scale_ += dim.scale;
+      }
+      index_[d] += count;
+      if (index_[d] < dim.size) return;
       in_ -= dim.size * dim.in;
       out_ -= dim.size * dim.out;
       scale_ -= dim.size / dim.block * dim.scale;
@@ -55,18 +74,53 @@ class Runs {
   std::int64_t phase_[Layout::kMaxLayoutDims] = {};  // index within the block of one scale
 };
 
-// visit(runs, column, count) for the elements [begin, end) in row-major order: a part of a run, whole runs, a part again.
+// visit(in, out, scale, columns, rows) for the elements [begin, end) in row-major order of all dimensions: where a part of a run with
+// one scale begins, how many elements it has, and how many runs that follow have such a part too, at most `max_rows`.
 template <class Visit>
-void for_each_run_part(const Layout& layout, std::int64_t begin, std::int64_t end, const Visit& visit) {
-  const std::int64_t size = layout.run().size;
-  Runs runs(layout, begin / size);
-  std::int64_t column = begin % size;
+void for_each_piece(const Layout& layout, std::int64_t begin, std::int64_t end, std::int64_t max_rows, const Visit& visit) {
+  const Layout::Dim& run = layout.run();
+  Runs runs(layout, begin / run.size);
+  std::int64_t column = begin % run.size;
   while (begin < end) {
-    const std::int64_t count = size - column < end - begin ? size - column : end - begin;
-    visit(runs, column, count);
+    if (column == 0 && run.scale == 0 && end - begin >= run.size) {
+      const Rows rows = runs.rows(std::min(max_rows, (end - begin) / run.size));
+      visit(runs.in(), runs.out(), runs.scale(), run.size, rows);
+      begin += rows.count * run.size;
+      runs.advance(rows.count);
+      continue;
+    }
+    const std::int64_t group = run.scale == 0 ? 0 : column / run.block;
+    const std::int64_t stop = run.scale == 0 ? run.size : std::min(run.size, (group + 1) * run.block);
+    const std::int64_t count = std::min(stop - column, end - begin);
+    visit(runs.in() + column * run.in, runs.out() + column * run.out, runs.scale() + group * run.scale, count, Rows{});
     begin += count;
-    column = 0;
-    if (begin < end) runs.advance();
+    column += count;
+    if (column == run.size) column = 0, runs.advance();
+  }
+}
+
+// How many columns for_each_strip cuts the run into at a time, and what counts as an item of its range.
+inline constexpr std::int64_t kStripColumns = ColumnScales::kMaxCount;
+
+inline std::int64_t strip_items(const Layout& layout) {
+  return (layout.run().size + kStripColumns - 1) / kStripColumns * Runs::count(layout);
+}
+
+// The items [begin, end) of an order that goes down all rows of a strip of columns before it takes the next strip. For each part of
+// a strip makes a Strip(owner, first column, number of columns), and calls its row(in, out, scale) with the offsets of the
+// first column in each row and of the row's scales.
+template <class Strip, class Owner>
+void for_each_strip(const Owner& owner, const Layout& layout, std::int64_t begin, std::int64_t end) {
+  const Layout::Dim& run = layout.run();
+  const std::int64_t rows = Runs::count(layout);
+  while (begin < end) {
+    const std::int64_t first_column = begin / rows * kStripColumns, first_row = begin % rows;
+    const std::int64_t count = std::min(rows - first_row, end - begin);
+    Strip strip(owner, first_column, std::min(kStripColumns, run.size - first_column));
+    Runs runs(layout, first_row);
+    for (std::int64_t i = 0; i < count; ++i, runs.advance())
+      strip.row(runs.in() + first_column * run.in, runs.out() + first_column * run.out, runs.scale());
+    begin += count;
   }
 }
 

@@ -1,4 +1,4 @@
-// Vectors of kLanes elements and the conversions the kernels need, for the instruction set a file is compiled for.
+// Vectors of kLanes elements for the instruction set a file is compiled for.
 //
 // Everything lives in the namespace FP8KV_ISA_NAMESPACE and is always inlined, so that no function compiled for a wide
 // instruction set can stand in for its namesake in another file. Arithmetic is that of GCC's vector extensions, which
@@ -8,13 +8,12 @@
 
 #include <cstdint>
 
-#include "fp8kv/fp8.h"
-
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
 #define FP8KV_INLINE static inline __attribute__((always_inline))
+#define FP8KV_INLINE_MEMBER inline __attribute__((always_inline))
 
 namespace fp8kv::cpu::FP8KV_ISA_NAMESPACE {
 
@@ -28,9 +27,11 @@ constexpr int kLanes = 4;
 
 typedef float F32 __attribute__((vector_size(4 * kLanes)));
 typedef std::int32_t I32 __attribute__((vector_size(4 * kLanes)));
+typedef std::int16_t I16 __attribute__((vector_size(4 * kLanes)));
 typedef std::uint32_t U32 __attribute__((vector_size(4 * kLanes)));
 typedef std::uint16_t U16 __attribute__((vector_size(2 * kLanes)));
 typedef std::uint8_t U8 __attribute__((vector_size(kLanes)));
+typedef std::uint8_t Bytes __attribute__((vector_size(4 * kLanes)));
 
 FP8KV_INLINE I32 bits_of(F32 x) { return reinterpret_cast<I32>(x); }
 FP8KV_INLINE F32 float_of(I32 bits) { return reinterpret_cast<F32>(bits); }
@@ -39,6 +40,7 @@ FP8KV_INLINE F32 splat(float x) { return float_of(splat(__builtin_bit_cast(std::
 FP8KV_INLINE I32 select(I32 condition, I32 yes, I32 no) { return condition ? yes : no; }
 FP8KV_INLINE I32 min(I32 a, I32 b) { return a < b ? a : b; }
 FP8KV_INLINE I32 max(I32 a, I32 b) { return a > b ? a : b; }
+FP8KV_INLINE I32 shift_right(I32 x, int count) { return reinterpret_cast<I32>(reinterpret_cast<U32>(x) >> count); }
 
 template <class Vector>
 FP8KV_INLINE Vector load_vector(const void* from) {
@@ -52,152 +54,220 @@ FP8KV_INLINE void store_vector(void* to, Vector v) {
   __builtin_memcpy(to, &v, sizeof v);
 }
 
-// --- Small floating-point formats, by integer arithmetic -----------------------------------------------------------------
-
-// A format with a sign, an exponent that starts as IEEE 754's do (subnormals below kMinNormal), and kMantissaBits.
-template <class T>
-struct Format;
-
-template <class Fp8>
-  requires requires { Fp8Traits<Fp8>::kMax; }
-struct Format<Fp8> {
-  static constexpr int kMantissaBits = Fp8Traits<Fp8>::kMantissaBits;
-  static constexpr std::int32_t kMinNormal = (128 - Fp8Traits<Fp8>::kExponentBias) << 23;  // as the bits of an fp32
-  static constexpr std::int32_t kLargest = __builtin_bit_cast(std::int32_t, Fp8Traits<Fp8>::kMax);
-};
-
-template <>
-struct Format<Half> {
-  static constexpr int kMantissaBits = 10;
-  static constexpr std::int32_t kMinNormal = 113 << 23;
-  static constexpr std::int32_t kLargest = 143 << 23;  // 65536, whose code is that of infinity
-};
-
-constexpr std::int32_t kMagnitude = 0x7fffffff;
-constexpr std::int32_t kInfinity = 0x7f800000;
-constexpr std::int32_t kQuietNaN = 0x7fc00000;
-
-// The code of a magnitude (the bits of an fp32 >= 0), rounded to nearest even and limited to kLargest. The sum with a power
-// of two that is as much larger as the format's mantissa is shorter does the rounding; NaN is left to the caller.
-template <class T>
-FP8KV_INLINE I32 encode_magnitude(I32 magnitude) {
-  using F = Format<T>;
-  constexpr int kShift = 23 - F::kMantissaBits;
-  const I32 limited = min(magnitude, splat(F::kLargest));
-  const I32 exponent = max(limited & kInfinity, splat(F::kMinNormal));
-  const I32 magic = exponent + (kShift << 23);
-  const I32 rounded = bits_of(float_of(limited) + float_of(magic)) - magic;
-  return rounded + ((exponent - F::kMinNormal) >> kShift);
+// Asks for the memory a page ahead of kCount elements: processors don't look beyond a page of 4096 bytes by themselves.
+template <class T, int kCount>
+FP8KV_INLINE void prefetch(const T* from) {
+  constexpr int kAhead = 4096, kLine = 64;
+  const auto ahead = reinterpret_cast<std::uintptr_t>(from) + kAhead;  // as a number: it may be no address of anything
+  for (int offset = 0; offset < static_cast<int>(kCount * sizeof(T)); offset += kLine)
+    __builtin_prefetch(reinterpret_cast<const void*>(ahead + offset));
 }
 
-// The fp32 of a finite code (without its sign). A subnormal gets an exponent of its own, from which the implicit bit that
-// it doesn't have is subtracted.
-template <class T>
-FP8KV_INLINE I32 decode_magnitude(I32 code) {
-  using F = Format<T>;
-  constexpr int kShift = 23 - F::kMantissaBits;
-  const I32 shifted = code << kShift;
-  const I32 normal = shifted + (F::kMinNormal - (1 << 23));
-  const I32 subnormal = bits_of(float_of(shifted + F::kMinNormal) - float_of(splat(F::kMinNormal)));
-  return select(code < (1 << F::kMantissaBits), subnormal, normal);
+// A constant that stays in a register or on the stack. GCC would build it anew from an integer, within the loop.
+template <class Vector>
+FP8KV_INLINE Vector constant(Vector v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__AVX2__)
+  asm("" : "+x"(v));
+#endif
+  return v;
 }
 
-// --- Wider and narrower lanes -----------------------------------------------------------------------------------------------
+// --- Lanes of 32 bits from narrower ones, and back -------------------------------------------------------------------------------
+// pack16 stores the low halves of the lanes of two vectors, in which what is above must be 0. pack8_signed stores the low bytes of
+// four vectors, which must be 0 from bit 7 on, with the signs of four others in bit 7.
 
 #if defined(__AVX512F__)
-FP8KV_INLINE I32 widen(U16 x) { return reinterpret_cast<I32>(_mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(x))); }
-FP8KV_INLINE I32 widen(U8 x) { return reinterpret_cast<I32>(_mm512_maskz_cvtepu8_epi32(0xffff, reinterpret_cast<__m128i>(x))); }
-FP8KV_INLINE U16 narrow16(I32 x) {
-  return reinterpret_cast<U16>(_mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(x)));
+FP8KV_INLINE I32 widen(U16 x) {
+  return reinterpret_cast<I32>(_mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(x)));
 }
-FP8KV_INLINE U8 narrow8(I32 x) { return reinterpret_cast<U8>(_mm512_maskz_cvtepi32_epi8(0xffff, reinterpret_cast<__m512i>(x))); }
+FP8KV_INLINE I32 widen(U8 x) {
+  return reinterpret_cast<I32>(_mm512_maskz_cvtepu8_epi32(0xffff, reinterpret_cast<__m128i>(x)));
+}
+FP8KV_INLINE __m512i pack_words(I32 a, I32 b) {
+  return _mm512_packs_epi32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b));
+}
+FP8KV_INLINE void pack8_signed(std::uint8_t* to, const I32 (&x)[4], const I32 (&sign)[4]) {
+  const __m512i codes = _mm512_packs_epi16(pack_words(x[0], x[1]), pack_words(x[2], x[3]));
+  const __m512i signs = _mm512_packs_epi16(pack_words(sign[0], sign[1]), pack_words(sign[2], sign[3]));
+  constexpr int kFirstOrSecondAndThird = 0xf8;
+  const __m512i packed = _mm512_ternarylogic_epi32(codes, signs, _mm512_set1_epi8(-128), kFirstOrSecondAndThird);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);  // packing stays within 128 bits
+  store_vector(to, _mm512_maskz_permutexvar_epi32(0xffff, order, packed));
+}
+FP8KV_INLINE void pack16(std::uint16_t* to, I32 a, I32 b) {
+  const __m512i packed = _mm512_packus_epi32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b));
+  store_vector(to, _mm512_maskz_permutexvar_epi64(0xff, _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), packed));
+}
 #elif defined(__AVX2__)
 FP8KV_INLINE I32 widen(U16 x) { return reinterpret_cast<I32>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(x))); }
 FP8KV_INLINE I32 widen(U8 x) {
   return reinterpret_cast<I32>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(reinterpret_cast<long long>(x))));
 }
-FP8KV_INLINE U16 narrow16(I32 x) {
-  const __m256i packed = _mm256_packus_epi32(reinterpret_cast<__m256i>(x & 0xffff), __m256i{});
-  return reinterpret_cast<U16>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+FP8KV_INLINE __m256i pack_words(I32 a, I32 b) {
+  return _mm256_packs_epi32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b));
 }
-FP8KV_INLINE U8 narrow8(I32 x) {
-  const __m128i words = reinterpret_cast<__m128i>(narrow16(x & 0xff));
-  return reinterpret_cast<U8>(_mm_cvtsi128_si64(_mm_packus_epi16(words, words)));
+FP8KV_INLINE void pack8_signed(std::uint8_t* to, const I32 (&x)[4], const I32 (&sign)[4]) {
+  const __m256i codes = _mm256_packs_epi16(pack_words(x[0], x[1]), pack_words(x[2], x[3]));
+  const __m256i signs = _mm256_packs_epi16(pack_words(sign[0], sign[1]), pack_words(sign[2], sign[3]));
+  const __m256i packed = _mm256_or_si256(codes, _mm256_and_si256(signs, _mm256_set1_epi8(-128)));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing stays within 128 bits
+  store_vector(to, _mm256_permutevar8x32_epi32(packed, order));
+}
+FP8KV_INLINE void pack16(std::uint16_t* to, I32 a, I32 b) {
+  const __m256i packed = _mm256_packus_epi32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b));
+  store_vector(to, _mm256_permute4x64_epi64(packed, 0xd8));
+}
+#elif defined(__SSE2__)
+FP8KV_INLINE I32 widen(U16 x) {
+  return reinterpret_cast<I32>(_mm_unpacklo_epi16(_mm_cvtsi64_si128(reinterpret_cast<long long>(x)), __m128i{}));
+}
+FP8KV_INLINE I32 widen(U8 x) {
+  const __m128i words = _mm_unpacklo_epi8(_mm_cvtsi32_si128(reinterpret_cast<int>(x)), __m128i{});
+  return reinterpret_cast<I32>(_mm_unpacklo_epi16(words, __m128i{}));
+}
+FP8KV_INLINE __m128i pack_words(I32 a, I32 b) {
+  return _mm_packs_epi32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b));
+}
+FP8KV_INLINE void pack8_signed(std::uint8_t* to, const I32 (&x)[4], const I32 (&sign)[4]) {
+  const __m128i codes = _mm_packs_epi16(pack_words(x[0], x[1]), pack_words(x[2], x[3]));
+  const __m128i signs = _mm_packs_epi16(pack_words(sign[0], sign[1]), pack_words(sign[2], sign[3]));
+  store_vector(to, _mm_or_si128(codes, _mm_and_si128(signs, _mm_set1_epi8(-128))));
+}
+FP8KV_INLINE void pack16(std::uint16_t* to, I32 a, I32 b) {  // there is no packing of unsigned halves: make them signed
+  store_vector(to, pack_words(a << 16 >> 16, b << 16 >> 16));
 }
 #else
 FP8KV_INLINE I32 widen(U16 x) { return __builtin_convertvector(x, I32); }
 FP8KV_INLINE I32 widen(U8 x) { return __builtin_convertvector(x, I32); }
-FP8KV_INLINE U16 narrow16(I32 x) { return __builtin_convertvector(x, U16); }
-FP8KV_INLINE U8 narrow8(I32 x) { return __builtin_convertvector(x, U8); }
+FP8KV_INLINE void pack8_signed(std::uint8_t* to, const I32 (&x)[4], const I32 (&sign)[4]) {
+  for (int k = 0; k < 4; ++k)
+    store_vector(to + k * kLanes, __builtin_convertvector(x[k] | (shift_right(sign[k], 24) & 0x80), U8));
+}
+FP8KV_INLINE void pack16(std::uint16_t* to, I32 a, I32 b) {
+  store_vector(to, __builtin_convertvector(a, U16));
+  store_vector(to + kLanes, __builtin_convertvector(b, U16));
+}
 #endif
 
-// --- Elements to and from fp32 ---------------------------------------------------------------------------------------------
+// --- What only some instruction sets have ----------------------------------------------------------------------------------------
 
-FP8KV_INLINE F32 load(const float* from) { return load_vector<F32>(from); }
-FP8KV_INLINE F32 load(const BFloat16* from) { return float_of(widen(load_vector<U16>(from)) << 16); }
-
-FP8KV_INLINE F32 load(const Half* from) {
-#if defined(__AVX512F__)
-  return _mm512_maskz_cvtph_ps(0xffff, load_vector<__m256i>(from));
-#elif defined(__AVX2__)
-  return _mm256_cvtph_ps(load_vector<__m128i>(from));
+#if defined(__FMA__)
+constexpr bool kHasFma = true;
 #else
-  const I32 code = widen(load_vector<U16>(from));
-  const I32 magnitude = code & 0x7fff;
-  const I32 special = (magnitude << 13) | kInfinity;
-  const I32 value = select(magnitude >= 0x7c00, special, decode_magnitude<Half>(magnitude));
-  return float_of(value | (code & 0x8000) << 16);
+constexpr bool kHasFma = false;
 #endif
-}
 
-template <class Fp8>
-  requires requires { Fp8Traits<Fp8>::kMax; }
-FP8KV_INLINE F32 load(const Fp8* from) {
-  using Traits = Fp8Traits<Fp8>;
-  const I32 code = widen(load_vector<U8>(from));
-  const I32 magnitude = code & 0x7f;
-  I32 value = decode_magnitude<Fp8>(magnitude);
-  if constexpr (Traits::kMantissaBits == 2) value = select(magnitude == 0x7c, splat(kInfinity), value);
-  constexpr int kLastNumber = Traits::kMantissaBits == 2 ? 0x7c : Traits::kMaxBits;
-  value = select(magnitude > kLastNumber, splat(kQuietNaN), value);
-  return float_of(value | (code & 0x80) << 24);
-}
-
-FP8KV_INLINE I32 is_nan(I32 bits) { return (bits & kMagnitude) > kInfinity; }
-
-FP8KV_INLINE void store(float* to, F32 x) {
-  const I32 bits = bits_of(x);
-  store_vector(to, select(is_nan(bits), splat(kQuietNaN), bits));
-}
-
-FP8KV_INLINE void store(BFloat16* to, F32 x) {
-  const I32 bits = bits_of(x);
-  const U32 raw = reinterpret_cast<U32>(bits);  // unsigned, as a NaN may wrap around
-  const I32 rounded = reinterpret_cast<I32>((raw + 0x7fffu + ((raw >> 16) & 1u)) >> 16);
-  const I32 code = select(is_nan(bits), splat(0x7fc0), rounded);
-  store_vector(to, narrow16(code));
-}
-
-FP8KV_INLINE void store(Half* to, F32 x) {
-  const I32 bits = bits_of(x);
+// a * b + c with one rounding where kHasFma, otherwise with two.
+FP8KV_INLINE F32 multiply_add(F32 a, F32 b, F32 c) {
 #if defined(__AVX512F__)
-  const F32 quiet = float_of(select(is_nan(bits), splat(kQuietNaN), bits));
-  store_vector(to, _mm512_maskz_cvtps_ph(0xffff, quiet, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#elif defined(__AVX2__)
-  const F32 quiet = float_of(select(is_nan(bits), splat(kQuietNaN), bits));
-  store_vector(to, _mm256_cvtps_ph(quiet, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
 #else
-  const I32 code = encode_magnitude<Half>(bits & kMagnitude) | ((bits >> 16) & 0x8000);
-  store_vector(to, narrow16(select(is_nan(bits), splat(0x7e00), code)));
+  return a * b + c;
 #endif
 }
 
-template <class Fp8>
-  requires requires { Fp8Traits<Fp8>::kMax; }
-FP8KV_INLINE void store(Fp8* to, F32 x) {
-  const I32 bits = bits_of(x);
-  const I32 code = encode_magnitude<Fp8>(bits & kMagnitude) | ((bits >> 24) & 0x80);
-  store_vector(to, narrow8(select(is_nan(bits), splat(Fp8Traits<Fp8>::kNaNBits), code)));
+// min(|x|, limit) for a positive limit; anything for NaN.
+FP8KV_INLINE F32 limit_magnitude(F32 x, F32 limit) {
+#if defined(__AVX512DQ__)
+  constexpr int kSmallerMagnitudeWithoutSign = 0b1010;
+  return _mm512_maskz_range_ps(0xffff, x, limit, kSmallerMagnitudeWithoutSign);
+#else
+  return float_of(min(bits_of(x) & 0x7fffffff, bits_of(limit)));
+#endif
 }
+
+FP8KV_INLINE bool any_nan(const F32 (&x)[4]) {
+#if defined(__AVX512F__)
+  return (_mm512_cmp_ps_mask(x[0], x[1], _CMP_UNORD_Q) | _mm512_cmp_ps_mask(x[2], x[3], _CMP_UNORD_Q)) != 0;
+#elif defined(__AVX2__)
+  const __m256 a = _mm256_cmp_ps(x[0], x[1], _CMP_UNORD_Q), b = _mm256_cmp_ps(x[2], x[3], _CMP_UNORD_Q);
+  return _mm256_movemask_ps(_mm256_or_ps(a, b)) != 0;
+#else
+  I32 nan = {};
+  for (int k = 0; k < 4; ++k) nan |= x[k] != x[k];
+  std::int32_t any = 0;
+  for (int i = 0; i < kLanes; ++i) any |= nan[i];
+  return any != 0;
+#endif
+}
+
+// Whether a byte without its sign bit is more than `limit`.
+FP8KV_INLINE bool any_magnitude_above(Bytes x, std::uint8_t limit) {
+  const Bytes magnitude = x & 0x7f;
+#if defined(__AVX512BW__)
+  return _mm512_cmpgt_epi8_mask(reinterpret_cast<__m512i>(magnitude), _mm512_set1_epi8(static_cast<char>(limit))) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8(_mm256_cmpgt_epi8(reinterpret_cast<__m256i>(magnitude), _mm256_set1_epi8(static_cast<char>(limit))));
+#else
+  std::uint8_t any = 0;
+  for (int i = 0; i < 4 * kLanes; ++i) any |= magnitude[i] > limit;
+  return any != 0;
+#endif
+}
+
+// The largest of non-negative lanes.
+FP8KV_INLINE std::int16_t largest_lane(I16 x) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const __m256i y = _mm256_max_epi16(_mm512_maskz_extracti64x4_epi64(0xf, reinterpret_cast<__m512i>(x), 0),
+                                     _mm512_maskz_extracti64x4_epi64(0xf, reinterpret_cast<__m512i>(x), 1));
+#else
+  const auto y = reinterpret_cast<__m256i>(x);
+#endif
+  const __m128i z = _mm_max_epi16(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+  // The one instruction for this finds a minimum.
+  const __m128i least = _mm_minpos_epu16(_mm_xor_si128(z, _mm_set1_epi16(-1)));
+  return static_cast<std::int16_t>(~_mm_cvtsi128_si32(least));
+#else
+  std::int16_t largest = 0;
+  for (int i = 0; i < 2 * kLanes; ++i) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+#endif
+}
+FP8KV_INLINE std::int32_t largest_lane(I32 x) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const __m256i y = _mm256_max_epi32(_mm512_maskz_extracti64x4_epi64(0xf, reinterpret_cast<__m512i>(x), 0),
+                                     _mm512_maskz_extracti64x4_epi64(0xf, reinterpret_cast<__m512i>(x), 1));
+#else
+  const auto y = reinterpret_cast<__m256i>(x);
+#endif
+  __m128i z = _mm_max_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+  z = _mm_max_epi32(z, _mm_shuffle_epi32(z, 0x4e));
+  z = _mm_max_epi32(z, _mm_shuffle_epi32(z, 0xb1));
+  return _mm_cvtsi128_si32(z);
+#else
+  std::int32_t largest = 0;
+  for (int i = 0; i < kLanes; ++i) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+#endif
+}
+
+// fp16 to fp32 and back with the processor's instructions; a NaN stays some NaN.
+#if defined(__F16C__)
+constexpr bool kHasHalf = true;
+FP8KV_INLINE F32 widen_half(U16 x) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(x));
+#else
+  return _mm256_cvtph_ps(reinterpret_cast<__m128i>(x));
+#endif
+}
+FP8KV_INLINE U16 narrow_half(F32 x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<U16>(_mm512_maskz_cvtps_ph(0xffff, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  return reinterpret_cast<U16>(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#endif
+}
+#else
+constexpr bool kHasHalf = false;
+FP8KV_INLINE F32 widen_half(U16) { return F32{}; }
+FP8KV_INLINE U16 narrow_half(F32) { return U16{}; }
+#endif
 
 }  // namespace fp8kv::cpu::FP8KV_ISA_NAMESPACE

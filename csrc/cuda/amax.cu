@@ -48,39 +48,29 @@ struct Strip {
   std::uint32_t block;
   std::uint32_t chunk;
   device::FastDiv chunks_per_block;
-  device::FastDiv items;  // threads for one chunk
+  device::FastDiv items;  // threads (amax_columns: blocks) for one chunk
   std::int64_t in, scale;
   std::int64_t limit;  // elements from the begin of the strip; below that of its last row where the run itself is walked
 };
 
 constexpr int kStripThreads = 256;
 
-// Runs of stride 1: a thread takes one unit of a run and walks a strip of its neighbours along another dimension, so that it meets
-// one scale (kColumns: one a column) and writes once.
-template <class In, bool kColumns, bool kAligned, class Finish>
-__global__ void __launch_bounds__(kStripThreads)
-    amax_strips(const In* __restrict__ input, float* __restrict__ target, const __grid_constant__ Walk walk,
-                const __grid_constant__ Strip strip, const __grid_constant__ RunScales run_scales, const Finish finish) {
-  constexpr int kRows = 4;
-  std::uint32_t item = blockIdx.x * kStripThreads + threadIdx.x;
-  std::int64_t offset = -1;
-  std::uint32_t column = 0, bits = 0, maxima[kUnit] = {};
-  int columns = 0;
-  if (item < walk.count) {
-    std::uint32_t chunk = strip.items.divide(item);
-    const Offsets at = walk.at<-1>(walk.units_per_run.divide(item));
-    column = item * kUnit;
-    const std::uint32_t block = strip.chunks_per_block.divide(chunk);
-    const std::uint32_t begin = block * strip.block + chunk * strip.chunk;
-    const std::uint32_t end = min(min(begin + strip.chunk, (block + 1) * strip.block), strip.size);
-    offset = at.scale + block * strip.scale;
-    const In* in = input + at.in;
+// The largest bits a thread meets in its unit over a chunk of a strip: one maximum, or one a column.
+template <class In, bool kColumns, bool kAligned>
+struct StripMaxima {
+  static constexpr int kCount = kColumns ? kUnit : 1;
+  std::uint32_t bits[kCount] = {};
+  int columns = 0;  // of the unit that exist
+
+  __device__ __forceinline__ void walk_chunk(const In* in, const Strip& strip, std::int64_t run, std::uint32_t column,
+                                             std::uint32_t begin, std::uint32_t end) {
+    constexpr int kRows = 4;
     for (std::uint32_t row = begin; row < end; row += kRows) {
       Unit<In> raw[kRows];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const std::int64_t row_begin = (row + r) * strip.in;
-        const std::int64_t size = min(walk.run, strip.limit - row_begin);
+        const std::int64_t size = min(run, strip.limit - row_begin);
         raw[r] = {};
         if (row + r >= end || column >= size) continue;
         const int left = size - column < kUnit ? static_cast<int>(size - column) : kUnit;
@@ -94,20 +84,84 @@ __global__ void __launch_bounds__(kStripThreads)
       for (int r = 0; r < kRows; ++r) {
         if constexpr (kColumns) {
 #pragma unroll
-          for (int e = 0; e < kUnit; ++e) maxima[e] = max(maxima[e], device::finite_bits(raw[r], e));
+          for (int e = 0; e < kUnit; ++e) bits[e] = max(bits[e], device::finite_bits(raw[r], e));
         } else {
-          bits = max(bits, device::finite_max_bits(raw[r]));
+          bits[0] = max(bits[0], device::finite_max_bits(raw[r]));
         }
       }
     }
   }
-  if constexpr (kColumns) {
-    for (int e = 0; e < kUnit; ++e)
-      if (e < columns)
-        device::atomic_max(target + offset + run_scales.offset(column + e), finish(device::magnitude<In>(maxima[e])));
-  } else {
-    raise<In>(target, columns > 0 ? offset : -1, bits, finish);
+};
+
+// Chunk number `chunk` of a strip: the rows, and the scale of their block.
+struct Chunk {
+  std::uint32_t begin, end, block;
+
+  __device__ __forceinline__ Chunk(const Strip& strip, std::uint32_t chunk) {
+    block = strip.chunks_per_block.divide(chunk);
+    begin = block * strip.block + chunk * strip.chunk;
+    end = min(min(begin + strip.chunk, (block + 1) * strip.block), strip.size);
   }
+};
+
+// Runs of stride 1 with one scale each: a thread takes one unit of a run and walks a chunk of its neighbours along another
+// dimension, so that it meets one scale and writes once.
+template <class In, bool kAligned, class Finish>
+__global__ void __launch_bounds__(kStripThreads)
+    amax_runs(const In* __restrict__ input, float* __restrict__ target, const __grid_constant__ Walk walk,
+              const __grid_constant__ Strip strip, const Finish finish) {
+  std::uint32_t item = blockIdx.x * kStripThreads + threadIdx.x;
+  std::int64_t offset = -1;
+  StripMaxima<In, false, kAligned> maxima;
+  if (item < walk.count) {
+    const Chunk chunk(strip, strip.items.divide(item));
+    const Offsets at = walk.at<-1>(walk.units_per_run.divide(item));
+    maxima.walk_chunk(input + at.in, strip, walk.run, item * kUnit, chunk.begin, chunk.end);
+    if (maxima.columns > 0) offset = at.scale + chunk.block * strip.scale;
+  }
+  raise<In>(target, offset, maxima.bits[0], finish);
+}
+
+// Runs of stride 1 whose scale changes inside: the lanes of a warp take neighbouring units, the warps of a block neighbouring
+// chunks; what the warps found for a column is put together where their chunks share their scales.
+template <class In, bool kAligned, class Finish>
+__global__ void __launch_bounds__(kStripThreads)
+    amax_columns(const In* __restrict__ input, float* __restrict__ target, const __grid_constant__ Walk walk,
+                 const __grid_constant__ Strip strip, const __grid_constant__ RunScales run_scales, std::uint32_t chunks,
+                 const Finish finish) {
+  constexpr std::uint32_t kWarps = kStripThreads / 32;
+  __shared__ std::uint32_t found[kWarps][kUnit][32];
+  const std::uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  // Blocks are numbered by groups of 32 units (walk.units_per_run counts these), outer index (strip.items), and chunks.
+  std::uint32_t outer = blockIdx.x;
+  const std::uint32_t first_chunk = strip.items.divide(outer) * kWarps;
+  const Offsets at = walk.at<-1>(walk.units_per_run.divide(outer));
+  const std::uint32_t unit = outer * 32 + lane;
+  StripMaxima<In, true, kAligned> maxima;
+  std::int64_t offset = at.scale;
+  if (first_chunk + warp < chunks) {
+    const Chunk chunk(strip, first_chunk + warp);
+    maxima.walk_chunk(input + at.in, strip, walk.run, unit * kUnit, chunk.begin, chunk.end);
+    offset += chunk.block * strip.scale;
+  }
+  const auto write = [&](int e, std::uint32_t bits) {
+    device::atomic_max(target + offset + run_scales.offset(unit * kUnit + e), finish(device::magnitude<In>(bits)));
+  };
+  if (strip.scale != 0) {
+#pragma unroll
+    for (int e = 0; e < kUnit; ++e)
+      if (e < maxima.columns) write(e, maxima.bits[e]);
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < kUnit; ++e) found[warp][e][lane] = maxima.bits[e];
+  __syncthreads();
+  static_assert(kWarps == kUnit, "each warp puts one element of the units together");
+  if (unit * kUnit + warp >= walk.run) return;
+  std::uint32_t bits = 0;
+#pragma unroll
+  for (std::uint32_t w = 0; w < kWarps; ++w) bits = max(bits, found[w][warp][lane]);
+  write(static_cast<int>(warp), bits);
 }
 
 // Anything: one element at a time, at a stride of the whole grid.
@@ -143,7 +197,9 @@ struct StripPlan {
   static constexpr std::int64_t kRowOfRun = 2048;
   Layout outer;  // the dimensions that are left, with the run
   Strip strip;
-  std::int64_t items;  // threads
+  std::int64_t outer_count;  // items of the outer dimensions
+  std::int64_t units;        // a run
+  std::int64_t chunks;
 };
 
 StripPlan plan_strips(const Layout& layout) {
@@ -153,7 +209,7 @@ StripPlan plan_strips(const Layout& layout) {
   for (int d = 0; d + 1 < layout.ndim; ++d)
     if (shared_extent(layout.dims[d]) > best) best = shared_extent(layout.dims[walked = d]);
 
-  StripPlan plan{layout, {}, 0};
+  StripPlan plan{layout, {}, 1, 0, 0};
   Layout::Dim dim = layout.dims[walked];
   std::int64_t limit = INT64_MAX;
   if (walked == layout.ndim - 1 && best > 0) {
@@ -166,16 +222,23 @@ StripPlan plan_strips(const Layout& layout) {
     std::copy(layout.dims + walked + 1, layout.dims + layout.ndim, plan.outer.dims + walked);
     --plan.outer.ndim;
   }
-  std::int64_t outer = 1;
-  for (int d = 0; d + 1 < plan.outer.ndim; ++d) outer *= plan.outer.dims[d].size;
-  const std::int64_t units = ceil_div(plan.outer.run().size, kUnit);
+  for (int d = 0; d + 1 < plan.outer.ndim; ++d) plan.outer_count *= plan.outer.dims[d].size;
+  plan.units = ceil_div(plan.outer.run().size, kUnit);
   const std::int64_t block = shared_extent(dim);
-  const std::int64_t wanted_threads = std::int64_t{multiprocessors()} * 1024;
-  const std::int64_t chunk = std::clamp<std::int64_t>(ceil_div(dim.size * outer * units, wanted_threads * 4) * 4, 4, 64);
+  // Enough threads to fill the device; fewer where every thread, or nearly so, writes a maximum for each of its columns.
+  const std::int64_t wanted_threads = std::int64_t{multiprocessors()} * (run.scale == 0 ? 1024 : 256);
+  const std::int64_t threads_a_row = plan.outer_count * plan.units;
+  const std::int64_t chunk = std::clamp<std::int64_t>(ceil_div(dim.size * threads_a_row, wanted_threads * 4) * 4, 4, 64);
   const std::int64_t chunks_per_block = ceil_div(block, chunk);
-  plan.items = outer * units * chunks_per_block * ceil_div(dim.size, block);
-  plan.strip = {static_cast<std::uint32_t>(dim.size), static_cast<std::uint32_t>(block), static_cast<std::uint32_t>(chunk),
-                device::FastDiv(chunks_per_block), device::FastDiv(outer * units), dim.in, dim.scale, limit};
+  plan.chunks = chunks_per_block * ceil_div(dim.size, block);
+  plan.strip = {static_cast<std::uint32_t>(dim.size),
+                static_cast<std::uint32_t>(block),
+                static_cast<std::uint32_t>(chunk),
+                device::FastDiv(chunks_per_block),
+                device::FastDiv(threads_a_row),
+                dim.in,
+                dim.scale,
+                limit};
   return plan;
 }
 
@@ -197,14 +260,25 @@ void launch_amax(const core::Piece& piece, const In* input, float* target, Finis
     amax_elements<<<static_cast<unsigned>(blocks), 256, 0, stream>>>(input, target, walk, FlatRows::of(piece), finish);
     return;
   }
-  const StripPlan plan = plan_strips(layout);
-  const Walk walk = Walk::over(plan.outer, plan.outer.ndim - 1, ceil_div(plan.outer.run().size, kUnit), plan.items);
-  const RunScales run_scales{run.scale, 0, device::FastDiv(run.block), false};
+  StripPlan plan = plan_strips(layout);
   const bool aligned = strips_aligned(layout, input, sizeof(In));
-  const auto kernel = run.scale == 0 ? aligned ? amax_strips<In, false, true, Finish> : amax_strips<In, false, false, Finish>
-                                     : aligned ? amax_strips<In, true, true, Finish> : amax_strips<In, true, false, Finish>;
-  kernel<<<static_cast<unsigned>(ceil_div(plan.items, kStripThreads)), kStripThreads, 0, stream>>>(input, target, walk, plan.strip,
-                                                                                                   run_scales, finish);
+  const int outer_dims = plan.outer.ndim - 1;
+  if (run.scale == 0) {
+    const std::int64_t items = plan.outer_count * plan.units * plan.chunks;
+    const Walk walk = Walk::over(plan.outer, outer_dims, plan.units, items);
+    const auto kernel = aligned ? amax_runs<In, true, Finish> : amax_runs<In, false, Finish>;
+    kernel<<<static_cast<unsigned>(ceil_div(items, kStripThreads)), kStripThreads, 0, stream>>>(input, target, walk, plan.strip,
+                                                                                                finish);
+    return;
+  }
+  const std::int64_t unit_groups = ceil_div(plan.units, 32);
+  const Walk walk = Walk::over(plan.outer, outer_dims, unit_groups, 0);
+  plan.strip.items = device::FastDiv(plan.outer_count * unit_groups);
+  const RunScales run_scales{run.scale, 0, device::FastDiv(run.block), false};
+  const auto kernel = aligned ? amax_columns<In, true, Finish> : amax_columns<In, false, Finish>;
+  const std::int64_t blocks = plan.outer_count * unit_groups * ceil_div(plan.chunks, kStripThreads / 32);
+  kernel<<<static_cast<unsigned>(blocks), kStripThreads, 0, stream>>>(input, target, walk, plan.strip, run_scales,
+                                                                      static_cast<std::uint32_t>(plan.chunks), finish);
 }
 
 struct Groups {

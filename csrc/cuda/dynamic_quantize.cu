@@ -143,8 +143,8 @@ __global__ void __launch_bounds__(1024)
 #endif
 }
 
-// AmaxPath::Whole: one run, one scale, all multiprocessors. Between the two passes a thread keeps its first units in registers and
-// the next `slots` in shared memory; the rest is read again, last first, while the L2 cache still has it. The scale itself
+// AmaxPath::Whole: one run, one scale, all multiprocessors. Between the two passes a thread keeps its first units in registers
+// and the next `slots` in shared memory; the rest is read again, last first, while the L2 cache still has it. The scale itself
 // collects the maximum: dynamic_scale never decreases, so the largest scale of the blocks is the scale of all.
 constexpr int kWholeThreads = 512;
 constexpr int kWholeBlocks = 2;  // a multiprocessor
@@ -190,8 +190,7 @@ __global__ void __launch_bounds__(kWholeThreads, kWholeBlocks)
   for (int k = 0; k < kHeld; ++k) bits = max(bits, device::finite_max_bits(held[k]));
   bits = device::block_max(bits, scratch);
   grid.barrier_wait(std::move(zeroed));
-  if (threadIdx.x == 0)
-    device::atomic_max(scale_out, dynamic_scale<Fp8>(device::magnitude<In>(bits), bound_of(upper_bound)));
+  if (threadIdx.x == 0) device::atomic_max(scale_out, dynamic_scale<Fp8>(device::magnitude<In>(bits), bound_of(upper_bound)));
   grid.sync();  // the scale is final
 
   const auto prepared = Op::prepare(__ldcg(scale_out));
@@ -264,8 +263,13 @@ struct DynamicLauncher {
     int slots = (device_limits().shared_memory / kWholeBlocks - 2048) / kSlotBytes;
     slots = static_cast<int>(std::clamp<std::int64_t>(beyond_registers, 0, slots));
     if (slots > 0) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, slots * kSlotBytes);
-    void* arguments[] = {const_cast<In**>(&input), const_cast<Fp8**>(&result), const_cast<float**>(&scale),
-                         const_cast<float**>(&upper_bound), &size, &units, &slots};
+    void* arguments[] = {const_cast<In**>(&input),
+                         const_cast<Fp8**>(&result),
+                         const_cast<float**>(&scale),
+                         const_cast<float**>(&upper_bound),
+                         &size,
+                         &units,
+                         &slots};
     cudaLaunchCooperativeKernel(reinterpret_cast<void*>(kernel), blocks, kWholeThreads, arguments, slots * kSlotBytes, stream);
     check_launch(op);
   }
@@ -316,8 +320,7 @@ void run(const DynamicQuantize& problem, void* stream) {
       const DynamicLauncher<Fp8, In> launcher{problem, layout, static_cast<cudaStream_t>(stream)};
       if (layout.numel == 0) return launcher.two_passes(op);
       const DeviceLimits& limits = device_limits();
-      const DynamicPlan plan =
-          plan_dynamic(layout, problem.input, problem.result, limits.multiprocessors, limits.max_cluster);
+      const DynamicPlan plan = plan_dynamic(layout, problem.input, problem.result, limits.multiprocessors, limits.max_cluster);
       switch (plan.path) {
         case AmaxPath::Groups: return launcher.groups(op);
         case AmaxPath::Cluster: return launcher.cluster(op, plan);

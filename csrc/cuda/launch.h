@@ -28,8 +28,8 @@ inline TensorView shifted(TensorView view, std::int64_t offset) {
 // What plans ask of the current device.
 struct DeviceLimits {
   int multiprocessors = 0;
-  int max_cluster = 0;      // thread blocks of 1024 threads, 0 without clusters
-  int shared_memory = 0;    // bytes of one multiprocessor
+  int max_cluster = 0;    // thread blocks of 1024 threads, 0 without clusters
+  int shared_memory = 0;  // bytes of one multiprocessor
 };
 
 const DeviceLimits& device_limits();

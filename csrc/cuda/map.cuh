@@ -32,31 +32,45 @@ __device__ __forceinline__ Cut cut_unit(const Out* run, std::uint32_t unit, std:
   return {first, {first < 0 ? phase : 0, left < kUnit ? static_cast<int>(left < 0 ? 0 : left) : kUnit}};
 }
 
-// MapPath::Runs. One unit a thread.
-template <class Op, class In, class Out, int kOuter, bool kAligned>
-__global__ void __launch_bounds__(256)
-    map_runs(const In* __restrict__ input, Out* __restrict__ result, const float* __restrict__ scales, const __grid_constant__ Walk walk) {
+// MapPath::Runs. One unit a thread. kGapless: the whole input and the whole result are one contiguous piece each, so that the
+// data can be asked for before it is known which scale belongs to it.
+template <class Op, class In, class Out, int kOuter, bool kGapless>
+__global__ void __launch_bounds__(256) map_runs(const In* __restrict__ input, Out* __restrict__ result,
+                                                const float* __restrict__ scales, const __grid_constant__ Walk walk) {
   std::uint32_t unit = blockIdx.x * blockDim.x + threadIdx.x;
   if (unit >= walk.count) return;
+  std::int64_t in = std::int64_t{unit} * kUnit, out = in;
+  Unit<In> raw;
+  if constexpr (kGapless) raw = device::load_aligned(input + in);
   Offsets at;
   if constexpr (kOuter != 0) at = walk.at<kOuter>(walk.units_per_run.divide(unit));
-  const In* in = input + at.in;
-  Out* out = result + at.out;
-
-  Cut cut{std::int64_t{unit} * kUnit, {}};
-  Unit<In> raw;
-  if constexpr (kAligned) {
-    raw = device::load_aligned(in + cut.first);
-  } else {
-    cut = cut_unit(out, unit, walk.run);
-    if (cut.range.begin >= cut.range.end) return;
-    raw = device::load_any(in, cut.first, walk.run, cut.range);
+  if constexpr (!kGapless) {
+    in = at.in + unit * kUnit;
+    out = at.out + unit * kUnit;
+    raw = device::load_aligned(input + in);
   }
   const auto scale = Op::prepare(__ldg(scales + at.scale));
   float values[kUnit];
   device::unpack(raw, values);
   device::apply<Op>(scale, values);
-  device::store_range(out + cut.first, device::pack<Out>(values), cut.range);
+  device::store_aligned(result + out, device::pack<Out>(values));
+}
+
+// The same at any alignment.
+template <class Op, class In, class Out>
+__global__ void __launch_bounds__(256) map_runs_any(const In* __restrict__ input, Out* __restrict__ result,
+                                                    const float* __restrict__ scales, const __grid_constant__ Walk walk) {
+  std::uint32_t unit = blockIdx.x * blockDim.x + threadIdx.x;
+  if (unit >= walk.count) return;
+  const Offsets at = walk.at<-1>(walk.units_per_run.divide(unit));
+  const Cut cut = cut_unit(result + at.out, unit, walk.run);
+  if (cut.range.begin >= cut.range.end) return;
+  const Unit<In> raw = device::load_any(input + at.in, cut.first, walk.run, cut.range);
+  const auto scale = Op::prepare(__ldg(scales + at.scale));
+  float values[kUnit];
+  device::unpack(raw, values);
+  device::apply<Op>(scale, values);
+  device::store_range(result + at.out + cut.first, device::pack<Out>(values), cut.range);
 }
 
 // Scales that change within the run.
@@ -89,17 +103,36 @@ __device__ __forceinline__ void prepare_scales(typename Op::Prepared (&prepared)
 }
 
 struct Rows {
-  std::uint32_t count;           // rows to walk
-  device::FastDiv groups;        // of kRows rows
-  std::int64_t in, out;          // strides
-  std::int64_t last_row_size;    // elements of the last row: a folded one may be incomplete
+  std::uint32_t count;         // rows to walk
+  device::FastDiv groups;      // of kRows rows
+  std::int64_t in, out;        // strides
+  std::int64_t last_row_size;  // elements of the last row: a folded one may be incomplete
 };
+
+// MapPath::Columns, aligned, one row a thread, in one contiguous piece: as map_runs.
+template <class Op, class In, class Out>
+__global__ void __launch_bounds__(256)
+    map_columns_gapless(const In* __restrict__ input, Out* __restrict__ result, const float* __restrict__ scales,
+                        const __grid_constant__ Walk walk, const __grid_constant__ RunScales run_scales) {
+  std::uint32_t unit = blockIdx.x * blockDim.x + threadIdx.x;
+  if (unit >= walk.count) return;
+  const std::int64_t first = std::int64_t{unit} * kUnit;
+  const Unit<In> raw = device::load_aligned(input + first);
+  walk.units_per_run.divide(unit);
+  typename Op::Prepared prepared[kUnit];
+  prepare_scales<Op>(prepared, scales, run_scales, unit * kUnit);
+  float values[kUnit];
+  device::unpack(raw, values);
+  device::apply<Op>(prepared, values);
+  device::store_aligned(result + first, device::pack<Out>(values));
+}
 
 // MapPath::Columns, aligned. A thread owns 8 columns: it prepares their scales once and walks kRows rows.
 template <class Op, class In, class Out, int kRows>
 __global__ void __launch_bounds__(256)
     map_columns(const In* __restrict__ input, Out* __restrict__ result, const float* __restrict__ scales,
-                const __grid_constant__ Walk walk, const __grid_constant__ Rows rows, const __grid_constant__ RunScales run_scales) {
+                const __grid_constant__ Walk walk, const __grid_constant__ Rows rows,
+                const __grid_constant__ RunScales run_scales) {
   std::uint32_t unit = blockIdx.x * blockDim.x + threadIdx.x;
   if (unit >= walk.count) return;
   std::uint32_t group = walk.units_per_run.divide(unit);
@@ -114,7 +147,10 @@ __global__ void __launch_bounds__(256)
   Range ranges[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const std::int64_t left = (row + r + 1 < rows.count ? walk.run : row + r + 1 == rows.count ? rows.last_row_size : 0) - column;
+    const std::int64_t left = (row + r + 1 < rows.count    ? walk.run
+                               : row + r + 1 == rows.count ? rows.last_row_size
+                                                           : 0) -
+                              column;
     ranges[r].end = left >= kUnit ? kUnit : left < 0 ? 0 : static_cast<int>(left);
     if (ranges[r].end == kUnit)
       raw[r] = device::load_aligned(in + r * rows.in);
@@ -205,17 +241,26 @@ struct MapLauncher {
   void launch(void (*kernel)(const In*, Out*, const float*, Params...), const core::Piece& piece, const MapPlan& plan,
               const Params&... params) const {
     kernel<<<static_cast<unsigned>(plan.blocks), plan.threads, 0, stream>>>(input + piece.in, result + piece.out,
-                                                                           scales + piece.scale, params...);
+                                                                            scales + piece.scale, params...);
   }
 
   void runs(const core::Piece& piece, const MapPlan& plan) const {
     const int outer = piece.layout.ndim - 1;
     const Walk walk = Walk::over(piece.layout, outer, plan.units_per_run, plan.work);
-    if (!plan.aligned) return launch(map_runs<Op, In, Out, -1, false>, piece, plan, walk);
+    if (!plan.aligned) return launch(map_runs_any<Op, In, Out>, piece, plan, walk);
     if (outer == 0) return launch(map_runs<Op, In, Out, 0, true>, piece, plan, walk);
+    if (!gapless(piece.layout)) return launch(map_runs<Op, In, Out, -1, false>, piece, plan, walk);
     if (outer == 1) return launch(map_runs<Op, In, Out, 1, true>, piece, plan, walk);
     if (outer == 2) return launch(map_runs<Op, In, Out, 2, true>, piece, plan, walk);
     launch(map_runs<Op, In, Out, -1, true>, piece, plan, walk);
+  }
+
+  static bool gapless(const Layout& layout) {
+    for (int d = 0; d + 1 < layout.ndim; ++d) {
+      const Layout::Dim &dim = layout.dims[d], &inner = layout.dims[d + 1];
+      if (dim.in != inner.in * inner.size || dim.out != inner.out * inner.size) return false;
+    }
+    return true;
   }
 
   void columns(const core::Piece& piece, const MapPlan& plan) const {
@@ -223,10 +268,11 @@ struct MapLauncher {
     const Layout::Dim& run = layout.run();
     const bool folded = plan.rows_folded > 1;
     const bool vectors = plan.aligned && !folded && run.scale == 1 && run.block == 1 && scales_aligned(piece);
-    const RunScales run_scales{run.scale, folded ? static_cast<std::uint32_t>(run.size) : 0u, device::FastDiv(run.block), vectors};
+    const RunScales run_scales{run.scale, folded ? static_cast<std::uint32_t>(run.size) : 0u, device::FastDiv(run.block),
+                               vectors};
     if (!plan.aligned)
-      return launch(map_columns_any<Op, In, Out>, piece, plan, Walk::over(layout, layout.ndim - 1, plan.units_per_run, plan.work),
-                    run_scales);
+      return launch(map_columns_any<Op, In, Out>, piece, plan,
+                    Walk::over(layout, layout.ndim - 1, plan.units_per_run, plan.work), run_scales);
     const bool walks = layout.ndim >= 2 && layout.dims[layout.ndim - 2].scale == 0;
     Walk walk = Walk::over(layout, layout.ndim - (walks ? 2 : 1), plan.units_per_run, plan.work);
     walk.run = run.size * plan.rows_folded;
@@ -238,6 +284,8 @@ struct MapLauncher {
       rows.out = dim.out * plan.rows_folded;
       rows.last_row_size = (dim.size - (plan.rows - 1) * plan.rows_folded) * run.size;
     }
+    if (plan.rows_per_thread == 1 && !folded && walk.ndim == 0 && gapless(layout))
+      return launch(map_columns_gapless<Op, In, Out>, piece, plan, walk, run_scales);
     if (plan.rows_per_thread == 1) return launch(map_columns<Op, In, Out, 1>, piece, plan, walk, rows, run_scales);
     if (plan.rows_per_thread == 2) return launch(map_columns<Op, In, Out, 2>, piece, plan, walk, rows, run_scales);
     launch(map_columns<Op, In, Out, 4>, piece, plan, walk, rows, run_scales);
@@ -257,8 +305,8 @@ struct MapLauncher {
 
 // Launches the whole problem, in pieces where it is very large.
 template <class Op, class In, class Out>
-void launch_map(const char* op, const Layout& layout, const TensorView& input, const TensorView& result, const TensorView& scale,
-                cudaStream_t stream) {
+void launch_map(const char* op, const Layout& layout, const TensorView& input, const TensorView& result,
+                const TensorView& scale, cudaStream_t stream) {
   const MapLauncher<Op, In, Out> launcher{static_cast<const In*>(input.data), static_cast<Out*>(result.data),
                                           static_cast<const float*>(scale.data), stream};
   core::for_each_piece({layout}, kMaxPiece, [&](const core::Piece& piece) {

@@ -20,8 +20,8 @@ struct Unit {
 // The loads are volatile so that they stay where the code has them: early, with the wait at the first use.
 __device__ __forceinline__ void load16(std::uint32_t* words, const void* p) {
   asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-      : "l"(p));
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "l"(p));
 }
 
 __device__ __forceinline__ void load8(std::uint32_t* words, const void* p) {

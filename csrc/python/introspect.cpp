@@ -89,6 +89,6 @@ PYBIND11_MODULE(_introspect, m) {
   m.def("encode", [](float value, const std::string& name) { return encode(value, format(name)); });
   m.def("decode", [](std::uint8_t byte, const std::string& name) { return decode(byte, format(name)); });
   m.def("encode_array", &encode_array);
-  m.def("plan_quantize", &plan_quantize, py::arg("rows"), py::arg("cols"), py::arg("group_shape"), py::arg("input") = "bfloat16",
-        py::arg("result") = "float8_e4m3fn", py::arg("multiprocessors") = 132);
+  m.def("plan_quantize", &plan_quantize, py::arg("rows"), py::arg("cols"), py::arg("group_shape"),
+        py::arg("input") = "bfloat16", py::arg("result") = "float8_e4m3fn", py::arg("multiprocessors") = 132);
 }

@@ -63,8 +63,7 @@ inline std::optional<TensorView> view(const std::optional<Tensor>& tensor) {
 
 inline std::optional<GroupShape> group_shape(const char* op, const IntList& extents) {
   if (!extents) return std::nullopt;
-  if (extents->size() != 2)
-    fail(op, "group_shape", "have two extents, rows and columns", std::to_string(extents->size()));
+  if (extents->size() != 2) fail(op, "group_shape", "have two extents, rows and columns", std::to_string(extents->size()));
   return GroupShape{(*extents)[0], (*extents)[1]};
 }
 

@@ -73,9 +73,7 @@ constexpr int size_of(DType dtype) {
 constexpr bool is_fp8(DType dtype) { return dtype == DType::E4M3 || dtype == DType::E5M2; }
 
 // A type the kernels read unquantized values from and write dequantized values to.
-constexpr bool is_real(DType dtype) {
-  return dtype == DType::Float32 || dtype == DType::Float16 || dtype == DType::BFloat16;
-}
+constexpr bool is_real(DType dtype) { return dtype == DType::Float32 || dtype == DType::Float16 || dtype == DType::BFloat16; }
 
 // Element types as C++ types: the bit pattern, without arithmetic. Conversions are in fp8.h.
 struct Half {

@@ -1,4 +1,5 @@
-// The scalar codec: FP8, fp16 and bf16 to and from fp32, and the two rules of the library. The executable form of docs/numerics.md.
+// The scalar codec: FP8, fp16 and bf16 to and from fp32, and the two rules of the library. The executable form of
+// docs/numerics.md.
 //
 // Everything here is constexpr, needs no floating-point environment (integer arithmetic only, but for the one division and
 // the one product the rules name), and gives the same bits on the host and on the device.

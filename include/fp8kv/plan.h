@@ -23,13 +23,13 @@ constexpr const char* name(MapPath path) {
 
 struct MapPlan {
   MapPath path = MapPath::Elements;
-  bool aligned = false;             // every unit is one aligned access on both sides; otherwise edges are handled inside
-  int threads = 256;                // per block
-  int rows_per_thread = 1;          // Columns
-  std::int64_t units_per_run = 1;   // Runs, Columns
-  std::int64_t rows = 1;            // Columns: extent of the dimension walked
-  std::int64_t rows_folded = 1;     // Columns: rows of odd length that lie one after the other, taken as one aligned row
-  std::int64_t work = 0;            // threads that have something to do
+  bool aligned = false;            // every unit is one aligned access on both sides; otherwise edges are handled inside
+  int threads = 256;               // per block
+  int rows_per_thread = 1;         // Columns
+  std::int64_t units_per_run = 1;  // Runs, Columns
+  std::int64_t rows = 1;           // Columns: extent of the dimension walked
+  std::int64_t rows_folded = 1;    // Columns: rows of odd length that lie one after the other, taken as one aligned row
+  std::int64_t work = 0;           // threads that have something to do
   std::int64_t blocks = 0;
 };
 

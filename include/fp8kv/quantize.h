@@ -1,8 +1,8 @@
 // FP8 quantization: one struct per operation, its validator, and its launchers. Formulas: fp8.h and docs/numerics.md.
 //
-// Scales. The input, whatever its number of dimensions, is seen as a matrix [prod(shape[:-1]), shape[-1]] = [M, N]. A GroupShape
-// (rows, cols) cuts that matrix into groups that share a scale, R = ceil(M / rows) by C = ceil(N / cols) of them; -1 means the
-// whole extent, and a last group may be smaller than the others.
+// Scales. The input, whatever its number of dimensions, is seen as a matrix [prod(shape[:-1]), shape[-1]] = [M, N]. A
+// GroupShape (rows, cols) cuts that matrix into groups that share a scale, R = ceil(M / rows) by C = ceil(N / cols) of them; -1
+// means the whole extent, and a last group may be smaller than the others.
 //   per tensor   (-1, -1)         scale []  or [1]
 //   per token    (1, -1)          scale [M] or [M, 1]
 //   per channel  (-1, 1)          scale [N] or [1, N]
@@ -49,9 +49,9 @@ struct StaticQuantize {
 
 // scale[g] = dynamic_scale(largest finite |input| of group g), then as StaticQuantize. Op name: dynamic_scaled_fp8_quant.
 struct DynamicQuantize {
-  TensorView result;  // E4M3 or E5M2, the input's shape
-  TensorView input;   // Float32, Float16 or BFloat16
-  TensorView scale;   // Float32, written
+  TensorView result;                     // E4M3 or E5M2, the input's shape
+  TensorView input;                      // Float32, Float16 or BFloat16
+  TensorView scale;                      // Float32, written
   std::optional<TensorView> scale_ub{};  // Float32, one element: amax is clipped to it
   std::optional<GroupShape> group_shape{};
 };
@@ -64,18 +64,19 @@ struct Dequantize {
   std::optional<GroupShape> group_shape{};
 };
 
-// amax[g] = max(amax[g], largest finite |input| of group g): a running maximum, to be filled with 0 at first. Op name: group_amax.
-// The comparison is that of the fp32 bit patterns as signed integers: exact for all values >= 0, a NaN in amax stays.
+// amax[g] = max(amax[g], largest finite |input| of group g): a running maximum, to be filled with 0 at first. Op name:
+// group_amax. The comparison is that of the fp32 bit patterns as signed integers: exact for all values >= 0, a NaN in amax
+// stays.
 struct GroupAmax {
   TensorView amax;   // Float32, read and written, shaped like a scale
   TensorView input;  // Float32, Float16 or BFloat16
   GroupShape group_shape{};
 };
 
-// What every backend works from: the problem as one list of dimensions, outermost first, with neighbours merged where memory and
-// scales allow it. Element (i0, i1, ...) of the input lies at sum(i_d * in), of the result at sum(i_d * out), and its scale at
-// sum((i_d / block) * scale), all counted in elements. The last dimension is the `run`: where both sides have stride 1
-// there and its scale stride is 0, runs are contiguous pieces with one scale.
+// What every backend works from: the problem as one list of dimensions, outermost first, with neighbours merged where memory
+// and scales allow it. Element (i0, i1, ...) of the input lies at sum(i_d * in), of the result at sum(i_d * out), and its scale
+// at sum((i_d / block) * scale), all counted in elements. The last dimension is the `run`: where both sides have stride 1 there
+// and its scale stride is 0, runs are contiguous pieces with one scale.
 struct Layout {
   struct Dim {
     std::int64_t size = 1;
@@ -112,7 +113,8 @@ FP8KV_API Layout validate(const GroupAmax& problem);
 
 namespace cpu {
 
-// Runs body(begin, end) over pieces of [0, count), in any order and on any threads; pieces below `grain` are not worth a thread.
+// Runs body(begin, end) over pieces of [0, count), in any order and on any threads; pieces below `grain` are not worth a
+// thread.
 using ParallelFor =
     std::function<void(std::int64_t count, std::int64_t grain, const std::function<void(std::int64_t, std::int64_t)>& body)>;
 

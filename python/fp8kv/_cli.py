@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 app = typer.Typer(
     help="FP8 quantization: what works here, how fast it is, and how accurate.",
@@ -20,6 +23,14 @@ Device = Annotated[
 OptionalPath = Optional[Path]  # noqa: UP045
 
 
+def _console() -> Console:
+    """Wide enough for the tables where there is no terminal whose width counts."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
 def main() -> None:
     """The entry point of the command."""
     app()
@@ -28,11 +39,9 @@ def main() -> None:
 @app.command()
 def doctor() -> None:
     """Shows what works here, with a bit-exactness self-test; exit status 1 if something does not."""
-    from rich.console import Console
-
     from fp8kv.doctor import checks
 
-    console = Console()
+    console = _console()
     failed = False
     for check in checks():
         mark = {True: "[green]ok  [/]", None: "[yellow]note[/]", False: "[red]FAIL[/]"}[check.ok]
@@ -55,11 +64,9 @@ def bench(
     plot: Annotated[OptionalPath, typer.Option(help="Write a bar chart (PNG) to this file.")] = None,
 ) -> None:
     """Measures every operator against a copy of the same bytes in the same run."""
-    from rich.console import Console
-
     from fp8kv import bench as benchmarks
 
-    console = Console()
+    console = _console()
     try:
         with console.status("...") as status:
             report = benchmarks.run(
@@ -85,14 +92,13 @@ def demo(
 ) -> None:
     """Quantizes real tensors in every granularity and shows what each costs in accuracy."""
     import torch
-    from rich.console import Console
 
     from fp8kv import demo as demonstration
 
     formats = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
     if dtype not in formats:
         raise typer.BadParameter(f'dtype must be "e4m3" or "e5m2", got "{dtype}"')
-    console = Console()
+    console = _console()
     source = (
         demonstration.reference_text() if text is None else text.read_text(encoding="utf-8", errors="replace")
     )
@@ -107,8 +113,8 @@ def demo(
         results += rows
         console.print(demonstration.table(name, x, rows, formats[dtype]))
     console.print(
-        "The scale of a group is amax / max. FP8 is a floating-point format, so finer groups mostly keep small "
-        "values from becoming zero.",
+        "The scale of a group is amax / max. FP8 is a floating-point format: a scale moves its range and "
+        "leaves its relative precision, so granularities differ little until the values of a group span it.",
         highlight=False,
     )
     if plot is not None:

@@ -202,7 +202,9 @@ def _ours(work: Work, b: Buffers) -> Call:
 
 def _expression(work: Work, shape: tuple[int, int]) -> Callable[[Tensor, Tensor], Tensor] | None:
     """The work as one would write it in PyTorch; None where groups don't divide the shape."""
-    rows, cols = (size if extent == -1 else extent for size, extent in zip(shape, work.group, strict=True))
+    rows, cols = (
+        size if extent == -1 else min(extent, size) for size, extent in zip(shape, work.group, strict=True)
+    )
     if shape[0] % rows or shape[1] % cols:
         return None
     limit = torch.finfo(FP8).max
@@ -501,7 +503,7 @@ def table(report: Report) -> Table:
     on_cpu = any(row.isa for row in report.rows)
     peers = list(dict.fromkeys(name for row in report.rows for name in row.peers))
     result = Table(title=f"fp8kv {report.fp8kv} on {report.device}, bf16 and e4m3, PyTorch {report.torch}")
-    result.add_column("work")
+    result.add_column("work", no_wrap=True)
     for name in (
         "shape",
         *(("isa", "threads") if on_cpu else ()),
@@ -511,7 +513,7 @@ def table(report: Report) -> Table:
         "share of copy",
         *peers,
     ):
-        result.add_column(name, justify="right")
+        result.add_column(name, justify="right", no_wrap=True)
     previous = ""
     for row in report.rows:
         if previous and row.work != previous:
@@ -565,6 +567,7 @@ def plot(report: Report, path: Path, target: float = 0.95) -> None:
         ticks.append((first + y - 1) / 2)
         y += 0.8
     axes.set_yticks(ticks, works)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.axvline(100, color="black", linewidth=0.8)
     axes.axvline(target * 100, color="black", linewidth=0.8, linestyle="--", label=f"target {target:.0%}")

@@ -140,9 +140,9 @@ def table(name: str, x: Tensor, results: list[Result], dtype: torch.dtype) -> Ta
         title=f"{name}, {shape}, bf16 to {str(dtype).removeprefix('torch.float8_')} on {x.device} "
         f"({x.numel() * x.element_size():,} bytes before)"
     )
-    result.add_column("granularity")
+    result.add_column("granularity", no_wrap=True)
     for column in ("scales", "bytes", "max error", "relative error", "SNR dB", "lost to 0", "ms"):
-        result.add_column(column, justify="right")
+        result.add_column(column, justify="right", no_wrap=True)
     best = max(row.snr_db for row in results)
     for row in results:
         snr = f"{row.snr_db:.2f}"
@@ -160,7 +160,7 @@ def table(name: str, x: Tensor, results: list[Result], dtype: torch.dtype) -> Ta
 
 
 def plot(results: list[Result], path: Path) -> None:
-    """Writes a picture of signal-to-noise ratio and of lost elements by granularity."""
+    """Writes a picture of signal-to-noise ratio and of the largest error by granularity."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -171,15 +171,14 @@ def plot(results: list[Result], path: Path) -> None:
     for offset, name in enumerate(names):
         rows = [row for row in results if row.tensor == name]
         y = [i + 0.38 * offset for i in range(len(rows))]
-        left.barh(y, [row.snr_db for row in rows], height=0.36, label=name)
-        right.barh(y, [row.lost * 100 for row in rows], height=0.36)
+        left.plot([row.snr_db for row in rows], y, "o", label=name)
+        right.barh(y, [row.max_error for row in rows], height=0.36)
     middle = 0.19 * (len(names) - 1)
     left.set_yticks([i + middle for i in range(len(GRANULARITIES))], list(GRANULARITIES))
     left.invert_yaxis()
-    smallest = min(row.snr_db for row in results)
-    left.set_xlim(left=math.floor(smallest) - 1)
-    left.set_xlabel("signal-to-noise ratio, dB (longer is better)")
-    right.set_xlabel("nonzero elements that became zero, % (shorter is better)")
-    left.legend(fontsize=8, loc="lower right")
+    left.grid(axis="x", alpha=0.3)
+    left.set_xlabel("signal-to-noise ratio, dB (further right is better)")
+    right.set_xlabel("largest absolute error (shorter is better)")
+    figure.legend(fontsize=8, loc="outside upper right", ncols=len(names))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

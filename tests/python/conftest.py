@@ -11,10 +11,6 @@ import fp8kv
 from fp8kv import _introspect
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "large: needs tens of gigabytes of memory on the GPU")
-
-
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device that the ops run on."""

@@ -115,10 +115,10 @@ def wrong_scales_without_group(name: str) -> list[Case]:
             "got shape [4] and no group_shape",
             {name: sevens(4, dtype=F32)},
         ),
-        Case(f"{name}-does not divide", f"{divide}, got shape [3, 1]", {name: sevens(3, 1, dtype=torch.float32)}),
-        Case(f"{name}-too large", f"{divide}, got shape [4, 12]", {name: sevens(4, 12, dtype=torch.float32)}),
-        Case(f"{name}-dimensions", f"{divide}, got shape [1, 4, 1]", {name: sevens(1, 4, 1, dtype=torch.float32)}),
-        Case(f"{name}-empty", f"{divide}, got shape [4, 0]", {name: sevens(4, 0, dtype=torch.float32)}),
+        Case(f"{name}-does not divide", f"{divide}, got shape [3, 1]", {name: sevens(3, 1, dtype=F32)}),
+        Case(f"{name}-too large", f"{divide}, got shape [4, 12]", {name: sevens(4, 12, dtype=F32)}),
+        Case(f"{name}-dimensions", f"{divide}, got shape [1, 4, 1]", {name: sevens(1, 4, 1, dtype=F32)}),
+        Case(f"{name}-empty", f"{divide}, got shape [4, 0]", {name: sevens(4, 0, dtype=F32)}),
     ]  # fmt: skip
 
 

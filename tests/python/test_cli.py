@@ -1,0 +1,186 @@
+"""The command line, as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fp8kv
+from fp8kv import _cli, bench, demo, doctor
+
+runner = CliRunner()
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def invoke(*arguments: str) -> str:
+    result = runner.invoke(_cli.app, list(arguments))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_python_m_fp8kv_shows_the_commands() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "fp8kv", "--help"], capture_output=True, text=True, check=True
+    )
+    for command in ("doctor", "bench", "demo"):
+        assert command in result.stdout
+
+
+# doctor
+
+
+def test_doctor_is_content() -> None:
+    output = invoke("doctor")
+    assert fp8kv.__version__ in output
+    assert f"PyTorch: {torch.__version__}" in output
+    assert "self-test on CPU" in output
+    assert "FAIL" not in output
+
+
+def test_doctor_tests_every_instruction_set_and_leaves_the_one_in_use() -> None:
+    before = fp8kv.build_info()["cpu_isa"]
+    names = [check.name for check in doctor.checks()]
+    for isa in fp8kv.build_info()["cpu_isas"]:
+        assert f"self-test on CPU, {isa}" in names
+    assert fp8kv.build_info()["cpu_isa"] == before
+
+
+def test_the_self_test_passes(device: torch.device) -> None:
+    assert doctor.self_test(device) == []
+
+
+def test_doctor_exits_with_1_when_bytes_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = fp8kv.quantize
+
+    def off_by_one(*args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
+        q, scale = honest(*args, **kwargs)
+        q.view(torch.uint8)[0, 0] ^= 1
+        return q, scale
+
+    monkeypatch.setattr(fp8kv, "quantize", off_by_one)
+    result = runner.invoke(_cli.app, ["doctor"])
+    assert result.exit_code == 1
+    assert "FAIL" in result.output
+    assert "static_scaled_fp8_quant (bfloat16, float8_e4m3fn, per token)" in result.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        ("90-real", (9, 0), True),
+        ("90-real", (10, 0), False),
+        ("90-real", (8, 9), False),
+        ("80-real;90-real", (8, 9), True),
+        ("120-virtual", (12, 1), True),
+        ("120-virtual", (10, 0), False),
+        ("90", (12, 0), True),
+        ("90a-real", (9, 0), True),
+        ("90a-real", (10, 0), False),
+        ("80-real;89-real;90-real;100-real;120-real;120-virtual", (10, 3), True),
+    ],
+)
+def test_which_architectures_run_on_which_gpu(
+    architectures: str, capability: tuple[int, int], runs: bool
+) -> None:
+    assert doctor.architecture_runs(architectures, *capability) is runs
+
+
+# bench
+
+
+def test_bench_writes_table_json_and_picture(device: torch.device, tmp_path: Path) -> None:
+    numbers, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    output = invoke(
+        "bench", "--quick", "--device", str(device), "--only", "static t",
+        "--json", str(numbers), "--plot", str(picture),
+    )  # fmt: skip
+    assert "static tensor" in output
+    report = json.loads(numbers.read_text())
+    assert report["torch"] == torch.__version__
+    assert report["fp8kv"] == fp8kv.__version__
+    assert report["device"]
+    assert {row["work"] for row in report["rows"]} == {"static tensor", "static token"}
+    for row in report["rows"]:
+        assert row["us"] > 0
+        assert row["floor_us"] > 0
+        assert row["share"] == pytest.approx(row["floor_us"] / row["us"], rel=0.01, abs=2e-4)
+    assert "torch.zero_" in report["host"]
+    assert picture.read_bytes().startswith(PNG)
+
+
+def test_bench_measures_every_instruction_set_and_leaves_the_one_in_use() -> None:
+    before = (fp8kv.build_info()["cpu_isa"], torch.get_num_threads())
+    report = bench.run("cpu", quick=True, only="dequant tensor", host=False)
+    assert {row.isa for row in report.rows} == set(fp8kv.build_info()["cpu_isas"])
+    assert (fp8kv.build_info()["cpu_isa"], torch.get_num_threads()) == before
+
+
+def test_bench_refuses_what_matches_nothing() -> None:
+    result = runner.invoke(_cli.app, ["bench", "--device", "cpu", "--only", "no such work"])
+    assert result.exit_code == 2
+    assert "no work matches" in result.output
+
+
+@pytest.mark.parametrize("work", bench.WORKS, ids=lambda work: work.name)
+def test_the_expression_the_ops_are_compared_with_computes_the_same(work: bench.Work) -> None:
+    """Peers that do something else would be no peers."""
+    b = bench._buffers(work, (256, 256), torch.device("cpu"), 1)[0]
+    expression = bench._expression(work, (256, 256))
+    assert expression is not None
+    bench._ours(work, b)()
+    assert torch.equal(expression(b.input, b.scale).view(torch.uint8), b.result.view(torch.uint8))
+
+
+def test_the_benchmark_script_has_the_same_options() -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "bench_quantize.py"
+    result = subprocess.run(
+        [sys.executable, str(script), "--help"], capture_output=True, text=True, check=True
+    )
+    for option in ("--quick", "--only", "--peers", "--json", "--plot"):
+        assert option in result.stdout
+
+
+# demo
+
+
+@pytest.mark.parametrize("dtype", ["e4m3", "e5m2"])
+def test_demo_writes_tables_and_a_picture(device: torch.device, dtype: str, tmp_path: Path) -> None:
+    picture = tmp_path / "demo.png"
+    output = invoke("demo", "--device", str(device), "--dtype", dtype, "--plot", str(picture))
+    for granularity in demo.GRANULARITIES:
+        assert granularity in output
+    assert picture.read_bytes().startswith(PNG)
+
+
+def test_demo_takes_a_text(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(demo.reference_text()[:400_000], encoding="utf-8")
+    assert "per token" in invoke("demo", "--device", "cpu", "--text", str(text))
+
+
+def test_demo_refuses_a_text_that_is_too_short(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("four words, that's all")
+    result = runner.invoke(_cli.app, ["demo", "--device", "cpu", "--text", str(text)])
+    assert result.exit_code == 2
+    assert "different words" in result.output
+
+
+def test_demo_refuses_an_unknown_format() -> None:
+    result = runner.invoke(_cli.app, ["demo", "--dtype", "e3m4"])
+    assert result.exit_code == 2
+
+
+def test_the_errors_of_the_demo_are_those_of_the_values(device: torch.device) -> None:
+    """What is exactly representable has no error, whatever the granularity."""
+    x = torch.full((4, 128), 448.0, dtype=torch.bfloat16, device=device)
+    for result in demo.measure("ones", x):
+        assert result.max_error == 0
+        assert result.relative_error == 0
+        assert result.lost == 0

@@ -1,0 +1,363 @@
+"""The ops as PyTorch sees them: opcheck, torch.compile, CUDA graphs, streams, threads, autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import fp8kv
+from fp8kv import GroupShape, reference
+from helpers import assert_same_bytes, random_scales, values
+
+E4M3 = torch.float8_e4m3fn
+ops = torch.ops.fp8kv
+
+
+def arguments(device: torch.device) -> dict[str, tuple[object, ...]]:
+    """Arguments of each op, in the order of its schema."""
+    x = values((8, 48), torch.bfloat16).to(device)
+    q = torch.zeros(8, 48, dtype=E4M3, device=device)
+    scale = random_scales((8, 1)).to(device)
+    bound = torch.tensor(2.0, device=device)
+    return {
+        "static_scaled_fp8_quant": (q, x, scale, [1, -1]),
+        "dynamic_scaled_fp8_quant": (q, x, torch.zeros_like(scale), bound, [1, -1]),
+        "scaled_fp8_dequant": (torch.zeros_like(x), x.to(E4M3), scale, [1, -1]),
+        "group_amax": (torch.zeros_like(scale), x, [1, -1]),
+    }
+
+
+OPS = ["static_scaled_fp8_quant", "dynamic_scaled_fp8_quant", "scaled_fp8_dequant", "group_amax"]
+each_op = pytest.mark.parametrize("op", OPS)
+
+
+@pytest.fixture
+def _allclose_knows_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """opcheck looks for mutations with torch.allclose, which PyTorch does not have for FP8."""
+    of_torch = torch.allclose
+
+    def allclose(a: Tensor, b: Tensor, **kwargs: bool) -> bool:
+        return (
+            torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+            if a.dtype == E4M3
+            else of_torch(a, b, **kwargs)
+        )
+
+    monkeypatch.setattr(torch, "allclose", allclose)
+
+
+@pytest.mark.usefixtures("_allclose_knows_fp8")
+@each_op
+def test_opcheck(device: torch.device, op: str) -> None:
+    torch.library.opcheck(getattr(ops, op).default, arguments(device)[op])
+
+
+@pytest.mark.usefixtures("_allclose_knows_fp8")
+@pytest.mark.parametrize("op", ["static_scaled_fp8_quant", "scaled_fp8_dequant"])
+def test_opcheck_with_defaults(device: torch.device, op: str) -> None:
+    scale = torch.ones((), device=device)
+    torch.library.opcheck(getattr(ops, op).default, (*arguments(device)[op][:2], scale))
+
+
+MAP = "(Tensor(a!) result, Tensor input, Tensor scale, int[]? group_shape=None) -> ()"
+SCHEMAS = {
+    "static_scaled_fp8_quant": MAP,
+    "dynamic_scaled_fp8_quant": "(Tensor(a!) result, Tensor input, Tensor(b!) scale, Tensor? scale_ub=None, "
+    "int[]? group_shape=None) -> ()",
+    "scaled_fp8_dequant": MAP,
+    "group_amax": "(Tensor(a!) amax, Tensor input, int[] group_shape) -> ()",
+}
+
+
+@each_op
+def test_schema(op: str) -> None:
+    assert str(getattr(ops, op).default._schema) == f"fp8kv::{op}{SCHEMAS[op]}"
+
+
+# torch.compile
+
+
+def round_trip(x: Tensor) -> Tensor:
+    q, scale = fp8kv.quantize(x * 2, group_shape=GroupShape.PER_TOKEN)
+    return fp8kv.dequantize(q, scale, group_shape=GroupShape.PER_TOKEN, dtype=torch.float32) + 1
+
+
+def calibrate_then_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    amax = torch.zeros(1, x.shape[1], device=x.device)
+    fp8kv.group_amax(amax, x, GroupShape.PER_CHANNEL)
+    scale = amax.clamp_min(1e-6) * 2.0**-8  # exact, however it is compiled
+    return fp8kv.quantize(x, scale, group_shape=GroupShape.PER_CHANNEL)
+
+
+def into_slices(x: Tensor) -> Tensor:
+    """Results written into a slice of a larger tensor: a mutation that functionalization must keep."""
+    out = torch.zeros(2 * x.shape[0], x.shape[1], dtype=E4M3, device=x.device)
+    scale = torch.ones((), device=x.device)
+    fp8kv.static_scaled_fp8_quant(out[x.shape[0] :], x, scale)
+    return out.view(torch.uint8)
+
+
+FUNCTIONS: list[Callable[[Tensor], object]] = [round_trip, calibrate_then_quantize, into_slices]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_compile(device: torch.device, function: Callable[[Tensor], object], backend: str) -> None:
+    x = values((8, 48), torch.bfloat16, specials=False).to(device)
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    expected, actual = function(x), compiled(x)
+    for a, e in zip(*(r if isinstance(r, tuple) else (r,) for r in (actual, expected)), strict=True):
+        assert_same_bytes(a, e)
+
+
+def test_compile_with_dynamic_shapes(device: torch.device) -> None:
+    compiled = torch.compile(round_trip, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows, cols in ((8, 48), (3, 100), (17, 5)):
+        x = values((rows, cols), torch.bfloat16, specials=False).to(device)
+        assert_same_bytes(compiled(x), round_trip(x))
+
+
+def test_compile_of_the_module(device: torch.device) -> None:
+    layer = fp8kv.QuantFP8(static=False, group_shape=GroupShape.PER_TOKEN)
+    x = values((8, 48), torch.bfloat16, specials=False).to(device)
+    q, scale = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    expected, expected_scale = layer(x)
+    assert_same_bytes(q, expected)
+    assert_same_bytes(scale, expected_scale)
+
+
+def test_fake_tensors_have_the_right_shapes() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        q, scale = fp8kv.quantize(torch.empty(5, 7, 64, device="cuda:0"), group_shape=(1, 16))
+        back = fp8kv.dequantize(q, scale, group_shape=(1, 16))
+    assert (q.shape, q.dtype, q.device.type) == ((5, 7, 64), E4M3, "cuda")
+    assert (scale.shape, back.shape, back.dtype) == ((5, 7, 4), (5, 7, 64), torch.bfloat16)
+
+
+def test_export(device: torch.device) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return round_trip(x)
+
+    x = values((8, 48), torch.bfloat16, specials=False).to(device)
+    program = torch.export.export(Model(), (x,))
+    assert_same_bytes(program.module()(x), round_trip(x))
+
+
+# Autograd
+
+
+def test_results_are_outside_autograd(device: torch.device) -> None:
+    x = torch.ones(4, 6, device=device, requires_grad=True)
+    q, scale = fp8kv.quantize(x)
+    back = fp8kv.dequantize(q, scale)
+    assert not q.requires_grad
+    assert not scale.requires_grad
+    assert not back.requires_grad
+
+
+def test_backward_through_quantization_says_that_there_is_none(device: torch.device) -> None:
+    x = torch.ones(4, 6, device=device, requires_grad=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        fp8kv.dequantize(*fp8kv.quantize(x)).sum().backward()
+
+
+def test_inference_mode(device: torch.device) -> None:
+    x = values((4, 6), torch.float32).to(device)
+    with torch.inference_mode():
+        q, scale = fp8kv.quantize(x)
+        back = fp8kv.dequantize(q, scale)
+    assert_same_bytes(back, fp8kv.dequantize(*fp8kv.quantize(x)))
+
+
+# Views that PyTorch resolves before the kernel
+
+
+def test_a_view_with_the_negative_bit(device: torch.device) -> None:
+    pairs = values((4, 6, 2), torch.float32, specials=False).to(device)
+    x = torch.view_as_complex(pairs).conj().imag
+    assert x.is_neg()
+    assert_same_bytes(fp8kv.quantize(x)[0], fp8kv.quantize(x.resolve_neg())[0])
+
+
+# The CPU's state
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_the_number_of_threads_does_not_show(threads: int) -> None:
+    x = values((301, 1021), torch.bfloat16)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for group in ((-1, -1), (1, -1), (-1, 1), (7, 33)):
+            q, scale = fp8kv.quantize(x, group_shape=group)
+            expected, expected_scale = reference.quantize(x, group_shape=group)
+            assert_same_bytes(scale, expected_scale)
+            assert_same_bytes(q, expected)
+            back = fp8kv.dequantize(q, scale, group_shape=group)
+            assert_same_bytes(back, reference.dequantize(q, scale, group_shape=group))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_flushing_denormals_for_pytorch_does_not_change_bytes() -> None:
+    """FP8 of a quotient is exact arithmetic here, whatever mode of the processor another library set."""
+    x = torch.cat(
+        [torch.arange(1, 2000, dtype=torch.int32).view(torch.float32), torch.tensor([1e-39, -3e-40])]
+    )
+    tiny = torch.tensor(1e-42)
+    expected, _ = reference.quantize(x, tiny)
+    expected_dynamic, expected_scale = reference.quantize(x)
+    back = reference.dequantize(expected, tiny, dtype=torch.float32)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor can't flush denormals")
+    try:
+        q, _ = fp8kv.quantize(x, tiny)
+        dynamic, scale = fp8kv.quantize(x)
+        values_ = fp8kv.dequantize(expected, tiny, dtype=torch.float32)
+    finally:
+        torch.set_flush_denormal(False)
+    assert_same_bytes(q, expected)
+    assert_same_bytes(scale, expected_scale)
+    assert_same_bytes(dynamic, expected_dynamic)
+    assert_same_bytes(values_, back)
+
+
+def test_calls_from_several_python_threads(device: torch.device) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    inputs = [values((64, 300), torch.bfloat16, seed=i) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda x: fp8kv.quantize(x.to(device), group_shape=(1, -1)), inputs))
+    for x, (q, scale) in zip(inputs, results, strict=True):
+        expected, expected_scale = reference.quantize(x, group_shape=(1, -1))
+        assert_same_bytes(q, expected)
+        assert_same_bytes(scale, expected_scale)
+
+
+# CUDA
+
+
+SHAPES = [(4, 64), (16, 4096), (300, 5137)]
+
+
+@pytest.mark.parametrize("group", [(-1, -1), (1, -1), (-1, 1), (-1, 128), (3, 100)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_capture_in_a_cuda_graph_and_replay_with_new_data(
+    cuda: torch.device, shape: tuple[int, int], group: tuple[int, int]
+) -> None:
+    x = torch.zeros(shape, dtype=torch.bfloat16, device=cuda)
+    q, scale = fp8kv.quantize(x, group_shape=group)
+    q2, back = torch.empty_like(q), torch.empty_like(x)
+    amax = torch.zeros_like(scale)
+
+    def step() -> None:
+        amax.zero_()
+        fp8kv.dynamic_scaled_fp8_quant(q, x, scale, None, group)
+        fp8kv.static_scaled_fp8_quant(q2, x, scale, group)
+        fp8kv.scaled_fp8_dequant(back, q, scale, group)
+        fp8kv.group_amax(amax, x, group)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for seed in range(3):
+        data = values(shape, torch.bfloat16, seed=seed)
+        x.copy_(data)
+        graph.replay()
+        expected, expected_scale = reference.quantize(data, group_shape=group)
+        expected_amax = torch.zeros_like(expected_scale)
+        reference.group_amax(expected_amax, data, group)
+        assert_same_bytes(scale, expected_scale)
+        assert_same_bytes(q, expected)
+        assert_same_bytes(q2, expected)
+        assert_same_bytes(back, reference.dequantize(expected, expected_scale, group_shape=group))
+        assert_same_bytes(amax, expected_amax)
+
+
+@pytest.mark.parametrize("group", [(-1, -1), (1, -1), (-1, 1)], ids=str)
+def test_work_runs_on_the_current_stream(cuda: torch.device, group: tuple[int, int]) -> None:
+    """The input is written late on a side stream: a launch elsewhere would read what was there before."""
+    data = values((512, 4096), torch.bfloat16)
+    source = data.to(cuda)
+    x = torch.zeros_like(source)
+    expected, expected_scale = reference.quantize(data, group_shape=group)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        x.copy_(source)
+        q, scale = fp8kv.quantize(x, group_shape=group)
+        back = fp8kv.dequantize(q, scale, group_shape=group)
+    stream.synchronize()
+    assert_same_bytes(scale, expected_scale)
+    assert_same_bytes(q, expected)
+    assert_same_bytes(back, reference.dequantize(expected, expected_scale, group_shape=group))
+
+
+@each_op
+def test_no_op_waits_for_the_gpu(cuda: torch.device, op: str) -> None:
+    call = arguments(cuda)[op]
+    getattr(ops, op)(*call)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(200_000_000)
+        done = torch.cuda.Event()
+        getattr(ops, op)(*call)
+        done.record()
+        assert not done.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+
+
+@each_op
+def test_no_op_allocates(cuda: torch.device, op: str) -> None:
+    call = arguments(cuda)[op]
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    free = torch.cuda.mem_get_info()[0]
+    for _ in range(10):
+        getattr(ops, op)(*call)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    assert torch.cuda.mem_get_info()[0] >= free - (64 << 20)  # kernels are loaded at their first launch
+
+
+@each_op
+def test_tensors_of_a_device_that_is_not_current(cuda: torch.device, op: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    there, here = (arguments(torch.device(d))[op] for d in ("cuda:1", "cpu"))
+    with torch.cuda.device(0):
+        getattr(ops, op)(*there)
+        assert torch.cuda.current_device() == 0
+    getattr(ops, op)(*here)
+    for a, e in zip(there, here, strict=True):
+        if isinstance(a, Tensor) and isinstance(e, Tensor):
+            assert_same_bytes(a, e)
+
+
+def test_tensors_of_two_gpus_are_refused(cuda: torch.device) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x, q = torch.ones(4, 6, device="cuda:1"), torch.empty(4, 6, dtype=E4M3, device="cuda:1")
+    with pytest.raises(RuntimeError) as error:
+        fp8kv.static_scaled_fp8_quant(q, x, torch.ones((), device="cuda:0"))
+    sentence = "fp8kv::static_scaled_fp8_quant: scale must be on the device of input, cuda:1, got cuda:0"
+    assert str(error.value) == sentence
