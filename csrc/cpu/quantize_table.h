@@ -19,7 +19,7 @@ struct Rows {
 
 // The scales of neighbouring columns, made ready by a kernel of the same MapKernels. What the rest means is up to it.
 struct ColumnScales {
-  static constexpr std::int64_t kMaxCount = 2048;
+  static constexpr std::int64_t kMaxCount = 4096;
   static constexpr std::int64_t kCapacity = kMaxCount + 64;  // a last vector may reach beyond
   bool ordinary = false;                                     // all scales are such that the fast path is exact
   alignas(64) float scale[kCapacity];

@@ -1,0 +1,285 @@
+// The CUDA backend as C++ users call it, without torch: on allocations of exactly the size the views need, so that a memory
+// checker sees every byte read or written beside them. Expected bytes come from the CPU backend, which has tests of its own.
+#include <cuda_runtime.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "fp8kv/fp8.h"
+#include "fp8kv/quantize.h"
+#include "support.h"
+
+namespace fp8kv {
+namespace {
+
+using testing_support::error_of;
+using Sizes = std::vector<std::int64_t>;
+
+void check(cudaError_t error) { ASSERT_EQ(error, cudaSuccess) << cudaGetErrorString(error); }
+
+bool have_gpu() {
+  int count = 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
+}
+
+class Cuda : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (!have_gpu()) GTEST_SKIP() << "no GPU";
+  }
+};
+
+// A tensor in host memory and its copy in device memory; `skip` elements lie before the first.
+class Tensor {
+ public:
+  Tensor(DType dtype, const Sizes& sizes, const Sizes& strides, std::int64_t skip) : skip_(skip) {
+    view_.dtype = dtype;
+    view_.ndim = static_cast<int>(sizes.size());
+    std::int64_t extent = skip + 1;
+    for (int d = 0; d < view_.ndim; ++d) {
+      view_.sizes[d] = sizes[d];
+      view_.strides[d] = strides[d];
+      extent += (std::max<std::int64_t>(sizes[d], 1) - 1) * strides[d];
+    }
+    host_.assign(extent * size_of(dtype), 0xA5);
+    check(cudaMalloc(&device_, host_.size()));
+  }
+  Tensor(const Tensor&) = delete;
+  ~Tensor() { cudaFree(device_); }
+
+  std::vector<unsigned char>& bytes() { return host_; }
+  void upload() { check(cudaMemcpy(device_, host_.data(), host_.size(), cudaMemcpyHostToDevice)); }
+
+  std::vector<unsigned char> download() const {
+    std::vector<unsigned char> bytes(host_.size());
+    check(cudaMemcpy(bytes.data(), device_, bytes.size(), cudaMemcpyDeviceToHost));
+    return bytes;
+  }
+
+  TensorView on_host() { return at(host_.data(), {}); }
+  TensorView on_device() const { return at(device_, {Device::Type::CUDA, 0}); }
+
+ private:
+  TensorView at(void* memory, Device device) const {
+    TensorView view = view_;
+    view.data = static_cast<char*>(memory) + skip_ * size_of(view.dtype);
+    view.device = device;
+    return view;
+  }
+
+  std::int64_t skip_;
+  TensorView view_;
+  std::vector<unsigned char> host_;
+  void* device_ = nullptr;
+};
+
+enum class Memory { Contiguous, Padded, Reversed, Spaced };
+
+Sizes strides_for(const Sizes& sizes, Memory memory) {
+  Sizes strides(sizes.size());
+  const int ndim = static_cast<int>(sizes.size());
+  std::int64_t stride = memory == Memory::Spaced ? 3 : 1;
+  for (int i = 0; i < ndim; ++i) {
+    const int d = memory == Memory::Reversed ? i : ndim - 1 - i;
+    strides[d] = stride;
+    stride *= std::max<std::int64_t>(sizes[d], 1);
+    if (memory == Memory::Padded && i == 0) stride += 5;
+  }
+  return strides;
+}
+
+struct Case {
+  const char* name;
+  Sizes shape;
+  Sizes scale;
+  std::optional<GroupShape> group_shape;
+  Memory input = Memory::Contiguous;
+  Memory result = Memory::Contiguous;
+  std::int64_t skip = 0;
+};
+
+const Case kCases[] = {
+    {"tensor", {16, 256}, {1}, GroupShape{-1, -1}},
+    {"tensor_odd", {7, 131}, {1}, std::nullopt},
+    {"tensor_misaligned", {7, 136}, {1}, std::nullopt, Memory::Contiguous, Memory::Contiguous, 3},
+    {"tensor_one_element", {1}, {1}, std::nullopt},
+    {"tensor_cluster", {24, 4096}, {1}, GroupShape{-1, -1}},
+    {"tensor_cluster_odd", {3, 43691}, {1}, GroupShape{-1, -1}, Memory::Contiguous, Memory::Contiguous, 1},
+    {"tensor_whole", {700, 4096}, {1}, GroupShape{-1, -1}},
+    {"tensor_whole_odd", {1201, 2049}, {1}, GroupShape{-1, -1}, Memory::Contiguous, Memory::Contiguous, 5},
+    {"tensor_padded_rows", {9, 120}, {1}, GroupShape{-1, -1}, Memory::Padded, Memory::Padded},
+    {"token", {37, 512}, {37}, GroupShape{1, -1}},
+    {"token_odd", {37, 333}, {37, 1}, GroupShape{1, -1}, Memory::Contiguous, Memory::Padded, 1},
+    {"token_short", {300, 20}, {300}, GroupShape{1, -1}},
+    {"token_long", {3, 70001}, {3}, GroupShape{1, -1}},
+    {"token_transposed", {33, 72}, {33}, GroupShape{1, -1}, Memory::Reversed, Memory::Contiguous},
+    {"channel", {300, 128}, {128}, GroupShape{-1, 1}},
+    {"channel_odd", {130, 37}, {37}, GroupShape{-1, 1}},
+    {"channel_folded", {1031, 1025}, {1025}, GroupShape{-1, 1}},
+    {"channel_many_rows", {4100, 2056}, {2056}, GroupShape{-1, 1}},
+    {"channel_padded", {130, 40}, {1, 40}, GroupShape{-1, 1}, Memory::Padded, Memory::Contiguous, 2},
+    {"channel_both_transposed", {130, 40}, {40}, GroupShape{-1, 1}, Memory::Reversed, Memory::Reversed},
+    {"head", {65, 8 * 64}, {8}, GroupShape{-1, 64}},
+    {"head_blocks_of_scale", {65, 8, 64}, {1, 8, 1}, std::nullopt},
+    {"head_odd", {65, 5 * 20}, {5}, GroupShape{-1, 20}, Memory::Contiguous, Memory::Contiguous, 7},
+    {"block", {256, 384}, {2, 3}, GroupShape{128, 128}},
+    {"block_ragged", {130, 200}, {2, 2}, GroupShape{128, 128}},
+    {"block_small_ragged", {31, 77}, {11, 16}, GroupShape{3, 5}},
+    {"block_row", {31, 512}, {31, 4}, GroupShape{1, 128}},
+    {"flat_rows", {3, 5, 24}, {4, 3}, GroupShape{4, 8}, Memory::Reversed, Memory::Contiguous},
+    {"spaced", {12, 50}, {12}, GroupShape{1, -1}, Memory::Spaced, Memory::Spaced},
+    {"empty", {0, 64}, {1}, GroupShape{-1, -1}},
+    {"empty_tokens", {0, 64}, {0}, GroupShape{1, -1}},
+};
+
+struct Param {
+  Case c;
+  DType real;
+  DType fp8;
+};
+
+class CudaQuantize : public Cuda, public testing::WithParamInterface<Param> {
+ protected:
+  std::mt19937 random{20251125};
+
+  void fill_reals(Tensor& tensor) {
+    // Any pattern is a value: bytes at random give all magnitudes, with NaN and infinity among them.
+    for (auto& byte : tensor.bytes()) byte = static_cast<unsigned char>(random());
+  }
+
+  void fill_scales(Tensor& tensor) {
+    constexpr float kSpecial[] = {0.0f, -1.0f, 1e-45f, 0x1p-126f, 0x1p96f, 0x1p127f, 1.0f};
+    std::uniform_real_distribution<float> usual(0.001f, 4.0f);
+    auto* values = reinterpret_cast<float*>(tensor.bytes().data());
+    for (std::size_t i = 0; i < tensor.bytes().size() / 4; ++i) {
+      const auto pick = random() % 32;
+      const std::uint32_t trap = 0x40000000u - 1 - pick % 4;  // significands just below a multiple of 2^20
+      values[i] = pick < 7 ? kSpecial[pick] : pick < 12 ? std::bit_cast<float>(trap) : usual(random);
+    }
+  }
+
+  static void expect_same(Tensor& expected, const std::vector<unsigned char>& actual, const char* what) {
+    ASSERT_EQ(expected.bytes().size(), actual.size());
+    const auto [e, a] = std::mismatch(expected.bytes().begin(), expected.bytes().end(), actual.begin());
+    EXPECT_TRUE(a == actual.end()) << what << " differs at byte " << (a - actual.begin()) << " of " << actual.size()
+                                   << ": expected " << int{*e} << ", got " << int{*a};
+  }
+};
+
+TEST_P(CudaQuantize, StaticGivesTheBytesOfTheCpu) {
+  const auto& [c, real, fp8] = GetParam();
+  Tensor input(real, c.shape, strides_for(c.shape, c.input), c.skip),
+      scale(DType::Float32, c.scale, strides_for(c.scale, {}), 0);
+  Tensor result(fp8, c.shape, strides_for(c.shape, c.result), c.skip);
+  fill_reals(input);
+  fill_scales(scale);
+  for (Tensor* t : {&input, &scale, &result}) t->upload();
+  cuda::run(StaticQuantize{result.on_device(), input.on_device(), scale.on_device(), c.group_shape});
+  cpu::run(StaticQuantize{result.on_host(), input.on_host(), scale.on_host(), c.group_shape});
+  expect_same(result, result.download(), "result");
+}
+
+TEST_P(CudaQuantize, DynamicGivesTheBytesOfTheCpu) {
+  const auto& [c, real, fp8] = GetParam();
+  Tensor input(real, c.shape, strides_for(c.shape, c.input), c.skip),
+      scale(DType::Float32, c.scale, strides_for(c.scale, {}), 0);
+  Tensor result(fp8, c.shape, strides_for(c.shape, c.result), c.skip);
+  fill_reals(input);
+  for (Tensor* t : {&input, &scale, &result}) t->upload();
+  cuda::run(DynamicQuantize{result.on_device(), input.on_device(), scale.on_device(), {}, c.group_shape});
+  cpu::run(DynamicQuantize{result.on_host(), input.on_host(), scale.on_host(), {}, c.group_shape});
+  expect_same(scale, scale.download(), "scale");
+  expect_same(result, result.download(), "result");
+}
+
+TEST_P(CudaQuantize, DequantizeGivesTheBytesOfTheCpu) {
+  const auto& [c, real, fp8] = GetParam();
+  Tensor input(fp8, c.shape, strides_for(c.shape, c.input), c.skip),
+      scale(DType::Float32, c.scale, strides_for(c.scale, {}), 0);
+  Tensor result(real, c.shape, strides_for(c.shape, c.result), c.skip);
+  fill_reals(input);
+  fill_scales(scale);
+  for (Tensor* t : {&input, &scale, &result}) t->upload();
+  cuda::run(Dequantize{result.on_device(), input.on_device(), scale.on_device(), c.group_shape});
+  cpu::run(Dequantize{result.on_host(), input.on_host(), scale.on_host(), c.group_shape});
+  expect_same(result, result.download(), "result");
+}
+
+class CudaGroupAmax : public CudaQuantize {};
+
+TEST_P(CudaGroupAmax, GivesTheBytesOfTheCpu) {
+  const auto& [c, real, fp8] = GetParam();
+  Tensor input(real, c.shape, strides_for(c.shape, c.input), c.skip),
+      amax(DType::Float32, c.scale, strides_for(c.scale, {}), 0);
+  fill_reals(input);
+  std::memset(amax.bytes().data(), 0, amax.bytes().size());
+  for (Tensor* t : {&input, &amax}) t->upload();
+  cuda::run(GroupAmax{amax.on_device(), input.on_device(), *c.group_shape});
+  cpu::run(GroupAmax{amax.on_host(), input.on_host(), *c.group_shape});
+  expect_same(amax, amax.download(), "amax");
+}
+
+std::vector<Param> quantize_params() {
+  std::vector<Param> all;
+  for (const Case& c : kCases)
+    for (DType real : {DType::Float32, DType::Float16, DType::BFloat16})
+      for (DType fp8 : {DType::E4M3, DType::E5M2}) all.push_back({c, real, fp8});
+  return all;
+}
+
+std::vector<Param> amax_params() {
+  std::vector<Param> all;
+  for (const Case& c : kCases)
+    for (DType real : {DType::Float32, DType::Float16, DType::BFloat16})
+      if (c.group_shape) all.push_back({c, real, DType::Other});
+  return all;
+}
+
+std::string case_name(const testing::TestParamInfo<Param>& info) {
+  const std::string real = std::string(info.param.c.name) + "_" + name(info.param.real);
+  return is_fp8(info.param.fp8) ? real + "_" + name(info.param.fp8) : real;
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, CudaQuantize, testing::ValuesIn(quantize_params()), case_name);
+INSTANTIATE_TEST_SUITE_P(Cases, CudaGroupAmax, testing::ValuesIn(amax_params()), case_name);
+
+TEST_F(Cuda, RefusesHostMemoryWithASentence) {
+  float x[8] = {}, s = 1;
+  unsigned char q[8];
+  const StaticQuantize problem{contiguous(q, DType::E4M3, {8}), contiguous(x, DType::Float32, {8}),
+                               contiguous(&s, DType::Float32, {1})};
+  EXPECT_EQ(error_of([&] { cuda::run(problem); }), "fp8kv::static_scaled_fp8_quant: input must be on a CUDA device, got cpu");
+}
+
+TEST_F(Cuda, CanBeCapturedIntoAGraph) {
+  Tensor input(DType::BFloat16, {4, 64}, {64, 1}, 0), scale(DType::Float32, {1}, {1}, 0),
+      result(DType::E4M3, {4, 64}, {64, 1}, 0);
+  for (std::size_t i = 0; i < input.bytes().size(); ++i) input.bytes()[i] = i % 2 ? 0x3f : static_cast<unsigned char>(i);
+  const float half = 0.5f;
+  std::memcpy(scale.bytes().data(), &half, 4);
+  for (Tensor* t : {&input, &scale, &result}) t->upload();
+  cudaStream_t stream;
+  check(cudaStreamCreate(&stream));
+  cudaGraph_t graph;
+  cudaGraphExec_t executable;
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+  cuda::run(StaticQuantize{result.on_device(), input.on_device(), scale.on_device()}, stream);
+  check(cudaStreamEndCapture(stream, &graph));
+  check(cudaGraphInstantiate(&executable, graph, 0));
+  check(cudaGraphLaunch(executable, stream));
+  check(cudaStreamSynchronize(stream));
+  const auto* bits = reinterpret_cast<const std::uint16_t*>(input.bytes().data());
+  const auto bytes = result.download();
+  for (int i = 0; i < 256; ++i) EXPECT_EQ(bytes[i], quantize<E4M3>(decode(BFloat16{bits[i]}), half).bits) << i;
+  cudaGraphExecDestroy(executable);
+  cudaGraphDestroy(graph);
+  cudaStreamDestroy(stream);
+}
+
+}  // namespace
+}  // namespace fp8kv

@@ -1,0 +1,92 @@
+// Proof that the split reciprocal gives the FP8 byte of the IEEE division, on the device, over all significands of the scale.
+//
+// Scaling x and the scale by powers of two changes nothing short of underflow and overflow, so it is enough to look at scales
+// in [1, 2), and at quotients near the boundaries of one binade of FP8: the 5-bit significands cover the values and the
+// midpoints of E4M3 and with them those of E5M2. Around each boundary b the quotients of x = RN(b * s) and its neighbours are
+// compared. The ends of the window of scales are looked at as they are, with subnormal results included.
+#include <cuda_runtime.h>
+#include <gtest/gtest.h>
+
+#include "scale.h"
+
+namespace fp8kv {
+namespace {
+
+template <class Fp8>
+__device__ bool same_byte(float x, float s) {
+  using Op = device::QuantizeOp<Fp8>;
+  const auto prepared = Op::prepare(s);
+  const float q = prepared.divide ? Op::divide(prepared, x) : Op::apply(prepared, x);
+  return device::encode2<Fp8>(q, 0.0f) == device::encode2<Fp8>(__fdiv_rn(x, s), 0.0f);
+}
+
+template <class Fp8>
+__global__ void compare(float power, float lowest, unsigned long long* differences) {
+  const std::uint32_t significand = blockIdx.x * blockDim.x + threadIdx.x;  // 2^23 threads
+  const float s = __uint_as_float(0x3f800000u | significand) * power;
+  for (int boundary = 16; boundary < 32; ++boundary) {
+    const std::uint32_t middle = __float_as_uint(__fmul_rn(boundary * lowest, s));
+    for (int step = -3; step <= 3; ++step) {
+      const float x = __uint_as_float(middle + step);
+      if (!same_byte<Fp8>(x, s) || !same_byte<Fp8>(-x, s)) atomicAdd(differences, 1ull);
+    }
+  }
+}
+
+template <class Fp8>
+__global__ void encode_all(unsigned long long* differences) {
+  const std::uint32_t first = (blockIdx.x * blockDim.x + threadIdx.x) * 256u;
+  for (std::uint32_t i = 0; i < 256; ++i) {
+    const float x = __uint_as_float(first + i);
+    if (device::encode2<Fp8>(x, 0.0f) != encode<Fp8>(x).bits) atomicAdd(differences, 1ull);
+  }
+}
+
+class CudaScale : public testing::Test {
+ protected:
+  void SetUp() override {
+    int count = 0;
+    if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) GTEST_SKIP() << "no GPU";
+    ASSERT_EQ(cudaMallocManaged(&differences, sizeof(*differences)), cudaSuccess);
+    *differences = 0;
+  }
+  void TearDown() override { cudaFree(differences); }
+  void finish() {
+    ASSERT_EQ(cudaGetLastError(), cudaSuccess);
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    EXPECT_EQ(*differences, 0ull);
+  }
+  unsigned long long* differences = nullptr;
+};
+
+// boundary * lowest covers one binade: of normal numbers for 2^-4 (1 to 2), of the smallest normal and of subnormals below.
+template <class Fp8>
+void over_all_significands(unsigned long long* differences) {
+  for (float power : {1.0f, 0x1p-126f, 0x1p-60f, 0x1p60f, 0x1p95f})
+    for (int exponent = -12; exponent <= 1; ++exponent)
+      compare<Fp8><<<(1 << 23) / 256, 256>>>(power, ldexpf(1.0f, exponent - 4 + (Fp8Traits<Fp8>::kMantissaBits == 2 ? -7 : 0)),
+                                             differences);
+}
+
+TEST_F(CudaScale, SplitReciprocalGivesTheBytesOfTheDivisionE4M3) {
+  over_all_significands<E4M3>(differences);
+  finish();
+}
+
+TEST_F(CudaScale, SplitReciprocalGivesTheBytesOfTheDivisionE5M2) {
+  over_all_significands<E5M2>(differences);
+  finish();
+}
+
+TEST_F(CudaScale, ConversionOfAllFloatsE4M3) {
+  encode_all<E4M3><<<(1 << 24) / 256, 256>>>(differences);
+  finish();
+}
+
+TEST_F(CudaScale, ConversionOfAllFloatsE5M2) {
+  encode_all<E5M2><<<(1 << 24) / 256, 256>>>(differences);
+  finish();
+}
+
+}  // namespace
+}  // namespace fp8kv

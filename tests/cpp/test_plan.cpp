@@ -1,0 +1,164 @@
+// Launch plans and pieces: pure functions, looked at without a GPU.
+#include <gtest/gtest.h>
+
+#include <vector>
+
+#include "fp8kv/plan.h"
+#include "pieces.h"
+
+namespace fp8kv {
+namespace {
+
+constexpr int kMultiprocessors = 132;
+constexpr int kMaxCluster = 16;
+
+// Addresses are never read; plans look at their alignment only. 1 TiB apart.
+void* address(int number, int misalignment = 0) {
+  return reinterpret_cast<void*>((static_cast<std::uintptr_t>(number) << 40) + misalignment);
+}
+
+StaticQuantize problem(std::int64_t rows, std::int64_t cols, GroupShape shape, int misalignment = 0) {
+  const auto count = [](std::int64_t size, std::int64_t group) { return group == -1 ? 1 : (size + group - 1) / group; };
+  return {.result = contiguous(address(1, misalignment), DType::E4M3, {rows, cols}),
+          .input = contiguous(address(2, 2 * misalignment), DType::BFloat16, {rows, cols}),
+          .scale = contiguous(address(3), DType::Float32, {count(rows, shape.rows), count(cols, shape.cols)}),
+          .group_shape = shape};
+}
+
+MapPlan map(const StaticQuantize& p) { return plan_map(validate(p), p.input, p.result, kMultiprocessors); }
+
+DynamicPlan dynamic(const StaticQuantize& p, int max_cluster = kMaxCluster) {
+  return plan_dynamic(validate(p), p.input, p.result, kMultiprocessors, max_cluster);
+}
+
+TEST(PlanMap, PerTensorIsOneRunOfUnits) {
+  const MapPlan plan = map(problem(64, 4096, {-1, -1}));
+  EXPECT_EQ(plan.path, MapPath::Runs);
+  EXPECT_TRUE(plan.aligned);
+  EXPECT_EQ(plan.work, 64 * 4096 / kUnit);
+  EXPECT_GE(plan.blocks * plan.threads, plan.work);
+}
+
+TEST(PlanMap, RowsOfOddLengthAreCutAtAlignedAddresses) {
+  const MapPlan plan = map(problem(10, 131, {1, -1}));
+  EXPECT_EQ(plan.path, MapPath::Runs);
+  EXPECT_FALSE(plan.aligned);
+  // 131 elements that begin up to 7 elements into a unit touch at most 18 units.
+  EXPECT_EQ(plan.units_per_run, 18);
+  EXPECT_EQ(plan.work, 180);
+}
+
+TEST(PlanMap, AMisalignedBaseIsNotAligned) {
+  EXPECT_TRUE(map(problem(8, 64, {-1, -1}, 0)).aligned);
+  EXPECT_FALSE(map(problem(8, 64, {-1, -1}, 1)).aligned);
+}
+
+TEST(PlanMap, PerChannelWalksMoreRowsOnLargeProblems) {
+  EXPECT_EQ(map(problem(128, 4096, {-1, 1})).rows_per_thread, 1);
+  EXPECT_EQ(map(problem(8192, 4096, {-1, 1})).rows_per_thread, 2);
+}
+
+TEST(PlanMap, PerChannelFoldsRowsOfOddLength) {
+  const MapPlan plan = map(problem(100, 129, {-1, 1}));
+  EXPECT_EQ(plan.path, MapPath::Columns);
+  EXPECT_TRUE(plan.aligned);
+  EXPECT_EQ(plan.rows_folded, 8);
+  EXPECT_EQ(plan.units_per_run, 129);
+  EXPECT_EQ(plan.rows, 13);
+  EXPECT_EQ(map(problem(100, 130, {-1, 1})).rows_folded, 4);
+  EXPECT_EQ(map(problem(100, 132, {-1, 1})).rows_folded, 2);
+}
+
+TEST(PlanMap, ColumnsOneByOneWhereTheRunIsStrided) {
+  StaticQuantize p = problem(16, 64, {-1, -1});
+  p.input.strides[0] = 256;
+  p.input.strides[1] = 2;
+  EXPECT_EQ(map(p).path, MapPath::Elements);
+  EXPECT_EQ(map(p).work, 16 * 64);
+}
+
+TEST(PlanDynamic, ARowStaysInRegisters) {
+  const DynamicPlan plan = dynamic(problem(100, 4096, {1, -1}));
+  EXPECT_EQ(plan.path, AmaxPath::Groups);
+  EXPECT_EQ(plan.blocks, 100);
+  EXPECT_GE(plan.threads_per_group * plan.units_per_thread * kUnit, 4096);
+}
+
+TEST(PlanDynamic, ShortGroupsShareAWarp) {
+  const DynamicPlan plan = dynamic(problem(100, 4096, {1, 128}));
+  EXPECT_EQ(plan.path, AmaxPath::Groups);
+  EXPECT_EQ(plan.threads_per_group, 16);
+  EXPECT_EQ(plan.blocks, 100 * 32 / (plan.threads / 16));
+}
+
+TEST(PlanDynamic, AVeryLongRowIsReadTwice) {
+  const DynamicPlan plan = dynamic(problem(2, 1 << 20, {1, -1}));
+  EXPECT_EQ(plan.path, AmaxPath::Groups);
+  EXPECT_EQ(plan.units_per_thread, 0);
+  EXPECT_EQ(plan.threads, 1024);
+}
+
+TEST(PlanDynamic, PerTensorGrowsFromABlockToAClusterToTheWholeDevice) {
+  EXPECT_EQ(dynamic(problem(1, 4096, {-1, -1})).path, AmaxPath::Groups);
+  EXPECT_EQ(dynamic(problem(16, 4096, {-1, -1})).path, AmaxPath::Cluster);
+  EXPECT_EQ(dynamic(problem(16, 4096, {-1, -1}), 0).path, AmaxPath::Whole);
+  EXPECT_EQ(dynamic(problem(4096, 4096, {-1, -1})).path, AmaxPath::Whole);
+}
+
+TEST(PlanDynamic, OtherGroupsTakeTwoPasses) {
+  for (GroupShape shape : {GroupShape{-1, 1}, GroupShape{-1, 128}, GroupShape{128, 128}, GroupShape{2, -1}})
+    EXPECT_EQ(dynamic(problem(256, 512, shape)).path, AmaxPath::TwoPasses) << shape.rows << ", " << shape.cols;
+}
+
+// --- Pieces
+// ------------------------------------------------------------------------------------------------------------------------
+
+// For every element in row-major order of the layout's dimensions: where it lies and which scale it has.
+struct Element {
+  std::int64_t in, out, scale;
+  bool operator==(const Element&) const = default;
+};
+
+void list_elements(const core::Piece& piece, std::vector<Element>& elements) {
+  const Layout& layout = piece.layout;
+  for (std::int64_t i = 0; i < layout.numel; ++i) {
+    std::int64_t rest = i;
+    Element e{piece.in, piece.out, piece.scale};
+    for (int d = layout.ndim - 1; d >= 0; --d) {
+      const Layout::Dim& dim = layout.dims[d];
+      const std::int64_t index = rest % dim.size;
+      rest /= dim.size;
+      e.in += index * dim.in;
+      e.out += index * dim.out;
+      e.scale += index / dim.block * dim.scale;
+    }
+    if (layout.flat_rows) e.scale += (piece.flat_row + i / layout.run().size) / layout.flat_rows * layout.flat_scale;
+    elements.push_back(e);
+  }
+}
+
+class Pieces : public testing::TestWithParam<std::int64_t> {};
+
+TEST_P(Pieces, CoverEveryElementOnceInOrder) {
+  StaticQuantize strided{.result = contiguous(address(1), DType::E4M3, {3, 5, 24}),
+                         .input = contiguous(address(2), DType::BFloat16, {3, 5, 24}),
+                         .scale = contiguous(address(3), DType::Float32, {4, 3}),
+                         .group_shape = GroupShape{4, 8}};
+  strided.input.strides[0] = 999;
+  for (const StaticQuantize& p : {problem(13, 48, {-1, -1}), problem(13, 48, {1, -1}), problem(13, 48, {-1, 1}),
+                                  problem(13, 48, {-1, 16}), problem(13, 50, {5, 7}), strided}) {
+    const Layout layout = validate(p);
+    std::vector<Element> expected, actual;
+    list_elements({layout}, expected);
+    core::for_each_piece({layout}, GetParam(), [&](const core::Piece& piece) {
+      EXPECT_LE(piece.layout.numel, GetParam());
+      list_elements(piece, actual);
+    });
+    EXPECT_EQ(actual, expected);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Limits, Pieces, testing::Values(8, 16, 40, 104, 1000), testing::PrintToStringParamName());
+
+}  // namespace
+}  // namespace fp8kv
