@@ -102,9 +102,8 @@ void map_piece(const Map& map, std::int64_t in, std::int64_t out, const float* s
   if (contiguous_runs(map.layout))
     return map.kernels.rows(map.in + in * map.in_size, map.out + out * map.out_size, scale, columns, rows);
   for (std::int64_t r = 0; r < rows.count; ++r, in += rows.in, out += rows.out, scale += rows.scale)
-    map_staged(map, in, out, columns, [&](const void* from, void* to, std::int64_t n, std::int64_t) {
-      map.kernels.rows(from, to, scale, n, Rows{});
-    });
+    map_staged(map, in, out, columns,
+               [&](const void* from, void* to, std::int64_t n, std::int64_t) { map.kernels.rows(from, to, scale, n, Rows{}); });
 }
 
 // A strip of columns. Scales are made ready once for all rows that share them.
@@ -139,9 +138,8 @@ static_assert(ColumnScales::kMaxCount >= kStripColumns);
 void run_map(const Map& map, const ParallelFor& parallel_for) {
   if (scales_by_column(map.layout)) {
     const std::int64_t item_size = std::min(map.layout.run().size, kStripColumns);
-    return parallel(parallel_for, strip_items(map.layout), item_size, [&](std::int64_t begin, std::int64_t end) {
-      for_each_strip<MapStrip>(map, map.layout, begin, end);
-    });
+    return parallel(parallel_for, strip_items(map.layout), item_size,
+                    [&](std::int64_t begin, std::int64_t end) { for_each_strip<MapStrip>(map, map.layout, begin, end); });
   }
   parallel(parallel_for, map.layout.numel, 1, [&](std::int64_t begin, std::int64_t end) {
     for_each_piece(map.layout, begin, end, map.layout.numel,
@@ -239,9 +237,8 @@ class AmaxStrip {
       scale_ = scale;
     }
     if (a_.layout.run().in == 1) return a_.kernels.columns(a_.in + in * a_.in_size, largest_, count_);
-    amax_staged(a_, in, count_, [&](const void* from, std::int64_t n, std::int64_t i) {
-      a_.kernels.columns(from, largest_ + i, n);
-    });
+    amax_staged(a_, in, count_,
+                [&](const void* from, std::int64_t n, std::int64_t i) { a_.kernels.columns(from, largest_ + i, n); });
   }
 
  private:
@@ -266,12 +263,10 @@ class AmaxStrip {
 void run_amax(const Amax& a, const ParallelFor& parallel_for) {
   if (scales_by_column(a.layout)) {
     const std::int64_t item_size = std::min(a.layout.run().size, kStripColumns);
-    return parallel(parallel_for, strip_items(a.layout), item_size, [&](std::int64_t begin, std::int64_t end) {
-      for_each_strip<AmaxStrip>(a, a.layout, begin, end);
-    });
+    return parallel(parallel_for, strip_items(a.layout), item_size,
+                    [&](std::int64_t begin, std::int64_t end) { for_each_strip<AmaxStrip>(a, a.layout, begin, end); });
   }
-  parallel(parallel_for, a.layout.numel, 1,
-           [&](std::int64_t begin, std::int64_t end) { amax_of_pieces(a, begin, end); });
+  parallel(parallel_for, a.layout.numel, 1, [&](std::int64_t begin, std::int64_t end) { amax_of_pieces(a, begin, end); });
 }
 
 // --- Scales found from the input ---------------------------------------------------------------------------------------------

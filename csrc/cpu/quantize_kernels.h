@@ -14,9 +14,10 @@ constexpr int kUnit = 4 * kLanes;  // elements handled at a time
 
 // --- The two operations on a unit --------------------------------------------------------------------------------------------
 
-// x / s without dividing: 1 / s = high + low with high rounded down and low > 0, so that both terms of x * high + x * low have the
-// sign of x. It isn't always the fp32 quotient, but on the same side of every boundary between FP8 values, for the scales that
-// are `ordinary` (docs/numerics.md); the others take the division. A `high` that is only somewhere below 1 / s will not do.
+// x / s without dividing: 1 / s = high + low with high rounded down and low > 0, so that both terms of x * high + x * low have
+// the sign of x. It isn't always the fp32 quotient, but on the same side of every boundary between FP8 values, for the scales
+// that are `ordinary` (docs/numerics.md); the others take the division. A `high` that is only somewhere below 1 / s will not
+// do.
 struct Reciprocal {
   FP8KV_INLINE bool ordinary(float scale) {
     constexpr std::uint32_t kFirst = 0x00800000u, kLast = 0x6f800000u;  // 2^-126, 2^96
@@ -25,7 +26,8 @@ struct Reciprocal {
   }
   FP8KV_INLINE float high(float scale) {
     const float nearest = 1.0f / scale;
-    return remainder(nearest, scale) > 0.0f ? nearest : __builtin_bit_cast(float, __builtin_bit_cast(std::uint32_t, nearest) - 1);
+    return remainder(nearest, scale) > 0.0f ? nearest
+                                            : __builtin_bit_cast(float, __builtin_bit_cast(std::uint32_t, nearest) - 1);
   }
   FP8KV_INLINE float low(float scale, float high) { return remainder(high, scale) * high; }
 
@@ -113,23 +115,28 @@ template <class Op>
 [[gnu::noinline, gnu::cold]] void map_plain(const typename Op::In* in, typename Op::Out* out, std::int64_t count,
                                             const float* scale, std::int64_t stride) {
   const Op op;
-  for_each_unit(count, [&](std::int64_t i) __attribute__((always_inline)) {
-    F32 scales[4];
-    stride == 0 ? splat4(scales, *scale) : load4(scales, scale + i);
-    op.plain(in + i, out + i, scales);
-  });
+  for_each_unit(
+      count, [&](std::int64_t i) __attribute__((always_inline)) {
+        F32 scales[4];
+        stride == 0 ? splat4(scales, *scale) : load4(scales, scale + i);
+        op.plain(in + i, out + i, scales);
+      });
 }
 
 template <class Op>
-FP8KV_INLINE void map_row(const Op& op, const typename Op::In* in, typename Op::Out* out, std::int64_t count, const float* scale) {
-  if (!Op::Split::ordinary(*scale)) [[unlikely]] return map_plain<Op>(in, out, count, scale, 0);
+FP8KV_INLINE void map_row(const Op& op, const typename Op::In* in, typename Op::Out* out, std::int64_t count,
+                          const float* scale) {
+  if (!Op::Split::ordinary(*scale)) [[unlikely]]
+    return map_plain<Op>(in, out, count, scale, 0);
   F32 high[4], low[4];
   splat4(high, Op::Split::high(*scale));
   splat4(low, Op::Split::low(*scale, Op::Split::high(*scale)));
-  for_each_unit(count, [&](std::int64_t i) __attribute__((always_inline)) {
-    prefetch<typename Op::In, kUnit>(in + i);
-    if (!op.fast(in + i, out + i, high, low)) [[unlikely]] map_plain<Op>(in + i, out + i, kUnit, scale, 0);
-  });
+  for_each_unit(
+      count, [&](std::int64_t i) __attribute__((always_inline)) {
+        prefetch<typename Op::In, kUnit>(in + i);
+        if (!op.fast(in + i, out + i, high, low)) [[unlikely]]
+          map_plain<Op>(in + i, out + i, kUnit, scale, 0);
+      });
 }
 
 // Less than a unit: through a unit on the stack.
@@ -171,15 +178,17 @@ void prepare(ColumnScales& scales, std::int64_t count) {
 template <class Op>
 FP8KV_INLINE void map_row_of_columns(const Op& op, const typename Op::In* in, typename Op::Out* out, std::int64_t count,
                                      const ColumnScales& scales, std::int64_t first) {
-  if (!scales.ordinary) [[unlikely]] return map_plain<Op>(in, out, count, scales.scale + first, 1);
-  for_each_unit(count, [&](std::int64_t i) __attribute__((always_inline)) {
-    F32 high[4], low[4];
-    load4(high, scales.high + first + i);
-    load4(low, scales.low + first + i);
-    prefetch<typename Op::In, kUnit>(in + i);
-    if (!op.fast(in + i, out + i, high, low)) [[unlikely]]
-      map_plain<Op>(in + i, out + i, kUnit, scales.scale + first + i, 1);
-  });
+  if (!scales.ordinary) [[unlikely]]
+    return map_plain<Op>(in, out, count, scales.scale + first, 1);
+  for_each_unit(
+      count, [&](std::int64_t i) __attribute__((always_inline)) {
+        F32 high[4], low[4];
+        load4(high, scales.high + first + i);
+        load4(low, scales.low + first + i);
+        prefetch<typename Op::In, kUnit>(in + i);
+        if (!op.fast(in + i, out + i, high, low)) [[unlikely]]
+          map_plain<Op>(in + i, out + i, kUnit, scales.scale + first + i, 1);
+      });
 }
 
 template <class Op>
@@ -191,7 +200,8 @@ void map_columns(const void* in_data, void* out_data, std::int64_t columns, cons
   map_short<Op>(in, out, columns, [&](auto* x, auto* y) { map_row_of_columns(op, x, y, kUnit, scales, first); });
 }
 
-// --- Largest finite magnitudes -------------------------------------------------------------------------------------------------
+// --- Largest finite magnitudes
+// -------------------------------------------------------------------------------------------------
 
 // The bits of |x| without its sign order like the values, so 16-bit types are compared as they are.
 template <class T>
@@ -271,7 +281,8 @@ void amax_columns(const void* in_data, std::int32_t* amax, std::int64_t columns)
   if (columns % kLanes) step(in + columns - kLanes, amax + columns - kLanes);
 }
 
-// --- The table -----------------------------------------------------------------------------------------------------------------
+// --- The table
+// -----------------------------------------------------------------------------------------------------------------
 
 template <class Op>
 constexpr MapKernels map_kernels = {map_rows<Op>, prepare<Op>, map_columns<Op>};

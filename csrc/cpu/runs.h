@@ -74,8 +74,8 @@ class Runs {
   std::int64_t phase_[Layout::kMaxLayoutDims] = {};  // index within the block of one scale
 };
 
-// visit(in, out, scale, columns, rows) for the elements [begin, end) in row-major order of all dimensions: where a part of a run with
-// one scale begins, how many elements it has, and how many runs that follow have such a part too, at most `max_rows`.
+// visit(in, out, scale, columns, rows) for the elements [begin, end) in row-major order of all dimensions: where a part of a
+// run with one scale begins, how many elements it has, and how many runs that follow have such a part too, at most `max_rows`.
 template <class Visit>
 void for_each_piece(const Layout& layout, std::int64_t begin, std::int64_t end, std::int64_t max_rows, const Visit& visit) {
   const Layout::Dim& run = layout.run();
@@ -106,9 +106,9 @@ inline std::int64_t strip_items(const Layout& layout) {
   return (layout.run().size + kStripColumns - 1) / kStripColumns * Runs::count(layout);
 }
 
-// The items [begin, end) of an order that goes down all rows of a strip of columns before it takes the next strip. For each part of
-// a strip makes a Strip(owner, first column, number of columns), and calls its row(in, out, scale) with the offsets of the
-// first column in each row and of the row's scales.
+// The items [begin, end) of an order that goes down all rows of a strip of columns before it takes the next strip. For each
+// part of a strip makes a Strip(owner, first column, number of columns), and calls its row(in, out, scale) with the offsets of
+// the first column in each row and of the row's scales.
 template <class Strip, class Owner>
 void for_each_strip(const Owner& owner, const Layout& layout, std::int64_t begin, std::int64_t end) {
   const Layout::Dim& run = layout.run();

@@ -74,17 +74,16 @@ FP8KV_INLINE Vector constant(Vector v) {
   return v;
 }
 
-// --- Lanes of 32 bits from narrower ones, and back -------------------------------------------------------------------------------
-// pack16 stores the low halves of the lanes of two vectors, in which what is above must be 0. pack8_signed stores the low bytes of
-// four vectors, which must be 0 from bit 7 on, with the signs of four others in bit 7.
+// --- Lanes of 32 bits from narrower ones, and back
+// ------------------------------------------------------------------------------- pack16 stores the low halves of the lanes of
+// two vectors, in which what is above must be 0. pack8_signed stores the low bytes of four vectors, which must be 0 from bit 7
+// on, with the signs of four others in bit 7.
 
 #if defined(__AVX512F__)
 FP8KV_INLINE I32 widen(U16 x) {
   return reinterpret_cast<I32>(_mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(x)));
 }
-FP8KV_INLINE I32 widen(U8 x) {
-  return reinterpret_cast<I32>(_mm512_maskz_cvtepu8_epi32(0xffff, reinterpret_cast<__m128i>(x)));
-}
+FP8KV_INLINE I32 widen(U8 x) { return reinterpret_cast<I32>(_mm512_maskz_cvtepu8_epi32(0xffff, reinterpret_cast<__m128i>(x))); }
 FP8KV_INLINE __m512i pack_words(I32 a, I32 b) {
   return _mm512_packs_epi32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b));
 }
@@ -93,7 +92,8 @@ FP8KV_INLINE void pack8_signed(std::uint8_t* to, const I32 (&x)[4], const I32 (&
   const __m512i signs = _mm512_packs_epi16(pack_words(sign[0], sign[1]), pack_words(sign[2], sign[3]));
   constexpr int kFirstOrSecondAndThird = 0xf8;
   const __m512i packed = _mm512_ternarylogic_epi32(codes, signs, _mm512_set1_epi8(-128), kFirstOrSecondAndThird);
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);  // packing stays within 128 bits
+  const __m512i order =
+      _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);  // packing stays within 128 bits
   store_vector(to, _mm512_maskz_permutexvar_epi32(0xffff, order, packed));
 }
 FP8KV_INLINE void pack16(std::uint16_t* to, I32 a, I32 b) {
@@ -151,7 +151,8 @@ FP8KV_INLINE void pack16(std::uint16_t* to, I32 a, I32 b) {
 }
 #endif
 
-// --- What only some instruction sets have ----------------------------------------------------------------------------------------
+// --- What only some instruction sets have
+// ----------------------------------------------------------------------------------------
 
 #if defined(__FMA__)
 constexpr bool kHasFma = true;
@@ -201,7 +202,8 @@ FP8KV_INLINE bool any_magnitude_above(Bytes x, std::uint8_t limit) {
 #if defined(__AVX512BW__)
   return _mm512_cmpgt_epi8_mask(reinterpret_cast<__m512i>(magnitude), _mm512_set1_epi8(static_cast<char>(limit))) != 0;
 #elif defined(__AVX2__)
-  return _mm256_movemask_epi8(_mm256_cmpgt_epi8(reinterpret_cast<__m256i>(magnitude), _mm256_set1_epi8(static_cast<char>(limit))));
+  return _mm256_movemask_epi8(
+      _mm256_cmpgt_epi8(reinterpret_cast<__m256i>(magnitude), _mm256_set1_epi8(static_cast<char>(limit))));
 #else
   std::uint8_t any = 0;
   for (int i = 0; i < 4 * kLanes; ++i) any |= magnitude[i] > limit;
@@ -247,9 +249,17 @@ FP8KV_INLINE std::int32_t largest_lane(I32 x) {
 #endif
 }
 
-// fp16 to fp32 and back with the processor's instructions; a NaN stays some NaN.
+// With the processor's instructions for fp16: bytes to 16 bits, repeating the sign; fp16 to fp32 and back, where NaN stays some
+// NaN.
 #if defined(__F16C__)
 constexpr bool kHasHalf = true;
+FP8KV_INLINE U16 widen_signed(U8 x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<U16>(_mm256_cvtepi8_epi16(reinterpret_cast<__m128i>(x)));
+#else
+  return reinterpret_cast<U16>(_mm_cvtepi8_epi16(_mm_cvtsi64_si128(reinterpret_cast<long long>(x))));
+#endif
+}
 FP8KV_INLINE F32 widen_half(U16 x) {
 #if defined(__AVX512F__)
   return _mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(x));
@@ -266,6 +276,7 @@ FP8KV_INLINE U16 narrow_half(F32 x) {
 }
 #else
 constexpr bool kHasHalf = false;
+FP8KV_INLINE U16 widen_signed(U8) { return U16{}; }
 FP8KV_INLINE F32 widen_half(U16) { return F32{}; }
 FP8KV_INLINE U16 narrow_half(F32) { return U16{}; }
 #endif

@@ -31,8 +31,8 @@ struct Format<Half> {
 
 // From fp32 magnitudes to codes: |x| rounded to nearest even and limited to kLargest; anything for NaN.
 //
-// With `power` the power of two at or below |x| (at least the smallest normal), the sum of |x| and 2^kShift * power is rounded to
-// multiples of 2^-kMantissaBits * power: as the format demands, subnormals included. The mantissa of the sum then counts
+// With `power` the power of two at or below |x| (at least the smallest normal), the sum of |x| and 2^kShift * power is rounded
+// to multiples of 2^-kMantissaBits * power: as the format demands, subnormals included. The mantissa of the sum then counts
 // these, and its exponent, shifted down, is the exponent of the code but for a constant, which kMagic adds to the mantissa.
 template <class T>
 class Encoder {
@@ -95,15 +95,16 @@ FP8KV_INLINE F32 load(const Fp8* from) {
 // The same where all are finite. fp16 has the exponent of E5M2, and that of E4M3 but for a factor.
 FP8KV_INLINE F32 load_number(const E5M2* from) {
   if constexpr (!kHasHalf) return load(from);
-  return widen_half(__builtin_convertvector(load_vector<U8>(from), U16) << 8);
+  return widen_half(widen_signed(load_vector<U8>(from)) << 8);
 }
 FP8KV_INLINE F32 load_number(const E4M3* from) {
   if constexpr (!kHasHalf) return load(from);
-  const U16 code = __builtin_convertvector(load_vector<U8>(from), U16);
-  return widen_half(((code << 7) & 0x3f80) | ((code << 8) & 0x8000)) * 256.0f;
+  constexpr std::uint16_t kSignAndCode = 0xbf80;
+  return widen_half((widen_signed(load_vector<U8>(from)) << 7) & kSignAndCode) * 256.0f;
 }
 
-// --- Stores of four vectors ------------------------------------------------------------------------------------------------------
+// --- Stores of four vectors
+// ------------------------------------------------------------------------------------------------------
 
 // FP8 without NaN.
 template <class Fp8>

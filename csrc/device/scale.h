@@ -28,10 +28,10 @@ struct QuantizeOp {
   static __device__ __forceinline__ Prepared prepare(float scale) {
     constexpr std::uint32_t kLowest = 0x00800000u, kHighest = 0x6f800000u;  // 2^-126, 2^96
     const std::uint32_t bits = __float_as_uint(scale);
-    // One Newton step takes the approximation to less than 1 ulp; two ulp below that is below 1 / scale by 1 to 3 ulp.
+    // Within the window one Newton step gives the reciprocal rounded to nearest; one ulp below that is certainly below 1 / scale.
     const float guess = reciprocal_approximation(scale);
     const float close = __fmaf_rn(guess, __fmaf_rn(-scale, guess, 1.0f), guess);
-    const float hi = __uint_as_float(__float_as_uint(close) - 2u);
+    const float hi = __uint_as_float(__float_as_uint(close) - 1u);
     const float lo = __fmul_rn(__fmaf_rn(-hi, scale, 1.0f), hi);
     return {hi, lo, scale, bits - kLowest > kHighest - kLowest || ((bits + 4u) & 0xfffffu) < 4u};
   }

@@ -1,9 +1,10 @@
-// The CPU backend, one instruction set after the other, against the scalar rules of fp8.h applied element by element. Groups are
-// found here from their definition (docs/numerics.md), not from a Layout.
+// The CPU backend, one instruction set after the other, against the scalar rules of fp8.h applied element by element. Groups
+// are found here from their definition (docs/numerics.md), not from a Layout.
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstring>
 #include <functional>
 #include <limits>
@@ -34,7 +35,8 @@ constexpr DType kFp8s[] = {DType::E4M3, DType::E5M2};
 
 float float_of(std::uint32_t bits) { return std::bit_cast<float>(bits); }
 
-// --- Tensors -----------------------------------------------------------------------------------------------------------------------
+// --- Tensors
+// -----------------------------------------------------------------------------------------------------------------------
 
 std::int64_t product(const Sizes& sizes) {
   std::int64_t count = 1;
@@ -136,7 +138,8 @@ void fill(Tensor& t, unsigned seed) {
 }
 
 void fill_scales(Tensor& t, unsigned seed) {
-  constexpr float kSpecial[] = {0.0f, -0.0f, -1.5f, kInf, -kInf, kNaN, 0x1p-149f, 0x1p-127f, 0x1p-126f, 0x1p96f, 0x1p100f, 0x1p127f};
+  constexpr float kSpecial[] = {0.0f,      -0.0f,     -1.5f,     kInf,    -kInf,    kNaN,
+                                0x1p-149f, 0x1p-127f, 0x1p-126f, 0x1p96f, 0x1p100f, 0x1p127f};
   std::mt19937 random(seed);
   for (std::int64_t i = 0; i < t.numel(); ++i) {
     const std::uint32_t bits = random();
@@ -147,7 +150,8 @@ void fill_scales(Tensor& t, unsigned seed) {
   }
 }
 
-// --- The reference -------------------------------------------------------------------------------------------------------------
+// --- The reference
+// -------------------------------------------------------------------------------------------------------------
 
 struct Grouping {
   Sizes input;
@@ -185,8 +189,7 @@ void reference_quantize(Tensor& result, Tensor& input, Tensor& scale, const Grou
 }
 
 void reference_dequantize(Tensor& result, Tensor& input, Tensor& scale, const Grouping& grouping) {
-  for (std::int64_t i = 0; i < input.numel(); ++i)
-    result.set_real(i, input.get_real(i) * scale.get<float>(grouping.group(i)));
+  for (std::int64_t i = 0; i < input.numel(); ++i) result.set_real(i, input.get_real(i) * scale.get<float>(grouping.group(i)));
 }
 
 void reference_amax(Tensor& amax, Tensor& input, const Grouping& grouping) {
@@ -240,7 +243,8 @@ std::string isa_name(const testing::TestParamInfo<cpu::Isa>& info) { return cpu:
 
 INSTANTIATE_TEST_SUITE_P(, CpuIsa, testing::ValuesIn(cpu::available()), isa_name);
 
-// --- Layouts -----------------------------------------------------------------------------------------------------------------------
+// --- Layouts
+// -----------------------------------------------------------------------------------------------------------------------
 
 struct Case {
   const char* name;
@@ -363,11 +367,18 @@ const std::vector<Case>& cases() {
        .input = Memory::Padded},
       {.name = "blocks_4d", .sizes = {4, 6, 10, 8}, .scale = {2, 3, 5, 2}},
       {.name = "blocks_4d_reversed", .sizes = {4, 6, 10, 8}, .scale = {2, 3, 5, 2}, .result = Memory::Reversed},
-      {.name = "eight_dimensions", .sizes = {2, 1, 3, 2, 1, 2, 3, 5}, .scale = {2, 1, 1, 2, 1, 1, 3, 1}, .input = Memory::Padded},
+      {.name = "eight_dimensions",
+       .sizes = {2, 1, 3, 2, 1, 2, 3, 5},
+       .scale = {2, 1, 1, 2, 1, 1, 3, 1},
+       .input = Memory::Padded},
       {.name = "no_rows", .sizes = {0, 16}, .scale = {1}},
       {.name = "no_rows_per_token", .sizes = {0, 16}, .scale = {0}, .group_shape = GroupShape{1, -1}},
       {.name = "no_rows_per_channel", .sizes = {0, 16}, .scale = {16}, .group_shape = GroupShape{-1, 1}},
-      {.name = "no_columns_per_token", .sizes = {5, 0}, .scale = {5}, .group_shape = GroupShape{1, -1}, .scales = Memory::Sparse},
+      {.name = "no_columns_per_token",
+       .sizes = {5, 0},
+       .scale = {5},
+       .group_shape = GroupShape{1, -1},
+       .scales = Memory::Sparse},
   };
   return all;
 }
@@ -450,7 +461,8 @@ TEST_P(CpuQuantize, Dynamic) {
       Tensor expected = result, expected_scale = scale;
       reference_dynamic_scales(expected_scale, input, grouping(), fp8, kInf);
       reference_quantize(expected, input, expected_scale, grouping());
-      cpu::run(DynamicQuantize{.result = result.view(), .input = input.view(), .scale = scale.view(), .group_shape = c.group_shape});
+      cpu::run(
+          DynamicQuantize{.result = result.view(), .input = input.view(), .scale = scale.view(), .group_shape = c.group_shape});
       EXPECT_EQ(difference(scale, expected_scale), "") << "scales";
       EXPECT_EQ(difference(result, expected), "");
     }
@@ -471,7 +483,8 @@ TEST_P(CpuGroupAmax, RaisesTheRunningMaximum) {
   }
 }
 
-// --- Threads ---------------------------------------------------------------------------------------------------------------------
+// --- Threads
+// ---------------------------------------------------------------------------------------------------------------------
 
 // Small uneven pieces from the last to the first.
 void backwards(std::int64_t count, std::int64_t, const std::function<void(std::int64_t, std::int64_t)>& body) {
@@ -531,8 +544,9 @@ TEST_P(CpuThreads, PiecesGiveTheSameBytesAsTheWhole) {
     Tensor expected = result, expected_scale = scale, back(DType::Float16, c.sizes);
     reference_dynamic_scales(expected_scale, input, grouping, DType::E4M3, kInf);
     reference_quantize(expected, input, expected_scale, grouping);
-    cpu::run(DynamicQuantize{.result = result.view(), .input = input.view(), .scale = scale.view(), .group_shape = c.group_shape},
-             spread);
+    cpu::run(
+        DynamicQuantize{.result = result.view(), .input = input.view(), .scale = scale.view(), .group_shape = c.group_shape},
+        spread);
     EXPECT_EQ(difference(scale, expected_scale), "") << "dynamic scales";
     EXPECT_EQ(difference(result, expected), "") << "dynamic";
 
@@ -553,12 +567,22 @@ TEST_P(CpuThreads, PiecesGiveTheSameBytesAsTheWhole) {
   }
 }
 
-// --- Numbers -----------------------------------------------------------------------------------------------------------------------
+// --- Numbers
+// -----------------------------------------------------------------------------------------------------------------------
 
 std::vector<float> hostile_scales() {
-  std::vector<float> scales = {1.0f,     0.013f,   3.0f,       float_of(0x3fffffffu), 0.0f,    -0.0f,   -0.7f,   kInf,
-                               -kInf,    kNaN,     0x1p-149f,  0x1.8p-140f,           0x1p-126f, 0x1p96f, 0x1.2p96f, 0x1p127f,
-                               1e-30f,   1e30f,    0x1p-100f,  448.0f,                1.0f / 448.0f, kMinScale<E4M3>, kMinScale<E5M2>};
+  std::vector<float> scales = {1.0f,           0.013f,
+                               3.0f,           float_of(0x3fffffffu),
+                               0.0f,           -0.0f,
+                               -0.7f,          kInf,
+                               -kInf,          kNaN,
+                               0x1p-149f,      0x1.8p-140f,
+                               0x1p-126f,      0x1p96f,
+                               0x1.2p96f,      0x1p127f,
+                               1e-30f,         1e30f,
+                               0x1p-100f,      448.0f,
+                               1.0f / 448.0f,  kMinScale<E4M3>,
+                               kMinScale<E5M2>};
   scales.push_back(float_of(0x007fffffu));  // the largest subnormal
   scales.push_back(float_of(0x6f7fffffu));  // just below 2^96
   scales.push_back(std::numeric_limits<float>::max());
@@ -620,30 +644,78 @@ TEST_P(CpuIsa, QuantizesEveryPatternWithHostileScalesPerColumn) {
   }
 }
 
-// Quotients at and beside every boundary between two FP8 values, where a product with a reciprocal goes wrong.
-TEST_P(CpuIsa, QuantizesBoundariesOfManyScales) {
-  std::mt19937 random(14);
-  constexpr int kScales = 3000;
+// Scales and, for each, inputs whose quotients lie at and beside the boundaries between FP8 values of one binade, where a
+// product with a reciprocal goes wrong. The quotients lie around 2^exponent.
+class Boundaries {
+ public:
+  Boundaries(DType fp8, std::int64_t max_scales)
+      : significands_(fp8 == DType::E4M3 ? 16 : 8),
+        fp8_(fp8),
+        input_(DType::Float32, {max_scales, significands_ * kAround}),
+        scale_(DType::Float32, {max_scales}),
+        result_(fp8, input_.sizes()) {}
+
+  void set(std::int64_t row, float scale, int exponent) {
+    scale_.set(row, scale);
+    for (int m = 0; m < significands_; ++m) {  // values and midpoints
+      const float significand = 1.0f + static_cast<float>(m) / static_cast<float>(significands_);
+      const auto boundary = std::bit_cast<std::uint32_t>(std::ldexp(significand, exponent) * scale);
+      for (int i = 0; i < kAround; ++i) input_.set(row * significands_ * kAround + m * kAround + i, boundary + i - kAround / 2);
+    }
+  }
+
+  // The number of wrong bytes.
+  std::int64_t mistakes() {
+    cpu::run(StaticQuantize{result_.view(), input_.view(), scale_.view(), GroupShape{1, -1}});
+    return fp8_ == DType::E4M3 ? count_mistakes<E4M3>() : count_mistakes<E5M2>();
+  }
+
+ private:
+  static constexpr int kAround = 5;  // inputs: the boundary, and two neighbours on either side
+
+  template <class Fp8>
+  std::int64_t count_mistakes() {
+    const auto* x = reinterpret_cast<const float*>(input_.storage().data());
+    const auto* s = reinterpret_cast<const float*>(scale_.storage().data());
+    const auto* q = result_.storage().data();
+    const std::int64_t columns = significands_ * kAround;
+    std::int64_t count = 0;
+    for (std::int64_t row = 0; row < scale_.numel(); ++row)
+      for (std::int64_t i = row * columns; i < (row + 1) * columns; ++i) count += q[i] != quantize<Fp8>(x[i], s[row]).bits;
+    return count;
+  }
+
+  int significands_;
+  DType fp8_;
+  Tensor input_, scale_, result_;
+};
+
+TEST_P(CpuIsa, QuantizesLikeTheDivisionForEverySignificandOfTheScale) {
+  if (GetParam() == cpu::Isa::Generic) return;  // it divides
+  constexpr std::uint32_t kBatch = 1 << 14;
   for (DType fp8 : kFp8s) {
-    const int mantissa_bits = fp8 == DType::E4M3 ? 3 : 2;
-    const int significands = 1 << (mantissa_bits + 1);  // values and midpoints of one binade
-    Tensor input(DType::Float32, {kScales, significands * 5}), scale(DType::Float32, {kScales});
-    for (std::int64_t i = 0; i < kScales; ++i) {
-      std::uint32_t bits = 0x3f800000u | (random() & 0x7fffffu);
-      if (i % 3 == 0) bits = (bits | 0xfffffu) - i / 3 % 16;  // around the significands that need the division
-      scale.set(i, float_of(bits));
-      for (int m = 0; m < significands; ++m) {
-        const float boundary = (1.0f + static_cast<float>(m) / significands) * float_of(bits);
-        for (int ulp = -2; ulp <= 2; ++ulp)
-          input.set(i * significands * 5 + m * 5 + ulp + 2, std::bit_cast<std::uint32_t>(boundary) + ulp);
+    Boundaries boundaries(fp8, kBatch);
+    for (std::uint32_t first = 0x3f800000u; first < 0x40000000u; first += kBatch) {
+      for (std::uint32_t i = 0; i < kBatch; ++i) boundaries.set(i, float_of(first + i), 0);
+      ASSERT_EQ(boundaries.mistakes(), 0) << name(fp8) << ", scales from " << float_of(first);
+    }
+  }
+}
+
+TEST_P(CpuIsa, QuantizesLikeTheDivisionForEveryExponentOfTheScale) {
+  std::mt19937 random(14);
+  for (DType fp8 : kFp8s) {
+    const int lowest = fp8 == DType::E4M3 ? -11 : -18, highest = fp8 == DType::E4M3 ? 8 : 15;
+    Boundaries boundaries(fp8, highest - lowest + 1);
+    for (int exponent = 1; exponent < 255; ++exponent) {
+      for (int repeat = 0; repeat < 8; ++repeat) {
+        std::uint32_t significand = random() & 0x7fffffu;
+        if (repeat % 2 == 0) significand = (significand | 0xfffffu) - random() % 16;
+        const float scale = float_of(static_cast<std::uint32_t>(exponent) << 23 | significand);
+        for (int q = lowest; q <= highest; ++q) boundaries.set(q - lowest, scale, q);
+        ASSERT_EQ(boundaries.mistakes(), 0) << name(fp8) << ", scale " << scale;
       }
     }
-    Tensor result(fp8, input.sizes());
-    Tensor expected = result;
-    const Grouping grouping{input.sizes(), {kScales}, GroupShape{1, -1}};
-    reference_quantize(expected, input, scale, grouping);
-    cpu::run(StaticQuantize{result.view(), input.view(), scale.view(), grouping.group_shape});
-    EXPECT_EQ(difference(result, expected), "") << name(fp8);
   }
 }
 
@@ -710,7 +782,8 @@ TEST_P(CpuIsa, AmaxKeepsItsRunningMaximum) {
   EXPECT_EQ(amax.get<float>(3), kInf);
 }
 
-// --- The floating-point environment --------------------------------------------------------------------------------------------
+// --- The floating-point environment
+// --------------------------------------------------------------------------------------------
 
 #if defined(__x86_64__)
 class Mxcsr {
@@ -754,7 +827,8 @@ TEST_P(CpuIsa, IgnoresFlushToZeroAndRoundingOfTheThread) {
 }
 #endif
 
-// --- Errors and the choice of the instruction set -------------------------------------------------------------------------------
+// --- Errors and the choice of the instruction set
+// -------------------------------------------------------------------------------
 
 TEST(CpuErrors, OtherDevicesAreRefused) {
   constexpr Device kCuda{Device::Type::CUDA, 1};
@@ -772,10 +846,8 @@ TEST(CpuErrors, NothingIsWrittenWhenTheProblemIsRefused) {
   Tensor input(DType::Float32, {8, 4}), result(DType::E4M3, {8, 4}), scale(DType::Float32, {3});
   fill(input, 18);
   const Tensor result_before = result, scale_before = scale;
-  EXPECT_THROW(cpu::run(DynamicQuantize{.result = result.view(),
-                                        .input = input.view(),
-                                        .scale = scale.view(),
-                                        .group_shape = GroupShape{1, -1}}),
+  EXPECT_THROW(cpu::run(DynamicQuantize{
+                   .result = result.view(), .input = input.view(), .scale = scale.view(), .group_shape = GroupShape{1, -1}}),
                Error);
   EXPECT_EQ(difference(result, result_before), "");
   EXPECT_EQ(difference(scale, scale_before), "");

@@ -24,6 +24,8 @@ template <class Fp8>
 __global__ void compare(float power, float lowest, unsigned long long* differences) {
   const std::uint32_t significand = blockIdx.x * blockDim.x + threadIdx.x;  // 2^23 threads
   const float s = __uint_as_float(0x3f800000u | significand) * power;
+  for (float x : {__uint_as_float(0x7f800000u), __uint_as_float(0x7f7fffffu), 0.0f})
+    if (!same_byte<Fp8>(x, s) || !same_byte<Fp8>(-x, s)) atomicAdd(differences, 1ull);
   for (int boundary = 16; boundary < 32; ++boundary) {
     const std::uint32_t middle = __float_as_uint(__fmul_rn(boundary * lowest, s));
     for (int step = -3; step <= 3; ++step) {

@@ -46,7 +46,8 @@ std::string sentence(const Problem& problem) {
   return error_of([&] { validate(problem); });
 }
 
-// --- Sentences -------------------------------------------------------------------------------------------------------------------
+// --- Sentences
+// -------------------------------------------------------------------------------------------------------------------
 
 TEST(QuantizeErrors, InputDtype) {
   StaticQuantize p = quantize_problem({4, 8}, {1});
@@ -72,9 +73,8 @@ TEST(QuantizeErrors, ScaleDtype) {
 }
 
 TEST(QuantizeErrors, DequantizeDtypes) {
-  Dequantize p{.result = view_at(kResult, DType::Float16, {4, 8}),
-               .input = view_at(kInput, DType::E5M2, {4, 8}),
-               .scale = scale({1})};
+  Dequantize p{
+      .result = view_at(kResult, DType::Float16, {4, 8}), .input = view_at(kInput, DType::E5M2, {4, 8}), .scale = scale({1})};
   EXPECT_EQ(sentence(p), "");
   p.input.dtype = DType::Int8;
   EXPECT_EQ(sentence(p), "fp8kv::scaled_fp8_dequant: input must be float8_e4m3fn or float8_e5m2, got int8");
@@ -97,12 +97,14 @@ TEST(QuantizeErrors, TooManyDimensions) {
 TEST(QuantizeErrors, Alignment) {
   StaticQuantize p = quantize_problem({4, 8}, {1});
   p.input.data = reinterpret_cast<void*>(kInput + 1);
-  EXPECT_EQ(sentence(p),
-            "fp8kv::static_scaled_fp8_quant: input must be aligned to its elements of 2 bytes, got an address with remainder 1");
+  EXPECT_EQ(
+      sentence(p),
+      "fp8kv::static_scaled_fp8_quant: input must be aligned to its elements of 2 bytes, got an address with remainder 1");
   p = quantize_problem({4, 8}, {1});
   p.scale.data = reinterpret_cast<void*>(kScale + 2);
-  EXPECT_EQ(sentence(p),
-            "fp8kv::static_scaled_fp8_quant: scale must be aligned to its elements of 4 bytes, got an address with remainder 2");
+  EXPECT_EQ(
+      sentence(p),
+      "fp8kv::static_scaled_fp8_quant: scale must be aligned to its elements of 4 bytes, got an address with remainder 2");
   p = quantize_problem({4, 8}, {1});
   p.result.data = reinterpret_cast<void*>(kResult + 1);
   EXPECT_EQ(sentence(p), "");
@@ -123,8 +125,7 @@ TEST(QuantizeErrors, Devices) {
 TEST(QuantizeErrors, Shapes) {
   StaticQuantize p = quantize_problem({4, 8}, {1});
   p.result = result({8, 4});
-  EXPECT_EQ(sentence(p),
-            "fp8kv::static_scaled_fp8_quant: result must have the shape of input, [4, 8], got shape [8, 4]");
+  EXPECT_EQ(sentence(p), "fp8kv::static_scaled_fp8_quant: result must have the shape of input, [4, 8], got shape [8, 4]");
   p.result = result({32});
   EXPECT_EQ(sentence(p), "fp8kv::static_scaled_fp8_quant: result must have the shape of input, [4, 8], got shape [32]");
 }
@@ -167,7 +168,9 @@ TEST(QuantizeErrors, ScaleShapeForGroupShape) {
       {{-1, -1}, {2}, "have 1 element for group_shape (-1, -1) and an input of shape [10, 24], got shape [2]"},
       {{16, 32}, {10, 24}, "have 1 element for group_shape (16, 32) and an input of shape [10, 24], got shape [10, 24]"},
       {{1, -1}, {24}, "have shape [10] or [10, 1] for group_shape (1, -1) and an input of shape [10, 24], got shape [24]"},
-      {{1, -1}, {1, 10}, "have shape [10] or [10, 1] for group_shape (1, -1) and an input of shape [10, 24], got shape [1, 10]"},
+      {{1, -1},
+       {1, 10},
+       "have shape [10] or [10, 1] for group_shape (1, -1) and an input of shape [10, 24], got shape [1, 10]"},
       {{-1, 1}, {10}, "have shape [24] or [1, 24] for group_shape (-1, 1) and an input of shape [10, 24], got shape [10]"},
       {{-1, 5}, {4}, "have shape [5] or [1, 5] for group_shape (-1, 5) and an input of shape [10, 24], got shape [4]"},
       {{4, 16}, {2, 1}, "have shape [3, 2] for group_shape (4, 16) and an input of shape [10, 24], got shape [2, 1]"},
@@ -190,8 +193,7 @@ TEST(QuantizeErrors, ResultThatOverlapsItself) {
 TEST(QuantizeErrors, ResultOverInput) {
   StaticQuantize p = quantize_problem({4, 8}, {1});
   p.result.data = reinterpret_cast<void*>(kInput + 63);
-  EXPECT_EQ(sentence(p),
-            "fp8kv::static_scaled_fp8_quant: result must not overlap input, got views that share memory");
+  EXPECT_EQ(sentence(p), "fp8kv::static_scaled_fp8_quant: result must not overlap input, got views that share memory");
   p.result.data = reinterpret_cast<void*>(kInput + 64);
   EXPECT_EQ(sentence(p), "");
 }
@@ -199,8 +201,7 @@ TEST(QuantizeErrors, ResultOverInput) {
 TEST(QuantizeErrors, ResultOverScale) {
   StaticQuantize p = quantize_problem({4, 8}, {1});
   p.scale.data = reinterpret_cast<void*>(kResult + 28);
-  EXPECT_EQ(sentence(p),
-            "fp8kv::static_scaled_fp8_quant: result must not overlap scale, got views that share memory");
+  EXPECT_EQ(sentence(p), "fp8kv::static_scaled_fp8_quant: result must not overlap scale, got views that share memory");
 }
 
 TEST(QuantizeErrors, DynamicNamesItself) {
@@ -265,7 +266,8 @@ TEST(QuantizeErrors, GroupAmax) {
   EXPECT_EQ(sentence(p), start + "amax must be aligned to its elements of 4 bytes, got an address with remainder 2");
 }
 
-// --- Overlap ---------------------------------------------------------------------------------------------------------------------
+// --- Overlap
+// ---------------------------------------------------------------------------------------------------------------------
 
 TEST(QuantizeOverlap, ColumnsOfOneBufferAreApart) {
   // 16 bytes a row: 4 bf16 of input (8 bytes), then 8 bytes of result.
@@ -309,7 +311,8 @@ TEST(QuantizeOverlap, AnExpandedScaleMayBeReadButNotWritten) {
   EXPECT_NE(sentence(d), "");
 }
 
-// --- Scales that are accepted, and the offset of every element's scale --------------------------------------------------------
+// --- Scales that are accepted, and the offset of every element's scale
+// --------------------------------------------------------
 
 // Walks a Layout: the offsets of all elements, in the order of the layout's dimensions.
 struct Element {
@@ -382,50 +385,50 @@ TEST_P(QuantizeScales, EveryElementFindsTheScaleOfItsGroup) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    , QuantizeScales,
-    testing::Values(AcceptedScale{"scalar_input", {}, {}, {}},
-                    AcceptedScale{"scalar_input_per_token", {}, {1}, GroupShape{1, -1}},
-                    AcceptedScale{"per_tensor_scalar", {4, 6}, {}, {}},
-                    AcceptedScale{"per_tensor_one", {4, 6}, {1}, {}},
-                    AcceptedScale{"per_tensor_ones", {4, 6}, {1, 1, 1}, {}},
-                    AcceptedScale{"per_tensor_group", {4, 6}, {1}, GroupShape{-1, -1}},
-                    AcceptedScale{"per_tensor_large_extents", {4, 6}, {1, 1}, GroupShape{4, 100}},
-                    AcceptedScale{"per_token", {4, 6}, {4}, GroupShape{1, -1}},
-                    AcceptedScale{"per_token_column", {4, 6}, {4, 1}, GroupShape{1, -1}},
-                    AcceptedScale{"per_token_leading_ones", {4, 6}, {1, 4, 1}, GroupShape{1, -1}},
-                    AcceptedScale{"per_token_wide_extent", {4, 6}, {4}, GroupShape{1, 6}},
-                    AcceptedScale{"per_token_3d_flat", {2, 3, 5}, {6}, GroupShape{1, -1}},
-                    AcceptedScale{"per_token_3d_leading", {2, 3, 5}, {2, 3, 1}, GroupShape{1, -1}},
-                    AcceptedScale{"per_token_vector", {5}, {1}, GroupShape{1, -1}},
-                    AcceptedScale{"per_channel", {4, 6}, {6}, GroupShape{-1, 1}},
-                    AcceptedScale{"per_channel_row", {4, 6}, {1, 6}, GroupShape{-1, 1}},
-                    AcceptedScale{"per_channel_vector", {6}, {6}, GroupShape{-1, 1}},
-                    AcceptedScale{"per_channel_one_column", {4, 1}, {1}, GroupShape{-1, 1}},
-                    AcceptedScale{"per_head", {4, 32}, {2}, GroupShape{-1, 16}},
-                    AcceptedScale{"per_head_row", {4, 32}, {1, 2}, GroupShape{-1, 16}},
-                    AcceptedScale{"per_head_ragged", {4, 40}, {3}, GroupShape{-1, 16}},
-                    AcceptedScale{"per_head_4d", {2, 3, 4, 32}, {1, 1, 4, 1}, {}},
-                    AcceptedScale{"per_head_blocks", {4, 6, 8}, {1, 6, 1}, {}},
-                    AcceptedScale{"per_head_pairs", {4, 6, 8}, {1, 3, 1}, {}},
-                    AcceptedScale{"blocks_3d", {4, 6, 8}, {2, 3, 4}, {}},
-                    AcceptedScale{"blocks_all", {2, 3, 4}, {2, 3, 4}, {}},
-                    AcceptedScale{"group_1x8", {4, 32}, {4, 4}, GroupShape{1, 8}},
-                    AcceptedScale{"group_1x8_leading", {2, 3, 16}, {2, 3, 2}, GroupShape{1, 8}},
-                    AcceptedScale{"group_1x8_flat_rows", {2, 3, 16}, {6, 2}, GroupShape{1, 8}},
-                    AcceptedScale{"group_1x8_one_row", {1, 32}, {4}, GroupShape{1, 8}},
-                    AcceptedScale{"group_4x16", {8, 32}, {2, 2}, GroupShape{4, 16}},
-                    AcceptedScale{"group_4x16_ragged", {10, 40}, {3, 3}, GroupShape{4, 16}},
-                    AcceptedScale{"group_rows_only", {10, 24}, {3}, GroupShape{4, -1}},
-                    AcceptedScale{"group_rows_only_column", {10, 24}, {3, 1}, GroupShape{4, -1}},
-                    AcceptedScale{"group_short_columns", {4, 10}, {4, 4}, GroupShape{1, 3}},
-                    AcceptedScale{"group_1x1", {4, 6}, {4, 6}, GroupShape{1, 1}},
-                    AcceptedScale{"group_rows_across_dims", {3, 4, 8}, {3, 1}, GroupShape{5, -1}},
-                    AcceptedScale{"group_rows_of_whole_dims", {3, 4, 8}, {2}, GroupShape{8, -1}},
-                    AcceptedScale{"group_rows_inside_dim", {3, 4, 8}, {6, 2}, GroupShape{2, 4}}),
-    [](const auto& info) { return std::string(info.param.name); });
+INSTANTIATE_TEST_SUITE_P(, QuantizeScales,
+                         testing::Values(AcceptedScale{"scalar_input", {}, {}, {}},
+                                         AcceptedScale{"scalar_input_per_token", {}, {1}, GroupShape{1, -1}},
+                                         AcceptedScale{"per_tensor_scalar", {4, 6}, {}, {}},
+                                         AcceptedScale{"per_tensor_one", {4, 6}, {1}, {}},
+                                         AcceptedScale{"per_tensor_ones", {4, 6}, {1, 1, 1}, {}},
+                                         AcceptedScale{"per_tensor_group", {4, 6}, {1}, GroupShape{-1, -1}},
+                                         AcceptedScale{"per_tensor_large_extents", {4, 6}, {1, 1}, GroupShape{4, 100}},
+                                         AcceptedScale{"per_token", {4, 6}, {4}, GroupShape{1, -1}},
+                                         AcceptedScale{"per_token_column", {4, 6}, {4, 1}, GroupShape{1, -1}},
+                                         AcceptedScale{"per_token_leading_ones", {4, 6}, {1, 4, 1}, GroupShape{1, -1}},
+                                         AcceptedScale{"per_token_wide_extent", {4, 6}, {4}, GroupShape{1, 6}},
+                                         AcceptedScale{"per_token_3d_flat", {2, 3, 5}, {6}, GroupShape{1, -1}},
+                                         AcceptedScale{"per_token_3d_leading", {2, 3, 5}, {2, 3, 1}, GroupShape{1, -1}},
+                                         AcceptedScale{"per_token_vector", {5}, {1}, GroupShape{1, -1}},
+                                         AcceptedScale{"per_channel", {4, 6}, {6}, GroupShape{-1, 1}},
+                                         AcceptedScale{"per_channel_row", {4, 6}, {1, 6}, GroupShape{-1, 1}},
+                                         AcceptedScale{"per_channel_vector", {6}, {6}, GroupShape{-1, 1}},
+                                         AcceptedScale{"per_channel_one_column", {4, 1}, {1}, GroupShape{-1, 1}},
+                                         AcceptedScale{"per_head", {4, 32}, {2}, GroupShape{-1, 16}},
+                                         AcceptedScale{"per_head_row", {4, 32}, {1, 2}, GroupShape{-1, 16}},
+                                         AcceptedScale{"per_head_ragged", {4, 40}, {3}, GroupShape{-1, 16}},
+                                         AcceptedScale{"per_head_4d", {2, 3, 4, 32}, {1, 1, 4, 1}, {}},
+                                         AcceptedScale{"per_head_blocks", {4, 6, 8}, {1, 6, 1}, {}},
+                                         AcceptedScale{"per_head_pairs", {4, 6, 8}, {1, 3, 1}, {}},
+                                         AcceptedScale{"blocks_3d", {4, 6, 8}, {2, 3, 4}, {}},
+                                         AcceptedScale{"blocks_all", {2, 3, 4}, {2, 3, 4}, {}},
+                                         AcceptedScale{"group_1x8", {4, 32}, {4, 4}, GroupShape{1, 8}},
+                                         AcceptedScale{"group_1x8_leading", {2, 3, 16}, {2, 3, 2}, GroupShape{1, 8}},
+                                         AcceptedScale{"group_1x8_flat_rows", {2, 3, 16}, {6, 2}, GroupShape{1, 8}},
+                                         AcceptedScale{"group_1x8_one_row", {1, 32}, {4}, GroupShape{1, 8}},
+                                         AcceptedScale{"group_4x16", {8, 32}, {2, 2}, GroupShape{4, 16}},
+                                         AcceptedScale{"group_4x16_ragged", {10, 40}, {3, 3}, GroupShape{4, 16}},
+                                         AcceptedScale{"group_rows_only", {10, 24}, {3}, GroupShape{4, -1}},
+                                         AcceptedScale{"group_rows_only_column", {10, 24}, {3, 1}, GroupShape{4, -1}},
+                                         AcceptedScale{"group_short_columns", {4, 10}, {4, 4}, GroupShape{1, 3}},
+                                         AcceptedScale{"group_1x1", {4, 6}, {4, 6}, GroupShape{1, 1}},
+                                         AcceptedScale{"group_rows_across_dims", {3, 4, 8}, {3, 1}, GroupShape{5, -1}},
+                                         AcceptedScale{"group_rows_of_whole_dims", {3, 4, 8}, {2}, GroupShape{8, -1}},
+                                         AcceptedScale{"group_rows_inside_dim", {3, 4, 8}, {6, 2}, GroupShape{2, 4}}),
+                         [](const auto& info) { return std::string(info.param.name); });
 
-// --- Layouts ---------------------------------------------------------------------------------------------------------------------
+// --- Layouts
+// ---------------------------------------------------------------------------------------------------------------------
 
 std::string text(const Layout& layout) {
   std::string all;
@@ -441,9 +444,7 @@ std::string text(const Layout& layout) {
 
 std::string layout_text(const StaticQuantize& problem) { return text(validate(problem)); }
 
-TEST(QuantizeLayout, ContiguousPerTensorIsOneRun) {
-  EXPECT_EQ(layout_text(quantize_problem({2, 3, 4, 5}, {1})), "120:1,1,0");
-}
+TEST(QuantizeLayout, ContiguousPerTensorIsOneRun) { EXPECT_EQ(layout_text(quantize_problem({2, 3, 4, 5}, {1})), "120:1,1,0"); }
 
 TEST(QuantizeLayout, ScalarIsOneRunOfOne) { EXPECT_EQ(layout_text(quantize_problem({}, {})), "1:1,1,0"); }
 

@@ -71,13 +71,20 @@ TEST(DTypes, NamesAndSizes) {
     int size;
   };
   constexpr Row kRows[] = {
-      {DType::Float32, "float32", 4},   {DType::Float16, "float16", 2},
-      {DType::BFloat16, "bfloat16", 2}, {DType::E4M3, "float8_e4m3fn", 1},
-      {DType::E5M2, "float8_e5m2", 1},  {DType::Float64, "float64", 8},
-      {DType::E4M3Fnuz, "float8_e4m3fnuz", 1}, {DType::E5M2Fnuz, "float8_e5m2fnuz", 1},
-      {DType::UInt8, "uint8", 1},       {DType::Int8, "int8", 1},
-      {DType::Int16, "int16", 2},       {DType::Int32, "int32", 4},
-      {DType::Int64, "int64", 8},       {DType::Bool, "bool", 1},
+      {DType::Float32, "float32", 4},
+      {DType::Float16, "float16", 2},
+      {DType::BFloat16, "bfloat16", 2},
+      {DType::E4M3, "float8_e4m3fn", 1},
+      {DType::E5M2, "float8_e5m2", 1},
+      {DType::Float64, "float64", 8},
+      {DType::E4M3Fnuz, "float8_e4m3fnuz", 1},
+      {DType::E5M2Fnuz, "float8_e5m2fnuz", 1},
+      {DType::UInt8, "uint8", 1},
+      {DType::Int8, "int8", 1},
+      {DType::Int16, "int16", 2},
+      {DType::Int32, "int32", 4},
+      {DType::Int64, "int64", 8},
+      {DType::Bool, "bool", 1},
       {DType::Other, "an unsupported dtype", 0},
   };
   for (const Row& row : kRows) {

@@ -1,0 +1,333 @@
+// The kernels of dynamic quantization, one for each AmaxPath, and their launcher. Instantiated for one input type a source
+// file.
+#pragma once
+
+#include <cooperative_groups.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "../device/amax.h"
+#include "amax.h"
+#include "dynamic_quantize.h"
+#include "fp8kv/fp8.h"
+#include "map.cuh"
+#include "quantize.h"
+
+namespace fp8kv::cuda {
+
+namespace cg = cooperative_groups;
+
+__device__ __forceinline__ float bound_of(const float* upper_bound) {
+  return upper_bound ? __ldg(upper_bound) : __int_as_float(0x7f800000);
+}
+
+template <class Fp8, class In>
+__device__ __forceinline__ void quantize_unit(const Unit<In>& raw, Fp8* out, const Cut& cut,
+                                              const typename device::QuantizeOp<Fp8>::Prepared& scale) {
+  float values[kUnit];
+  device::unpack(raw, values);
+  device::apply<device::QuantizeOp<Fp8>>(scale, values);
+  device::store_range(out + cut.first, device::pack<Fp8>(values), cut.range);
+}
+
+// One run, as whoever quantizes it sees it.
+template <class Fp8, class In, bool kAligned>
+struct Run {
+  const In* in;
+  Fp8* out;
+  std::int64_t size;
+
+  __device__ __forceinline__ Cut cut(std::uint32_t unit) const {
+    if constexpr (kAligned) return {std::int64_t{unit} * kUnit, {}};
+    return cut_unit(out, unit, size);
+  }
+  __device__ __forceinline__ Unit<In> load(const Cut& cut) const {
+    if constexpr (kAligned) return device::load_aligned(in + cut.first);
+    if (cut.range.begin >= cut.range.end) return {};
+    return device::load_any(in, cut.first, size, cut.range);
+  }
+};
+
+// AmaxPath::Groups: `threads_per_group` threads (all of the block, or a power of two up to 32) hold one run in registers.
+// kUnits: units a thread; 0 reads the run a second time instead.
+template <class Fp8, class In, int kUnits, bool kAligned>
+__global__ void __launch_bounds__(1024)
+    quantize_groups(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scales,
+                    const float* __restrict__ upper_bound, const __grid_constant__ Walk walk, int threads_per_group) {
+  using Op = device::QuantizeOp<Fp8>;
+  __shared__ std::uint32_t scratch[32];
+  const std::uint32_t lane = threadIdx.x % threads_per_group;
+  const std::uint32_t group = blockIdx.x * (blockDim.x / threads_per_group) + threadIdx.x / threads_per_group;
+  const std::uint32_t units = group < walk.count ? walk.units_per_run.divisor : 0;
+  const Offsets at = walk.at<-1>(min(group, walk.count - 1));
+  const Run<Fp8, In, kAligned> run{input + at.in, result + at.out, walk.run};
+  const float bound = bound_of(upper_bound);
+
+  constexpr int kHeld = kUnits > 0 ? kUnits : 1;
+  Unit<In> held[kHeld];
+  std::uint32_t bits = 0;
+  if constexpr (kUnits > 0) {
+#pragma unroll
+    for (int k = 0; k < kUnits; ++k) {
+      const std::uint32_t unit = lane + k * threads_per_group;
+      held[k] = unit < units ? run.load(run.cut(unit)) : Unit<In>{};
+    }
+#pragma unroll
+    for (int k = 0; k < kUnits; ++k) bits = max(bits, device::finite_max_bits(held[k]));
+  } else {
+#pragma unroll 4
+    for (std::uint32_t unit = lane; unit < units; unit += threads_per_group)
+      bits = max(bits, device::finite_max_bits(run.load(run.cut(unit))));
+  }
+  bits = threads_per_group > 32 ? device::block_max(bits, scratch) : device::lanes_max(bits, threads_per_group);
+
+  const float scale = dynamic_scale<Fp8>(device::magnitude<In>(bits), bound);
+  const auto prepared = Op::prepare(scale);
+  if (lane == 0 && group < walk.count) scales[at.scale] = scale;
+  if constexpr (kUnits > 0) {
+#pragma unroll
+    for (int k = 0; k < kUnits; ++k) {
+      const std::uint32_t unit = lane + k * threads_per_group;
+      if (unit >= units) break;
+      const Cut cut = run.cut(unit);
+      if (cut.range.begin < cut.range.end) quantize_unit(held[k], run.out, cut, prepared);
+    }
+  } else {
+#pragma unroll 4
+    for (std::uint32_t unit = lane; unit < units; unit += threads_per_group) {
+      const Cut cut = run.cut(unit);
+      if (cut.range.begin < cut.range.end) quantize_unit(run.load(cut), run.out, cut, prepared);
+    }
+  }
+}
+
+// AmaxPath::Cluster: one run, one scale, one thread block cluster. Every block sends its maximum to all others.
+template <class Fp8, class In, int kUnits, bool kAligned>
+__global__ void __launch_bounds__(1024)
+    quantize_cluster(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scale_out,
+                     const float* __restrict__ upper_bound, std::int64_t size, std::uint32_t units) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  using Op = device::QuantizeOp<Fp8>;
+  __shared__ std::uint32_t scratch[32];
+  __shared__ std::uint32_t maxima[16];
+  cg::cluster_group cluster = cg::this_cluster();
+  auto started = cluster.barrier_arrive();
+  const std::uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
+  const std::uint32_t stride = gridDim.x * blockDim.x;
+  const Run<Fp8, In, kAligned> run{input, result, size};
+  const float bound = bound_of(upper_bound);
+
+  Unit<In> held[kUnits];
+#pragma unroll
+  for (int k = 0; k < kUnits; ++k) {
+    const std::uint32_t unit = thread + k * stride;
+    held[k] = unit < units ? run.load(run.cut(unit)) : Unit<In>{};
+  }
+  std::uint32_t bits = 0;
+#pragma unroll
+  for (int k = 0; k < kUnits; ++k) bits = max(bits, device::finite_max_bits(held[k]));
+  bits = device::block_max(bits, scratch);
+  cluster.barrier_wait(std::move(started));  // the shared memory of all blocks is there
+  if (threadIdx.x < gridDim.x) *cluster.map_shared_rank(&maxima[blockIdx.x], threadIdx.x) = bits;
+  cluster.sync();
+  const unsigned lane = threadIdx.x % 32;
+  bits = __reduce_max_sync(0xffffffffu, lane < gridDim.x ? maxima[lane] : 0u);
+
+  const float scale = dynamic_scale<Fp8>(device::magnitude<In>(bits), bound);
+  if (thread == 0) *scale_out = scale;
+  const auto prepared = Op::prepare(scale);
+#pragma unroll
+  for (int k = 0; k < kUnits; ++k) {
+    const std::uint32_t unit = thread + k * stride;
+    if (unit >= units) break;
+    const Cut cut = run.cut(unit);
+    if (cut.range.begin < cut.range.end) quantize_unit(held[k], result, cut, prepared);
+  }
+#endif
+}
+
+// AmaxPath::Whole: one run, one scale, all multiprocessors. Between the two passes a thread keeps its first units in registers
+// and the next `slots` in shared memory; the rest is read again, last first, while the L2 cache still has it. The scale itself
+// collects the maximum: dynamic_scale never decreases, so the largest scale of the blocks is the scale of all.
+constexpr int kWholeThreads = 512;
+constexpr int kWholeBlocks = 2;  // a multiprocessor
+template <class In>
+constexpr int kWholeUnits = 16 / sizeof(In);
+
+template <class Fp8, class In, bool kAligned>
+__global__ void __launch_bounds__(kWholeThreads, kWholeBlocks)
+    quantize_whole(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scale_out,
+                   const float* __restrict__ upper_bound, std::int64_t size, std::uint32_t units, int slots) {
+  using Op = device::QuantizeOp<Fp8>;
+  constexpr int kHeld = kWholeUnits<In>;
+  extern __shared__ __align__(16) char shared[];
+  __shared__ std::uint32_t scratch[32];
+  Unit<In>* kept = reinterpret_cast<Unit<In>*>(shared) + threadIdx.x;  // slot k at kept[k * kWholeThreads]
+  const cg::grid_group grid = cg::this_grid();
+  const std::uint32_t thread = blockIdx.x * kWholeThreads + threadIdx.x;
+  const std::uint32_t stride = gridDim.x * kWholeThreads;
+  const std::uint32_t first_kept = thread + kHeld * stride;
+  const std::uint32_t first_rest = first_kept + slots * stride;
+  const Run<Fp8, In, kAligned> run{input, result, size};
+
+  if (thread == 0) *scale_out = 0.0f;
+  auto zeroed = grid.barrier_arrive();
+  Unit<In> held[kHeld];
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    const std::uint32_t unit = thread + k * stride;
+    held[k] = unit < units ? run.load(run.cut(unit)) : Unit<In>{};
+  }
+  std::uint32_t bits = 0;
+  int slot = 0;
+#pragma unroll 4
+  for (std::uint32_t unit = first_kept; unit < min(units, first_rest); unit += stride, ++slot) {
+    const Unit<In> raw = run.load(run.cut(unit));
+    kept[slot * kWholeThreads] = raw;
+    bits = max(bits, device::finite_max_bits(raw));
+  }
+#pragma unroll 8
+  for (std::uint32_t unit = first_rest; unit < units; unit += stride)
+    bits = max(bits, device::finite_max_bits(run.load(run.cut(unit))));
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) bits = max(bits, device::finite_max_bits(held[k]));
+  bits = device::block_max(bits, scratch);
+  grid.barrier_wait(std::move(zeroed));
+  if (threadIdx.x == 0) device::atomic_max(scale_out, dynamic_scale<Fp8>(device::magnitude<In>(bits), bound_of(upper_bound)));
+  grid.sync();  // the scale is final
+
+  const auto prepared = Op::prepare(__ldcg(scale_out));
+  const auto finish = [&](std::uint32_t unit, const Unit<In>& raw, const Cut& cut) {
+    if (cut.range.begin < cut.range.end) quantize_unit(raw, result, cut, prepared);
+  };
+  if (units > first_rest) {
+    const std::uint32_t last = first_rest + (units - 1 - first_rest) / stride * stride;
+#pragma unroll 4
+    for (std::uint32_t unit = last; unit >= first_rest; unit -= stride) {
+      const Cut cut = run.cut(unit);
+      finish(unit, run.load(cut), cut);
+    }
+  }
+  slot = 0;
+#pragma unroll 2
+  for (std::uint32_t unit = first_kept; unit < min(units, first_rest); unit += stride, ++slot)
+    finish(unit, kept[slot * kWholeThreads], run.cut(unit));
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    const std::uint32_t unit = thread + k * stride;
+    if (unit < units) finish(unit, held[k], run.cut(unit));
+  }
+}
+
+template <class Fp8, class In>
+struct DynamicLauncher {
+  const DynamicQuantize& problem;
+  const Layout& layout;
+  cudaStream_t stream;
+  const In* input = static_cast<const In*>(problem.input.data);
+  Fp8* result = static_cast<Fp8*>(problem.result.data);
+  float* scale = static_cast<float*>(problem.scale.data);
+  const float* upper_bound = problem.scale_ub ? static_cast<const float*>(problem.scale_ub->data) : nullptr;
+
+  void groups(const char* op) const {
+    core::for_each_piece({layout}, kMaxPiece, [&](const core::Piece& piece) {
+      const DynamicPlan plan = plan_dynamic(piece.layout, shifted(problem.input, piece.in), shifted(problem.result, piece.out),
+                                            device_limits().multiprocessors, device_limits().max_cluster);
+      switch (plan.units_per_thread) {
+        case 1: launch_groups<1>(piece, plan); break;
+        case 2: launch_groups<2>(piece, plan); break;
+        case 4: launch_groups<4>(piece, plan); break;
+        case 8: launch_groups<8>(piece, plan); break;
+        default: launch_groups<0>(piece, plan); break;
+      }
+      check_launch(op);
+    });
+  }
+
+  void cluster(const char* op, const DynamicPlan& plan) const {
+    switch (plan.units_per_thread) {
+      case 1: launch_cluster<1>(plan); break;
+      case 2: launch_cluster<2>(plan); break;
+      case 4: launch_cluster<4>(plan); break;
+      default: launch_cluster<8>(plan); break;
+    }
+    check_launch(op);
+  }
+
+  void whole(const char* op, const DynamicPlan& plan) const {
+    auto kernel = plan.aligned ? quantize_whole<Fp8, In, true> : quantize_whole<Fp8, In, false>;
+    std::int64_t size = layout.run().size;
+    auto units = static_cast<std::uint32_t>(plan.units_per_run);
+    const std::int64_t needed = (plan.units_per_run + kWholeThreads - 1) / kWholeThreads;
+    const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(needed, kWholeBlocks * multiprocessors()));
+    // Shared memory for what registers can't hold; 2 KiB a block stay for static and reserved memory.
+    constexpr int kSlotBytes = kWholeThreads * sizeof(Unit<In>);
+    const std::int64_t beyond_registers = (needed + blocks - 1) / blocks - kWholeUnits<In>;
+    int slots = (device_limits().shared_memory / kWholeBlocks - 2048) / kSlotBytes;
+    slots = static_cast<int>(std::clamp<std::int64_t>(beyond_registers, 0, slots));
+    if (slots > 0) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, slots * kSlotBytes);
+    void* arguments[] = {const_cast<In**>(&input),
+                         const_cast<Fp8**>(&result),
+                         const_cast<float**>(&scale),
+                         const_cast<float**>(&upper_bound),
+                         &size,
+                         &units,
+                         &slots};
+    cudaLaunchCooperativeKernel(reinterpret_cast<void*>(kernel), blocks, kWholeThreads, arguments, slots * kSlotBytes, stream);
+    check_launch(op);
+  }
+
+  void two_passes(const char* op) const {
+    fill_groups(op, layout, scale, min_scale(DTypeOf<Fp8>::value), stream);
+    if (layout.numel == 0) return;
+    raise_to_amax(op, layout, problem.input, scale, DTypeOf<Fp8>::value, upper_bound, stream);
+    quantize_with(op, layout, problem.input, problem.result, problem.scale, stream);
+  }
+
+ private:
+  template <int kUnits>
+  void launch_cluster(const DynamicPlan& plan) const {
+    auto kernel = plan.aligned ? quantize_cluster<Fp8, In, kUnits, true> : quantize_cluster<Fp8, In, kUnits, false>;
+    if (plan.blocks > 8) cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    cudaLaunchAttribute cluster_size{};
+    cluster_size.id = cudaLaunchAttributeClusterDimension;
+    cluster_size.val.clusterDim = {static_cast<unsigned>(plan.blocks), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = static_cast<unsigned>(plan.blocks);
+    config.blockDim = plan.threads;
+    config.stream = stream;
+    config.attrs = &cluster_size;
+    config.numAttrs = 1;
+    cudaLaunchKernelEx(&config, kernel, input, result, scale, upper_bound, layout.run().size,
+                       static_cast<std::uint32_t>(plan.units_per_run));
+  }
+
+  template <int kUnits>
+  void launch_groups(const core::Piece& piece, const DynamicPlan& plan) const {
+    const Layout& part = piece.layout;
+    const Walk walk = Walk::over(part, part.ndim - 1, plan.units_per_run, part.numel / part.run().size);
+    auto kernel = plan.aligned ? quantize_groups<Fp8, In, kUnits, true> : quantize_groups<Fp8, In, kUnits, false>;
+    kernel<<<static_cast<unsigned>(plan.blocks), plan.threads, 0, stream>>>(
+        input + piece.in, result + piece.out, scale + piece.scale, upper_bound, walk, plan.threads_per_group);
+  }
+};
+
+template <class In>
+void launch_dynamic(const DynamicQuantize& problem, const Layout& layout, cudaStream_t stream) {
+  constexpr const char* op = "dynamic_scaled_fp8_quant";
+  core::visit_fp8(problem.result.dtype, [&]<class Fp8>(core::Type<Fp8>) {
+    const DynamicLauncher<Fp8, In> launcher{problem, layout, stream};
+    if (layout.numel == 0) return launcher.two_passes(op);
+    const DeviceLimits& limits = device_limits();
+    const DynamicPlan plan = plan_dynamic(layout, problem.input, problem.result, limits.multiprocessors, limits.max_cluster);
+    switch (plan.path) {
+      case AmaxPath::Groups: return launcher.groups(op);
+      case AmaxPath::Cluster: return launcher.cluster(op, plan);
+      case AmaxPath::Whole: return launcher.whole(op, plan);
+      case AmaxPath::TwoPasses: return launcher.two_passes(op);
+    }
+  });
+}
+
+}  // namespace fp8kv::cuda

@@ -1,0 +1,3 @@
+#include "dynamic_quantize.cuh"
+
+template void fp8kv::cuda::launch_dynamic<fp8kv::Half>(const DynamicQuantize&, const Layout&, cudaStream_t);
