@@ -12,12 +12,12 @@ namespace {
 
 constexpr int kUnit = 4 * kLanes;  // elements handled at a time
 
-// --- The two operations on a unit --------------------------------------------------------------------------------------------
+// --- The two operations on a unit -------------------------------------------------------------------------------------
 
 // x / s without dividing: 1 / s = high + low with high rounded down and low > 0, so that both terms of x * high + x * low have
 // the sign of x. It isn't always the fp32 quotient, but on the same side of every boundary between FP8 values, for the scales
-// that are `ordinary` (docs/numerics.md); the others take the division. A `high` that is only somewhere below 1 / s will not
-// do.
+// that are `ordinary` (docs/numerics.md); the others take the division. With a `high` further below 1 / s, more scales would go
+// wrong.
 struct Reciprocal {
   FP8KV_INLINE bool ordinary(float scale) {
     constexpr std::uint32_t kFirst = 0x00800000u, kLast = 0x6f800000u;  // 2^-126, 2^96
@@ -26,8 +26,8 @@ struct Reciprocal {
   }
   FP8KV_INLINE float high(float scale) {
     const float nearest = 1.0f / scale;
-    return remainder(nearest, scale) > 0.0f ? nearest
-                                            : __builtin_bit_cast(float, __builtin_bit_cast(std::uint32_t, nearest) - 1);
+    const float below = __builtin_bit_cast(float, __builtin_bit_cast(std::uint32_t, nearest) - 1);
+    return remainder(nearest, scale) > 0.0f ? nearest : below;
   }
   FP8KV_INLINE float low(float scale, float high) { return remainder(high, scale) * high; }
 
@@ -93,7 +93,7 @@ struct Dequantize {
   }
 };
 
-// --- Pieces ------------------------------------------------------------------------------------------------------------------
+// --- Pieces -----------------------------------------------------------------------------------------------------------
 
 FP8KV_INLINE void splat4(F32 (&to)[4], float x) {
   for (int k = 0; k < 4; ++k) to[k] = splat(x);
@@ -200,8 +200,7 @@ void map_columns(const void* in_data, void* out_data, std::int64_t columns, cons
   map_short<Op>(in, out, columns, [&](auto* x, auto* y) { map_row_of_columns(op, x, y, kUnit, scales, first); });
 }
 
-// --- Largest finite magnitudes
-// -------------------------------------------------------------------------------------------------
+// --- Largest finite magnitudes ----------------------------------------------------------------------------------------
 
 // The bits of |x| without its sign order like the values, so 16-bit types are compared as they are.
 template <class T>
@@ -281,8 +280,7 @@ void amax_columns(const void* in_data, std::int32_t* amax, std::int64_t columns)
   if (columns % kLanes) step(in + columns - kLanes, amax + columns - kLanes);
 }
 
-// --- The table
-// -----------------------------------------------------------------------------------------------------------------
+// --- The table --------------------------------------------------------------------------------------------------------
 
 template <class Op>
 constexpr MapKernels map_kernels = {map_rows<Op>, prepare<Op>, map_columns<Op>};

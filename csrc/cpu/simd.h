@@ -74,10 +74,10 @@ FP8KV_INLINE Vector constant(Vector v) {
   return v;
 }
 
-// --- Lanes of 32 bits from narrower ones, and back
-// ------------------------------------------------------------------------------- pack16 stores the low halves of the lanes of
-// two vectors, in which what is above must be 0. pack8_signed stores the low bytes of four vectors, which must be 0 from bit 7
-// on, with the signs of four others in bit 7.
+// --- Lanes of 32 bits from narrower ones, and back --------------------------------------------------------------------
+
+// pack16 stores the low halves of the lanes of two vectors, in which what is above must be 0. pack8_signed stores the low bytes
+// of four vectors, which must be 0 from bit 7 on, with the signs of four others in bit 7.
 
 #if defined(__AVX512F__)
 FP8KV_INLINE I32 widen(U16 x) {
@@ -151,8 +151,7 @@ FP8KV_INLINE void pack16(std::uint16_t* to, I32 a, I32 b) {
 }
 #endif
 
-// --- What only some instruction sets have
-// ----------------------------------------------------------------------------------------
+// --- What only some instruction sets have -----------------------------------------------------------------------------
 
 #if defined(__FMA__)
 constexpr bool kHasFma = true;
@@ -249,8 +248,8 @@ FP8KV_INLINE std::int32_t largest_lane(I32 x) {
 #endif
 }
 
-// With the processor's instructions for fp16: bytes to 16 bits, repeating the sign; fp16 to fp32 and back, where NaN stays some
-// NaN.
+// With the processor's instructions for fp16: bytes to 16 bits, repeating the sign; fp16 to fp32 and back, where a NaN
+// stays a NaN.
 #if defined(__F16C__)
 constexpr bool kHasHalf = true;
 FP8KV_INLINE U16 widen_signed(U8 x) {

@@ -355,10 +355,7 @@ class _CudaFloor:
         key = (size, count)
         if key not in self.known:
             half = -(-size // 32) * 16
-            pairs = [
-                tuple(torch.zeros(half, dtype=torch.uint8, device=self.device) for _ in range(2))
-                for _ in range(count)
-            ]
+            pairs = [tuple(_random_bytes(half, self.device) for _ in range(2)) for _ in range(count)]
             times = [graph_time([_copy_call(torch.Tensor.copy_, b, a) for a, b in pairs], self.replays)]
             if self.kernel is not None:
                 times.append(graph_time([_copy_call(self.kernel, b, a) for a, b in pairs], self.replays))
@@ -368,6 +365,11 @@ class _CudaFloor:
 
 def _copy_call(copy: Callable[[Tensor, Tensor], object], target: Tensor, source: Tensor) -> Call:
     return lambda: copy(target, source)
+
+
+def _random_bytes(count: int, device: torch.device) -> Tensor:
+    """Not zeros: memory systems may be faster with those."""
+    return torch.randint(256, (count,), dtype=torch.uint8, device=device)
 
 
 def _copy_kernel() -> Callable[[Tensor, Tensor], object] | None:
@@ -418,7 +420,7 @@ def _cpu_rows(
     count = max(2, min(32, (64 << 20) // size))
     buffers = _buffers(work, shape, torch.device("cpu"), count)
     half = size // 2
-    pairs = [tuple(torch.zeros(half, dtype=torch.uint8) for _ in range(2)) for _ in range(count)]
+    pairs = [tuple(_random_bytes(half, buffers[0].input.device) for _ in range(2)) for _ in range(count)]
     floor_us = cpu_time([_copy_call(torch.Tensor.copy_, b, a) for a, b in pairs], samples)
     times = {}
     for name in ("torch eager", *(p for p in peers if p == "torch.compile")):
