@@ -2,6 +2,7 @@
 // Nothing here reads or writes an element, so addresses are made up.
 #include <gtest/gtest.h>
 
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -427,15 +428,14 @@ INSTANTIATE_TEST_SUITE_P(, QuantizeScales,
 // --- Layouts ----------------------------------------------------------------------------------------------------------
 
 std::string text(const Layout& layout) {
-  std::string all;
+  std::ostringstream all;
   for (int d = 0; d < layout.ndim; ++d) {
     const Layout::Dim& dim = layout.dims[d];
-    all += (d ? " " : "") + std::to_string(dim.size) + ":" + std::to_string(dim.in) + "," + std::to_string(dim.out) + "," +
-           std::to_string(dim.scale);
-    if (dim.block != 1) all += "/" + std::to_string(dim.block);
+    all << (d ? " " : "") << dim.size << ":" << dim.in << "," << dim.out << "," << dim.scale;
+    if (dim.block != 1) all << "/" << dim.block;
   }
-  if (layout.flat_rows) all += " flat " + std::to_string(layout.flat_rows) + "*" + std::to_string(layout.flat_scale);
-  return all;
+  if (layout.flat_rows) all << " flat " << layout.flat_rows << "*" << layout.flat_scale;
+  return all.str();
 }
 
 std::string layout_text(const StaticQuantize& problem) { return text(validate(problem)); }
