@@ -1,4 +1,4 @@
-// Cuts a Layout into pieces small enough for 32-bit counting in a kernel.
+// Cuts a Layout into pieces that kernels like better: of one scale a run, and small enough for 32-bit counting.
 #pragma once
 
 #include <algorithm>
@@ -45,6 +45,30 @@ void for_each_piece(const Piece& whole, std::int64_t limit, F&& f, int dim = 0) 
     if (dim + 1 < layout.ndim) piece.flat_row += begin * inner_rows;
     for_each_piece(piece, limit, f, dim);
   }
+}
+
+// Calls f(piece) for the one or two parts of a layout in which long blocks of a run divide it: where the last block of a run is
+// smaller than the others, the whole blocks, whose runs then have one scale each, and the rest.
+template <class F>
+void for_each_even_part(const Layout& layout, F&& f) {
+  constexpr std::int64_t kLongBlock = 16;
+  const Layout::Dim& run = layout.run();
+  const std::int64_t blocks = run.size / run.block, rest = run.size % run.block;
+  if (layout.flat_rows || run.scale == 0 || run.block < kLongBlock || rest == 0) return f(Piece{layout});
+
+  Piece whole_blocks{layout};
+  whole_blocks.layout.numel = layout.numel / run.size * blocks * run.block;
+  whole_blocks.layout.dims[layout.ndim - 1] = {blocks, run.in * run.block, run.out * run.block, run.scale, 1};
+  whole_blocks.layout.dims[whole_blocks.layout.ndim++] = {run.block, run.in, run.out, 0, 1};
+  f(whole_blocks);
+
+  Piece last_block{layout};
+  last_block.layout.numel = layout.numel / run.size * rest;
+  last_block.layout.dims[layout.ndim - 1] = {rest, run.in, run.out, 0, 1};
+  last_block.in = blocks * run.block * run.in;
+  last_block.out = blocks * run.block * run.out;
+  last_block.scale = blocks * run.scale;
+  f(last_block);
 }
 
 }  // namespace fp8kv::core

@@ -306,9 +306,11 @@ void raise_to_amax(const char* op, const Layout& layout, const TensorView& input
                    const float* upper_bound, cudaStream_t stream) {
   const auto launch = [&](auto finish) {
     core::visit_real(input.dtype, [&]<class In>(core::Type<In>) {
-      core::for_each_piece({layout}, kMaxPiece / 8, [&](const core::Piece& piece) {
-        launch_amax(piece, static_cast<const In*>(input.data), target, finish, stream);
-        check_launch(op);
+      core::for_each_even_part(layout, [&](const core::Piece& part) {
+        core::for_each_piece(part, kMaxPiece / 8, [&](const core::Piece& piece) {
+          launch_amax(piece, static_cast<const In*>(input.data), target, finish, stream);
+          check_launch(op);
+        });
       });
     });
   };

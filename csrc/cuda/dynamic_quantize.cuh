@@ -230,51 +230,22 @@ struct DynamicLauncher {
   float* scale = static_cast<float*>(problem.scale.data);
   const float* upper_bound = problem.scale_ub ? static_cast<const float*>(problem.scale_ub->data) : nullptr;
 
-  void groups(const char* op) const {
-    core::for_each_piece({layout}, kMaxPiece, [&](const core::Piece& piece) {
-      const DynamicPlan plan = plan_dynamic(piece.layout, shifted(problem.input, piece.in), shifted(problem.result, piece.out),
-                                            device_limits().multiprocessors, device_limits().max_cluster);
-      switch (plan.units_per_thread) {
-        case 1: launch_groups<1>(piece, plan); break;
-        case 2: launch_groups<2>(piece, plan); break;
-        case 4: launch_groups<4>(piece, plan); break;
-        case 8: launch_groups<8>(piece, plan); break;
-        default: launch_groups<0>(piece, plan); break;
-      }
-      check_launch(op);
-    });
+  DynamicPlan plan(const core::Piece& piece) const {
+    const DeviceLimits& limits = device_limits();
+    return plan_dynamic(piece.layout, shifted(problem.input, piece.in), shifted(problem.result, piece.out),
+                        limits.multiprocessors, limits.max_cluster);
   }
 
-  void cluster(const char* op, const DynamicPlan& plan) const {
-    switch (plan.units_per_thread) {
-      case 1: launch_cluster<1>(plan); break;
-      case 2: launch_cluster<2>(plan); break;
-      case 4: launch_cluster<4>(plan); break;
-      default: launch_cluster<8>(plan); break;
+  // One launch, for a piece whose runs are its groups.
+  void operator()(const char* op, const core::Piece& piece) const {
+    const DynamicPlan planned = plan(piece);
+    switch (planned.units_per_thread) {
+      case 1: launch<1>(piece, planned); break;
+      case 2: launch<2>(piece, planned); break;
+      case 4: launch<4>(piece, planned); break;
+      case 8: launch<8>(piece, planned); break;
+      default: launch<0>(piece, planned); break;
     }
-    check_launch(op);
-  }
-
-  void whole(const char* op, const DynamicPlan& plan) const {
-    auto kernel = plan.aligned ? quantize_whole<Fp8, In, true> : quantize_whole<Fp8, In, false>;
-    std::int64_t size = layout.run().size;
-    auto units = static_cast<std::uint32_t>(plan.units_per_run);
-    const std::int64_t needed = (plan.units_per_run + kWholeThreads - 1) / kWholeThreads;
-    const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(needed, kWholeBlocks * multiprocessors()));
-    // Shared memory for what registers can't hold; 2 KiB a block stay for static and reserved memory.
-    constexpr int kSlotBytes = kWholeThreads * sizeof(Unit<In>);
-    const std::int64_t beyond_registers = (needed + blocks - 1) / blocks - kWholeUnits<In>;
-    int slots = (device_limits().shared_memory / kWholeBlocks - 2048) / kSlotBytes;
-    slots = static_cast<int>(std::clamp<std::int64_t>(beyond_registers, 0, slots));
-    if (slots > 0) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, slots * kSlotBytes);
-    void* arguments[] = {const_cast<In**>(&input),
-                         const_cast<Fp8**>(&result),
-                         const_cast<float**>(&scale),
-                         const_cast<float**>(&upper_bound),
-                         &size,
-                         &units,
-                         &slots};
-    cudaLaunchCooperativeKernel(reinterpret_cast<void*>(kernel), blocks, kWholeThreads, arguments, slots * kSlotBytes, stream);
     check_launch(op);
   }
 
@@ -287,8 +258,21 @@ struct DynamicLauncher {
 
  private:
   template <int kUnits>
-  void launch_cluster(const DynamicPlan& plan) const {
-    auto kernel = plan.aligned ? quantize_cluster<Fp8, In, kUnits, true> : quantize_cluster<Fp8, In, kUnits, false>;
+  void launch(const core::Piece& piece, const DynamicPlan& plan) const {
+    if (plan.path == AmaxPath::Whole) return launch_whole(piece, plan);
+    if constexpr (kUnits > 0) {
+      if (plan.path == AmaxPath::Cluster) return launch_cluster<kUnits>(piece, plan);
+    }
+    const Layout& part = piece.layout;
+    const Walk walk = Walk::over(part, part.ndim - 1, plan.units_per_run, part.numel / part.run().size);
+    const auto kernel = plan.aligned ? quantize_groups<Fp8, In, kUnits, true> : quantize_groups<Fp8, In, kUnits, false>;
+    kernel<<<static_cast<unsigned>(plan.blocks), plan.threads, 0, stream>>>(
+        input + piece.in, result + piece.out, scale + piece.scale, upper_bound, walk, plan.threads_per_group);
+  }
+
+  template <int kUnits>
+  void launch_cluster(const core::Piece& piece, const DynamicPlan& plan) const {
+    const auto kernel = plan.aligned ? quantize_cluster<Fp8, In, kUnits, true> : quantize_cluster<Fp8, In, kUnits, false>;
     if (plan.blocks > 8) cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     cudaLaunchAttribute cluster_size{};
     cluster_size.id = cudaLaunchAttributeClusterDimension;
@@ -299,17 +283,29 @@ struct DynamicLauncher {
     config.stream = stream;
     config.attrs = &cluster_size;
     config.numAttrs = 1;
-    cudaLaunchKernelEx(&config, kernel, input, result, scale, upper_bound, layout.run().size,
-                       static_cast<std::uint32_t>(plan.units_per_run));
+    cudaLaunchKernelEx(&config, kernel, input + piece.in, result + piece.out, scale + piece.scale, upper_bound,
+                       piece.layout.run().size, static_cast<std::uint32_t>(plan.units_per_run));
   }
 
-  template <int kUnits>
-  void launch_groups(const core::Piece& piece, const DynamicPlan& plan) const {
-    const Layout& part = piece.layout;
-    const Walk walk = Walk::over(part, part.ndim - 1, plan.units_per_run, part.numel / part.run().size);
-    auto kernel = plan.aligned ? quantize_groups<Fp8, In, kUnits, true> : quantize_groups<Fp8, In, kUnits, false>;
-    kernel<<<static_cast<unsigned>(plan.blocks), plan.threads, 0, stream>>>(
-        input + piece.in, result + piece.out, scale + piece.scale, upper_bound, walk, plan.threads_per_group);
+  void launch_whole(const core::Piece& piece, const DynamicPlan& plan) const {
+    const auto kernel = plan.aligned ? quantize_whole<Fp8, In, true> : quantize_whole<Fp8, In, false>;
+    const std::int64_t needed = (plan.units_per_run + kWholeThreads - 1) / kWholeThreads;
+    const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(needed, kWholeBlocks * multiprocessors()));
+    // Shared memory for what registers can't hold; 2 KiB a block stay for static and reserved memory.
+    constexpr int kSlotBytes = kWholeThreads * sizeof(Unit<In>);
+    const std::int64_t beyond_registers = (needed + blocks - 1) / blocks - kWholeUnits<In>;
+    const int most = (device_limits().shared_memory / kWholeBlocks - 2048) / kSlotBytes;
+    int slots = static_cast<int>(std::clamp<std::int64_t>(beyond_registers, 0, most));
+    if (slots > 0) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, slots * kSlotBytes);
+
+    const In* in = input + piece.in;
+    Fp8* out = result + piece.out;
+    float* scale_out = scale + piece.scale;
+    const float* bound = upper_bound;
+    std::int64_t size = piece.layout.run().size;
+    auto units = static_cast<std::uint32_t>(plan.units_per_run);
+    void* arguments[] = {&in, &out, &scale_out, &bound, &size, &units, &slots};
+    cudaLaunchCooperativeKernel(reinterpret_cast<void*>(kernel), blocks, kWholeThreads, arguments, slots * kSlotBytes, stream);
   }
 };
 
@@ -319,14 +315,13 @@ void launch_dynamic(const DynamicQuantize& problem, const Layout& layout, cudaSt
   core::visit_fp8(problem.result.dtype, [&]<class Fp8>(core::Type<Fp8>) {
     const DynamicLauncher<Fp8, In> launcher{problem, layout, stream};
     if (layout.numel == 0) return launcher.two_passes(op);
-    const DeviceLimits& limits = device_limits();
-    const DynamicPlan plan = plan_dynamic(layout, problem.input, problem.result, limits.multiprocessors, limits.max_cluster);
-    switch (plan.path) {
-      case AmaxPath::Groups: return launcher.groups(op);
-      case AmaxPath::Cluster: return launcher.cluster(op, plan);
-      case AmaxPath::Whole: return launcher.whole(op, plan);
-      case AmaxPath::TwoPasses: return launcher.two_passes(op);
-    }
+    bool one_pass = true;
+    core::for_each_even_part(layout,
+                             [&](const core::Piece& part) { one_pass &= launcher.plan(part).path != AmaxPath::TwoPasses; });
+    if (!one_pass) return launcher.two_passes(op);
+    core::for_each_even_part(layout, [&](const core::Piece& part) {
+      core::for_each_piece(part, kMaxPiece, [&](const core::Piece& piece) { launcher(op, piece); });
+    });
   });
 }
 

@@ -309,9 +309,11 @@ void launch_map(const char* op, const Layout& layout, const TensorView& input, c
                 const TensorView& scale, cudaStream_t stream) {
   const MapLauncher<Op, In, Out> launcher{static_cast<const In*>(input.data), static_cast<Out*>(result.data),
                                           static_cast<const float*>(scale.data), stream};
-  core::for_each_piece({layout}, kMaxPiece, [&](const core::Piece& piece) {
-    launcher(piece, plan_map(piece.layout, shifted(input, piece.in), shifted(result, piece.out), multiprocessors()));
-    check_launch(op);
+  core::for_each_even_part(layout, [&](const core::Piece& part) {
+    core::for_each_piece(part, kMaxPiece, [&](const core::Piece& piece) {
+      launcher(piece, plan_map(piece.layout, shifted(input, piece.in), shifted(result, piece.out), multiprocessors()));
+      check_launch(op);
+    });
   });
 }
 

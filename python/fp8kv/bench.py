@@ -302,9 +302,9 @@ def _row(work: Work, shape: tuple[int, int], us: float, floor_us: float, peers: 
 
 
 def _rotation(size: int, device: torch.device) -> int:
-    """How many sets of buffers to rotate over: together above four times the L2 cache, but at most 128."""
+    """How many sets of buffers to rotate over: together above four times the L2 cache, but at most 512."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return min(128, max(2, math.ceil(4 * cache / size) + 1))
+    return min(512, max(2, math.ceil(4 * cache / size) + 1))
 
 
 def graph_time(calls: Sequence[Call], replays: int) -> float:

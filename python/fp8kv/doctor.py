@@ -8,6 +8,7 @@ Example:
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import re
 from collections.abc import Iterator
@@ -67,9 +68,12 @@ def _cuda_checks(info: dict[str, Any]) -> Iterator[Check]:
 
 
 def _driver() -> str:
-    bindings: Any = torch._C
-    version = bindings._cuda_getDriverVersion()
-    return f"supports CUDA {version // 1000}.{version % 1000 // 10}"
+    version = ctypes.c_int(0)
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError as error:
+        return str(error)
+    return f"supports CUDA {version.value // 1000}.{version.value % 1000 // 10}" if not failed else "unknown"
 
 
 def architecture_runs(architectures: str, major: int, minor: int) -> bool:

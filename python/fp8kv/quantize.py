@@ -211,7 +211,8 @@ def group_amax(amax: Tensor, input: Tensor, group_shape: Sequence[int]) -> None:
     """Raises `amax` to the largest finite magnitude of each group of `input`: the calibration primitive.
 
     Args:
-        amax: float32, shaped like a scale; read and written. Fill it with 0 at first. A NaN in it stays.
+        amax: float32, shaped like a scale; read and written. Fill it with 0 at first. A NaN in it stays,
+            unless its sign bit is set.
         input: float32, float16 or bfloat16, any strides. NaN and infinite elements are left out.
         group_shape: two extents, -1 for the whole.
 

@@ -130,6 +130,8 @@ const Case kCases[] = {
     {"block", {256, 384}, {2, 3}, GroupShape{128, 128}},
     {"block_ragged", {130, 200}, {2, 2}, GroupShape{128, 128}},
     {"block_small_ragged", {31, 77}, {11, 16}, GroupShape{3, 5}},
+    {"block_row_ragged", {31, 500}, {31, 4}, GroupShape{1, 128}},
+    {"block_one_row_ragged", {1, 40000}, {2}, GroupShape{-1, 30000}},
     {"block_row", {31, 512}, {31, 4}, GroupShape{1, 128}},
     {"flat_rows", {3, 5, 24}, {4, 3}, GroupShape{4, 8}, Memory::Reversed, Memory::Contiguous},
     {"spaced", {12, 50}, {12}, GroupShape{1, -1}, Memory::Spaced, Memory::Spaced},

@@ -36,7 +36,9 @@ static_assert(decode(E4M3{0x38}) == 1.0f);
 static_assert(decode(E5M2{0x3C}) == 1.0f);
 static_assert(decode(BFloat16{0x3f80}) == 1.0f);
 static_assert(decode(Half{0x3c00}) == 1.0f);
-static_assert(quantize<E4M3>(0x1p-9f, std::bit_cast<float>(0x3fffffffu)).bits == 0x01);  // a product with 1 / scale gives 0x00
+// Where the product with the rounded reciprocal gives another byte than the division.
+static_assert(quantize<E4M3>(13 * 0x1p-13f, std::bit_cast<float>(0x3fcfffffu)).bits == 0x01);
+static_assert(encode<E4M3>(13 * 0x1p-13f * (1.0f / std::bit_cast<float>(0x3fcfffffu))).bits == 0x00);
 static_assert(dequantize<float>(E4M3{0x38}, 3.0f) == 3.0f);
 static_assert(kMinScale<E4M3> == 1.0f / 229376.0f);
 static_assert(kMinScale<E5M2> == 1.0f / 29360128.0f);

@@ -1,6 +1,7 @@
 // Launch plans and pieces: pure functions, looked at without a GPU.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "fp8kv/plan.h"
@@ -155,6 +156,34 @@ TEST_P(Pieces, CoverEveryElementOnceInOrder) {
       list_elements(piece, actual);
     });
     EXPECT_EQ(actual, expected);
+  }
+}
+
+TEST(EvenParts, WholeBlocksAndTheRestAreTheWholeLayout) {
+  for (const StaticQuantize& p : {problem(13, 50, {-1, 16}), problem(1, 50, {1, 16}), problem(7, 47, {5, 16})}) {
+    const Layout layout = validate(p);
+    std::vector<Element> expected, actual;
+    list_elements({layout}, expected);
+    int parts = 0;
+    core::for_each_even_part(layout, [&](const core::Piece& part) {
+      ++parts;
+      EXPECT_EQ(part.layout.run().scale, 0);
+      list_elements(part, actual);
+    });
+    EXPECT_EQ(parts, 2);
+    const auto by_place = [](const Element& a, const Element& b) { return a.in < b.in; };
+    std::sort(expected.begin(), expected.end(), by_place);
+    std::sort(actual.begin(), actual.end(), by_place);
+    EXPECT_EQ(actual, expected);
+  }
+}
+
+TEST(EvenParts, OtherLayoutsStayInOnePiece) {
+  for (const StaticQuantize& p :
+       {problem(13, 48, {-1, 16}), problem(13, 50, {-1, 1}), problem(13, 50, {1, -1}), problem(13, 50, {-1, 7})}) {
+    int parts = 0;
+    core::for_each_even_part(validate(p), [&](const core::Piece&) { ++parts; });
+    EXPECT_EQ(parts, 1);
   }
 }
 
