@@ -44,7 +44,7 @@ MapPlan plan_columns(const Layout& layout, const TensorView& input, const Tensor
     plan.rows = ceil_div(plan.rows, plan.rows_folded);
     // One row while there is little to do; then more, so that preparing the scales is shared. Folded rows share more work yet.
     const std::int64_t units = layout.numel / kUnit;
-    if (units > (1 << 20) || (plan.rows_folded > 1 && units > (1 << 17))) plan.rows_per_thread = plan.rows_folded > 1 ? 4 : 2;
+    if (units > (plan.rows_folded > 1 ? 1 << 17 : 1 << 18)) plan.rows_per_thread = plan.rows_folded > 1 ? 4 : 2;
     plan.rows_per_thread =
         static_cast<int>(std::min<std::int64_t>(plan.rows_per_thread, std::bit_floor(static_cast<std::uint64_t>(plan.rows))));
   } else {
