@@ -58,7 +58,7 @@ void copy_elements(int size, const std::byte* from, std::int64_t from_stride, st
   }
 }
 
-// --- Elementwise operations with given scales -------------------------------------------------------------------------
+// --- Elementwise operations with given scales --------------------------------
 
 // Quantize or dequantize: the same walk over different kernels and element sizes.
 struct Map {
@@ -149,7 +149,7 @@ void run_map(const Map& map, const ParallelFor& parallel_for) {
   });
 }
 
-// --- Largest magnitudes of groups -------------------------------------------------------------------------------------
+// --- Largest magnitudes of groups --------------------------------
 
 struct Amax {
   const Layout& layout;
@@ -269,7 +269,7 @@ void run_amax(const Amax& a, const ParallelFor& parallel_for) {
   parallel(parallel_for, a.layout.numel, 1, [&](std::int64_t begin, std::int64_t end) { amax_of_pieces(a, begin, end); });
 }
 
-// --- Scales found from the input --------------------------------------------------------------------------------------
+// --- Scales found from the input --------------------------------
 
 // Not inlined or analysed: its division must stay where the floating-point environment is set.
 [[gnu::noipa]] float scale_of(DType fp8, float amax, float upper_bound) {

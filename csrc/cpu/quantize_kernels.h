@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kUnit = 4 * kLanes;  // elements handled at a time
 
-// --- The two operations on a unit -------------------------------------------------------------------------------------
+// --- The two operations on a unit --------------------------------
 
 // x / s without dividing: 1 / s = high + low with high rounded down and low > 0, so that both terms of x * high + x * low have
 // the sign of x. It isn't always the fp32 quotient, but on the same side of every boundary between FP8 values, for the scales
@@ -93,7 +93,7 @@ struct Dequantize {
   }
 };
 
-// --- Pieces -----------------------------------------------------------------------------------------------------------
+// --- Pieces --------------------------------
 
 FP8KV_INLINE void splat4(F32 (&to)[4], float x) {
   for (int k = 0; k < 4; ++k) to[k] = splat(x);
@@ -115,12 +115,11 @@ template <class Op>
 [[gnu::noinline, gnu::cold]] void map_plain(const typename Op::In* in, typename Op::Out* out, std::int64_t count,
                                             const float* scale, std::int64_t stride) {
   const Op op;
-  for_each_unit(
-      count, [&](std::int64_t i) __attribute__((always_inline)) {
-        F32 scales[4];
-        stride == 0 ? splat4(scales, *scale) : load4(scales, scale + i);
-        op.plain(in + i, out + i, scales);
-      });
+  for_each_unit(count, [&](std::int64_t i) __attribute__((always_inline)) {
+    F32 scales[4];
+    stride == 0 ? splat4(scales, *scale) : load4(scales, scale + i);
+    op.plain(in + i, out + i, scales);
+  });
 }
 
 template <class Op>
@@ -131,12 +130,11 @@ FP8KV_INLINE void map_row(const Op& op, const typename Op::In* in, typename Op::
   F32 high[4], low[4];
   splat4(high, Op::Split::high(*scale));
   splat4(low, Op::Split::low(*scale, Op::Split::high(*scale)));
-  for_each_unit(
-      count, [&](std::int64_t i) __attribute__((always_inline)) {
-        prefetch<typename Op::In, kUnit>(in + i);
-        if (!op.fast(in + i, out + i, high, low)) [[unlikely]]
-          map_plain<Op>(in + i, out + i, kUnit, scale, 0);
-      });
+  for_each_unit(count, [&](std::int64_t i) __attribute__((always_inline)) {
+    prefetch<typename Op::In, kUnit>(in + i);
+    if (!op.fast(in + i, out + i, high, low)) [[unlikely]]
+      map_plain<Op>(in + i, out + i, kUnit, scale, 0);
+  });
 }
 
 // Less than a unit: through a unit on the stack.
@@ -180,15 +178,14 @@ FP8KV_INLINE void map_row_of_columns(const Op& op, const typename Op::In* in, ty
                                      const ColumnScales& scales, std::int64_t first) {
   if (!scales.ordinary) [[unlikely]]
     return map_plain<Op>(in, out, count, scales.scale + first, 1);
-  for_each_unit(
-      count, [&](std::int64_t i) __attribute__((always_inline)) {
-        F32 high[4], low[4];
-        load4(high, scales.high + first + i);
-        load4(low, scales.low + first + i);
-        prefetch<typename Op::In, kUnit>(in + i);
-        if (!op.fast(in + i, out + i, high, low)) [[unlikely]]
-          map_plain<Op>(in + i, out + i, kUnit, scales.scale + first + i, 1);
-      });
+  for_each_unit(count, [&](std::int64_t i) __attribute__((always_inline)) {
+    F32 high[4], low[4];
+    load4(high, scales.high + first + i);
+    load4(low, scales.low + first + i);
+    prefetch<typename Op::In, kUnit>(in + i);
+    if (!op.fast(in + i, out + i, high, low)) [[unlikely]]
+      map_plain<Op>(in + i, out + i, kUnit, scales.scale + first + i, 1);
+  });
 }
 
 template <class Op>
@@ -200,7 +197,7 @@ void map_columns(const void* in_data, void* out_data, std::int64_t columns, cons
   map_short<Op>(in, out, columns, [&](auto* x, auto* y) { map_row_of_columns(op, x, y, kUnit, scales, first); });
 }
 
-// --- Largest finite magnitudes ----------------------------------------------------------------------------------------
+// --- Largest finite magnitudes --------------------------------
 
 // The bits of |x| without its sign order like the values, so 16-bit types are compared as they are.
 template <class T>
@@ -280,7 +277,7 @@ void amax_columns(const void* in_data, std::int32_t* amax, std::int64_t columns)
   if (columns % kLanes) step(in + columns - kLanes, amax + columns - kLanes);
 }
 
-// --- The table --------------------------------------------------------------------------------------------------------
+// --- The table --------------------------------
 
 template <class Op>
 constexpr MapKernels map_kernels = {map_rows<Op>, prepare<Op>, map_columns<Op>};

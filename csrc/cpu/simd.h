@@ -74,7 +74,7 @@ FP8KV_INLINE Vector constant(Vector v) {
   return v;
 }
 
-// --- Lanes of 32 bits from narrower ones, and back --------------------------------------------------------------------
+// --- Lanes of 32 bits from narrower ones, and back --------------------------------
 
 // pack16 stores the low halves of the lanes of two vectors, in which what is above must be 0. pack8_signed stores the low bytes
 // of four vectors, which must be 0 from bit 7 on, with the signs of four others in bit 7.
@@ -151,7 +151,7 @@ FP8KV_INLINE void pack16(std::uint16_t* to, I32 a, I32 b) {
 }
 #endif
 
-// --- What only some instruction sets have -----------------------------------------------------------------------------
+// --- What only some instruction sets have --------------------------------
 
 #if defined(__FMA__)
 constexpr bool kHasFma = true;

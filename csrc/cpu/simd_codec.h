@@ -68,7 +68,7 @@ FP8KV_INLINE I32 decode_magnitude(I32 code) {
   return select(code < (1 << F::kMantissaBits), subnormal, normal);
 }
 
-// --- Loads ------------------------------------------------------------------------------------------------------------
+// --- Loads --------------------------------
 
 FP8KV_INLINE F32 load(const float* from) { return load_vector<F32>(from); }
 FP8KV_INLINE F32 load(const BFloat16* from) { return float_of(widen(load_vector<U16>(from)) << 16); }
@@ -103,7 +103,7 @@ FP8KV_INLINE F32 load_number(const E4M3* from) {
   return widen_half((widen_signed(load_vector<U8>(from)) << 7) & kSignAndCode) * 256.0f;
 }
 
-// --- Stores of four vectors -------------------------------------------------------------------------------------------
+// --- Stores of four vectors --------------------------------
 
 // FP8 without NaN.
 template <class Fp8>

@@ -28,8 +28,8 @@ struct QuantizeOp {
   static __device__ __forceinline__ Prepared prepare(float scale) {
     constexpr std::uint32_t kLowest = 0x00800000u, kHighest = 0x6f800000u;  // 2^-126, 2^96
     const std::uint32_t bits = __float_as_uint(scale);
-    // Within the window one Newton step gives the reciprocal rounded to nearest; hi is that or the next one below. With a hi further
-    // below, more scales would have to divide.
+    // Within the window one Newton step gives the reciprocal rounded to nearest; hi is that or the next one below. With a hi
+    // further below, more scales would have to divide.
     const float guess = reciprocal_approximation(scale);
     const float nearest = __fmaf_rn(guess, __fmaf_rn(-scale, guess, 1.0f), guess);
     const bool below = __fmaf_rn(-nearest, scale, 1.0f) > 0.0f;

@@ -35,7 +35,7 @@ constexpr DType kFp8s[] = {DType::E4M3, DType::E5M2};
 
 float float_of(std::uint32_t bits) { return std::bit_cast<float>(bits); }
 
-// --- Tensors ----------------------------------------------------------------------------------------------------------
+// --- Tensors --------------------------------
 
 std::int64_t product(const Sizes& sizes) {
   std::int64_t count = 1;
@@ -149,7 +149,7 @@ void fill_scales(Tensor& t, unsigned seed) {
   }
 }
 
-// --- The reference ----------------------------------------------------------------------------------------------------
+// --- The reference --------------------------------
 
 struct Grouping {
   Sizes input;
@@ -217,7 +217,7 @@ std::string difference(const Tensor& found, const Tensor& expected) {
   return "byte " + std::to_string(at - a.begin()) + " is " + std::to_string(*at) + ", expected " + std::to_string(*other);
 }
 
-// --- Every instruction set --------------------------------------------------------------------------------------------
+// --- Every instruction set --------------------------------
 
 template <class Base>
 class Forced : public Base {
@@ -241,7 +241,7 @@ std::string isa_name(const testing::TestParamInfo<cpu::Isa>& info) { return cpu:
 
 INSTANTIATE_TEST_SUITE_P(, CpuIsa, testing::ValuesIn(cpu::available()), isa_name);
 
-// --- Layouts ----------------------------------------------------------------------------------------------------------
+// --- Layouts --------------------------------
 
 struct Case {
   const char* name;
@@ -480,7 +480,7 @@ TEST_P(CpuGroupAmax, RaisesTheRunningMaximum) {
   }
 }
 
-// --- Threads ----------------------------------------------------------------------------------------------------------
+// --- Threads --------------------------------
 
 // Small uneven pieces from the last to the first.
 void backwards(std::int64_t count, std::int64_t, const std::function<void(std::int64_t, std::int64_t)>& body) {
@@ -563,7 +563,7 @@ TEST_P(CpuThreads, PiecesGiveTheSameBytesAsTheWhole) {
   }
 }
 
-// --- Numbers ----------------------------------------------------------------------------------------------------------
+// --- Numbers --------------------------------
 
 std::vector<float> hostile_scales() {
   std::vector<float> scales = {1.0f,           0.013f,
@@ -777,7 +777,7 @@ TEST_P(CpuIsa, AmaxKeepsItsRunningMaximum) {
   EXPECT_EQ(amax.get<float>(3), kInf);
 }
 
-// --- The floating-point environment -----------------------------------------------------------------------------------
+// --- The floating-point environment --------------------------------
 
 #if defined(__x86_64__)
 class Mxcsr {
@@ -821,7 +821,7 @@ TEST_P(CpuIsa, IgnoresFlushToZeroAndRoundingOfTheThread) {
 }
 #endif
 
-// --- Errors and the choice of the instruction set ---------------------------------------------------------------------
+// --- Errors and the choice of the instruction set --------------------------------
 
 TEST(CpuErrors, OtherDevicesAreRefused) {
   constexpr Device kCuda{Device::Type::CUDA, 1};

@@ -17,7 +17,7 @@
 namespace fp8kv {
 namespace {
 
-// --- At compile time --------------------------------------------------------------------------------------------------
+// --- At compile time --------------------------------
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
@@ -43,7 +43,7 @@ static_assert(dequantize<float>(E4M3{0x38}, 3.0f) == 3.0f);
 static_assert(kMinScale<E4M3> == 1.0f / 229376.0f);
 static_assert(kMinScale<E5M2> == 1.0f / 29360128.0f);
 
-// --- The oracle: a format from its parameters -------------------------------------------------------------------------
+// --- The oracle: a format from its parameters --------------------------------
 
 struct Definition {
   int exponent_bits, mantissa_bits, bias;
@@ -96,7 +96,7 @@ class Walk {
 float float_of(std::uint32_t bits) { return std::bit_cast<float>(bits); }
 std::uint32_t bits_of(float x) { return std::bit_cast<std::uint32_t>(x); }
 
-// --- FP8 --------------------------------------------------------------------------------------------------------------
+// --- FP8 --------------------------------
 
 template <class Fp8>
 class Fp8Codec : public testing::Test {};
@@ -188,7 +188,7 @@ TYPED_TEST(Fp8Codec, AgreesWithCudaOnTheHost) {
 }
 #endif
 
-// --- fp16 and bf16 ----------------------------------------------------------------------------------------------------
+// --- fp16 and bf16 --------------------------------
 
 template <class T>
 class RealCodec : public testing::Test {};
@@ -264,7 +264,7 @@ TEST(FloatCodec, KeepsEverythingButTheNaNPattern) {
   EXPECT_EQ(bits_of(from_float<float>(float_of(0xffc12345u))), 0x7fc00000u);
 }
 
-// --- The rules --------------------------------------------------------------------------------------------------------
+// --- The rules --------------------------------
 
 TEST(Rules, QuantizeSpecialScales) {
   EXPECT_EQ(quantize<E4M3>(1.0f, 0.0f).bits, 0x7E);

@@ -47,7 +47,7 @@ std::string sentence(const Problem& problem) {
   return error_of([&] { validate(problem); });
 }
 
-// --- Sentences --------------------------------------------------------------------------------------------------------
+// --- Sentences --------------------------------
 
 TEST(QuantizeErrors, InputDtype) {
   StaticQuantize p = quantize_problem({4, 8}, {1});
@@ -266,7 +266,7 @@ TEST(QuantizeErrors, GroupAmax) {
   EXPECT_EQ(sentence(p), start + "amax must be aligned to its elements of 4 bytes, got an address with remainder 2");
 }
 
-// --- Overlap ----------------------------------------------------------------------------------------------------------
+// --- Overlap --------------------------------
 
 TEST(QuantizeOverlap, ColumnsOfOneBufferAreApart) {
   // 16 bytes a row: 4 bf16 of input (8 bytes), then 8 bytes of result.
@@ -425,7 +425,7 @@ INSTANTIATE_TEST_SUITE_P(, QuantizeScales,
                                          AcceptedScale{"group_rows_inside_dim", {3, 4, 8}, {6, 2}, GroupShape{2, 4}}),
                          [](const auto& info) { return std::string(info.param.name); });
 
-// --- Layouts ----------------------------------------------------------------------------------------------------------
+// --- Layouts --------------------------------
 
 std::string text(const Layout& layout) {
   std::ostringstream all;
