@@ -123,7 +123,12 @@ class MapStrip {
  private:
   void load_scales(std::int64_t scale) {
     const Layout::Dim& run = map_.layout.run();
-    for (std::int64_t i = 0; i < count_; ++i) scales_.scale[i] = map_.scale[scale + (first_ + i) / run.block * run.scale];
+    const float* from = map_.scale + scale;
+    if (run.block == 1) {
+      for (std::int64_t i = 0; i < count_; ++i) scales_.scale[i] = from[(first_ + i) * run.scale];
+    } else {
+      for (std::int64_t i = 0; i < count_; ++i) scales_.scale[i] = from[(first_ + i) / run.block * run.scale];
+    }
     map_.kernels.prepare(scales_, count_);
     scale_ = scale;
   }

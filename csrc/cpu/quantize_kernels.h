@@ -19,23 +19,21 @@ constexpr int kUnit = 4 * kLanes;  // elements handled at a time
 // that are `ordinary` (docs/numerics.md); the others take the division. With a `high` further below 1 / s, more scales would go
 // wrong.
 struct Reciprocal {
-  FP8KV_INLINE bool ordinary(float scale) {
-    constexpr std::uint32_t kFirst = 0x00800000u, kLast = 0x6f800000u;  // 2^-126, 2^96
-    const auto bits = __builtin_bit_cast(std::uint32_t, scale);
-    return kHasFma && bits - kFirst <= kLast - kFirst && ((bits + 4) & 0xfffffu) >= 4;
+  // Lanes of -1 for ordinary scales.
+  FP8KV_INLINE I32 ordinary(F32 scale) {
+    constexpr std::int32_t kFirst = 0x00800000, kLast = 0x6f800000;  // 2^-126, 2^96
+    const I32 bits = bits_of(scale);
+    if constexpr (!kHasFma) return I32{};
+    return (bits >= kFirst) & (bits <= kLast) & (((bits + 4) & 0xfffff) >= 4);
   }
-  FP8KV_INLINE float high(float scale) {
-    const float nearest = 1.0f / scale;
-    const float below = __builtin_bit_cast(float, __builtin_bit_cast(std::uint32_t, nearest) - 1);
-    return remainder(nearest, scale) > 0.0f ? nearest : below;
+  FP8KV_INLINE F32 high(F32 scale) {
+    const F32 nearest = 1.0f / scale;
+    return float_of(bits_of(nearest) - (remainder(nearest, scale) > 0.0f ? I32{} : splat(1)));
   }
-  FP8KV_INLINE float low(float scale, float high) { return remainder(high, scale) * high; }
+  FP8KV_INLINE F32 low(F32 scale, F32 high) { return remainder(high, scale) * high; }
 
  private:
-  FP8KV_INLINE float remainder(float reciprocal, float scale) {
-    if constexpr (!kHasFma) return 0.0f;
-    return __builtin_fmaf(-reciprocal, scale, 1.0f);
-  }
+  FP8KV_INLINE F32 remainder(F32 reciprocal, F32 scale) { return multiply_add(-reciprocal, scale, splat(1.0f)); }
 };
 
 template <class Real, class Fp8>
@@ -67,9 +65,9 @@ struct Quantize {
 
 // Nothing to prepare: finite scales leave finite elements free of NaN.
 struct Factor {
-  FP8KV_INLINE bool ordinary(float scale) { return (__builtin_bit_cast(std::int32_t, scale) & kMagnitude) < kInfinity; }
-  FP8KV_INLINE float high(float scale) { return scale; }
-  FP8KV_INLINE float low(float, float) { return 0.0f; }
+  FP8KV_INLINE I32 ordinary(F32 scale) { return (bits_of(scale) & kMagnitude) < kInfinity; }
+  FP8KV_INLINE F32 high(F32 scale) { return scale; }
+  FP8KV_INLINE F32 low(F32, F32) { return F32{}; }
 };
 
 template <class Fp8, class Real>
@@ -125,11 +123,11 @@ template <class Op>
 template <class Op>
 FP8KV_INLINE void map_row(const Op& op, const typename Op::In* in, typename Op::Out* out, std::int64_t count,
                           const float* scale) {
-  if (!Op::Split::ordinary(*scale)) [[unlikely]]
+  const F32 all = splat(*scale);
+  if (Op::Split::ordinary(all)[0] == 0) [[unlikely]]
     return map_plain<Op>(in, out, count, scale, 0);
   F32 high[4], low[4];
-  splat4(high, Op::Split::high(*scale));
-  splat4(low, Op::Split::low(*scale, Op::Split::high(*scale)));
+  for (int k = 0; k < 4; ++k) high[k] = Op::Split::high(all), low[k] = Op::Split::low(all, high[k]);
   for_each_unit(count, [&](std::int64_t i) __attribute__((always_inline)) {
     prefetch<typename Op::In, kUnit>(in + i);
     if (!op.fast(in + i, out + i, high, low)) [[unlikely]]
@@ -163,14 +161,17 @@ void map_rows(const void* in_data, void* out_data, const float* scale, std::int6
 
 template <class Op>
 void prepare(ColumnScales& scales, std::int64_t count) {
-  scales.ordinary = true;
-  for (std::int64_t i = 0; i < count; ++i) {
-    const float scale = scales.scale[i];
-    scales.ordinary &= Op::Split::ordinary(scale);
-    scales.high[i] = Op::Split::high(scale);
-    scales.low[i] = Op::Split::low(scale, scales.high[i]);
+  for (std::int64_t i = count; i < count + kUnit; ++i) scales.scale[i] = 1.0f;
+  I32 ordinary = splat(-1);
+  for (std::int64_t i = 0; i < count + kUnit - kLanes + 1; i += kLanes) {
+    const F32 scale = load(scales.scale + i);
+    const F32 high = Op::Split::high(scale);
+    ordinary &= Op::Split::ordinary(scale);
+    store_vector(scales.high + i, high);
+    store_vector(scales.low + i, Op::Split::low(scale, high));
   }
-  for (std::int64_t i = count; i < count + kUnit; ++i) scales.scale[i] = scales.high[i] = scales.low[i] = 1.0f;
+  scales.ordinary = true;
+  for (int i = 0; i < kLanes; ++i) scales.ordinary &= ordinary[i] != 0;
 }
 
 template <class Op>
