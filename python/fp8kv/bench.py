@@ -458,7 +458,8 @@ def cpu_time(calls: Sequence[Call], samples: int) -> float:
 
 
 def _memmove(target: Tensor, source: Tensor) -> object:
-    memoryview(target.numpy())[:] = memoryview(source.numpy())
+    to, source_bytes = target.numpy(), source.numpy()
+    to.data[:] = source_bytes.data
     return target
 
 
