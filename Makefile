@@ -59,6 +59,6 @@ $(VENV)/.ready: pyproject.toml .ci/setup
 	.ci/setup $(PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --upgrade pip
-	$(PY) -m pip install -q '$(TORCH)' 'scikit-build-core>=0.10' 'pybind11>=3.0' 'cmake>=3.25' ninja
+	$(PY) -m pip install -q '$(TORCH)' 'scikit-build-core>=0.10' 'pybind11>=3.0' 'cmake>=3.26' ninja
 	$(PY) .ci/requirements.py | xargs -d '\n' $(PY) -m pip install -q
 	touch $@

@@ -1,7 +1,7 @@
 # Decides FP8KV_WITH_CUDA and CMAKE_CUDA_ARCHITECTURES.
 #
-# The CUDA library is built where nvcc is at least 12.8 and, with torch, of torch's own major version (they share one CUDA
-# runtime). FP8KV_CUDA=ON turns "not possible" into an error, OFF switches it off.
+# The CUDA library is built where CMake is at least 3.26, nvcc at least 12.8 and, with torch, of torch's own major version (they
+# share one CUDA runtime). FP8KV_CUDA=ON turns "not possible" into an error, OFF switches it off.
 #
 # Architectures: CMAKE_CUDA_ARCHITECTURES or CUDAARCHS where given; all of them for a release, and for a wheel made on a machine
 # without a GPU; else the GPUs of this machine; else 90.
@@ -38,7 +38,9 @@ else()
     enable_language(CUDA)
     find_package(CUDAToolkit)
     string(REGEX MATCH "^[0-9]+" torch_major "${FP8KV_TORCH_CUDA}")
-    if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
+    if(CMAKE_VERSION VERSION_LESS 3.26)
+      set(obstacle "CMake ${CMAKE_VERSION} does not know CUDA C++20, 3.26 does")
+    elseif(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
       set(obstacle "nvcc ${CMAKE_CUDA_COMPILER_VERSION} is older than 12.8")
     elseif(FP8KV_TORCH AND NOT FP8KV_TORCH_CUDA)
       set(obstacle "this torch is built without CUDA")
