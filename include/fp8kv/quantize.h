@@ -28,6 +28,7 @@
 #include <functional>
 #include <optional>
 
+#include "fp8kv/error.h"
 #include "fp8kv/export.h"
 #include "fp8kv/views.h"
 
