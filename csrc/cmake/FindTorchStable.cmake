@@ -2,7 +2,7 @@
 # Sets FP8KV_TORCH_CUDA to the CUDA version of that PyTorch, empty for a build without CUDA.
 execute_process(
   COMMAND "${Python_EXECUTABLE}" -c
-    "import torch; print(torch.__path__[0], torch.version.cuda or '', torch.__version__.split('+')[0], int(torch._C._GLIBCXX_USE_CXX11_ABI), sep=';')"
+    "import torch; print(torch.__path__[0], torch.version.cuda or '', torch.__version__.split('+')[0], sep=';')"
   OUTPUT_VARIABLE torch_info OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE torch_failed)
 if(torch_failed)
   message(FATAL_ERROR "fp8kv: ${Python_EXECUTABLE} can not import torch; install torch>=2.11, or build without -DFP8KV_TORCH=ON")

@@ -4,17 +4,17 @@
 #include <bit>
 #include <numeric>
 
+#include "layout.h"
+
 namespace fp8kv {
 namespace {
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+using core::ceil_div;
 
 // Bytes of the widest single access to a unit: 8 for FP8, 16 for all else (float32 takes two).
 bool base_aligned(const TensorView& view) {
   return reinterpret_cast<std::uintptr_t>(view.data) % std::min(16, kUnit * size_of(view.dtype)) == 0;
 }
-
-bool contiguous_runs(const Layout& layout) { return !layout.flat_rows && layout.run().in == 1 && layout.run().out == 1; }
 
 bool outer_strides_aligned(const Layout& layout) {
   for (int d = 0; d + 1 < layout.ndim; ++d)
@@ -61,7 +61,7 @@ MapPlan plan_map(const Layout& layout, const TensorView& input, const TensorView
   const Layout::Dim& run = layout.run();
   const bool aligned = units_aligned(layout, input, result);
   MapPlan plan;
-  if (!contiguous_runs(layout) || (!aligned && run.size < kUnit)) {
+  if (layout.flat_rows || !core::contiguous_runs(layout) || (!aligned && run.size < kUnit)) {
     plan.work = layout.numel;
   } else if (run.scale != 0) {
     plan = plan_columns(layout, input, result);
@@ -87,9 +87,7 @@ DynamicPlan plan_dynamic(const Layout& layout, const TensorView& input, const Te
   DynamicPlan plan;
   plan.aligned = units_aligned(layout, input, result);
   plan.units_per_run = units_per_run(run.size, plan.aligned);
-  bool runs_are_groups = contiguous_runs(layout) && run.scale == 0 && run.size <= kMaxPiece;
-  for (int d = 0; d + 1 < layout.ndim; ++d) runs_are_groups &= layout.dims[d].scale != 0 && layout.dims[d].block == 1;
-  if (!runs_are_groups) return plan;
+  if (!core::runs_are_groups(layout) || !core::contiguous_runs(layout) || run.size > kMaxPiece) return plan;
 
   const std::int64_t groups = layout.numel / run.size;
   const std::int64_t units = plan.units_per_run;

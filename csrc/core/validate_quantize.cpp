@@ -3,13 +3,13 @@
 
 #include "check.h"
 #include "fp8kv/quantize.h"
+#include "layout.h"
 
 namespace fp8kv {
 namespace {
 
 using core::Argument;
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+using core::ceil_div;
 
 // How the scale of an element follows from its index: per dimension, or over flat rows (see Layout).
 struct ScaleMap {

@@ -10,6 +10,7 @@
 #include "dispatch.h"
 #include "fp8kv/error.h"
 #include "fp8kv/fp8.h"
+#include "layout.h"
 #include "parallel.h"
 #include "quantize_table.h"
 #include "runs.h"
@@ -96,10 +97,8 @@ void map_staged(const Map& map, std::int64_t in, std::int64_t out, std::int64_t 
   }
 }
 
-bool contiguous_runs(const Layout& layout) { return layout.run().in == 1 && layout.run().out == 1; }
-
 void map_piece(const Map& map, std::int64_t in, std::int64_t out, const float* scale, std::int64_t columns, const Rows& rows) {
-  if (contiguous_runs(map.layout))
+  if (core::contiguous_runs(map.layout))
     return map.kernels.rows(map.in + in * map.in_size, map.out + out * map.out_size, scale, columns, rows);
   for (std::int64_t r = 0; r < rows.count; ++r, in += rows.in, out += rows.out, scale += rows.scale)
     map_staged(map, in, out, columns,
@@ -113,7 +112,7 @@ class MapStrip {
 
   void row(std::int64_t in, std::int64_t out, std::int64_t scale) {
     if (scale != scale_) load_scales(scale);
-    if (contiguous_runs(map_.layout))
+    if (core::contiguous_runs(map_.layout))
       return map_.kernels.columns(map_.in + in * map_.in_size, map_.out + out * map_.out_size, count_, scales_, 0);
     map_staged(map_, in, out, count_, [&](const void* from, void* to, std::int64_t n, std::int64_t i) {
       map_.kernels.columns(from, to, n, scales_, i);
@@ -299,13 +298,6 @@ void for_each_scale(const Layout& layout, float* scales, const ParallelFor& para
 // Runs longer than this don't stay in the cache between two passes, and are better shared by the threads.
 constexpr std::int64_t kCachedRun = 1 << 16;
 
-bool runs_are_groups(const Layout& layout) {
-  if (layout.run().scale != 0 || layout.run().size > kCachedRun || layout.flat_rows != 0) return false;
-  for (int d = 0; d + 1 < layout.ndim; ++d)
-    if (layout.dims[d].block != 1 || layout.dims[d].scale == 0) return false;
-  return true;
-}
-
 // Each run is read twice, the second time from the cache.
 void quantize_runs(const Map& map, const Amax& amax, DType fp8, float upper_bound, const ParallelFor& parallel_for) {
   const std::int64_t columns = map.layout.run().size;
@@ -353,7 +345,8 @@ void run(const DynamicQuantize& problem, const ParallelFor& parallel_for) {
       problem.scale_ub ? *static_cast<const float*>(problem.scale_ub->data) : std::numeric_limits<float>::infinity();
   const MapKernels& found = kernels().quantize[real_index(problem.input.dtype)][fp8_index(fp8)];
   const Map map = make_map(layout, problem.input, problem.result, problem.scale, found);
-  const auto quantize = runs_are_groups(layout) ? quantize_runs : quantize_groups;
+  const bool in_cache = core::runs_are_groups(layout) && layout.run().size <= kCachedRun;
+  const auto quantize = in_cache ? quantize_runs : quantize_groups;
   quantize(map, amax, fp8, upper_bound, parallel_for);
 }
 

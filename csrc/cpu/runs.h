@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "fp8kv/quantize.h"
+#include "layout.h"
 #include "quantize_table.h"
 
 namespace fp8kv::cpu {
@@ -103,7 +104,7 @@ void for_each_piece(const Layout& layout, std::int64_t begin, std::int64_t end, 
 inline constexpr std::int64_t kStripColumns = ColumnScales::kMaxCount;
 
 inline std::int64_t strip_items(const Layout& layout) {
-  return (layout.run().size + kStripColumns - 1) / kStripColumns * Runs::count(layout);
+  return core::ceil_div(layout.run().size, kStripColumns) * Runs::count(layout);
 }
 
 // The items [begin, end) of an order that goes down all rows of a strip of columns before it takes the next strip. For each

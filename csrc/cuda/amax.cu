@@ -9,6 +9,8 @@
 namespace fp8kv::cuda {
 namespace {
 
+using core::ceil_div;
+
 // What is written for a group's maximum.
 struct AsAmax {
   __device__ float operator()(float amax) const { return amax; }
@@ -187,8 +189,6 @@ __global__ void __launch_bounds__(256)
   raise<In>(target, offset, bits, finish);
 }
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 // How many indices along a dimension share a scale.
 std::int64_t shared_extent(const Layout::Dim& dim) { return dim.scale == 0 ? dim.size : dim.block; }
 
@@ -324,7 +324,7 @@ void fill_groups(const char* op, const Layout& layout, float* target, float valu
   Groups groups{layout.scale_ndim, {}, {}};
   std::copy(layout.scale_sizes, layout.scale_sizes + layout.scale_ndim, groups.sizes);
   std::copy(layout.scale_strides, layout.scale_strides + layout.scale_ndim, groups.strides);
-  const std::int64_t blocks = std::min<std::int64_t>((layout.num_groups + 255) / 256, std::int64_t{multiprocessors()} * 8);
+  const std::int64_t blocks = std::min<std::int64_t>(ceil_div(layout.num_groups, 256), std::int64_t{multiprocessors()} * 8);
   fill_kernel<<<static_cast<unsigned>(blocks), 256, 0, stream>>>(target, groups, layout.num_groups, value);
   check_launch(op);
 }

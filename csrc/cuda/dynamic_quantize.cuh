@@ -289,11 +289,11 @@ struct DynamicLauncher {
 
   void launch_whole(const core::Piece& piece, const DynamicPlan& plan) const {
     const auto kernel = plan.aligned ? quantize_whole<Fp8, In, true> : quantize_whole<Fp8, In, false>;
-    const std::int64_t needed = (plan.units_per_run + kWholeThreads - 1) / kWholeThreads;
+    const std::int64_t needed = core::ceil_div(plan.units_per_run, kWholeThreads);
     const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(needed, kWholeBlocks * multiprocessors()));
     // Shared memory for what registers can't hold; 2 KiB a block stay for static and reserved memory.
     constexpr int kSlotBytes = kWholeThreads * sizeof(Unit<In>);
-    const std::int64_t beyond_registers = (needed + blocks - 1) / blocks - kWholeUnits<In>;
+    const std::int64_t beyond_registers = core::ceil_div(needed, blocks) - kWholeUnits<In>;
     const int most = (device_limits().shared_memory / kWholeBlocks - 2048) / kSlotBytes;
     int slots = static_cast<int>(std::clamp<std::int64_t>(beyond_registers, 0, most));
     if (slots > 0) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, slots * kSlotBytes);

@@ -4,6 +4,7 @@
 #include "convert.h"
 #include "fp8kv/plan.h"
 #include "launch.h"
+#include "layout.h"
 #include "pieces.h"
 #include "scale.h"
 #include "unit.h"
@@ -276,8 +277,8 @@ struct MapLauncher {
     const bool walks = layout.ndim >= 2 && layout.dims[layout.ndim - 2].scale == 0;
     Walk walk = Walk::over(layout, layout.ndim - (walks ? 2 : 1), plan.units_per_run, plan.work);
     walk.run = run.size * plan.rows_folded;
-    Rows rows{static_cast<std::uint32_t>(plan.rows),
-              device::FastDiv((plan.rows + plan.rows_per_thread - 1) / plan.rows_per_thread), 0, 0, walk.run};
+    Rows rows{static_cast<std::uint32_t>(plan.rows), device::FastDiv(core::ceil_div(plan.rows, plan.rows_per_thread)), 0, 0,
+              walk.run};
     if (walks) {
       const Layout::Dim& dim = layout.dims[layout.ndim - 2];
       rows.in = dim.in * plan.rows_folded;

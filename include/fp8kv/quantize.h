@@ -103,7 +103,7 @@ struct Layout {
   std::int64_t scale_sizes[kMaxDims] = {};
   std::int64_t scale_strides[kMaxDims] = {};
 
-  const Dim& run() const { return dims[ndim - 1]; }
+  constexpr const Dim& run() const { return dims[ndim - 1]; }
 };
 
 // Checks everything about a problem that can be checked without reading its elements. Throws Error.
