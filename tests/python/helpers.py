@@ -20,6 +20,10 @@ each_real = pytest.mark.parametrize("real", REAL.values(), ids=REAL.keys())
 # Comparison
 
 
+#: Matrices of sizes around those of vectors, units and strips.
+SHAPES = [(1, 1), (1, 7), (3, 8), (5, 16), (7, 33), (16, 64), (33, 100), (64, 130), (2, 1024), (9, 513)]
+
+
 def raw(tensor: Tensor) -> Tensor:
     """The bytes of a tensor, contiguous, on the CPU, with the bytes of an element as the last dimension."""
     whole = torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -128,6 +132,14 @@ LAYOUTS = (
     "inside",  # of a buffer wider in every dimension
 )
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def layouts_of(side: str, layout: str) -> tuple[str, str, str]:
+    """`layout` for input, scale or result, or for "all" of them; the others are contiguous."""
+    of_input, of_scale, of_result = (
+        layout if side in (name, "all") else "contiguous" for name in ("input", "scale", "result")
+    )
+    return of_input, of_scale, of_result
 
 
 def empty_view(

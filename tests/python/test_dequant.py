@@ -12,6 +12,7 @@ from fp8kv import reference, scaled_fp8_dequant
 from helpers import (
     LAYOUTS,
     REAL,
+    SHAPES,
     TRAP_SCALES,
     all_fp8,
     assert_same_bytes,
@@ -20,6 +21,7 @@ from helpers import (
     each_real,
     empty_view,
     from_bits,
+    layouts_of,
     placed,
     random_scales,
 )
@@ -124,7 +126,6 @@ GRANULARITIES = {
     "block 16x16": ((16, 16), lambda m, n: (-(-m // 16), -(-n // 16))),
     "element": ((1, 1), lambda m, n: (m, n)),
 }
-SHAPES = [(1, 1), (1, 7), (3, 8), (5, 16), (7, 33), (16, 64), (33, 100), (64, 130), (2, 1024), (9, 513)]
 
 
 @each_fp8
@@ -159,9 +160,7 @@ def test_shapes_of_models(device: torch.device, shape: tuple[int, int], granular
 @pytest.mark.parametrize("side", ["input", "result", "scale", "all"])
 def test_layouts(device: torch.device, side: str, granularity: str, layout: str) -> None:
     group, scale_shape = GRANULARITIES[granularity]
-    layouts = tuple(
-        layout if side in (name, "all") else "contiguous" for name in ("input", "scale", "result")
-    )
+    layouts = layouts_of(side, layout)
     for shape, real in (((5, 48), torch.bfloat16), ((18, 37), torch.float32), ((3, 257), torch.float16)):
         check(device, random_bytes(shape), random_scales(scale_shape(*shape)), group, real, layouts)
 

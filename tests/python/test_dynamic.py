@@ -13,6 +13,7 @@ from fp8kv import dynamic_scaled_fp8_quant, reference
 from helpers import (
     LAYOUTS,
     REAL,
+    SHAPES,
     all_patterns,
     assert_same_bytes,
     each_fp8,
@@ -20,6 +21,7 @@ from helpers import (
     each_real,
     empty_view,
     from_bits,
+    layouts_of,
     placed,
     values,
 )
@@ -69,7 +71,6 @@ GRANULARITIES = {
     "block 16x16": ((16, 16), lambda m, n: (-(-m // 16), -(-n // 16))),
     "element": ((1, 1), lambda m, n: (m, n)),
 }
-SHAPES = [(1, 1), (1, 7), (3, 8), (5, 16), (7, 33), (16, 64), (33, 100), (64, 130), (2, 1024), (9, 513)]
 ROWS = [*range(1, 71), 128, 4096, 5137, 8192, 20000, 70000]
 
 
@@ -230,9 +231,7 @@ def test_scale_ub_for_long_rows(device: torch.device, length: int) -> None:
 @pytest.mark.parametrize("side", ["input", "result", "scale", "all"])
 def test_layouts(device: torch.device, side: str, granularity: str, layout: str) -> None:
     group, scale_shape = GRANULARITIES[granularity]
-    layouts = tuple(
-        layout if side in (name, "all") else "contiguous" for name in ("input", "scale", "result")
-    )
+    layouts = layouts_of(side, layout)
     for shape, real in (((5, 48), torch.bfloat16), ((18, 37), torch.float32), ((3, 257), torch.float16)):
         check(device, values(shape, real), scale_shape(*shape), group, layouts=layouts)
 

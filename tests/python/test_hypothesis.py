@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -69,14 +70,20 @@ def scale_values(shape: tuple[int, ...], generator: torch.Generator, ordinary: b
     return torch.rand(shape, generator=generator) + 2.0**-8
 
 
-@often
-@given(st.data())
-def test_static(device: torch.device, data: st.DataObject) -> None:
+def draw_problem(data: st.DataObject) -> tuple[Any, ...]:
+    """Shape, group shape, shape of the scales, both dtypes, layouts of the three tensors, generator."""
     shape = data.draw(shapes, "shape")
     group, scale_shape = data.draw(scales_of(shape), "group shape, scale shape")
     real, fp8 = data.draw(st.sampled_from([*REAL.values()])), data.draw(st.sampled_from([*FP8.values()]))
     places = [data.draw(layouts, name) for name in ("input", "scale", "result")]
     generator = torch.Generator().manual_seed(data.draw(seeds, "seed"))
+    return shape, group, scale_shape, real, fp8, places, generator
+
+
+@often
+@given(st.data())
+def test_static(device: torch.device, data: st.DataObject) -> None:
+    shape, group, scale_shape, real, fp8, places, generator = draw_problem(data)
     x = random_reals(shape, real, generator, data.draw(st.booleans(), "ordinary values"))
     scale = scale_values(scale_shape, generator, data.draw(st.booleans(), "ordinary scales"))
 
@@ -91,11 +98,7 @@ def test_static(device: torch.device, data: st.DataObject) -> None:
 @often
 @given(st.data())
 def test_dynamic(device: torch.device, data: st.DataObject) -> None:
-    shape = data.draw(shapes, "shape")
-    group, scale_shape = data.draw(scales_of(shape), "group shape, scale shape")
-    real, fp8 = data.draw(st.sampled_from([*REAL.values()])), data.draw(st.sampled_from([*FP8.values()]))
-    places = [data.draw(layouts, name) for name in ("input", "scale", "result")]
-    generator = torch.Generator().manual_seed(data.draw(seeds, "seed"))
+    shape, group, scale_shape, real, fp8, places, generator = draw_problem(data)
     x = random_reals(shape, real, generator, data.draw(st.booleans(), "ordinary values"))
     bound = random_bits((1,), torch.float32, generator) if data.draw(st.booleans(), "bounded") else None
 
@@ -115,11 +118,7 @@ def test_dynamic(device: torch.device, data: st.DataObject) -> None:
 @often
 @given(st.data())
 def test_dequant(device: torch.device, data: st.DataObject) -> None:
-    shape = data.draw(shapes, "shape")
-    group, scale_shape = data.draw(scales_of(shape), "group shape, scale shape")
-    real, fp8 = data.draw(st.sampled_from([*REAL.values()])), data.draw(st.sampled_from([*FP8.values()]))
-    places = [data.draw(layouts, name) for name in ("input", "scale", "result")]
-    generator = torch.Generator().manual_seed(data.draw(seeds, "seed"))
+    shape, group, scale_shape, real, fp8, places, generator = draw_problem(data)
     q = random_bits(shape, fp8, generator)
     scale = scale_values(scale_shape, generator, data.draw(st.booleans(), "ordinary scales"))
 

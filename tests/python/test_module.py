@@ -7,6 +7,7 @@ import torch
 
 import fp8kv
 from fp8kv import GroupShape, QuantFP8, reference
+from fp8kv._library import introspect
 from helpers import assert_same_bytes, each_fp8, each_real, random_scales, raw, values
 
 E4M3 = torch.float8_e4m3fn
@@ -269,3 +270,22 @@ def test_importing_the_package_does_not_import_what_only_the_command_line_needs(
     code = "import sys, fp8kv; print([m for m in ('rich', 'typer', 'matplotlib') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+# Plans, as the C++ library shows them
+
+
+@pytest.mark.parametrize(
+    ("group_shape", "path"),
+    [((-1, -1), "runs"), ((1, -1), "runs"), ((-1, 1), "columns"), ((-1, 3), "columns")],
+)
+def test_a_plan_names_the_path_of_its_granularity(group_shape: tuple[int, int], path: str) -> None:
+    plan = introspect().plan_quantize(64, 96, group_shape)
+    assert plan["path"] == path
+    assert plan["aligned"]
+    assert plan["blocks"] * plan["threads"] * plan["rows_per_thread"] * 8 >= 64 * 96
+
+
+def test_a_plan_for_a_dtype_without_kernels_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"dtype must be float32, .* got 'float64'"):
+        introspect().plan_quantize(4, 8, (-1, -1), input="float64")

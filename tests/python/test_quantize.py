@@ -12,6 +12,7 @@ from fp8kv import reference, static_scaled_fp8_quant
 from helpers import (
     LAYOUTS,
     REAL,
+    SHAPES,
     TRAP_SCALES,
     all_patterns,
     assert_same_bytes,
@@ -64,7 +65,6 @@ GRANULARITIES = {
     "block 16x16": ((16, 16), lambda m, n: (-(-m // 16), -(-n // 16))),
     "element": ((1, 1), lambda m, n: (m, n)),
 }
-SHAPES = [(1, 1), (1, 7), (3, 8), (5, 16), (7, 33), (16, 64), (33, 100), (64, 130), (2, 1024), (9, 513)]
 
 
 @each_fp8
