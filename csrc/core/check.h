@@ -63,8 +63,8 @@ inline void check_writable(const Argument& a) {
            "stride 0 in dimension " + std::to_string(i) + " of size " + std::to_string(a.view.sizes[i]));
 }
 
-// False only where the two certainly share no byte: disjoint ranges, or rows of one pitch that lie beside each other
-// (columns of one buffer).
+// False only where the two certainly share no byte: disjoint ranges, or rows of the same pitches that lie beside each other
+// (slices of one tensor in any of its dimensions).
 bool may_overlap(const TensorView& a, const TensorView& b);
 
 inline void check_no_overlap(const Argument& written, const Argument& other) {

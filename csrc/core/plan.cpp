@@ -29,13 +29,21 @@ bool units_aligned(const Layout& layout, const TensorView& input, const TensorVi
 // Where units are cut at aligned addresses of the result, a run may begin up to 7 elements into its first unit.
 std::int64_t units_per_run(std::int64_t run, bool aligned) { return ceil_div(aligned ? run : run + kUnit - 1, kUnit); }
 
+bool gapless(const Layout& layout) {
+  for (int d = 0; d + 1 < layout.ndim; ++d) {
+    const Layout::Dim &dim = layout.dims[d], &inner = layout.dims[d + 1];
+    if (dim.in != inner.in * inner.size || dim.out != inner.out * inner.size) return false;
+  }
+  return true;
+}
+
 MapPlan plan_columns(const Layout& layout, const TensorView& input, const TensorView& result) {
   const Layout::Dim& run = layout.run();
-  const bool walks = layout.ndim >= 2 && layout.dims[layout.ndim - 2].scale == 0;
-  MapPlan plan{.path = MapPath::Columns, .aligned = units_aligned(layout, input, result)};
-  plan.rows = walks ? layout.dims[layout.ndim - 2].size : 1;
-  const bool gapless = walks && layout.ndim == 2 && layout.dims[0].in == run.size && layout.dims[0].out == run.size;
-  if (!plan.aligned && gapless && run.block == 1 && base_aligned(input) && base_aligned(result)) {
+  MapPlan plan{.path = MapPath::Columns, .aligned = units_aligned(layout, input, result), .gapless = gapless(layout)};
+  plan.walks = layout.ndim >= 2 && layout.dims[layout.ndim - 2].scale == 0;
+  plan.rows = plan.walks ? layout.dims[layout.ndim - 2].size : 1;
+  if (!plan.aligned && plan.gapless && plan.walks && layout.ndim == 2 && run.block == 1 && base_aligned(input) &&
+      base_aligned(result)) {
     plan.rows_folded = kUnit / std::gcd(run.size, std::int64_t{kUnit});
     plan.aligned = true;
   }
@@ -50,7 +58,7 @@ MapPlan plan_columns(const Layout& layout, const TensorView& input, const Tensor
   } else {
     plan.units_per_run = units_per_run(run.size, false);
   }
-  const std::int64_t outer = layout.numel / run.size / (walks ? layout.dims[layout.ndim - 2].size : 1);
+  const std::int64_t outer = layout.numel / run.size / (plan.walks ? layout.dims[layout.ndim - 2].size : 1);
   plan.work = outer * ceil_div(plan.rows, plan.rows_per_thread) * plan.units_per_run;
   return plan;
 }
@@ -68,6 +76,7 @@ MapPlan plan_map(const Layout& layout, const TensorView& input, const TensorView
   } else {
     plan.path = MapPath::Runs;
     plan.aligned = aligned;
+    plan.gapless = gapless(layout);
     plan.units_per_run = units_per_run(run.size, aligned);
     plan.work = layout.numel / run.size * plan.units_per_run;
   }
@@ -125,5 +134,69 @@ DynamicPlan plan_dynamic(const Layout& layout, const TensorView& input, const Te
   plan.blocks = groups;
   return plan;
 }
+
+namespace {
+
+bool contiguous_runs(const CacheLayout& layout) {
+  for (const CacheSide* side : {&layout.key, &layout.value})
+    if ((side->heads.dim != 1 || side->cache.dim != 1) && layout.head_size > 1) return false;
+  return true;
+}
+
+bool units_aligned(const CacheLayout& layout) {
+  const auto base = [](const void* data, DType dtype) {
+    return reinterpret_cast<std::uintptr_t>(data) % std::min(16, kUnit * size_of(dtype)) == 0;
+  };
+  const auto step = [](std::int64_t stride, std::int64_t size) { return stride % kUnit == 0 || size == 1; };
+  for (const CacheSide* side : {&layout.key, &layout.value}) {
+    const HeadsView& h = side->heads;
+    const PagedView& c = side->cache;
+    if (!base(h.data, layout.real) || !base(c.data, layout.element)) return false;
+    if (!step(h.token, layout.num_tokens) || !step(h.head, layout.num_heads)) return false;
+    if (!step(c.block, layout.num_blocks) || !step(c.offset, layout.block_size) || !step(c.head, layout.num_heads))
+      return false;
+  }
+  return layout.head_size % kUnit == 0;
+}
+
+// The paths without scales of their own. `max_slot`: the last that a token may be at.
+CachePlan plan_cache(const CacheLayout& layout, std::int64_t max_slot) {
+  CachePlan plan;
+  plan.tokens = layout.num_tokens;
+  if (!contiguous_runs(layout) || max_slot >= kMaxPiece || layout.num_heads * layout.head_size >= kMaxPiece) return plan;
+  const bool aligned = units_aligned(layout);
+  const std::int64_t units = units_per_run(layout.head_size, aligned);
+  plan.path = MapPath::Runs;
+  plan.aligned = aligned;
+  plan.units_per_head = units;
+  plan.tokens = std::min(plan.tokens, (kMaxPiece - 1) / (layout.num_heads * units));
+  return plan;
+}
+
+}  // namespace
+
+CachePlan plan_append(const CacheLayout& layout) {
+  CachePlan plan = plan_cache(layout, layout.num_slots() - 1);
+  constexpr std::int64_t kMany = 1 << 20;
+  if (plan.aligned && plan.tokens * layout.num_heads * plan.units_per_head >= kMany) plan.threads = 128;
+  return plan;
+}
+
+CachePlan plan_append_dynamic(const CacheLayout& layout) {
+  constexpr int kWarp = 32;
+  CachePlan plan = plan_cache(layout, layout.num_slots() - 1);
+  for (int units : {2, 4}) {
+    if (plan.path == MapPath::Elements || plan.units_per_head > kWarp * units) continue;
+    plan.units_per_thread = units;
+    plan.threads_per_head = static_cast<int>(std::bit_ceil(static_cast<std::uint64_t>(ceil_div(plan.units_per_head, units))));
+    plan.tokens = std::min(plan.tokens, (kMaxPiece - 1) / (layout.num_heads * plan.threads_per_head));
+    return plan;
+  }
+  // A warp for each head, whatever its size.
+  return {.tokens = layout.num_tokens, .threads_per_head = kWarp};
+}
+
+// Positions are int32 by themselves.
+CachePlan plan_gather(const CacheLayout& layout) { return plan_cache(layout, 0); }
 
 }  // namespace fp8kv

@@ -32,6 +32,20 @@ struct Reciprocal {
   }
   FP8KV_INLINE F32 low(F32 scale, F32 high) { return remainder(high, scale) * high; }
 
+  // Of rows.
+  FP8KV_INLINE void prepare(RowScales& scales, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; i += kLanes) {
+      for (std::int64_t rest = count; rest < i + kLanes; ++rest) scales.scale[rest] = 1.0f;
+      const F32 scale = load(scales.scale + i), high_of_scale = high(scale);
+      store_vector(scales.high + i, high_of_scale);
+      store_vector(scales.low + i, low(scale, high_of_scale));
+      store_vector(scales.ordinary + i, ordinary(scale));
+    }
+  }
+  FP8KV_INLINE bool ordinary(const RowScales& scales, std::int64_t i) { return scales.ordinary[i] != 0; }
+  FP8KV_INLINE float high(const RowScales& scales, std::int64_t i) { return scales.high[i]; }
+  FP8KV_INLINE float low(const RowScales& scales, std::int64_t i) { return scales.low[i]; }
+
  private:
   FP8KV_INLINE F32 remainder(F32 reciprocal, F32 scale) { return multiply_add(-reciprocal, scale, splat(1.0f)); }
 };
@@ -68,6 +82,13 @@ struct Factor {
   FP8KV_INLINE I32 ordinary(F32 scale) { return (bits_of(scale) & kMagnitude) < kInfinity; }
   FP8KV_INLINE F32 high(F32 scale) { return scale; }
   FP8KV_INLINE F32 low(F32, F32) { return F32{}; }
+
+  FP8KV_INLINE void prepare(RowScales&, std::int64_t) {}
+  FP8KV_INLINE bool ordinary(const RowScales& scales, std::int64_t i) {
+    return (__builtin_bit_cast(std::int32_t, scales.scale[i]) & kMagnitude) < kInfinity;
+  }
+  FP8KV_INLINE float high(const RowScales& scales, std::int64_t i) { return scales.scale[i]; }
+  FP8KV_INLINE float low(const RowScales&, std::int64_t) { return 0.0f; }
 };
 
 template <class Fp8, class Real>
@@ -122,12 +143,12 @@ template <class Op>
 
 template <class Op>
 FP8KV_INLINE void map_row(const Op& op, const typename Op::In* in, typename Op::Out* out, std::int64_t count,
-                          const float* scale) {
-  const F32 all = splat(*scale);
-  if (Op::Split::ordinary(all)[0] == 0) [[unlikely]]
+                          const RowScales& scales, std::int64_t number) {
+  const float* scale = scales.scale + number;
+  if (!Op::Split::ordinary(scales, number)) [[unlikely]]
     return map_plain<Op>(in, out, count, scale, 0);
   F32 high[4], low[4];
-  for (int k = 0; k < 4; ++k) high[k] = Op::Split::high(all), low[k] = Op::Split::low(all, high[k]);
+  splat4(high, Op::Split::high(scales, number)), splat4(low, Op::Split::low(scales, number));
   for_each_unit(count, [&](std::int64_t i) __attribute__((always_inline)) {
     prefetch<typename Op::In, kUnit>(in + i);
     if (!op.fast(in + i, out + i, high, low)) [[unlikely]]
@@ -146,21 +167,27 @@ FP8KV_INLINE void map_short(const typename Op::In* in, typename Op::Out* out, st
 }
 
 template <class Op>
-void map_rows(const void* in_data, void* out_data, const float* scale, std::int64_t columns, const Rows& rows) {
+void prepare_rows(RowScales& scales, std::int64_t count) {
+  Op::Split::prepare(scales, count);
+}
+
+template <class Op>
+void map_rows(const void* in_data, void* out_data, std::int64_t columns, const Rows& rows, const RowScales& scales,
+              std::int64_t first) {
   const auto* in = static_cast<const typename Op::In*>(in_data);
   auto* out = static_cast<typename Op::Out*>(out_data);
   const Op op;
-  for (std::int64_t r = 0; r < rows.count; ++r, in += rows.in, out += rows.out, scale += rows.scale) {
+  for (std::int64_t r = 0; r < rows.count; ++r, in += rows.in, out += rows.out, first += rows.scale) {
     if (columns >= kUnit) {
-      map_row(op, in, out, columns, scale);
+      map_row(op, in, out, columns, scales, first);
     } else {
-      map_short<Op>(in, out, columns, [&](auto* x, auto* y) { map_row(op, x, y, kUnit, scale); });
+      map_short<Op>(in, out, columns, [&](auto* x, auto* y) { map_row(op, x, y, kUnit, scales, first); });
     }
   }
 }
 
 template <class Op>
-void prepare(ColumnScales& scales, std::int64_t count) {
+void prepare_columns(ColumnScales& scales, std::int64_t count) {
   for (std::int64_t i = count; i < count + kUnit; ++i) scales.scale[i] = 1.0f;
   I32 ordinary = splat(-1);
   for (std::int64_t i = 0; i < count + kUnit - kLanes + 1; i += kLanes) {
@@ -281,7 +308,7 @@ void amax_columns(const void* in_data, std::int32_t* amax, std::int64_t columns)
 // --- The table --------------------------------
 
 template <class Op>
-constexpr MapKernels map_kernels = {map_rows<Op>, prepare<Op>, map_columns<Op>};
+constexpr MapKernels map_kernels = {prepare_rows<Op>, map_rows<Op>, prepare_columns<Op>, map_columns<Op>};
 
 template <class T>
 constexpr AmaxKernels amax_kernels = {amax_rows<T>, amax_columns<T>};

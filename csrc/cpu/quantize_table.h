@@ -17,6 +17,15 @@ struct Rows {
   std::int64_t scale = 0;
 };
 
+// The scales of some rows, made ready by a kernel of the same MapKernels. What the rest means is up to it.
+struct RowScales {
+  static constexpr std::int64_t kMaxCount = 64;
+  alignas(64) float scale[kMaxCount];
+  alignas(64) float high[kMaxCount];
+  alignas(64) float low[kMaxCount];
+  alignas(64) std::int32_t ordinary[kMaxCount];  // not 0: the fast path is exact
+};
+
 // The scales of neighbouring columns, made ready by a kernel of the same MapKernels. What the rest means is up to it.
 struct ColumnScales {
   static constexpr std::int64_t kMaxCount = 4096;
@@ -28,10 +37,12 @@ struct ColumnScales {
 };
 
 struct MapKernels {
-  // Rows with one scale each.
-  void (*rows)(const void* in, void* out, const float* scale, std::int64_t columns, const Rows& rows);
+  // `scale` is set for this many rows.
+  void (*prepare_rows)(RowScales& scales, std::int64_t count);
+  // Row r has the scale number first + r * rows.scale.
+  void (*rows)(const void* in, void* out, std::int64_t columns, const Rows& rows, const RowScales& scales, std::int64_t first);
   // `scale` is set for this many columns.
-  void (*prepare)(ColumnScales& scales, std::int64_t columns);
+  void (*prepare_columns)(ColumnScales& scales, std::int64_t columns);
   // A row in which element i has the scale number first + i.
   void (*columns)(const void* in, void* out, std::int64_t columns, const ColumnScales& scales, std::int64_t first);
 };

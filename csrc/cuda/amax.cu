@@ -19,9 +19,7 @@ struct AsAmax {
 template <class Fp8>
 struct AsScale {
   const float* upper_bound;
-  __device__ float operator()(float amax) const {
-    return dynamic_scale<Fp8>(amax, upper_bound ? __ldg(upper_bound) : __int_as_float(0x7f800000));
-  }
+  __device__ float operator()(float amax) const { return device::scale_of<Fp8>(amax, device::bound_of(upper_bound)); }
 };
 
 // Raises target[offset] to the maximum of the block's threads, each with an offset and magnitude bits of its own; -1 for none.

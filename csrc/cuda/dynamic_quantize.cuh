@@ -18,10 +18,6 @@ namespace fp8kv::cuda {
 
 namespace cg = cooperative_groups;
 
-__device__ __forceinline__ float bound_of(const float* upper_bound) {
-  return upper_bound ? __ldg(upper_bound) : __int_as_float(0x7f800000);
-}
-
 template <class Fp8, class In>
 __device__ __forceinline__ void quantize_unit(const Unit<In>& raw, Fp8* out, const Cut& cut,
                                               const typename device::QuantizeOp<Fp8>::Prepared& scale) {
@@ -62,7 +58,7 @@ __global__ void __launch_bounds__(1024)
   const std::uint32_t units = group < walk.count ? walk.units_per_run.divisor : 0;
   const Offsets at = walk.at<-1>(min(group, walk.count - 1));
   const Run<Fp8, In, kAligned> run{input + at.in, result + at.out, walk.run};
-  const float bound = bound_of(upper_bound);
+  const float bound = device::bound_of(upper_bound);
 
   constexpr int kHeld = kUnits > 0 ? kUnits : 1;
   Unit<In> held[kHeld];
@@ -82,7 +78,7 @@ __global__ void __launch_bounds__(1024)
   }
   bits = threads_per_group > 32 ? device::block_max(bits, scratch) : device::lanes_max(bits, threads_per_group);
 
-  const float scale = dynamic_scale<Fp8>(device::magnitude<In>(bits), bound);
+  const float scale = device::scale_of<Fp8>(device::magnitude<In>(bits), bound);
   const auto prepared = Op::prepare(scale);
   if (lane == 0 && group < walk.count) scales[at.scale] = scale;
   if constexpr (kUnits > 0) {
@@ -116,7 +112,7 @@ __global__ void __launch_bounds__(1024)
   const std::uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
   const std::uint32_t stride = gridDim.x * blockDim.x;
   const Run<Fp8, In, kAligned> run{input, result, size};
-  const float bound = bound_of(upper_bound);
+  const float bound = device::bound_of(upper_bound);
 
   Unit<In> held[kUnits];
 #pragma unroll
@@ -134,7 +130,7 @@ __global__ void __launch_bounds__(1024)
   const unsigned lane = threadIdx.x % 32;
   bits = __reduce_max_sync(0xffffffffu, lane < gridDim.x ? maxima[lane] : 0u);
 
-  const float scale = dynamic_scale<Fp8>(device::magnitude<In>(bits), bound);
+  const float scale = device::scale_of<Fp8>(device::magnitude<In>(bits), bound);
   if (thread == 0) *scale_out = scale;
   const auto prepared = Op::prepare(scale);
 #pragma unroll
@@ -194,7 +190,8 @@ __global__ void __launch_bounds__(kWholeThreads, kWholeBlocks)
   for (int k = 0; k < kHeld; ++k) bits = max(bits, device::finite_max_bits(held[k]));
   bits = device::block_max(bits, scratch);
   grid.barrier_wait(std::move(zeroed));
-  if (threadIdx.x == 0) device::atomic_max(scale_out, dynamic_scale<Fp8>(device::magnitude<In>(bits), bound_of(upper_bound)));
+  if (threadIdx.x == 0)
+    device::atomic_max(scale_out, device::scale_of<Fp8>(device::magnitude<In>(bits), device::bound_of(upper_bound)));
   grid.sync();  // the scale is final
 
   const auto prepared = Op::prepare(__ldcg(scale_out));

@@ -13,25 +13,12 @@
 
 namespace fp8kv::cuda {
 
-using device::kUnit;
+using device::Cut;
+using device::cut_unit;
 using device::Offsets;
 using device::Range;
 using device::Unit;
 using device::Walk;
-
-// Where a unit lies in its run, when units are cut at aligned addresses of the result.
-struct Cut {
-  std::int64_t first;  // of the unit, in elements from the begin of the run; may be negative
-  Range range;
-};
-
-template <class Out>
-__device__ __forceinline__ Cut cut_unit(const Out* run, std::uint32_t unit, std::int64_t size) {
-  const auto phase = static_cast<int>(reinterpret_cast<std::uintptr_t>(run) / sizeof(Out) % kUnit);
-  const std::int64_t first = std::int64_t{unit} * kUnit - phase;
-  const std::int64_t left = size - first;
-  return {first, {first < 0 ? phase : 0, left < kUnit ? static_cast<int>(left < 0 ? 0 : left) : kUnit}};
-}
 
 // MapPath::Runs. One unit a thread. kGapless: the whole input and the whole result are one contiguous piece each, so that the
 // data can be asked for before it is known which scale belongs to it.
@@ -51,10 +38,7 @@ __global__ void __launch_bounds__(256) map_runs(const In* __restrict__ input, Ou
     raw = device::load_aligned(input + in);
   }
   const auto scale = Op::prepare(__ldg(scales + at.scale));
-  float values[kUnit];
-  device::unpack(raw, values);
-  device::apply<Op>(scale, values);
-  device::store_aligned(result + out, device::pack<Out>(values));
+  device::store_aligned(result + out, device::map_unit<Op, Out>(raw, scale));
 }
 
 // The same at any alignment.
@@ -68,10 +52,7 @@ __global__ void __launch_bounds__(256) map_runs_any(const In* __restrict__ input
   if (cut.range.begin >= cut.range.end) return;
   const Unit<In> raw = device::load_any(input + at.in, cut.first, walk.run, cut.range);
   const auto scale = Op::prepare(__ldg(scales + at.scale));
-  float values[kUnit];
-  device::unpack(raw, values);
-  device::apply<Op>(scale, values);
-  device::store_range(result + at.out + cut.first, device::pack<Out>(values), cut.range);
+  device::store_range(result + at.out + cut.first, device::map_unit<Op, Out>(raw, scale), cut.range);
 }
 
 // Scales that change within the run.
@@ -214,12 +195,7 @@ __global__ void __launch_bounds__(256)
   if (element >= walk.count) return;
   const Offsets at = walk.at<-1>(element);
   const auto scale = Op::prepare(__ldg(scales + at.scale + flat.offset(element)));
-  const float x = decode(input[at.in]);
-  const float y = scale.divide ? Op::divide(scale, x) : Op::apply(scale, x);
-  if constexpr (sizeof(Out) == 1)
-    result[at.out] = {static_cast<std::uint8_t>(device::encode2<Out>(y, 0.0f))};
-  else
-    result[at.out] = from_float<Out>(y);
+  result[at.out] = device::map_element<Op, Out>(input[at.in], scale);
 }
 
 template <class Op, class In, class Out>
@@ -250,18 +226,10 @@ struct MapLauncher {
     const Walk walk = Walk::over(piece.layout, outer, plan.units_per_run, plan.work);
     if (!plan.aligned) return launch(map_runs_any<Op, In, Out>, piece, plan, walk);
     if (outer == 0) return launch(map_runs<Op, In, Out, 0, true>, piece, plan, walk);
-    if (!gapless(piece.layout)) return launch(map_runs<Op, In, Out, -1, false>, piece, plan, walk);
+    if (!plan.gapless) return launch(map_runs<Op, In, Out, -1, false>, piece, plan, walk);
     if (outer == 1) return launch(map_runs<Op, In, Out, 1, true>, piece, plan, walk);
     if (outer == 2) return launch(map_runs<Op, In, Out, 2, true>, piece, plan, walk);
     launch(map_runs<Op, In, Out, -1, true>, piece, plan, walk);
-  }
-
-  static bool gapless(const Layout& layout) {
-    for (int d = 0; d + 1 < layout.ndim; ++d) {
-      const Layout::Dim &dim = layout.dims[d], &inner = layout.dims[d + 1];
-      if (dim.in != inner.in * inner.size || dim.out != inner.out * inner.size) return false;
-    }
-    return true;
   }
 
   void columns(const core::Piece& piece, const MapPlan& plan) const {
@@ -274,18 +242,17 @@ struct MapLauncher {
     if (!plan.aligned)
       return launch(map_columns_any<Op, In, Out>, piece, plan,
                     Walk::over(layout, layout.ndim - 1, plan.units_per_run, plan.work), run_scales);
-    const bool walks = layout.ndim >= 2 && layout.dims[layout.ndim - 2].scale == 0;
-    Walk walk = Walk::over(layout, layout.ndim - (walks ? 2 : 1), plan.units_per_run, plan.work);
+    Walk walk = Walk::over(layout, layout.ndim - (plan.walks ? 2 : 1), plan.units_per_run, plan.work);
     walk.run = run.size * plan.rows_folded;
     Rows rows{static_cast<std::uint32_t>(plan.rows), device::FastDiv(core::ceil_div(plan.rows, plan.rows_per_thread)), 0, 0,
               walk.run};
-    if (walks) {
+    if (plan.walks) {
       const Layout::Dim& dim = layout.dims[layout.ndim - 2];
       rows.in = dim.in * plan.rows_folded;
       rows.out = dim.out * plan.rows_folded;
       rows.last_row_size = (dim.size - (plan.rows - 1) * plan.rows_folded) * run.size;
     }
-    if (plan.rows_per_thread == 1 && !folded && walk.ndim == 0 && gapless(layout))
+    if (plan.rows_per_thread == 1 && !folded && walk.ndim == 0 && plan.gapless)
       return launch(map_columns_gapless<Op, In, Out>, piece, plan, walk, run_scales);
     if (plan.rows_per_thread == 1) return launch(map_columns<Op, In, Out, 1>, piece, plan, walk, rows, run_scales);
     if (plan.rows_per_thread == 2) return launch(map_columns<Op, In, Out, 2>, piece, plan, walk, rows, run_scales);

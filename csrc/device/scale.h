@@ -1,6 +1,8 @@
 // Scales prepared for use: the exact quotient x / scale without a division an element.
 #pragma once
 
+#include <type_traits>
+
 #include "convert.h"
 
 namespace fp8kv::device {
@@ -42,6 +44,22 @@ struct QuantizeOp {
   static __device__ __forceinline__ float divide(const Prepared& p, float x) { return __fdiv_rn(x, p.scale); }
 };
 
+// Infinity where there is none.
+__device__ __forceinline__ float bound_of(const float* upper_bound) {
+  return upper_bound ? __ldg(upper_bound) : __int_as_float(0x7f800000);
+}
+
+// dynamic_scale() of a finite amax. One correction makes the product with 1 / max the quotient wherever that is above the
+// smallest scale; a test compares all values.
+template <class Fp8>
+__device__ __forceinline__ float scale_of(float amax, float upper_bound = std::bit_cast<float>(0x7f800000u)) {
+  constexpr float kMax = Fp8Traits<Fp8>::kMax, kReciprocal = 1.0f / kMax;
+  const float bounded = amax > upper_bound ? upper_bound : amax;
+  const float guess = __fmul_rn(bounded, kReciprocal);
+  const float scale = __fmaf_rn(__fmaf_rn(-kMax, guess, bounded), kReciprocal, guess);
+  return fmaxf(scale, kMinScale<Fp8>);
+}
+
 struct DequantizeOp {
   struct Prepared {
     float scale;
@@ -76,6 +94,43 @@ __device__ __forceinline__ void apply(const typename Op::Prepared& scale, float 
   }
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) values[i] = Op::apply(scale, values[i]);
+}
+
+// A plain copy, rounded where the types differ.
+struct CopyOp {
+  struct Prepared {
+    static constexpr bool divide = false;
+  };
+  static __device__ __forceinline__ Prepared prepare(float) { return {}; }
+  static __device__ __forceinline__ float apply(const Prepared&, float x) { return x; }
+  static __device__ __forceinline__ float divide(const Prepared&, float x) { return x; }
+};
+
+// From one side to the other: a unit with one scale, or an element. A copy within a type keeps all bits.
+template <class Op, class Out, class In>
+__device__ __forceinline__ Unit<Out> map_unit(const Unit<In>& raw, const typename Op::Prepared& scale) {
+  if constexpr (std::is_same_v<In, Out>) {
+    return raw;
+  } else {
+    float values[kUnit];
+    unpack(raw, values);
+    apply<Op>(scale, values);
+    return pack<Out>(values);
+  }
+}
+
+template <class Op, class Out, class In>
+__device__ __forceinline__ Out map_element(In raw, const typename Op::Prepared& scale) {
+  if constexpr (std::is_same_v<In, Out>) {
+    return raw;
+  } else {
+    const float x = decode(raw);
+    const float y = scale.divide ? Op::divide(scale, x) : Op::apply(scale, x);
+    if constexpr (sizeof(Out) == 1)
+      return {static_cast<std::uint8_t>(encode2<Out>(y, 0.0f))};
+    else
+      return from_float<Out>(y);
+  }
 }
 
 }  // namespace fp8kv::device

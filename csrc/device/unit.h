@@ -4,10 +4,9 @@
 #include <cstdint>
 
 #include "fp8kv/dtype.h"
+#include "fp8kv/plan.h"
 
 namespace fp8kv::device {
-
-inline constexpr int kUnit = 8;
 
 template <class T>
 struct Unit {
@@ -97,6 +96,20 @@ struct Range {
   int end = kUnit;
   __device__ bool whole() const { return begin == 0 && end == kUnit; }
 };
+
+// Where a unit lies in its run, when units are cut at aligned addresses of the result.
+struct Cut {
+  std::int64_t first;  // of the unit, in elements from the begin of the run; may be negative
+  Range range;
+};
+
+template <class Out>
+__device__ __forceinline__ Cut cut_unit(const Out* run, std::uint32_t unit, std::int64_t size) {
+  const auto phase = static_cast<int>(reinterpret_cast<std::uintptr_t>(run) / sizeof(Out) % kUnit);
+  const std::int64_t first = std::int64_t{unit} * kUnit - phase;
+  const std::int64_t left = size - first;
+  return {first, {first < 0 ? phase : 0, left < kUnit ? static_cast<int>(left < 0 ? 0 : left) : kUnit}};
+}
 
 // Elements first + [0, 8) of the run of `size` elements at `run`, zero outside the run. Any alignment. In the middle of a run a
 // misaligned unit is cut out of the aligned words around it; these never reach beyond the run.

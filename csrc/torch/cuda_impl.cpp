@@ -45,6 +45,29 @@ void group_amax_(const Tensor& amax, const Tensor& input, const std::vector<std:
   cuda::run(group_amax(amax, input, shape), launch.stream());
 }
 
+void reshape_and_cache_flash(const Tensor& key, const Tensor& value, const Tensor& key_cache, const Tensor& value_cache,
+                             const Tensor& slot_mapping, const std::string& format, const Tensor& k_scale,
+                             const Tensor& v_scale) {
+  const Launch launch(key);
+  cuda::run(cache_append(key, value, key_cache, value_cache, slot_mapping, format, k_scale, v_scale), launch.stream());
+}
+
+void reshape_and_cache_flash_dynamic(const Tensor& key, const Tensor& value, const Tensor& key_cache, const Tensor& value_cache,
+                                     const Tensor& k_scale_cache, const Tensor& v_scale_cache, const Tensor& slot_mapping,
+                                     const std::string& format) {
+  const Launch launch(key);
+  cuda::run(cache_append_dynamic(key, value, key_cache, value_cache, k_scale_cache, v_scale_cache, slot_mapping, format),
+            launch.stream());
+}
+
+void gather_and_dequant_cache(const Tensor& key_cache, const Tensor& value_cache, const Tensor& key, const Tensor& value,
+                              const Tensor& block_table, const Tensor& cu_seq_lens, const std::string& format,
+                              const Tensor& k_scale, const Tensor& v_scale, const std::optional<Tensor>& seq_starts) {
+  const Launch launch(key_cache);
+  cuda::run(cache_gather(key_cache, value_cache, key, value, block_table, cu_seq_lens, format, k_scale, v_scale, seq_starts),
+            launch.stream());
+}
+
 std::string cuda_architectures() { return cuda::architectures(); }
 
 }  // namespace
@@ -61,4 +84,7 @@ STABLE_TORCH_LIBRARY_IMPL(fp8kv, CUDA, m) {
   m.impl("dynamic_scaled_fp8_quant", TORCH_BOX(&fp8kv::torch_ops::dynamic_scaled_fp8_quant));
   m.impl("scaled_fp8_dequant", TORCH_BOX(&fp8kv::torch_ops::scaled_fp8_dequant));
   m.impl("group_amax", TORCH_BOX(&fp8kv::torch_ops::group_amax_));
+  m.impl("reshape_and_cache_flash", TORCH_BOX(&fp8kv::torch_ops::reshape_and_cache_flash));
+  m.impl("reshape_and_cache_flash_dynamic", TORCH_BOX(&fp8kv::torch_ops::reshape_and_cache_flash_dynamic));
+  m.impl("gather_and_dequant_cache", TORCH_BOX(&fp8kv::torch_ops::gather_and_dequant_cache));
 }

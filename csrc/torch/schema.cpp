@@ -8,4 +8,13 @@ STABLE_TORCH_LIBRARY(fp8kv, m) {
       "int[]? group_shape=None) -> ()");
   m.def("scaled_fp8_dequant(Tensor(a!) result, Tensor input, Tensor scale, int[]? group_shape=None) -> ()");
   m.def("group_amax(Tensor(a!) amax, Tensor input, int[] group_shape) -> ()");
+  m.def(
+      "reshape_and_cache_flash(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slot_mapping, "
+      "str kv_cache_dtype, Tensor k_scale, Tensor v_scale) -> ()");
+  m.def(
+      "reshape_and_cache_flash_dynamic(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+      "Tensor(c!) k_scale_cache, Tensor(d!) v_scale_cache, Tensor slot_mapping, str kv_cache_dtype) -> ()");
+  m.def(
+      "gather_and_dequant_cache(Tensor key_cache, Tensor value_cache, Tensor(a!) key, Tensor(b!) value, Tensor block_table, "
+      "Tensor cu_seq_lens, str kv_cache_dtype, Tensor k_scale, Tensor v_scale, Tensor? seq_starts=None) -> ()");
 }

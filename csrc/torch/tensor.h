@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "fp8kv/error.h"
+#include "fp8kv/kv_cache.h"
 #include "fp8kv/quantize.h"
 
 namespace fp8kv::torch_ops {
@@ -93,6 +94,49 @@ inline Dequantize dequantize(const Tensor& result, const Tensor& input, const Te
 
 inline GroupAmax group_amax(const Tensor& amax, const Tensor& input, const std::vector<std::int64_t>& shape) {
   return {.amax = view(amax), .input = view(input), .group_shape = *group_shape("group_amax", shape)};
+}
+
+// The problems of kv_cache.h. They refer to `format`.
+inline CacheAppend cache_append(const Tensor& key, const Tensor& value, const Tensor& key_cache, const Tensor& value_cache,
+                                const Tensor& slot_mapping, const std::string& format, const Tensor& k_scale,
+                                const Tensor& v_scale) {
+  return {.key = view(key),
+          .value = view(value),
+          .key_cache = view(key_cache),
+          .value_cache = view(value_cache),
+          .slot_mapping = view(slot_mapping),
+          .kv_cache_dtype = format,
+          .k_scale = view(k_scale),
+          .v_scale = view(v_scale)};
+}
+
+inline CacheAppendDynamic cache_append_dynamic(const Tensor& key, const Tensor& value, const Tensor& key_cache,
+                                               const Tensor& value_cache, const Tensor& k_scale_cache,
+                                               const Tensor& v_scale_cache, const Tensor& slot_mapping,
+                                               const std::string& format) {
+  return {.key = view(key),
+          .value = view(value),
+          .key_cache = view(key_cache),
+          .value_cache = view(value_cache),
+          .k_scale_cache = view(k_scale_cache),
+          .v_scale_cache = view(v_scale_cache),
+          .slot_mapping = view(slot_mapping),
+          .kv_cache_dtype = format};
+}
+
+inline CacheGather cache_gather(const Tensor& key_cache, const Tensor& value_cache, const Tensor& key, const Tensor& value,
+                                const Tensor& block_table, const Tensor& cu_seq_lens, const std::string& format,
+                                const Tensor& k_scale, const Tensor& v_scale, const std::optional<Tensor>& seq_starts) {
+  return {.key_cache = view(key_cache),
+          .value_cache = view(value_cache),
+          .key = view(key),
+          .value = view(value),
+          .block_table = view(block_table),
+          .cu_seq_lens = view(cu_seq_lens),
+          .kv_cache_dtype = format,
+          .k_scale = view(k_scale),
+          .v_scale = view(v_scale),
+          .seq_starts = view(seq_starts)};
 }
 
 }  // namespace fp8kv::torch_ops

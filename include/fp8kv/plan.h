@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "fp8kv/kv_cache.h"
 #include "fp8kv/quantize.h"
 
 namespace fp8kv {
@@ -24,7 +25,9 @@ constexpr const char* name(MapPath path) {
 struct MapPlan {
   MapPath path = MapPath::Elements;
   bool aligned = false;            // every unit is one aligned access on both sides; otherwise edges are handled inside
+  bool gapless = false;            // the input and the result are one contiguous piece each
   int threads = 256;               // per block
+  bool walks = false;              // Columns: the dimension before the run shares its scales, so a thread walks it
   int rows_per_thread = 1;         // Columns
   std::int64_t units_per_run = 1;  // Runs, Columns
   std::int64_t rows = 1;           // Columns: extent of the dimension walked
@@ -67,6 +70,22 @@ struct DynamicPlan {
 // `max_cluster`: thread blocks of 1024 threads in the largest cluster of the device, 0 where it has none.
 FP8KV_API DynamicPlan plan_dynamic(const Layout& layout, const TensorView& input, const TensorView& result, int multiprocessors,
                                    int max_cluster);
+
+// How the operations on a paged cache walk tokens, heads and elements.
+struct CachePlan {
+  MapPath path = MapPath::Elements;  // or Runs
+  bool aligned = false;              // Runs: every unit is one aligned access on both sides
+  int threads = 256;                 // per block
+  std::int64_t units_per_head = 1;   // Runs
+  std::int64_t tokens = 0;           // of one launch
+  // Scales of its own: neighbouring threads hold a head in registers.
+  int threads_per_head = 1;  // a power of two up to 32
+  int units_per_thread = 1;
+};
+
+FP8KV_API CachePlan plan_append(const CacheLayout& layout);
+FP8KV_API CachePlan plan_append_dynamic(const CacheLayout& layout);
+FP8KV_API CachePlan plan_gather(const CacheLayout& layout);
 
 // Kernels count units and elements of one launch in 32 bits; larger problems are launched in pieces.
 inline constexpr std::int64_t kMaxPiece = std::int64_t{1} << 31;

@@ -25,11 +25,11 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <optional>
 
 #include "fp8kv/error.h"
 #include "fp8kv/export.h"
+#include "fp8kv/parallel.h"
 #include "fp8kv/views.h"
 
 namespace fp8kv {
@@ -113,11 +113,6 @@ FP8KV_API Layout validate(const Dequantize& problem);
 FP8KV_API Layout validate(const GroupAmax& problem);
 
 namespace cpu {
-
-// Runs body(begin, end) over pieces of [0, count), in any order and on any threads; pieces below `grain` are not worth a
-// thread.
-using ParallelFor =
-    std::function<void(std::int64_t count, std::int64_t grain, const std::function<void(std::int64_t, std::int64_t)>& body)>;
 
 // On the calling thread, unless `parallel_for` spreads the work. All views must be on the CPU.
 FP8KV_API void run(const StaticQuantize& problem, const ParallelFor& parallel_for = {});

@@ -6,10 +6,10 @@
 #include <algorithm>
 #include <cstring>
 #include <optional>
-#include <random>
 #include <string>
 #include <vector>
 
+#include "cuda_support.h"
 #include "fp8kv/fp8.h"
 #include "fp8kv/quantize.h"
 #include "support.h"
@@ -17,66 +17,11 @@
 namespace fp8kv {
 namespace {
 
+using testing_support::check;
+using testing_support::Cuda;
 using testing_support::error_of;
-using Sizes = std::vector<std::int64_t>;
-
-void check(cudaError_t error) { ASSERT_EQ(error, cudaSuccess) << cudaGetErrorString(error); }
-
-bool have_gpu() {
-  int count = 0;
-  return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
-}
-
-class Cuda : public testing::Test {
- protected:
-  void SetUp() override {
-    if (!have_gpu()) GTEST_SKIP() << "no GPU";
-  }
-};
-
-// A tensor in host memory and its copy in device memory; `skip` elements lie before the first.
-class Tensor {
- public:
-  Tensor(DType dtype, const Sizes& sizes, const Sizes& strides, std::int64_t skip) : skip_(skip) {
-    view_.dtype = dtype;
-    view_.ndim = static_cast<int>(sizes.size());
-    std::int64_t extent = skip + 1;
-    for (int d = 0; d < view_.ndim; ++d) {
-      view_.sizes[d] = sizes[d];
-      view_.strides[d] = strides[d];
-      extent += (std::max<std::int64_t>(sizes[d], 1) - 1) * strides[d];
-    }
-    host_.assign(extent * size_of(dtype), 0xA5);
-    check(cudaMalloc(&device_, host_.size()));
-  }
-  Tensor(const Tensor&) = delete;
-  ~Tensor() { cudaFree(device_); }
-
-  std::vector<unsigned char>& bytes() { return host_; }
-  void upload() { check(cudaMemcpy(device_, host_.data(), host_.size(), cudaMemcpyHostToDevice)); }
-
-  std::vector<unsigned char> download() const {
-    std::vector<unsigned char> bytes(host_.size());
-    check(cudaMemcpy(bytes.data(), device_, bytes.size(), cudaMemcpyDeviceToHost));
-    return bytes;
-  }
-
-  TensorView on_host() { return at(host_.data(), {}); }
-  TensorView on_device() const { return at(device_, {Device::Type::CUDA, 0}); }
-
- private:
-  TensorView at(void* memory, Device device) const {
-    TensorView view = view_;
-    view.data = static_cast<char*>(memory) + skip_ * size_of(view.dtype);
-    view.device = device;
-    return view;
-  }
-
-  std::int64_t skip_;
-  TensorView view_;
-  std::vector<unsigned char> host_;
-  void* device_ = nullptr;
-};
+using testing_support::Sizes;
+using testing_support::Tensor;
 
 enum class Memory { Contiguous, Padded, Reversed, Spaced };
 
@@ -145,33 +90,7 @@ struct Param {
   DType fp8;
 };
 
-class CudaQuantize : public Cuda, public testing::WithParamInterface<Param> {
- protected:
-  std::mt19937 random{20251125};
-
-  void fill_reals(Tensor& tensor) {
-    // Any pattern is a value: bytes at random give all magnitudes, with NaN and infinity among them.
-    for (auto& byte : tensor.bytes()) byte = static_cast<unsigned char>(random());
-  }
-
-  void fill_scales(Tensor& tensor) {
-    constexpr float kSpecial[] = {0.0f, -1.0f, 1e-45f, 0x1p-126f, 0x1p96f, 0x1p127f, 1.0f};
-    std::uniform_real_distribution<float> usual(0.001f, 4.0f);
-    auto* values = reinterpret_cast<float*>(tensor.bytes().data());
-    for (std::size_t i = 0; i < tensor.bytes().size() / 4; ++i) {
-      const auto pick = random() % 32;
-      const std::uint32_t trap = 0x40000000u - 1 - pick % 4;  // significands just below a multiple of 2^20
-      values[i] = pick < 7 ? kSpecial[pick] : pick < 12 ? std::bit_cast<float>(trap) : usual(random);
-    }
-  }
-
-  static void expect_same(Tensor& expected, const std::vector<unsigned char>& actual, const char* what) {
-    ASSERT_EQ(expected.bytes().size(), actual.size());
-    const auto [e, a] = std::mismatch(expected.bytes().begin(), expected.bytes().end(), actual.begin());
-    EXPECT_TRUE(a == actual.end()) << what << " differs at byte " << (a - actual.begin()) << " of " << actual.size()
-                                   << ": expected " << int{*e} << ", got " << int{*a};
-  }
-};
+class CudaQuantize : public Cuda, public testing::WithParamInterface<Param> {};
 
 TEST_P(CudaQuantize, StaticGivesTheBytesOfTheCpu) {
   const auto& [c, real, fp8] = GetParam();
@@ -183,7 +102,7 @@ TEST_P(CudaQuantize, StaticGivesTheBytesOfTheCpu) {
   for (Tensor* t : {&input, &scale, &result}) t->upload();
   cuda::run(StaticQuantize{result.on_device(), input.on_device(), scale.on_device(), c.group_shape});
   cpu::run(StaticQuantize{result.on_host(), input.on_host(), scale.on_host(), c.group_shape});
-  expect_same(result, result.download(), "result");
+  expect_same(result, "result");
 }
 
 TEST_P(CudaQuantize, DynamicGivesTheBytesOfTheCpu) {
@@ -195,8 +114,8 @@ TEST_P(CudaQuantize, DynamicGivesTheBytesOfTheCpu) {
   for (Tensor* t : {&input, &scale, &result}) t->upload();
   cuda::run(DynamicQuantize{result.on_device(), input.on_device(), scale.on_device(), {}, c.group_shape});
   cpu::run(DynamicQuantize{result.on_host(), input.on_host(), scale.on_host(), {}, c.group_shape});
-  expect_same(scale, scale.download(), "scale");
-  expect_same(result, result.download(), "result");
+  expect_same(scale, "scale");
+  expect_same(result, "result");
 }
 
 TEST_P(CudaQuantize, DequantizeGivesTheBytesOfTheCpu) {
@@ -209,7 +128,7 @@ TEST_P(CudaQuantize, DequantizeGivesTheBytesOfTheCpu) {
   for (Tensor* t : {&input, &scale, &result}) t->upload();
   cuda::run(Dequantize{result.on_device(), input.on_device(), scale.on_device(), c.group_shape});
   cpu::run(Dequantize{result.on_host(), input.on_host(), scale.on_host(), c.group_shape});
-  expect_same(result, result.download(), "result");
+  expect_same(result, "result");
 }
 
 class CudaGroupAmax : public CudaQuantize {};
@@ -223,7 +142,7 @@ TEST_P(CudaGroupAmax, GivesTheBytesOfTheCpu) {
   for (Tensor* t : {&input, &amax}) t->upload();
   cuda::run(GroupAmax{amax.on_device(), input.on_device(), *c.group_shape});
   cpu::run(GroupAmax{amax.on_host(), input.on_host(), *c.group_shape});
-  expect_same(amax, amax.download(), "amax");
+  expect_same(amax, "amax");
 }
 
 std::vector<Param> quantize_params() {

@@ -44,6 +44,20 @@ __global__ void encode_all(unsigned long long* differences) {
   }
 }
 
+template <class Fp8>
+__global__ void dynamic_scale_of_all(unsigned long long* differences) {
+  const std::uint32_t first = (blockIdx.x * blockDim.x + threadIdx.x) * 256u;
+  for (std::uint32_t i = 0; i < 256; ++i) {
+    const float amax = __uint_as_float(first + i);
+    if (!is_finite(amax)) continue;
+    for (std::uint32_t bits : {0x7f800000u, 0xff800000u, 0x7fc00000u, 0x00000000u, 0xbf800000u, 0x3f800000u, 0x7f7fffffu}) {
+      const float bound = __uint_as_float(bits);
+      const float expected = dynamic_scale<Fp8>(amax, bound);
+      if (__float_as_uint(device::scale_of<Fp8>(amax, bound)) != __float_as_uint(expected)) atomicAdd(differences, 1ull);
+    }
+  }
+}
+
 class CudaScale : public testing::Test {
  protected:
   void SetUp() override {
@@ -87,6 +101,13 @@ TEST_F(CudaScale, ConversionOfAllFloatsE4M3) {
 
 TEST_F(CudaScale, ConversionOfAllFloatsE5M2) {
   encode_all<E5M2><<<(1 << 24) / 256, 256>>>(differences);
+  finish();
+}
+
+// All finite magnitudes.
+TEST_F(CudaScale, ScaleOfAllMagnitudesIsTheDivision) {
+  dynamic_scale_of_all<E4M3><<<(1 << 23) / 256, 256>>>(differences);
+  dynamic_scale_of_all<E5M2><<<(1 << 23) / 256, 256>>>(differences);
   finish();
 }
 

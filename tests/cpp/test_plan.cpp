@@ -189,5 +189,101 @@ TEST(EvenParts, OtherLayoutsStayInOnePiece) {
 
 INSTANTIATE_TEST_SUITE_P(Limits, Pieces, testing::Values(8, 16, 40, 104, 1000), testing::PrintToStringParamName());
 
+// --- The paged cache --------------------------------
+
+struct Geometry {
+  std::int64_t tokens, heads, head_size;
+  std::int64_t blocks = 64, block_size = 16;
+  bool per_head = true;
+  int misalignment = 0;  // of the caches, in bytes
+};
+
+CacheAppend append(const Geometry& g) {
+  const auto cache = [&](int number) {
+    return contiguous(address(number, g.misalignment), DType::E4M3, {g.blocks, g.block_size, g.heads, g.head_size});
+  };
+  const auto rows = [&](int number) { return contiguous(address(number), DType::BFloat16, {g.tokens, g.heads, g.head_size}); };
+  const TensorView scale = contiguous(address(6), DType::Float32, {g.per_head ? g.heads : 1});
+  return {rows(1), rows(2), cache(3), cache(4), contiguous(address(5), DType::Int64, {g.tokens}), "fp8", scale, scale};
+}
+
+TEST(PlanCache, HeadsOfWholeUnitsAreAligned) {
+  const CachePlan plan = plan_append(validate(append({128, 8, 128})));
+  EXPECT_EQ(plan.path, MapPath::Runs);
+  EXPECT_TRUE(plan.aligned);
+  EXPECT_EQ(plan.units_per_head, 16);
+  EXPECT_EQ(plan.tokens, 128);
+}
+
+TEST(PlanCache, OddHeadsOfOneScaleAreOneAlignedRun) {
+  EXPECT_FALSE(plan_append(validate(append({16, 8, 20}))).aligned);
+  const CachePlan folded = plan_append(validate(append({16, 8, 20, 64, 16, false})));
+  EXPECT_TRUE(folded.aligned);
+  EXPECT_EQ(folded.units_per_head, 20);
+}
+
+TEST(PlanCache, MisalignedRowsAreCutAtAlignedAddresses) {
+  const CachePlan plan = plan_append(validate(append({16, 8, 128, 64, 16, true, 1})));
+  EXPECT_EQ(plan.path, MapPath::Runs);
+  EXPECT_FALSE(plan.aligned);
+  EXPECT_EQ(plan.units_per_head, 17);  // 128 elements that begin up to 7 into a unit
+}
+
+TEST(PlanCache, StridesOfSizeOneDoNotMatter) {
+  CacheAppend p = append({16, 1, 128});
+  p.key.strides[1] = p.key_cache.strides[2] = 3;
+  EXPECT_TRUE(plan_append(validate(p)).aligned);
+}
+
+TEST(PlanCache, SpacedElementsGoOneByOne) {
+  CacheAppend p = append({16, 2, 64});
+  for (int d = 0; d < 3; ++d) p.key.strides[d] *= 2;
+  EXPECT_EQ(plan_append(validate(p)).path, MapPath::Elements);
+}
+
+TEST(PlanCache, SlotsBeyond32BitsGoOneByOne) {
+  constexpr std::int64_t kSlots = std::int64_t{1} << 31;
+  EXPECT_EQ(plan_append(validate(append({16, 1, 8, kSlots / 16, 16}))).path, MapPath::Runs);
+  EXPECT_EQ(plan_append(validate(append({16, 1, 8, kSlots / 16 + 1, 16}))).path, MapPath::Elements);
+}
+
+TEST(PlanCache, ManyTokensAreLaunchedInPieces) {
+  const std::int64_t tokens = 1 << 25;  // of 128 units
+  const CachePlan plan = plan_append(validate(append({tokens, 8, 128})));
+  EXPECT_LT(plan.tokens, tokens);
+  EXPECT_LT(plan.tokens * 128, kMaxPiece);
+  EXPECT_GE((plan.tokens + 1) * 128, kMaxPiece);
+}
+
+CachePlan plan_dynamic_append(std::int64_t head_size) {
+  const CacheAppend p = append({128, 8, head_size});
+  const TensorView scales = contiguous(address(7), DType::Float32, {64, 16, 8});
+  TensorView others = scales;
+  others.data = address(8);
+  return plan_append_dynamic(
+      validate(CacheAppendDynamic{p.key, p.value, p.key_cache, p.value_cache, scales, others, p.slot_mapping, "fp8"}));
+}
+
+TEST(PlanCache, ThreadsOfAWarpHoldAHead) {
+  struct Expected {
+    std::int64_t head_size;
+    int threads, units;
+  };
+  for (const auto& [head_size, threads, units] :
+       {Expected{8, 1, 2}, {64, 4, 2}, {80, 8, 2}, {128, 8, 2}, {256, 16, 2}, {512, 32, 2}, {576, 32, 4}, {1024, 32, 4}}) {
+    const CachePlan plan = plan_dynamic_append(head_size);
+    EXPECT_EQ(plan.path, MapPath::Runs) << head_size;
+    EXPECT_EQ(plan.threads_per_head, threads) << head_size;
+    EXPECT_EQ(plan.units_per_thread, units) << head_size;
+    EXPECT_GE(plan.threads_per_head * plan.units_per_thread, plan.units_per_head) << head_size;
+  }
+}
+
+TEST(PlanCache, HeadsThatNoWarpHoldsAreReadTwice) {
+  const CachePlan plan = plan_dynamic_append(1032);
+  EXPECT_EQ(plan.path, MapPath::Elements);
+  EXPECT_EQ(plan.threads_per_head, 32);
+}
+
 }  // namespace
 }  // namespace fp8kv

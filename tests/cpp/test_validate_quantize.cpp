@@ -13,22 +13,11 @@ namespace fp8kv {
 namespace {
 
 using testing_support::error_of;
-using Sizes = std::vector<std::int64_t>;
+using testing_support::Sizes;
+using testing_support::view_at;
 
 constexpr std::uintptr_t kInput = 0x10000000, kResult = 0x20000000, kScale = 0x30000000, kBound = 0x40000000;
 constexpr Device kCuda{Device::Type::CUDA, 0};
-
-TensorView view_at(std::uintptr_t address, DType dtype, const Sizes& sizes, const Sizes& strides = {}) {
-  TensorView view{.data = reinterpret_cast<void*>(address), .dtype = dtype, .ndim = static_cast<int>(sizes.size())};
-  std::int64_t stride = 1;
-  for (int i = view.ndim - 1; i >= 0; --i) {
-    if (i >= kMaxDims) continue;
-    view.sizes[i] = sizes[i];
-    view.strides[i] = strides.empty() ? stride : strides[i];
-    stride *= std::max<std::int64_t>(1, sizes[i]);
-  }
-  return view;
-}
 
 TensorView input(const Sizes& sizes, const Sizes& strides = {}) { return view_at(kInput, DType::BFloat16, sizes, strides); }
 TensorView result(const Sizes& sizes, const Sizes& strides = {}) { return view_at(kResult, DType::E4M3, sizes, strides); }

@@ -1,0 +1,79 @@
+// What the kernels of the paged cache share: slots, launches in pieces, and units and elements from one side to the other.
+#pragma once
+
+#include <algorithm>
+
+#include "fastdiv.h"
+#include "fp8kv/kv_cache.h"
+#include "fp8kv/plan.h"
+#include "launch.h"
+#include "layout.h"
+#include "scale.h"
+#include "unit.h"
+#include "visit.h"
+
+namespace fp8kv::cuda {
+
+using device::Cut;
+using device::cut_unit;
+using device::FastDiv;
+using device::Unit;
+
+// --- Slots --------------------------------
+
+// The elements of slot_mapping from some token on.
+struct Slots {
+  const void* data = nullptr;
+  std::int64_t step = 1;
+  std::int64_t limit = 0;  // slots of the cache
+  bool wide = false;       // Int64
+
+  __device__ __forceinline__ std::int64_t operator[](std::int64_t token) const {
+    const std::int64_t at = token * step;
+    return wide ? __ldg(static_cast<const long long*>(data) + at) : __ldg(static_cast<const int*>(data) + at);
+  }
+
+  // False for negative ones too.
+  __device__ __forceinline__ bool contains(std::int64_t slot) const {
+    return static_cast<std::uint64_t>(slot) < static_cast<std::uint64_t>(limit);
+  }
+};
+
+// The offset of a place in a PagedView or PagedScales.
+template <class View, class Index>
+__device__ __forceinline__ std::int64_t at(const View& view, Index block, Index offset, Index head) {
+  return block * view.block + offset * view.offset + head * view.head;
+}
+
+template <class T, class Index>
+__device__ __forceinline__ T* row(const HeadsView& view, Index token, Index head) {
+  return static_cast<T*>(view.data) + token * view.token + head * view.head;
+}
+
+template <class T, class Index>
+__device__ __forceinline__ T* row(const PagedView& view, Index block, Index offset, Index head) {
+  return static_cast<T*>(view.data) + at(view, block, offset, head);
+}
+
+// --- Launches --------------------------------
+
+// launch(layout, slots) for pieces of the tokens that a kernel can count.
+template <class Launch>
+void for_each_piece(const CacheLayout& layout, const CachePlan& plan, const TensorView& slot_mapping, const Launch& launch) {
+  CacheLayout piece = layout;
+  Slots slots{slot_mapping.data, slot_mapping.strides[0], layout.num_slots(), slot_mapping.dtype == DType::Int64};
+  for (std::int64_t left = layout.num_tokens; left > 0; left -= piece.num_tokens) {
+    piece.num_tokens = std::min(plan.tokens, left);
+    launch(piece, slots);
+    for (CacheSide* side : {&piece.key, &piece.value})
+      side->heads.data = static_cast<char*>(side->heads.data) + piece.num_tokens * side->heads.token * size_of(layout.real);
+    slots.data = static_cast<const char*>(slots.data) + piece.num_tokens * slots.step * size_of(slot_mapping.dtype);
+  }
+}
+
+// Blocks for so many threads; K and V in the second dimension of the grid.
+inline dim3 grid_of(std::int64_t threads, const CachePlan& plan) {
+  return {static_cast<unsigned>(core::ceil_div(threads, plan.threads)), 2};
+}
+
+}  // namespace fp8kv::cuda

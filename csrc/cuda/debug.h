@@ -1,0 +1,17 @@
+// FP8KV_DEBUG=1: the checks of index tensors that need their elements, on copies in host memory. They wait for the stream.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "fp8kv/kv_cache.h"
+
+namespace fp8kv::cuda {
+
+// Whether FP8KV_DEBUG is 1 and the stream can be waited for: not while it is captured.
+bool debugging(cudaStream_t stream);
+
+// As in core/indices.h.
+void check_slots(const char* op, const TensorView& slot_mapping, const CacheLayout& layout, cudaStream_t stream);
+void check_sequences(const CacheGather& problem, const CacheLayout& layout, cudaStream_t stream);
+
+}  // namespace fp8kv::cuda

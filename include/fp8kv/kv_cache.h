@@ -1,0 +1,152 @@
+// The paged KV cache: one struct per operation, its validator, and its launchers. Rules: docs/numerics.md; layouts, slots and
+// block tables: docs/layouts.md.
+//
+// A cache is always seen as [num_blocks, block_size, num_kv_heads, head_size]; layouts such as NHD and HND differ in strides
+// only. Slot s is the place (s / block_size, s % block_size). Views may have any strides and any alignment and may be empty; K
+// and V caches may be slices of one tensor. What is written must overlap nothing else.
+//
+// kv_cache_dtype says what the elements of a cache are:
+//   "fp8", "fp8_e4m3"                 E4M3: tensors of that type or of UInt8
+//   "fp8_e5m2"                        E5M2: likewise
+//   "float32", "float16", "bfloat16"  not quantized: tensors of that type; scales are checked, not used
+//   "auto"                            the same, whichever of the three types the cache tensors are
+//
+// Scales of a cache, k_scale and v_scale: Float32 with 1 element, or num_kv_heads elements in any shape with even steps.
+//
+// Index tensors are read on the device. A negative slot is skipped. What their elements show to be wrong (a slot or a block
+// beyond the cache) throws on the CPU before anything is written. On CUDA such rows are skipped; with the environment variable
+// FP8KV_DEBUG=1 the host waits for the indices and throws as on the CPU, except while a stream is captured.
+//
+// Example (per head, on the CPU):
+//   fp8kv::CacheAppend problem{
+//       .key = fp8kv::contiguous(key, fp8kv::DType::BFloat16, {tokens, heads, head_size}),
+//       .value = fp8kv::contiguous(value, fp8kv::DType::BFloat16, {tokens, heads, head_size}),
+//       .key_cache = fp8kv::contiguous(key_cache, fp8kv::DType::E4M3, {blocks, block_size, heads, head_size}),
+//       .value_cache = fp8kv::contiguous(value_cache, fp8kv::DType::E4M3, {blocks, block_size, heads, head_size}),
+//       .slot_mapping = fp8kv::contiguous(slots, fp8kv::DType::Int64, {tokens}),
+//       .kv_cache_dtype = "fp8",
+//       .k_scale = fp8kv::contiguous(k_scales, fp8kv::DType::Float32, {heads}),
+//       .v_scale = fp8kv::contiguous(v_scales, fp8kv::DType::Float32, {heads}),
+//   };
+//   fp8kv::cpu::run(problem);
+#pragma once
+
+#include <optional>
+#include <string_view>
+
+#include "fp8kv/error.h"
+#include "fp8kv/export.h"
+#include "fp8kv/parallel.h"
+#include "fp8kv/views.h"
+
+namespace fp8kv {
+
+// cache[slot of token t, h] = quantize(key[t, h], scale of h), for K and V. Op name: reshape_and_cache_flash.
+// The same slot twice: the last token stays on the CPU; on CUDA any of them, not necessarily the same for all elements.
+struct CacheAppend {
+  TensorView key;           // Float32, Float16 or BFloat16 [at least num_tokens, num_kv_heads, head_size]
+  TensorView value;         // likewise
+  TensorView key_cache;     // [num_blocks, block_size, num_kv_heads, head_size], written
+  TensorView value_cache;   // likewise
+  TensorView slot_mapping;  // Int32 or Int64 [num_tokens]
+  std::string_view kv_cache_dtype = "auto";
+  TensorView k_scale;
+  TensorView v_scale;
+};
+
+// The same with a scale for each token and head, dynamic_scale(largest finite |key[t, h]|), stored at the token's slot. Op
+// name: reshape_and_cache_flash_dynamic. kv_cache_dtype must be one of FP8.
+struct CacheAppendDynamic {
+  TensorView key;
+  TensorView value;
+  TensorView key_cache;
+  TensorView value_cache;
+  TensorView k_scale_cache;  // Float32 [num_blocks, block_size, num_kv_heads], written
+  TensorView v_scale_cache;  // likewise
+  TensorView slot_mapping;
+  std::string_view kv_cache_dtype = "fp8";
+};
+
+// The inverse: key[cu_seq_lens[s] + t] = dequantize(cache[position seq_starts[s] + t of sequence s]), for K and V. Op name:
+// gather_and_dequant_cache. Position p of sequence s lies in block block_table[s, p / block_size] at p % block_size. Rows from
+// cu_seq_lens[num_seqs] on are left alone.
+struct CacheGather {
+  TensorView key_cache;    // as for CacheAppend, read
+  TensorView value_cache;  // likewise
+  TensorView key;          // Float32, Float16 or BFloat16 [at least the sum of lengths, num_kv_heads, head_size], written
+  TensorView value;        // likewise
+  TensorView block_table;  // Int32 [num_seqs, max_blocks]
+  TensorView cu_seq_lens;  // Int32 [num_seqs + 1], beginning with 0: the sums of the lengths
+  std::string_view kv_cache_dtype = "auto";
+  TensorView k_scale;                      // as for CacheAppend, or Float32 [num_blocks, block_size, num_kv_heads]
+  TensorView v_scale;                      // likewise
+  std::optional<TensorView> seq_starts{};  // Int32 [num_seqs]: the first position wanted of each sequence; 0 if absent
+};
+
+// What every backend works from. Strides count elements.
+struct HeadsView {  // [token, head, dim]
+  void* data = nullptr;
+  std::int64_t token = 0;
+  std::int64_t head = 0;
+  std::int64_t dim = 1;
+};
+struct PagedView {  // [block, offset, head, dim]
+  void* data = nullptr;
+  std::int64_t block = 0;
+  std::int64_t offset = 0;
+  std::int64_t head = 0;
+  std::int64_t dim = 1;
+};
+struct PagedScales {  // per tensor: all strides 0; per head: only `head` is not
+  float* data = nullptr;
+  std::int64_t block = 0;
+  std::int64_t offset = 0;
+  std::int64_t head = 0;
+};
+struct CacheSide {  // K or V
+  HeadsView heads;
+  PagedView cache;
+  PagedScales scales;
+};
+
+struct CacheLayout {
+  // Heads that follow each other in memory on both sides and share a scale are taken as one head.
+  std::int64_t num_tokens = 0;  // to append; for a gather, rows of key and value
+  std::int64_t num_heads = 0;
+  std::int64_t head_size = 0;
+  std::int64_t num_blocks = 0;
+  std::int64_t block_size = 0;
+  DType real = DType::Float32;     // of key and value
+  DType element = DType::Float32;  // of the caches; not FP8: a plain copy, rounded where the types differ
+  CacheSide key;
+  CacheSide value;
+
+  constexpr std::int64_t num_slots() const { return num_blocks * block_size; }
+  constexpr bool empty() const { return num_tokens == 0 || num_heads == 0 || head_size == 0; }
+};
+
+// Checks everything about a problem that can be checked without reading its elements. Throws Error.
+FP8KV_API CacheLayout validate(const CacheAppend& problem);
+FP8KV_API CacheLayout validate(const CacheAppendDynamic& problem);
+FP8KV_API CacheLayout validate(const CacheGather& problem);
+
+namespace cpu {
+
+// On the calling thread, unless `parallel_for` spreads the work. All views must be on the CPU.
+FP8KV_API void run(const CacheAppend& problem, const ParallelFor& parallel_for = {});
+FP8KV_API void run(const CacheAppendDynamic& problem, const ParallelFor& parallel_for = {});
+FP8KV_API void run(const CacheGather& problem, const ParallelFor& parallel_for = {});
+
+}  // namespace cpu
+
+namespace cuda {
+
+// Enqueues on `stream` (a cudaStream_t; nullptr is the default stream) of the current device, on which all views must be.
+// Allocates nothing and, without FP8KV_DEBUG=1, waits for nothing, so it can be captured into a CUDA graph. Launch failures
+// throw Error.
+FP8KV_API void run(const CacheAppend& problem, void* stream = nullptr);
+FP8KV_API void run(const CacheAppendDynamic& problem, void* stream = nullptr);
+FP8KV_API void run(const CacheGather& problem, void* stream = nullptr);
+
+}  // namespace cuda
+}  // namespace fp8kv
