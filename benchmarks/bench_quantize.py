@@ -1,8 +1,8 @@
-"""The quantization benchmark as a script: the same as `fp8kv bench`, with the same options (`--help`)."""
+"""The quantization benchmark as a script: `fp8kv bench quantize`, with the same options (`--help`)."""
 
-import typer
+import sys
 
-from fp8kv._cli import bench
+from fp8kv._cli import app
 
 if __name__ == "__main__":
-    typer.run(bench)
+    app(["bench", "quantize", *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""FP8 quantization for inference: the same bytes on CPU, on CUDA and in plain PyTorch (`fp8kv.reference`).
+"""FP8 quantization and KV caches: the same bytes on CPU, on CUDA and in plain PyTorch (`fp8kv.reference`).
 
 Example:
     >>> import torch, fp8kv
@@ -16,6 +16,12 @@ from typing import Any
 
 from fp8kv import _library, reference
 from fp8kv.group_shape import GroupShape
+from fp8kv.kv_cache import (
+    PagedKVCache,
+    gather_and_dequant_cache,
+    reshape_and_cache_flash,
+    reshape_and_cache_flash_dynamic,
+)
 from fp8kv.quant_fp8 import QuantFP8
 from fp8kv.quantize import (
     dequantize,
@@ -30,14 +36,18 @@ __version__: str = _library.introspect().version()
 
 __all__ = [
     "GroupShape",
+    "PagedKVCache",
     "QuantFP8",
     "__version__",
     "build_info",
     "dequantize",
     "dynamic_scaled_fp8_quant",
+    "gather_and_dequant_cache",
     "group_amax",
     "quantize",
     "reference",
+    "reshape_and_cache_flash",
+    "reshape_and_cache_flash_dynamic",
     "scaled_fp8_dequant",
     "static_scaled_fp8_quant",
 ]

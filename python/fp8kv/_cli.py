@@ -54,14 +54,15 @@ def doctor() -> None:
 
 @app.command()
 def bench(
+    what: Annotated[str, typer.Argument(metavar="WHAT", help='"quantize" or "cache".')] = "quantize",
     device: Device = "auto",
     quick: Annotated[bool, typer.Option(help="Few shapes, few repetitions.")] = False,
-    only: Annotated[str, typer.Option(help='Only works whose "name MxN" contains this.')] = "",
+    only: Annotated[str, typer.Option(help='Only works whose "name SHAPE models" contains this.')] = "",
     peers: Annotated[
         bool, typer.Option(help="Also PyTorch eager, torch.compile and, if installed, vLLM.")
     ] = False,
     json: Annotated[OptionalPath, typer.Option(help="Write all numbers to this file.")] = None,
-    plot: Annotated[OptionalPath, typer.Option(help="Write a bar chart (PNG) to this file.")] = None,
+    plot: Annotated[OptionalPath, typer.Option(help="Write a chart (PNG) to this file.")] = None,
 ) -> None:
     """Measures every operator against a copy of the same bytes in the same run."""
     from fp8kv import bench as benchmarks
@@ -70,12 +71,14 @@ def bench(
     try:
         with console.status("...") as status:
             report = benchmarks.run(
-                _device(device), quick=quick, only=only, peers=peers, progress=status.update
+                _device(device), what, quick=quick, only=only, peers=peers, progress=status.update
             )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     console.print(benchmarks.table(report))
     console.print(f"copy: {report.floor}", highlight=False)
+    for note, cases in report.notes.items():
+        console.print(f"note: {note} ({len(cases)} cases, such as {cases[0]})", markup=False, highlight=False)
     console.print(benchmarks.host_table(report))
     if json is not None:
         report.write_json(json)

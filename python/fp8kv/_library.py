@@ -14,7 +14,15 @@ from typing import Any
 
 import torch
 
-_OPS = ("static_scaled_fp8_quant", "dynamic_scaled_fp8_quant", "scaled_fp8_dequant", "group_amax")
+_OPS = (
+    "static_scaled_fp8_quant",
+    "dynamic_scaled_fp8_quant",
+    "scaled_fp8_dequant",
+    "group_amax",
+    "reshape_and_cache_flash",
+    "reshape_and_cache_flash_dynamic",
+    "gather_and_dequant_cache",
+)
 
 #: The libraries that were opened, by name: "cpu", "cuda".
 loaded: dict[str, Path] = {}

@@ -13,6 +13,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -135,34 +136,96 @@ def self_test(device: str | torch.device) -> list[str]:
 
     The reference runs on the CPU, so that a fault of the device can't hide in both.
     """
-    failures = []
-    for input_type in (torch.float32, torch.float16, torch.bfloat16):
-        x = _values(input_type)
-        for name, group in _GROUPS.items():
-            for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-                what = f"{input_type}, {dtype}, per {name}".replace("torch.", "")
-                expected, expected_scale = reference.quantize(x, group_shape=group, dtype=dtype)
-                actual, scale = fp8kv.quantize(x.to(device), group_shape=group, dtype=dtype)
-                if not (_same(actual, expected) and _same(scale, expected_scale)):
-                    failures.append(f"dynamic_scaled_fp8_quant ({what})")
-                actual, _ = fp8kv.quantize(
-                    x.to(device), expected_scale.to(device), group_shape=group, dtype=dtype
-                )
-                if not _same(actual, expected):
-                    failures.append(f"static_scaled_fp8_quant ({what})")
-                value = reference.dequantize(expected, expected_scale, group_shape=group, dtype=input_type)
-                back = fp8kv.dequantize(
-                    expected.to(device), expected_scale.to(device), group_shape=group, dtype=input_type
-                )
-                if not _same(back, value):
-                    failures.append(f"scaled_fp8_dequant ({what})")
-            amax = torch.zeros_like(expected_scale)
-            running = amax.to(device)
-            reference.group_amax(amax, x, group)
-            fp8kv.group_amax(running, x.to(device), group)
-            if not _same(running, amax):
-                failures.append(f"group_amax ({input_type}, per {name})".replace("torch.", ""))
-    return failures
+    return [
+        failure.replace("torch.", "")
+        for input_type in (torch.float32, torch.float16, torch.bfloat16)
+        for compare in (_quantization_failures, _cache_failures)
+        for failure in compare(device, input_type)
+    ]
+
+
+def _quantization_failures(device: str | torch.device, input_type: torch.dtype) -> Iterator[str]:
+    x = _values(input_type)
+    for name, group in _GROUPS.items():
+        for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+            what = f"{input_type}, {dtype}, per {name}"
+            expected, expected_scale = reference.quantize(x, group_shape=group, dtype=dtype)
+            actual, scale = fp8kv.quantize(x.to(device), group_shape=group, dtype=dtype)
+            if not (_same(actual, expected) and _same(scale, expected_scale)):
+                yield f"dynamic_scaled_fp8_quant ({what})"
+            actual, _ = fp8kv.quantize(
+                x.to(device), expected_scale.to(device), group_shape=group, dtype=dtype
+            )
+            if not _same(actual, expected):
+                yield f"static_scaled_fp8_quant ({what})"
+            value = reference.dequantize(expected, expected_scale, group_shape=group, dtype=input_type)
+            back = fp8kv.dequantize(
+                expected.to(device), expected_scale.to(device), group_shape=group, dtype=input_type
+            )
+            if not _same(back, value):
+                yield f"scaled_fp8_dequant ({what})"
+        amax = torch.zeros_like(expected_scale)
+        running = amax.to(device)
+        reference.group_amax(amax, x, group)
+        fp8kv.group_amax(running, x.to(device), group)
+        if not _same(running, amax):
+            yield f"group_amax ({input_type}, per {name})"
+
+
+_CACHE_DTYPES = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
+#: Of 5 blocks of 16 tokens with 4 heads. The third kind is computed.
+_CACHE_SCALES = {
+    "tensor": torch.tensor([0.3]),
+    "head": torch.tensor([0.01, 1.9999998807907104, 3.0, 700.0]),
+    "token and head": torch.zeros(5, 16, 4),
+}
+
+
+def _cache_failures(device: str | torch.device, input_type: torch.dtype) -> Iterator[str]:
+    for name, scale in _CACHE_SCALES.items():
+        for dtype in _CACHE_DTYPES:
+            what = f"({input_type}, {dtype}, per {name})"
+            expected = _append(reference, "cpu", input_type, dtype, scale)
+            actual = _append(fp8kv, device, input_type, dtype, scale)
+            if not all(map(_same, actual, expected)):
+                op = "reshape_and_cache_flash_dynamic" if scale.dim() == 3 else "reshape_and_cache_flash"
+                yield f"{op} {what}"
+            rows = _gather(fp8kv, device, input_type, expected)
+            if not all(map(_same, rows, _gather(reference, "cpu", input_type, expected))):
+                yield f"gather_and_dequant_cache {what}"
+
+
+def _append(
+    ops: ModuleType, device: str | torch.device, input_type: torch.dtype, dtype: torch.dtype, scale: Tensor
+) -> list[Tensor]:
+    """The caches of K and V in the layout HND, and their scales."""
+    key = _values(input_type).view(67, 4, 50).to(device)
+    slots = torch.arange(67).roll(5)
+    slots[::7] = -1
+    arguments = (key, key.flip(0), *torch.zeros(2, 5, 4, 16, 50).to(device, dtype).transpose(2, 3))
+    scales = [scale.to(device, copy=True), 2 * scale.to(device)]
+    if scale.dim() == 3:
+        ops.reshape_and_cache_flash_dynamic(*arguments, *scales, slots.to(device), _CACHE_DTYPES[dtype])
+    else:
+        ops.reshape_and_cache_flash(*arguments, slots.to(device), _CACHE_DTYPES[dtype], *scales)
+    return [*arguments[2:], *scales]
+
+
+def _gather(
+    ops: ModuleType, device: str | torch.device, output_type: torch.dtype, stored: list[Tensor]
+) -> list[Tensor]:
+    """K and V of two sequences."""
+    key_cache, value_cache, k_scale, v_scale = (x.to(device) for x in stored)
+    table, sums, starts = (
+        torch.tensor(x, dtype=torch.int32, device=device)
+        for x in ([[4, 0, 3], [1, 2, -1]], [0, 45, 66], [3, 10])
+    )
+    key, value = torch.zeros(2, 70, 4, 50, dtype=output_type, device=device)
+    name = _CACHE_DTYPES[key_cache.dtype]
+    ops.gather_and_dequant_cache(
+        key_cache, value_cache, key, value, table, sums, name, k_scale, v_scale, starts
+    )
+    return [key, value]
 
 
 def _values(dtype: torch.dtype) -> Tensor:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.nn.functional
@@ -25,9 +26,12 @@ from torch import Tensor
 __all__ = [
     "dequantize",
     "dynamic_scaled_fp8_quant",
+    "gather_and_dequant_cache",
     "group_amax",
     "min_scale",
     "quantize",
+    "reshape_and_cache_flash",
+    "reshape_and_cache_flash_dynamic",
     "scaled_fp8_dequant",
     "static_scaled_fp8_quant",
 ]
@@ -38,6 +42,14 @@ _REAL = (torch.float32, torch.float16, torch.bfloat16)
 _MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 _QUIET_NAN = {torch.float32: 0x7FC00000, torch.float16: 0x7E00, torch.bfloat16: 0x7FC0}
 _INTEGER = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+_CACHE = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 
 
 # The rules, element by element
@@ -329,6 +341,192 @@ def dequantize(
     return out
 
 
+# The paged KV cache: the slots of all blocks are numbered, and K and V are treated alike
+
+
+@torch.no_grad()
+def reshape_and_cache_flash(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    kv_cache_dtype: str,
+    k_scale: Tensor,
+    v_scale: Tensor,
+) -> None:
+    """See `fp8kv.reshape_and_cache_flash`. The same slot twice: the last token stays, on CUDA as well.
+
+    Example:
+        >>> import torch
+        >>> from fp8kv import reference
+        >>> caches = torch.zeros(2, 3, 2, 1, 2, dtype=torch.float8_e4m3fn)  # K and V, 3 blocks of 2 slots
+        >>> x, one = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]]), torch.ones(1)
+        >>> reference.reshape_and_cache_flash(x, -x, *caches, torch.tensor([5, -1]), "fp8", one, one)
+        >>> caches[0, 2, 1].tolist(), caches[1, 2, 1].tolist()
+        ([[1.0, 2.0]], [[-1.0, -2.0]])
+    """
+    op = "reshape_and_cache_flash"
+    caches = _caches(op, key, value, key_cache, value_cache, kv_cache_dtype)
+    num_heads = key_cache.shape[2]
+    scales = [_scale_of_heads(op, scale, num_heads) for scale in (k_scale, v_scale)]
+    tokens, place = _appended(op, key, value, caches[0], slot_mapping)
+    for heads, cache, scale in zip((key, value), caches, scales, strict=True):
+        x = heads[tokens]
+        q = encode(x.float() / scale, cache.dtype) if cache.dtype in _FP8 else _converted(x, cache.dtype)
+        _bits(cache)[place] = _bits(q)
+
+
+@torch.no_grad()
+def reshape_and_cache_flash_dynamic(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    k_scale_cache: Tensor,
+    v_scale_cache: Tensor,
+    slot_mapping: Tensor,
+    kv_cache_dtype: str,
+) -> None:
+    """See `fp8kv.reshape_and_cache_flash_dynamic`. The same slot twice: the last token stays.
+
+    Example:
+        >>> import torch
+        >>> from fp8kv import reference
+        >>> caches, scales = torch.zeros(2, 1, 4, 1, 2, dtype=torch.float8_e4m3fn), torch.zeros(2, 1, 4, 1)
+        >>> x = torch.tensor([[[1.0, -7.0]]])
+        >>> reference.reshape_and_cache_flash_dynamic(x, 2 * x, *caches, *scales, torch.tensor([3]), "fp8")
+        >>> caches[0, 0, 3].tolist(), scales[:, 0, 3].tolist()
+        ([[64.0, -448.0]], [[0.015625], [0.03125]])
+    """
+    op = "reshape_and_cache_flash_dynamic"
+    caches = _caches(op, key, value, key_cache, value_cache, kv_cache_dtype)
+    if caches[0].dtype not in _FP8:
+        _fail(op, f"kv_cache_dtype must be one of FP8, got {kv_cache_dtype!r}")
+    scale_caches = (k_scale_cache, v_scale_cache)
+    for scale_cache in scale_caches:
+        if scale_cache.dtype != torch.float32 or scale_cache.shape != key_cache.shape[:3]:
+            _fail(op, f"scale caches must be float32 of shape {list(key_cache.shape[:3])}")
+    tokens, place = _appended(op, key, value, caches[0], slot_mapping)
+    for heads, cache, scale_cache in zip((key, value), caches, scale_caches, strict=True):
+        x = heads[tokens]
+        if x.numel() == 0:
+            continue
+        scale = dynamic_scale(finite_magnitude(x).amax(-1), cache.dtype)
+        scale_cache[place] = scale
+        _bits(cache)[place] = _bits(encode(x.float() / scale.unsqueeze(-1), cache.dtype))
+
+
+@torch.no_grad()
+def gather_and_dequant_cache(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_table: Tensor,
+    cu_seq_lens: Tensor,
+    kv_cache_dtype: str,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    seq_starts: Tensor | None = None,
+) -> None:
+    """See `fp8kv.gather_and_dequant_cache`.
+
+    Example:
+        >>> import torch
+        >>> from fp8kv import reference
+        >>> cache = torch.arange(6.0).view(3, 2, 1, 1)  # 3 blocks of 2 slots
+        >>> key, value, scale = torch.empty(3, 1, 1), torch.empty(3, 1, 1), torch.ones(1)
+        >>> table, sums = torch.tensor([[2, 0]], dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
+        >>> reference.gather_and_dequant_cache(cache, -cache, key, value, table, sums, "auto", scale, scale)
+        >>> key.flatten().tolist(), value.flatten().tolist()
+        ([4.0, 5.0, 0.0], [-4.0, -5.0, -0.0])
+    """
+    op = "gather_and_dequant_cache"
+    caches = _caches(op, key, value, key_cache, value_cache, kv_cache_dtype)
+    num_heads = key_cache.shape[2]
+    scales = [
+        scale.unsqueeze(-1)
+        if scale.numel() != 1 and scale.shape == key_cache.shape[:3] and scale.dtype == torch.float32
+        else _scale_of_heads(op, scale, num_heads).expand(*key_cache.shape[:3], 1)
+        for scale in (k_scale, v_scale)
+    ]
+    rows, place = _gathered(op, caches[0], key, value, block_table, cu_seq_lens, seq_starts)
+    for cache, heads, scale in zip(caches, (key, value), scales, strict=True):
+        q = _bits(cache)[place].view(cache.dtype)
+        fp8 = cache.dtype in _FP8
+        x = round_to(q.float() * scale[place], heads.dtype) if fp8 else _converted(q, heads.dtype)
+        _bits(heads)[rows] = _bits(x)
+
+
+def _converted(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A plain copy: the bits as they are, or one rounding."""
+    return x if x.dtype == dtype else round_to(x.float(), dtype)
+
+
+def _scale_of_heads(op: str, scale: Tensor, num_heads: int) -> Tensor:
+    """[1, 1] or [num_heads, 1]."""
+    if scale.dtype != torch.float32 or scale.numel() not in (1, num_heads):
+        _fail(op, f"scales must be float32 with 1 or {num_heads} elements, got {scale.dtype}, {scale.shape}")
+    return scale.reshape(-1, 1)
+
+
+def _appended(
+    op: str, key: Tensor, value: Tensor, cache: Tensor, slot_mapping: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The tokens that stay in the cache, and their places."""
+    slots = slot_mapping.tolist()
+    num_slots = cache.shape[0] * cache.shape[1]
+    if min(len(key), len(value)) < len(slots):
+        _fail(op, f"key and value must have a row for each of {len(slots)} slots")
+    if cache.device.type == "cpu" and any(slot >= num_slots for slot in slots):
+        _fail(op, f"slots must be below {num_slots}")
+    token_of = {slot: token for token, slot in enumerate(slots) if 0 <= slot < num_slots}
+    tokens = torch.tensor([*token_of.values()], dtype=torch.int64, device=cache.device)
+    return tokens, _place([*token_of], cache)
+
+
+def _gathered(
+    op: str,
+    cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_table: Tensor,
+    cu_seq_lens: Tensor,
+    seq_starts: Tensor | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The rows that are written, and the places they come from."""
+    num_blocks, block_size = cache.shape[:2]
+    num_seqs, max_blocks = block_table.shape
+    num_rows = len(key)
+    if len(value) != num_rows or len(cu_seq_lens) != num_seqs + 1:
+        _fail(op, "value must have the rows of key, cu_seq_lens an element more than block_table has rows")
+    sums, table = cu_seq_lens.tolist(), block_table.tolist()
+    starts = [0] * num_seqs if seq_starts is None else seq_starts.tolist()
+    raises = cache.device.type == "cpu"
+    if raises and (sums[0] != 0 or sums != sorted(sums) or sums[-1] > num_rows):
+        _fail(op, f"cu_seq_lens must rise from 0 to at most {num_rows}, the rows of key, got {sums}")
+    rows, slots = [], []
+    for s in range(num_seqs):
+        for row in range(max(sums[s], 0), min(sums[s + 1], num_rows)):
+            position = starts[s] + row - sums[s]
+            in_table = 0 <= position < max_blocks * block_size
+            block = table[s][position // block_size] if in_table else -1
+            if 0 <= block < num_blocks:
+                rows.append(row)
+                slots.append(block * block_size + position % block_size)
+            elif raises:
+                _fail(op, f"block_table has no block of the cache for position {position} of sequence {s}")
+    return torch.tensor(rows, dtype=torch.int64, device=cache.device), _place(slots, cache)
+
+
+def _place(slots: list[int], cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Block and offset of each slot."""
+    index = torch.tensor(slots, dtype=torch.int64, device=cache.device)
+    block_size = max(1, cache.shape[1])
+    return index // block_size, index % block_size
+
+
 # Checks: the least that keeps a wrong call from giving a result
 
 
@@ -347,11 +545,33 @@ def _check(op: str, *, input: Tensor, result: Tensor | None, scale: Tensor, quan
         _fail(op, f"result must have the device and shape of input, {input.device} and {list(input.shape)}")
 
 
-def _fail(op: str, sentence: str) -> None:
+def _caches(
+    op: str, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, kv_cache_dtype: str
+) -> tuple[Tensor, Tensor]:
+    """The caches as tensors of the dtype that kv_cache_dtype says."""
+    if key.dtype not in _REAL or value.dtype != key.dtype:
+        _fail(op, f"key and value can't be {key.dtype} and {value.dtype}")
+    if key_cache.dim() != 4 or value_cache.shape != key_cache.shape:
+        _fail(op, f"caches can't have the shapes {list(key_cache.shape)} and {list(value_cache.shape)}")
+    if key.shape[1:] != key_cache.shape[2:] or value.shape[1:] != key_cache.shape[2:]:
+        _fail(op, f"key and value must be [num_tokens, {key_cache.shape[2]}, {key_cache.shape[3]}]")
+    actual = key_cache.dtype
+    dtype = actual if kv_cache_dtype == "auto" and actual in _REAL else _CACHE.get(kv_cache_dtype)
+    if dtype is None or (actual != dtype and not (actual == torch.uint8 and dtype in _FP8)):
+        _fail(op, f"caches can't be {actual} with kv_cache_dtype {kv_cache_dtype!r}")
+    if value_cache.dtype != actual:
+        _fail(op, f"caches must have one dtype, got {actual} and {value_cache.dtype}")
+    return key_cache.view(dtype), value_cache.view(dtype)
+
+
+def _fail(op: str, sentence: str) -> NoReturn:
     raise RuntimeError(f"fp8kv.reference.{op}: {sentence}")
 
 
 def _write(result: Tensor, values: Tensor) -> None:
-    """Copies bit patterns, so that no conversion can touch a NaN."""
-    integer = torch.uint8 if result.dtype in _FP8 else _INTEGER[result.dtype]
-    result.view(integer).copy_(values.view(integer))
+    _bits(result).copy_(_bits(values))
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The same memory as integers, so that no conversion can touch a NaN."""
+    return x.view(torch.uint8 if x.dtype in _FP8 else _INTEGER[x.dtype])

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
+
+import fp8kv
+from fp8kv import reference
 
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 REAL = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -64,6 +69,13 @@ def all_patterns(dtype: torch.dtype) -> Tensor:
 
 def all_fp8(dtype: torch.dtype) -> Tensor:
     return torch.arange(256, dtype=torch.int32).to(torch.uint8).view(dtype)
+
+
+def random_bits(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
+    """Any bit patterns whatever."""
+    generator = generator or torch.Generator().manual_seed(0)
+    bits = torch.randint(0, 256, (*shape, dtype.itemsize), generator=generator, dtype=torch.uint8)
+    return bits.view(dtype).squeeze(-1)
 
 
 def values(shape: Sequence[int], dtype: torch.dtype, seed: int = 0, specials: bool = True) -> Tensor:
@@ -142,16 +154,20 @@ def layouts_of(side: str, layout: str) -> tuple[str, str, str]:
     return of_input, of_scale, of_result
 
 
+def sentinels(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Filled with a pattern of bytes that shows where something was written."""
+    pattern = torch.full((*shape, dtype.itemsize), 0xA5, dtype=torch.uint8, device=device)
+    return pattern.view(dtype).squeeze(-1)
+
+
 def empty_view(
     shape: Sequence[int], dtype: torch.dtype, layout: str, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """A view of this shape and layout, and the buffer it lies in, filled with a pattern of bytes."""
     shape = tuple(shape)
-    size = dtype.itemsize
 
     def buffer(*sizes: int) -> Tensor:
-        sentinel = torch.full((*sizes, size), 0xA5, dtype=torch.uint8, device=device)
-        return sentinel.view(dtype).squeeze(-1)
+        return sentinels(sizes, dtype, device)
 
     if layout.startswith("offset"):
         offset = int(layout.split()[1])
@@ -181,6 +197,143 @@ def empty_view(
 def placed(x: Tensor, layout: str, device: torch.device) -> Tensor:
     """`x` on `device` in the given memory layout."""
     view, _ = empty_view(x.shape, x.dtype, layout, device)
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.dtype.itemsize]
-    view.view(integer).copy_(x.view(integer))
+    copy_bits(view, x)
     return view
+
+
+def copy_bits(target: Tensor, source: Tensor) -> None:
+    """Between tensors of one dtype; no conversion touches a NaN."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[source.dtype.itemsize]
+    target.view(integer).copy_(source.view(integer))
+
+
+# Paged caches
+
+#: What elements of a cache are: kv_cache_dtype, dtype of the tensors, dtype of the elements.
+FP8_CACHES = {
+    "e4m3": ("fp8", torch.float8_e4m3fn, torch.float8_e4m3fn),
+    "e4m3 in uint8": ("fp8_e4m3", torch.uint8, torch.float8_e4m3fn),
+    "e5m2": ("fp8_e5m2", torch.float8_e5m2, torch.float8_e5m2),
+    "e5m2 in uint8": ("fp8_e5m2", torch.uint8, torch.float8_e5m2),
+}
+PLAIN_CACHES = {
+    "fp32": ("float32", torch.float32, torch.float32),
+    "fp16": ("float16", torch.float16, torch.float16),
+    "bf16": ("bfloat16", torch.bfloat16, torch.bfloat16),
+    "auto fp32": ("auto", torch.float32, torch.float32),
+    "auto fp16": ("auto", torch.float16, torch.float16),
+    "auto bf16": ("auto", torch.bfloat16, torch.bfloat16),
+}
+#: Block size, heads, head size: every one that models use, heads of few bytes, and rows around a vector.
+GEOMETRIES = [
+    (16, 8, 128), (16, 2, 64), (1, 1, 1), (1, 8, 20), (32, 2, 80), (64, 1, 576), (256, 1, 96), (16, 32, 112),
+    (32, 8, 120), (16, 2, 256), (64, 32, 1), (1, 32, 64), (256, 2, 1), (16, 1, 20), (32, 2, 5), (16, 8, 3),
+    (64, 8, 96), (3, 2, 33), (16, 1, 128),
+]  # fmt: skip
+CACHE_LAYOUTS = (
+    "NHD",
+    "HND",
+    "[2, nb] NHD",
+    "[2, nb] HND",
+    "[nb, 2] NHD",
+    "[nb, 2] HND",
+    "halves NHD",  # of the last dimension
+    "halves HND",
+    "NHD and wide HND",  # other strides for K than for V
+    "steps",
+    "transposed",
+    *(f"offset {k}" for k in range(1, 8)),
+)
+each_fp8_cache = pytest.mark.parametrize("cache", FP8.keys())
+each_geometry = pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+each_cache_layout = pytest.mark.parametrize("cache_layout", CACHE_LAYOUTS)
+
+
+def empty_caches(
+    shape: Sequence[int], dtype: torch.dtype, layout: str, device: torch.device
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """K and V caches [num_blocks, block_size, heads, head_size], and the buffers they lie in: sentinels."""
+    blocks, block_size, heads, size = shape
+    inner = (heads, block_size) if layout.endswith("HND") else (block_size, heads)
+
+    def logical(cache: Tensor) -> Tensor:
+        return cache.transpose(1, 2) if layout.endswith("HND") else cache
+
+    if layout in ("NHD", "HND"):
+        buffers = [sentinels((blocks, *inner, size), dtype, device) for _ in "kv"]
+        return logical(buffers[0]), logical(buffers[1]), buffers
+    if layout == "NHD and wide HND":
+        key = sentinels((blocks, block_size, heads, size), dtype, device)
+        value = sentinels((blocks, *inner, size + 3), dtype, device)
+        return key, logical(value[..., :size]), [key, value]
+    if layout.startswith("halves"):
+        buffer = sentinels((blocks, *inner, 2 * size), dtype, device)
+        return logical(buffer[..., :size]), logical(buffer[..., size:]), [buffer]
+    if layout.startswith("["):
+        of_pair = 0 if layout.startswith("[2") else 1
+        outer = (blocks, 2) if of_pair else (2, blocks)
+        buffer = sentinels((*outer, *inner, size), dtype, device)
+        key, value = buffer.unbind(of_pair)
+        return logical(key), logical(value), [buffer]
+    (key, key_buffer), (value, value_buffer) = (empty_view(shape, dtype, layout, device) for _ in "kv")
+    return key, value, [key_buffer, value_buffer]
+
+
+def compare_caches(
+    device: torch.device,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    layout: str,
+    store: Callable[[ModuleType, Tensor, Tensor, torch.device], None],
+) -> None:
+    """`store(ops, key_cache, value_cache, device)`, once with the ops on `device`, once with the reference.
+
+    Every byte of the caches and of what they lie in must be the same.
+    """
+    key_cache, value_cache, actual = empty_caches(shape, dtype, layout, device)
+    store(fp8kv, key_cache, value_cache, device)
+    key_cache, value_cache, expected = empty_caches(shape, dtype, layout, torch.device("cpu"))
+    store(reference, key_cache, value_cache, torch.device("cpu"))
+    for a, e in zip(actual, expected, strict=True):
+        assert_same_bytes(a, e)
+
+
+def key_and_value(
+    tokens: int, num_heads: int, head_size: int, real: torch.dtype, specials: bool = True
+) -> tuple[Tensor, Tensor]:
+    shape = (tokens, num_heads, head_size)
+    return values(shape, real, sum(shape), specials), values(shape, real, sum(shape) + 1, specials)
+
+
+def random_slots(num_tokens: int, num_slots: int, seed: int = 0) -> Tensor:
+    """int64, each slot once at most; one token in five, and those for which there is no slot, are skipped."""
+    generator = torch.Generator().manual_seed(seed)
+    slots = torch.full((num_tokens,), -1)
+    count = min(num_tokens, num_slots)
+    slots[:count] = torch.randperm(num_slots, generator=generator)[:count]
+    slots[torch.randperm(num_tokens, generator=generator)[: num_tokens // 5]] = -7
+    return slots[torch.randperm(num_tokens, generator=generator)]
+
+
+def bad_slots(dtype: torch.dtype, num_slots: int) -> list[int]:
+    """Slots beyond the cache, some of which become slots of it when they lose their upper bits."""
+    large = [num_slots, num_slots + 5, (1 << 31) - 1]
+    return large if dtype == torch.int32 else [*large, 1 << 31, (1 << 32) + 3, 5 << 40, (1 << 63) - 1]
+
+
+# Surroundings
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def require_gpu_memory(device: torch.device, gigabytes: int) -> None:
+    if torch.cuda.get_device_properties(device).total_memory < gigabytes * 10**9:
+        pytest.skip(f"needs {gigabytes} GB of GPU memory")

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import fp8kv
-from fp8kv import _cli, bench, demo, doctor
+from fp8kv import _cli, demo, doctor
 
 runner = CliRunner()
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -93,32 +93,39 @@ def test_which_architectures_run_on_which_gpu(
 
 # bench
 
+QUANTIZATION = {"static tensor", "static token"}
+CACHE = {"append tensor NHD", "append tensor HND", "append token-head NHD"}
 
-def test_bench_writes_table_json_and_picture(device: torch.device, tmp_path: Path) -> None:
+
+@pytest.mark.parametrize(
+    ("what", "only", "works"),
+    [
+        ([], "static t", QUANTIZATION),
+        (["quantize"], "static t", QUANTIZATION),
+        (["cache"], "append t", CACHE),
+    ],
+    ids=["default", "quantize", "cache"],
+)
+def test_bench_writes_table_json_and_picture(
+    device: torch.device, what: list[str], only: str, works: set[str], tmp_path: Path
+) -> None:
     numbers, picture = tmp_path / "bench.json", tmp_path / "bench.png"
     output = invoke(
-        "bench", "--quick", "--device", str(device), "--only", "static t",
+        "bench", *what, "--quick", "--device", str(device), "--only", only,
         "--json", str(numbers), "--plot", str(picture),
     )  # fmt: skip
-    assert "static tensor" in output
     report = json.loads(numbers.read_text())
     assert report["torch"] == torch.__version__
     assert report["fp8kv"] == fp8kv.__version__
     assert report["device"]
-    assert {row["work"] for row in report["rows"]} == {"static tensor", "static token"}
+    assert {row["work"] for row in report["rows"]} == works
     for row in report["rows"]:
+        assert row["work"] in output
         assert row["us"] > 0
         assert row["floor_us"] > 0
         assert row["share"] == pytest.approx(row["floor_us"] / row["us"], rel=0.01, abs=2e-4)
     assert "torch.zero_" in report["host"]
     assert picture.read_bytes().startswith(PNG)
-
-
-def test_bench_measures_every_instruction_set_and_leaves_the_one_in_use() -> None:
-    before = (fp8kv.build_info()["cpu_isa"], torch.get_num_threads())
-    report = bench.run("cpu", quick=True, only="dequant tensor", host=False)
-    assert {row.isa for row in report.rows} == set(fp8kv.build_info()["cpu_isas"])
-    assert (fp8kv.build_info()["cpu_isa"], torch.get_num_threads()) == before
 
 
 def test_bench_refuses_what_matches_nothing() -> None:
@@ -127,21 +134,17 @@ def test_bench_refuses_what_matches_nothing() -> None:
     assert "no work matches" in result.output
 
 
-@pytest.mark.parametrize("work", bench.WORKS, ids=lambda work: work.name)
-def test_the_expression_the_ops_are_compared_with_computes_the_same(work: bench.Work) -> None:
-    """Peers that do something else would be no peers."""
-    b = bench._buffers(work, (256, 256), torch.device("cpu"), 1)[0]
-    expression = bench._expression(work, (256, 256))
-    assert expression is not None
-    bench._ours(work, b)()
-    assert torch.equal(expression(b.input, b.scale).view(torch.uint8), b.result.view(torch.uint8))
+def test_bench_refuses_an_unknown_benchmark() -> None:
+    result = runner.invoke(_cli.app, ["bench", "attention", "--device", "cpu"])
+    assert result.exit_code == 2
+    sentence = " ".join(result.output.replace("│", " ").split())
+    assert 'what must be "quantize" or "cache", got "attention"' in sentence
 
 
-def test_the_benchmark_script_has_the_same_options() -> None:
-    script = Path(__file__).parents[2] / "benchmarks" / "bench_quantize.py"
-    result = subprocess.run(
-        [sys.executable, str(script), "--help"], capture_output=True, text=True, check=True
-    )
+@pytest.mark.parametrize("script", ["bench_quantize.py", "bench_kv_cache.py"])
+def test_the_benchmark_scripts_have_the_same_options(script: str) -> None:
+    path = Path(__file__).parents[2] / "benchmarks" / script
+    result = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, check=True)
     for option in ("--quick", "--only", "--peers", "--json", "--plot"):
         assert option in result.stdout
 

@@ -26,6 +26,14 @@ def sevens(*shape: int, dtype: torch.dtype = E4M3) -> Make:
     return lambda device: torch.full(shape, 7.0, device=device).to(dtype)
 
 
+def integers(*numbers: int, dtype: torch.dtype = torch.int64) -> Make:
+    return lambda device: torch.tensor(numbers, dtype=dtype, device=device)
+
+
+def text(string: str) -> Make:
+    return lambda device: string
+
+
 @dataclass(frozen=True)
 class Case:
     """One mistake: the arguments that are not the op's usual ones, and the sentence without the op's name."""
@@ -46,12 +54,33 @@ USUAL: dict[str, dict[str, Make]] = {
     "group_amax": {
         "amax": sevens(1, dtype=torch.float32), "input": new(4, 6), "group_shape": lambda device: [-1, -1],
     },
+    "reshape_and_cache_flash": {
+        "key": new(3, 4, 6), "value": new(3, 4, 6), "key_cache": sevens(2, 5, 4, 6),
+        "value_cache": sevens(2, 5, 4, 6), "slot_mapping": integers(7, -1, 0), "kv_cache_dtype": text("fp8"),
+        "k_scale": sevens(1, dtype=torch.float32), "v_scale": sevens(4, dtype=torch.float32),
+    },
+    "reshape_and_cache_flash_dynamic": {
+        "key": new(3, 4, 6), "value": new(3, 4, 6), "key_cache": sevens(2, 5, 4, 6),
+        "value_cache": sevens(2, 5, 4, 6), "k_scale_cache": sevens(2, 5, 4, dtype=torch.float32),
+        "v_scale_cache": sevens(2, 5, 4, dtype=torch.float32), "slot_mapping": integers(7, -1, 0),
+        "kv_cache_dtype": text("fp8"),
+    },
+    "gather_and_dequant_cache": {
+        "key_cache": new(2, 5, 4, 6, dtype=E4M3), "value_cache": new(2, 5, 4, 6, dtype=E4M3),
+        "key": sevens(3, 4, 6, dtype=torch.float32), "value": sevens(3, 4, 6, dtype=torch.float32),
+        "block_table": new(2, 3, dtype=torch.int32), "cu_seq_lens": integers(0, 2, 3, dtype=torch.int32),
+        "kv_cache_dtype": text("fp8"), "k_scale": sevens(1, dtype=torch.float32),
+        "v_scale": sevens(4, dtype=torch.float32),
+    },
 }  # fmt: skip
 WRITTEN = {
     "static_scaled_fp8_quant": ["result"],
     "dynamic_scaled_fp8_quant": ["result", "scale"],
     "scaled_fp8_dequant": ["result"],
     "group_amax": ["amax"],
+    "reshape_and_cache_flash": ["key_cache", "value_cache"],
+    "reshape_and_cache_flash_dynamic": ["key_cache", "value_cache", "k_scale_cache", "v_scale_cache"],
+    "gather_and_dequant_cache": ["key", "value"],
 }
 REAL = "float32, float16 or bfloat16"
 FP8 = "float8_e4m3fn or float8_e5m2"
@@ -185,6 +214,206 @@ def too_many_dimensions(name: str, dtype: torch.dtype) -> Case:
     return Case(f"9-D {name}", sentence, {name: sevens(*[1] * 9, dtype=dtype)})
 
 
+# Of the operators on a paged cache: 2 blocks of 5 slots, 4 heads of 6; 3 tokens
+
+CACHE = "[num_blocks, block_size, num_kv_heads, head_size]"
+HEADS = "[num_tokens, num_kv_heads, head_size]"
+STRINGS = '"auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3" or "fp8_e5m2"'
+INT32, INT64 = torch.int32, torch.int64
+
+
+def every_dtype_but(name: str, sentence: str, *allowed: str) -> list[Case]:
+    return [
+        Case(f"{name}-{other}", f"{name} must be {sentence}, got {other}", {name: new(4, 6, dtype=dtype)})
+        for other, dtype in (OTHER_DTYPES | EVERY_DTYPE).items()
+        if other not in allowed
+    ]
+
+
+def wrong_shape(name: str, sentence: str, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Case]:
+    return [
+        Case(
+            f"{name} of shape {list(shape)}",
+            f"{name} must have {sentence}, got shape {list(shape)}",
+            {name: sevens(*shape, dtype=dtype)},
+        )
+        for shape in shapes
+    ]
+
+
+def wrong_caches() -> list[Case]:
+    """What is the same for all operators."""
+    fits = "num_kv_heads=4 and head_size=6 as key_cache has"
+    return [
+        *(too_many_dimensions(name, F32) for name in ("key", "value")),
+        *(too_many_dimensions(name, E4M3) for name in ("key_cache", "value_cache")),
+        *every_dtype_but("key", REAL, "float32", "float16", "bfloat16"),
+        *every_dtype_but("value", "float32 as key is", "float32"),
+        *every_dtype_but(
+            "key_cache", 'float8_e4m3fn or uint8 as kv_cache_dtype is "fp8"', "float8_e4m3fn", "uint8"
+        ),
+        *every_dtype_but("value_cache", "float8_e4m3fn as key_cache is", "float8_e4m3fn"),
+        *wrong_shape("key_cache", f"the shape {CACHE}", E4M3, (5, 4, 6), (1, 2, 5, 4, 6), ()),
+        *wrong_shape(
+            "value_cache", "the shape of key_cache, [2, 5, 4, 6]", E4M3, (3, 5, 4, 6), (2, 4, 5, 6), (5, 4, 6)
+        ),
+        *(
+            case
+            for name in ("key", "value")
+            for case in (
+                *wrong_shape(name, f"the shape {HEADS}", F32, (3, 24), (1, 3, 4, 6), ()),
+                *wrong_shape(name, fits, F32, (3, 6, 4), (3, 4, 7), (3, 1, 6), (3, 0, 6)),
+            )
+        ),
+    ]  # fmt: skip
+
+
+def contradictions(*, quantized_only: bool) -> list[Case]:
+    """Strings there are not, and strings that say something else than the caches."""
+    known = '"fp8", "fp8_e4m3" or "fp8_e5m2"' if quantized_only else STRINGS
+    unknown = ["fp8e4m3", "int8", "fp8_e4m3fnuz", "", "FP8"]
+    unknown += ["auto", "float16", "bfloat16", "float32"] if quantized_only else []
+    cases = [
+        Case(
+            f"kv_cache_dtype {s!r}", f'kv_cache_dtype must be {known}, got "{s}"', {"kv_cache_dtype": text(s)}
+        )
+        for s in unknown
+    ]
+    e4m3, e5m2 = "float8_e4m3fn or uint8", "float8_e5m2 or uint8"
+    pairs = [
+        ("fp8", "float8_e5m2", e4m3), ("fp8_e4m3", "float8_e5m2", e4m3), ("fp8_e4m3", "float16", e4m3),
+        ("fp8_e5m2", "float8_e4m3fn", e5m2), ("fp8_e5m2", "float16", e5m2),
+    ]  # fmt: skip
+    if not quantized_only:
+        pairs += [
+            ("auto", "float8_e4m3fn", REAL), ("auto", "uint8", REAL), ("auto", "float64", REAL),
+            ("float16", "bfloat16", "float16"), ("bfloat16", "float32", "bfloat16"),
+            ("float32", "float8_e4m3fn", "float32"), ("float16", "uint8", "float16"),
+        ]  # fmt: skip
+    for string, dtype, expected in pairs:
+        make = new(2, 5, 4, 6, dtype=(OTHER_DTYPES | EVERY_DTYPE)[dtype])
+        cases.append(
+            Case(
+                f"{string} and {dtype}",
+                f'key_cache must be {expected} as kv_cache_dtype is "{string}", got {dtype}',
+                {"kv_cache_dtype": text(string), "key_cache": make, "value_cache": make},
+            )
+        )
+    return cases
+
+
+def wrong_slots() -> list[Case]:
+    few = "at least 3 rows, one for each element of slot_mapping"
+    return [
+        *every_dtype_but("slot_mapping", "int32 or int64", "int32", "int64"),
+        too_many_dimensions("slot_mapping", INT64),
+        *wrong_shape("slot_mapping", "the shape [num_tokens]", INT64, (3, 1), ()),
+        *(
+            case
+            for name in ("key", "value")
+            for case in wrong_shape(name, few, F32, (2, 4, 6), (0, 4, 6))
+        ),
+    ]  # fmt: skip
+
+
+def wrong_cache_scales(*, or_cache: bool) -> list[Case]:
+    count = "1 or num_kv_heads=4 elements"
+    if or_cache:
+        count += ", or the shape [num_blocks=2, block_size=5, num_kv_heads]"
+    return [
+        case
+        for name in ("k_scale", "v_scale")
+        for case in (
+            *every_dtype_but(name, "float32", "float32"),
+            too_many_dimensions(name, F32),
+            *wrong_shape(name, count, F32, (2,), (0,), (8,), (4, 4), (2, 5, 3), (5, 2, 4), (2, 5, 4, 1)),
+            *([] if or_cache else wrong_shape(name, count, F32, (2, 5, 4))),
+            Case(
+                f"{name} with several strides",
+                f"{name} must have even steps between its elements, got several strides in shape [2, 2]",
+                {name: lambda device: torch.ones(2, 9, device=device)[:, :2]},
+            ),
+            Case(
+                f"{name} expanded in one dimension",
+                f"{name} must have even steps between its elements, got several strides in shape [2, 2]",
+                {name: lambda device: torch.ones(2, 1, device=device).expand(2, 2)},
+            ),
+        )
+    ]
+
+
+def wrong_scale_caches() -> list[Case]:
+    shape = "the shape [num_blocks=2, block_size=5, num_kv_heads=4]"
+    return [
+        case
+        for name in ("k_scale_cache", "v_scale_cache")
+        for case in (
+            *every_dtype_but(name, "float32", "float32"),
+            too_many_dimensions(name, F32),
+            *wrong_shape(name, shape, F32, (1,), (4,), (2, 5, 4, 1), (5, 2, 4), (2, 4, 5), (10, 4), ()),
+        )
+    ]
+
+
+def wrong_sequences() -> list[Case]:
+    rows = "num_seqs + 1 = 3 elements, as block_table has num_seqs rows"
+    return [
+        *(
+            case
+            for name in ("block_table", "cu_seq_lens", "seq_starts")
+            for case in (*every_dtype_but(name, "int32", "int32"), too_many_dimensions(name, INT32))
+        ),
+        *wrong_shape("block_table", "the shape [num_seqs, max_blocks]", INT32, (2,), (1, 2, 3), ()),
+        *wrong_shape("cu_seq_lens", "the shape [num_seqs + 1]", INT32, (3, 1), ()),
+        *wrong_shape("cu_seq_lens", rows, INT32, (2,), (4,), (0,)),
+        *wrong_shape("seq_starts", "the shape [num_seqs]", INT32, (2, 1), ()),
+        *wrong_shape("seq_starts", "num_seqs=2 elements, as block_table has rows", INT32, (1,), (3,), (0,)),
+        *wrong_shape("value", "as many rows as key, 3", F32, (2, 4, 6), (4, 4, 6)),
+    ]
+
+
+def overlaps(written: dict[str, Make], read: dict[str, Make]) -> list[Case]:
+    """Each written argument with stride 0, and over each of the others: both begin at the same byte."""
+    device = torch.device("cpu")
+
+    def spec(make: Make) -> tuple[torch.dtype, int, tuple[int, ...]]:
+        tensor = make(device)
+        return tensor.dtype, 0, tuple(tensor.shape)
+
+    def expanded(make: Make) -> Make:
+        def first(device: torch.device) -> Tensor:
+            whole = make(device)
+            return whole[:1].expand(whole.shape)
+
+        return first
+
+    cases = []
+    for i, (name, make) in enumerate(written.items()):
+        cases.append(
+            Case(
+                f"{name} is expanded",
+                f"{name} must not overlap itself, as it is written, "
+                f"got stride 0 in dimension 0 of size {make(device).shape[0]}",
+                {name: expanded(make)},
+            )
+        )
+        for other, other_make in (*[*written.items()][i + 1 :], *read.items()):
+            cases.append(
+                Case(
+                    f"{name} over {other}",
+                    f"{name} must not overlap {other}, got views that share memory",
+                    shared(4096, **{name: spec(make), other: spec(other_make)}),
+                )
+            )
+    return cases
+
+
+def cache_overlaps(op: str, *more: tuple[str, Make]) -> list[Case]:
+    arguments = {name: make for name, make in (*USUAL[op].items(), *more) if name != "kv_cache_dtype"}
+    written = {name: make for name, make in arguments.items() if name in WRITTEN[op]}
+    return overlaps(written, {name: make for name, make in arguments.items() if name not in WRITTEN[op]})
+
+
 EXPANDED = Case(
     "result is expanded",
     "result must not overlap itself, as it is written, got stride 0 in dimension 0 of size 4",
@@ -285,6 +514,19 @@ CASES: dict[str, list[Case]] = {
             shared(96, input=(F32, 0, (4, 6)), amax=(F32, 92, (1,))),
         ),
     ],
+    "reshape_and_cache_flash": [
+        *wrong_caches(), *contradictions(quantized_only=False), *wrong_slots(),
+        *wrong_cache_scales(or_cache=False), *cache_overlaps("reshape_and_cache_flash"),
+    ],
+    "reshape_and_cache_flash_dynamic": [
+        *wrong_caches(), *contradictions(quantized_only=True), *wrong_slots(), *wrong_scale_caches(),
+        *cache_overlaps("reshape_and_cache_flash_dynamic"),
+    ],
+    "gather_and_dequant_cache": [
+        *wrong_caches(), *contradictions(quantized_only=False), *wrong_cache_scales(or_cache=True),
+        *wrong_sequences(),
+        *cache_overlaps("gather_and_dequant_cache", ("seq_starts", new(2, dtype=INT32))),
+    ],
 }  # fmt: skip
 ALL = [pytest.param(op, case, id=f"{op}-{case.id}") for op, cases in CASES.items() for case in cases]
 
@@ -321,13 +563,25 @@ def test_the_usual_arguments_are_accepted(device: torch.device, op: str) -> None
         ("scaled_fp8_dequant", "result", "input"),
         ("scaled_fp8_dequant", "scale", "input"),
         ("group_amax", "amax", "input"),
+        *(
+            (op, argument, "key")
+            for op in (
+                "reshape_and_cache_flash",
+                "reshape_and_cache_flash_dynamic",
+                "gather_and_dequant_cache",
+            )
+            for argument in USUAL[op]
+            if argument not in ("key", "kv_cache_dtype")
+        ),
+        ("gather_and_dequant_cache", "seq_starts", "key"),
     ],
 )
 @pytest.mark.parametrize("stray", ["cpu", "cuda:0"])
 def test_devices_that_differ(cuda: torch.device, op: str, argument: str, other: str, stray: str) -> None:
     home = "cuda:0" if stray == "cpu" else "cpu"
     arguments = {name: make(torch.device(home)) for name, make in USUAL[op].items()}
-    arguments[argument] = (USUAL[op] | {"scale_ub": new(1)})[argument](torch.device(stray))
+    optional = {"scale_ub": new(1), "seq_starts": new(2, dtype=INT32)}
+    arguments[argument] = (USUAL[op] | optional)[argument](torch.device(stray))
     with pytest.raises(RuntimeError) as error:
         getattr(fp8kv, op)(**arguments)
     assert (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -13,13 +14,29 @@ from torch import Tensor
 
 from fp8kv import (
     dynamic_scaled_fp8_quant,
+    gather_and_dequant_cache,
     group_amax,
     quantize,
     reference,
+    reshape_and_cache_flash,
+    reshape_and_cache_flash_dynamic,
     scaled_fp8_dequant,
     static_scaled_fp8_quant,
 )
-from helpers import FP8, INTEGER, LAYOUTS, REAL, assert_same_bytes, empty_view, placed
+from helpers import (
+    CACHE_LAYOUTS,
+    FP8,
+    FP8_CACHES,
+    LAYOUTS,
+    PLAIN_CACHES,
+    REAL,
+    assert_same_bytes,
+    copy_bits,
+    empty_caches,
+    empty_view,
+    placed,
+    random_bits,
+)
 
 CPU = torch.device("cpu")
 often = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -48,14 +65,6 @@ def scales_of(draw: st.DrawFn, shape: list[int]) -> tuple[tuple[int, int] | None
 
 def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0] or [0]
-
-
-def random_bits(shape: list[int] | tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Any bit patterns whatever."""
-    if dtype in FP8.values():
-        return torch.randint(0, 256, tuple(shape), generator=generator, dtype=torch.uint8).view(dtype)
-    bits = torch.randint(-(1 << 31), 1 << 31, tuple(shape), generator=generator, dtype=torch.int64)
-    return bits.to(torch.int32).to(INTEGER[dtype]).view(dtype)
 
 
 def random_reals(shape: list[int], dtype: torch.dtype, generator: torch.Generator, ordinary: bool) -> Tensor:
@@ -180,3 +189,144 @@ def test_a_scale_shape_is_accepted_exactly_if_the_reference_accepts_it(
             quantize(x.to(device), scale.to(device), group_shape=group)
         return
     assert_same_bytes(quantize(x.to(device), scale.to(device), group_shape=group)[0], expected)
+
+
+# The paged cache
+
+
+@st.composite
+def cache_shapes(draw: st.DrawFn) -> tuple[int, int, int, int]:
+    """Number and size of blocks, number and size of heads."""
+    heads = draw(st.integers(0, 9))
+    head_size = draw(st.one_of(st.integers(0, 20), st.sampled_from([32, 40, 64, 80, 128, 130])))
+    return draw(st.integers(0, 6)), draw(st.integers(0, 9)), heads, head_size
+
+
+def draw_slots(
+    data: st.DataObject, device: torch.device, num_slots: int, generator: torch.Generator
+) -> Tensor:
+    """Of one dimension, any steps; on the CPU the same slot more than once."""
+    tokens = data.draw(st.integers(0, 25), "tokens")
+    dtype = data.draw(st.sampled_from([torch.int32, torch.int64]), "slots")
+    if device.type == "cpu":
+        slots = torch.randint(-3, num_slots, (tokens,), generator=generator)
+    else:
+        slots = torch.randperm(num_slots + 9, generator=generator)[:tokens] - 9
+        slots = torch.nn.functional.pad(slots, (0, tokens - len(slots)), value=-1)
+    return slots.to(dtype)
+
+
+def draw_scales(
+    data: st.DataObject, generator: torch.Generator, forms: list[tuple[int, ...]]
+) -> tuple[Tensor, Tensor]:
+    """Of K and V, each in one of the forms."""
+    k, v = (data.draw(st.sampled_from(forms), name) for name in ("k_scale", "v_scale"))
+    ordinary = data.draw(st.booleans(), "ordinary scales")
+    return scale_values(k, generator, ordinary), scale_values(v, generator, ordinary)
+
+
+def forms_of(heads: int) -> list[tuple[int, ...]]:
+    return [(), (1,), (1, 1), (heads,), (1, heads), (heads, 1, 1)]
+
+
+#: All but those in which the elements of scales of more than one dimension have no even steps.
+even_layouts = st.sampled_from(["contiguous", "offset 1", "offset 3"])
+
+
+def draw_heads(data: st.DataObject, tokens: int, shape: tuple[int, ...], generator: torch.Generator) -> Any:
+    """K and V of at least so many tokens, and their layouts."""
+    real = data.draw(st.sampled_from([*REAL.values()]), "type")
+    ordinary = data.draw(st.booleans(), "ordinary values")
+    sides = [
+        random_reals(
+            [tokens + data.draw(st.integers(0, 2), "spare rows"), *shape[2:]], real, generator, ordinary
+        )
+        for _ in "kv"
+    ]
+    return sides, [data.draw(layouts, name) for name in ("key", "value")]
+
+
+@often
+@given(st.data())
+def test_append(device: torch.device, data: st.DataObject) -> None:
+    shape = data.draw(cache_shapes(), "cache")
+    name, dtype, _ = data.draw(st.sampled_from([*FP8_CACHES.values(), *PLAIN_CACHES.values()]), "elements")
+    cache_layout = data.draw(st.sampled_from(CACHE_LAYOUTS), "layout")
+    generator = torch.Generator().manual_seed(data.draw(seeds, "seed"))
+    slots = draw_slots(data, device, shape[0] * shape[1], generator)
+    heads, places = draw_heads(data, len(slots), shape, generator)
+    scales = draw_scales(data, generator, forms_of(shape[2]))
+    scale_layout, slot_layout = data.draw(even_layouts, "scales"), data.draw(layouts, "slots")
+
+    key_cache, value_cache, actual = empty_caches(shape, dtype, cache_layout, device)
+    reshape_and_cache_flash(
+        *(placed(x, place, device) for x, place in zip(heads, places, strict=True)), key_cache, value_cache,
+        placed(slots, slot_layout, device), name, *(placed(s, scale_layout, device) for s in scales),
+    )  # fmt: skip
+    key_cache, value_cache, expected = empty_caches(shape, dtype, cache_layout, CPU)
+    reference.reshape_and_cache_flash(*heads, key_cache, value_cache, slots, name, *scales)
+    for a, e in zip(actual, expected, strict=True):
+        assert_same_bytes(a, e)
+
+
+@often
+@given(st.data())
+def test_append_dynamic(device: torch.device, data: st.DataObject) -> None:
+    shape = data.draw(cache_shapes(), "cache")
+    name, dtype, _ = data.draw(st.sampled_from([*FP8_CACHES.values()]), "elements")
+    cache_layout = data.draw(st.sampled_from(CACHE_LAYOUTS), "layout")
+    scale_layouts = [data.draw(layouts, name) for name in ("scales of K", "scales of V")]
+    generator = torch.Generator().manual_seed(data.draw(seeds, "seed"))
+    slots = draw_slots(data, device, shape[0] * shape[1], generator)
+    heads, places = draw_heads(data, len(slots), shape, generator)
+
+    buffers = []
+    for at in (device, CPU):
+        key_cache, value_cache, caches = empty_caches(shape, dtype, cache_layout, at)
+        scales = [empty_view(shape[:3], torch.float32, layout, at) for layout in scale_layouts]
+        op = reshape_and_cache_flash_dynamic if not buffers else reference.reshape_and_cache_flash_dynamic
+        op(
+            *(placed(x, place, at) for x, place in zip(heads, places, strict=True)), key_cache, value_cache,
+            *(scale for scale, _ in scales), slots.to(at), name,
+        )  # fmt: skip
+        buffers.append([*caches, *(buffer for _, buffer in scales)])
+    for a, e in zip(*buffers, strict=True):
+        assert_same_bytes(a, e)
+
+
+@often
+@given(st.data())
+def test_gather(device: torch.device, data: st.DataObject) -> None:
+    shape = data.draw(cache_shapes(), "cache")
+    blocks, block_size, heads = shape[:3]
+    name, dtype, _ = data.draw(st.sampled_from([*FP8_CACHES.values(), *PLAIN_CACHES.values()]), "elements")
+    real = data.draw(st.sampled_from([*REAL.values()]), "type")
+    cache_layout = data.draw(st.sampled_from(CACHE_LAYOUTS), "layout")
+    places = [data.draw(layouts, name) for name in ("key", "value")]
+    index_layout = data.draw(layouts, "indices")
+    longest = 20 if blocks * block_size else 0
+    lengths = data.draw(st.lists(st.integers(0, longest), max_size=6), "lengths")
+    starts = [data.draw(st.integers(0, longest), "start") for _ in lengths]
+    generator = torch.Generator().manual_seed(data.draw(seeds, "seed"))
+    scales = draw_scales(data, generator, [*forms_of(heads), shape[:3]])
+    contents = random_bits((2, *shape), dtype, generator)
+    max_blocks = -(-2 * longest // block_size) if longest else data.draw(st.integers(0, 2), "max_blocks")
+    table = torch.randint(0, max(1, blocks), (len(lengths), max_blocks), generator=generator).to(torch.int32)
+    indices = [table, *(torch.tensor(x, dtype=torch.int32) for x in ([0, *accumulate(lengths)], starts))]
+    rows = sum(lengths) + data.draw(st.integers(0, 3), "spare rows")
+
+    buffers = []
+    for at in (device, CPU):
+        key_cache, value_cache, _ = empty_caches(shape, dtype, cache_layout, at)
+        copy_bits(key_cache, contents[0])
+        copy_bits(value_cache, contents[1])
+        outputs = [empty_view((rows, *shape[2:]), real, place, at) for place in places]
+        op = gather_and_dequant_cache if not buffers else reference.gather_and_dequant_cache
+        block_table, sums, seq_starts = (placed(x, index_layout, at) for x in indices)
+        op(
+            key_cache, value_cache, *(x for x, _ in outputs), block_table, sums, name,
+            *(scale.to(at) for scale in scales), seq_starts,
+        )  # fmt: skip
+        buffers.append([buffer for _, buffer in outputs])
+    for a, e in zip(*buffers, strict=True):
+        assert_same_bytes(a, e)

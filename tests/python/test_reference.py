@@ -12,6 +12,7 @@ import torch
 from fp8kv import reference
 from helpers import (
     FP8,
+    REAL,
     TRAP_SCALES,
     all_fp8,
     all_patterns,
@@ -297,6 +298,255 @@ def test_a_product_is_rounded_once_more_to_the_output_type() -> None:
     assert reference.dequantize(q, torch.tensor(1000.0), dtype=torch.float16).tolist() == [1125.0, INF]
 
 
+# The paged cache
+
+ONE = torch.ones(1)
+
+
+def int32(*numbers: int) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def test_tokens_lie_at_their_slots() -> None:
+    """2 blocks of 3 slots, 1 head of 2; K with the scale 0.5, V with 2.0."""
+    caches = torch.full((2, 2, 3, 1, 2), 0x55, dtype=torch.uint8)
+    key = torch.tensor([[[1.0, -0.25]], [[NAN, 1e9]], [[3.0, 3.0]]])
+    slots = torch.tensor([4, 0, -1])
+    reference.reshape_and_cache_flash(key, -key, *caches, slots, "fp8", ONE / 2, ONE * 2)
+    assert caches[0, :, :, 0].tolist() == [
+        [[0x7F, 0x7E], [0x55, 0x55], [0x55, 0x55]],
+        [[0x55, 0x55], [0x40, 0xB0], [0x55, 0x55]],  # 2.0 and -0.5
+    ]
+    assert caches[1, :, :, 0].tolist() == [
+        [[0x7F, 0xFE], [0x55, 0x55], [0x55, 0x55]],
+        [[0x55, 0x55], [0xB0, 0x20], [0x55, 0x55]],  # -0.5 and 0.125
+    ]
+
+
+@pytest.mark.parametrize(("string", "byte"), [("fp8", 0x38), ("fp8_e4m3", 0x38), ("fp8_e5m2", 0x3C)])
+def test_kv_cache_dtype_says_what_bytes_are(string: str, byte: int) -> None:
+    for dtype in (torch.uint8, FP8["e5m2"] if string == "fp8_e5m2" else FP8["e4m3"]):
+        caches = torch.zeros(2, 1, 1, 1, 1, dtype=torch.uint8).view(dtype)
+        x = torch.ones(1, 1, 1)
+        reference.reshape_and_cache_flash(x, x, *caches, torch.tensor([0]), string, ONE, ONE)
+        assert raw(caches).flatten().tolist() == [byte, byte]
+        key, value = torch.zeros(2, 1, 1, 1)
+        reference.gather_and_dequant_cache(*caches, key, value, int32(0)[None], int32(0, 1), string, ONE, ONE)
+        assert key.item() == value.item() == 1.0
+
+
+def test_of_several_tokens_for_a_slot_the_last_stays() -> None:
+    key = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).view(5, 1, 1)
+    caches = torch.zeros(2, 1, 3, 1, 1)
+    slots = torch.tensor([2, 0, 2, 0, 2])
+    reference.reshape_and_cache_flash(key, -key, *caches, slots, "auto", ONE, ONE)
+    assert caches.flatten().tolist() == [4.0, 0.0, 5.0, -4.0, 0.0, -5.0]
+
+
+@each_fp8
+@each_real
+@pytest.mark.parametrize("per_head", [False, True], ids=["tensor", "head"])
+def test_append_is_an_indexed_division(fp8: torch.dtype, real: torch.dtype, per_head: bool) -> None:
+    """In HND, per tensor and per head; `caches[slots] = x / scale` with torch's own conversion."""
+    key, value = values((7, 4, 10), real, specials=False), values((7, 4, 10), real, 1, specials=False)
+    slots = torch.tensor([13, 2, 19, 0, 8, 5, 11])
+    scales = [torch.tensor([0.3, 1.0, 7.0, 0.01][: 4 if per_head else 1]), torch.tensor([2.5])]
+    caches = torch.zeros(2, 5, 4, 4, 10, dtype=torch.uint8).view(fp8).transpose(2, 3)
+    reference.reshape_and_cache_flash(
+        key, value, *caches, slots, "fp8_e5m2" if fp8 == FP8["e5m2"] else "fp8", *scales
+    )
+    limit = torch.finfo(fp8).max
+    for x, cache, scale in zip((key, value), caches, scales, strict=True):
+        expected = torch.zeros(20, 4, 10, dtype=torch.uint8)
+        expected[slots] = (x.float() / scale[:, None]).clamp(-limit, limit).to(fp8).view(torch.uint8)
+        assert_same_bytes(cache.reshape(20, 4, 10), expected.view(fp8))
+
+
+def test_a_dynamic_scale_for_each_token_and_head() -> None:
+    key = torch.tensor([[[448.0, -896.0], [INF, 7.0]], [[0.0, -0.0], [NAN, NAN]]])
+    caches, scales = torch.zeros(2, 1, 4, 2, 2, dtype=torch.uint8), torch.full((2, 1, 4, 2), 77.0)
+    reference.reshape_and_cache_flash_dynamic(key, 2 * key, *caches, *scales, torch.tensor([3, 1]), "fp8")
+    least = reference.min_scale(torch.float8_e4m3fn)
+    assert scales[0, 0].tolist() == [[77.0, 77.0], [least, least], [77.0, 77.0], [2.0, 0.015625]]
+    assert scales[1, 0].tolist() == [[77.0, 77.0], [least, least], [77.0, 77.0], [4.0, 0.03125]]
+    for side in caches[:, 0].tolist():
+        assert side == [
+            [[0, 0], [0, 0]], [[0x00, 0x80], [0x7F, 0x7F]], [[0, 0], [0, 0]], [[0x76, 0xFE], [0x7E, 0x7E]],
+        ]  # fmt: skip
+
+
+def test_positions_are_found_by_way_of_the_table() -> None:
+    """3 blocks of 2 slots; two sequences, one of which begins at its second position."""
+    cache = torch.arange(6.0).view(3, 2, 1, 1)
+    key, value = torch.full((2, 7, 1, 1), 77.0)
+    table, sums = torch.tensor([[2, 0, -9], [1, 2, 1]], dtype=torch.int32), int32(0, 3, 5)
+    reference.gather_and_dequant_cache(
+        cache.to(FP8["e4m3"]), cache.to(FP8["e4m3"]), key, value, table, sums, "fp8", ONE * 2, ONE * 3,
+        int32(0, 1),
+    )  # fmt: skip
+    assert key.flatten().tolist() == [8.0, 10.0, 0.0, 6.0, 8.0, 77.0, 77.0]
+    assert value.flatten().tolist() == [12.0, 15.0, 0.0, 9.0, 12.0, 77.0, 77.0]
+
+
+@each_fp8
+@each_real
+@pytest.mark.parametrize("scale_shape", [(1,), (4, 1, 1), (6, 3, 4)], ids=["tensor", "head", "slot"])
+def test_gather_is_an_indexed_product(
+    fp8: torch.dtype, real: torch.dtype, scale_shape: tuple[int, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(0, 0x78, (2, 6, 3, 4, 10), generator=generator, dtype=torch.uint8).view(fp8)  # finite
+    scales = torch.rand((2, *scale_shape), generator=generator) + 0.1
+    table = torch.tensor([[4, 1, 5], [0, 3, 3], [2, 2, 2]], dtype=torch.int32)
+    lengths, starts = [7, 0, 5], [1, 3, 4]
+    key, value = torch.zeros(2, 12, 4, 10, dtype=real)
+    reference.gather_and_dequant_cache(
+        *q, key, value, table, int32(0, 7, 7, 12), "fp8_e5m2" if fp8 == FP8["e5m2"] else "fp8", *scales,
+        int32(*starts),
+    )  # fmt: skip
+    for side, actual in enumerate((key, value)):
+        scale = scales[side].reshape((6, 3, 4, 1) if scale_shape[0] == 6 else (-1, 1))
+        product = q[side].float() * scale
+        rows = [product[table[s].long()].flatten(0, 1)[starts[s] : starts[s] + lengths[s]] for s in range(3)]
+        assert_same_bytes(actual, torch.cat(rows).to(real))
+
+
+@pytest.mark.parametrize(
+    ("real", "target", "bits", "expected"),
+    [
+        # the same type: all bits stay
+        ("fp32", "fp32", 0xFF812345, 0xFF812345),
+        ("fp16", "fp16", 0xFC01, 0xFC01),
+        ("bf16", "bf16", 0xFF81, 0xFF81),
+        # another one: a NaN has no sign and no payload, and there is one rounding
+        ("fp32", "bf16", 0xFF812345, 0x7FC0),
+        ("fp32", "fp16", 0xFFC00001, 0x7E00),
+        ("fp16", "fp32", 0xFE01, 0x7FC00000),
+        ("bf16", "fp16", 0xFF81, 0x7E00),
+        ("fp16", "bf16", 0x7C01, 0x7FC0),
+        ("fp32", "bf16", 0x3F808000, 0x3F80),
+        ("fp32", "bf16", 0x3F818000, 0x3F82),
+        ("fp32", "bf16", 0x3F808001, 0x3F81),
+        ("fp32", "bf16", 0x7F7FFFFF, 0x7F80),
+        ("fp32", "fp16", 0x3F801000, 0x3C00),
+        ("fp32", "fp16", 0x3F803000, 0x3C02),
+        ("fp32", "fp16", 0x477FF000, 0x7C00),
+        ("fp32", "fp16", 0x33000000, 0x0000),
+        ("fp32", "fp16", 0x33000001, 0x0001),
+        ("bf16", "fp16", 0x7F7F, 0x7C00),
+        ("bf16", "fp32", 0xBF81, 0xBF810000),
+        ("fp16", "fp32", 0x8001, 0xB3800000),
+    ],
+)  # fmt: skip
+def test_plain_copies(real: str, target: str, bits: int, expected: int) -> None:
+    x = torch.tensor([list(bits.to_bytes(REAL[real].itemsize, "little"))], dtype=torch.uint8)
+    x = x.view(REAL[real]).view(1, 1, 1)
+    unused = torch.tensor([NAN])
+
+    caches = torch.zeros(2, 1, 1, 1, 1, dtype=REAL[target])
+    reference.reshape_and_cache_flash(x, x, *caches, torch.tensor([0]), "auto", unused, unused)
+    rows = torch.zeros(2, 1, 1, 1, dtype=REAL[target])
+    reference.gather_and_dequant_cache(
+        x.unsqueeze(0), x.unsqueeze(0), *rows, int32(0)[None], int32(0, 1), "auto", unused, unused
+    )
+    for copy in (*caches, *rows):
+        assert int.from_bytes(bytes(raw(copy).flatten().tolist()), "little") == expected
+
+
+def test_slots_that_lead_nowhere(device: torch.device) -> None:
+    """They raise on the CPU, before anything is written; on CUDA the tokens are left out."""
+    key = torch.tensor([1.0, 2.0, 3.0], device=device).view(3, 1, 1)
+    caches, scales = torch.zeros(2, 2, 3, 1, 1, device=device), torch.zeros(2, 2, 3, 1, device=device)
+    one, slots = ONE.to(device), torch.tensor([1, 6, 2], device=device)
+    fp8 = caches.to(FP8["e4m3"])
+    if device.type == "cpu":
+        with pytest.raises(RuntimeError, match=r"reference\.reshape_and_cache_flash: slots must be below 6"):
+            reference.reshape_and_cache_flash(key, key, *caches, slots, "auto", one, one)
+        with pytest.raises(RuntimeError, match=r"flash_dynamic: slots must be below 6"):
+            reference.reshape_and_cache_flash_dynamic(key, key, *fp8, *scales, slots, "fp8")
+        assert not caches.any()
+        assert not scales.any()
+        assert not fp8.view(torch.uint8).any()
+    else:
+        reference.reshape_and_cache_flash(key, key, *caches, slots, "auto", one, one)
+        reference.reshape_and_cache_flash_dynamic(key, key, *fp8, *scales, slots, "fp8")
+        assert caches[1].flatten().tolist() == [0.0, 1.0, 3.0, 0.0, 0.0, 0.0]
+        assert fp8[1].float().flatten().tolist() == [0.0, 448.0, 448.0, 0.0, 0.0, 0.0]
+        assert scales[1].flatten().count_nonzero() == 2
+
+
+@pytest.mark.parametrize(
+    ("table", "sums", "starts", "on_cuda"),
+    [
+        ([[0, 3], [1, 1]], [0, 3, 5], [0, 0], [1, 2, 0, 3, 4, 0]),
+        ([[0, 1], [-1, 1]], [0, 3, 5], [0, 0], [1, 2, 3, 0, 0, 0]),
+        ([[0], [1]], [0, 3, 5], [0, 0], [1, 2, 0, 3, 4, 0]),
+        ([[0, 1], [1, 2]], [0, 3, 9], [0, 0], [1, 2, 3, 3, 4, 5]),
+        ([[0, 1], [1, 2]], [1, 3, 5], [0, 0], [0, 1, 2, 3, 4, 0]),
+        ([[0, 1], [1, 2]], [0, 3, 5], [0, -9], [1, 2, 3, 0, 0, 0]),
+        ([[0, 1], [1, 2]], [0, 3, 5], [2, 0], [3, 4, 0, 3, 4, 0]),
+        ([[0, 1], [1, 2]], [0, 4, 3], [0, 0], None),
+    ],
+    ids=["block 3", "block -1", "short table", "rows", "begin", "start", "start beyond", "fall"],
+)
+def test_sequences_that_lead_nowhere(
+    device: torch.device,
+    table: list[list[int]],
+    sums: list[int],
+    starts: list[int],
+    on_cuda: list[float] | None,
+) -> None:
+    """3 blocks of 2 slots, 6 rows. They raise on the CPU, before anything is written."""
+    cache = torch.arange(1.0, 7.0, device=device).view(3, 2, 1, 1)
+    key, value = torch.zeros(2, 6, 1, 1, device=device)
+    one = ONE.to(device)
+
+    def gather() -> None:
+        reference.gather_and_dequant_cache(
+            cache, cache, key, value, torch.tensor(table, dtype=torch.int32, device=device),
+            int32(*sums).to(device), "auto", one, one, int32(*starts).to(device),
+        )  # fmt: skip
+
+    if device.type == "cpu":
+        with pytest.raises(RuntimeError, match=r"fp8kv\.reference\.gather_and_dequant_cache: "):
+            gather()
+        assert not key.any()
+        assert not value.any()
+    elif on_cuda is not None:
+        gather()
+        assert key.flatten().tolist() == value.flatten().tolist() == on_cuda
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"kv_cache_dtype": "int8"}, "caches can't be torch.float8_e4m3fn with kv_cache_dtype 'int8'"),
+        ({"kv_cache_dtype": "auto"}, "caches can't be torch.float8_e4m3fn with kv_cache_dtype 'auto'"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "caches can't be torch.float8_e4m3fn with kv_cache_dtype 'fp8_"),
+        ({"k_scale": torch.ones(3)}, "scales must be float32 with 1 or 2 elements"),
+        ({"v_scale": torch.ones(1).half()}, "scales must be float32 with 1 or 2 elements"),
+        ({"key": torch.ones(3, 2, 4).double()}, "key and value can't be torch.float64 and torch.float32"),
+        ({"value": torch.ones(3, 2, 4).half()}, "key and value can't be torch.float32 and torch.float16"),
+        ({"value": torch.ones(2, 2, 4)}, "key and value must have a row for each of 3 slots"),
+        ({"key": torch.ones(3, 2, 5)}, "key and value must be [num_tokens, 2, 4]"),
+        ({"value_cache": torch.zeros(2, 3, 2, 4).to(FP8["e5m2"])}, "caches must have one dtype"),
+        ({"value_cache": torch.zeros(1, 3, 2, 4).to(FP8["e4m3"])}, "caches can't have the shapes"),
+    ],
+    ids=["unknown", "auto", "e5m2", "3 scales", "fp16 scale", "fp64", "two types", "few rows", "head size",
+         "two formats", "shapes"],
+)  # fmt: skip
+def test_an_append_that_does_not_fit_is_refused(arguments: dict[str, object], sentence: str) -> None:
+    usual = {
+        "key": torch.ones(3, 2, 4), "value": torch.ones(3, 2, 4),
+        "key_cache": torch.zeros(2, 3, 2, 4).to(FP8["e4m3"]),
+        "value_cache": torch.zeros(2, 3, 2, 4).to(FP8["e4m3"]),
+        "slot_mapping": torch.tensor([0, 1, 2]), "kv_cache_dtype": "fp8", "k_scale": ONE, "v_scale": ONE,
+    }  # fmt: skip
+    with pytest.raises(RuntimeError) as error:
+        reference.reshape_and_cache_flash(**(usual | arguments))
+    assert str(error.value).startswith(f"fp8kv.reference.reshape_and_cache_flash: {sentence}")
+
+
 # What the specification refuses
 
 
@@ -326,3 +576,25 @@ def test_cpu_and_cuda_give_the_same_bytes(cuda: torch.device) -> None:
     on_cuda, scale_on_cuda = reference.quantize(x.to(cuda), group_shape=(4, 16))
     assert_same_bytes(on_cuda, q)
     assert_same_bytes(scale_on_cuda, scale)
+
+
+def test_cpu_and_cuda_give_the_same_bytes_in_a_cache(cuda: torch.device) -> None:
+    key, value = values((20, 3, 40), torch.float32), values((20, 3, 40), torch.float32, 1)
+    slots = torch.arange(20).flip(0)
+    table, sums = int32(4, 0, 2, 1, 3)[None], int32(0, 19)
+    results = []
+    for at in (torch.device("cpu"), cuda):
+        k, v, where = key.to(at), value.to(at), slots.to(at)
+        caches, scales = (
+            torch.zeros(2, 5, 4, 3, 40, device=at).to(FP8["e4m3"]),
+            torch.zeros(2, 5, 4, 3, device=at),
+        )
+        reference.reshape_and_cache_flash_dynamic(k, v, *caches, *scales, where, "fp8")
+        rows = torch.zeros(2, 20, 3, 40, dtype=torch.bfloat16, device=at)
+        reference.gather_and_dequant_cache(*caches, *rows, table.to(at), sums.to(at), "fp8", *scales)
+        static = torch.zeros_like(caches)
+        trap = TRAP_SCALES[-3:].to(at)
+        reference.reshape_and_cache_flash(k, v, *static, where, "fp8", trap, trap)
+        results.append((caches, scales, rows, static))
+    for on_cuda, expected in zip(results[1], results[0], strict=True):
+        assert_same_bytes(on_cuda, expected)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fp8kv
 from fp8kv import GroupShape, reference
-from helpers import assert_same_bytes, random_scales, values
+from helpers import assert_same_bytes, key_and_value, random_scales, raw, values
 
 E4M3 = torch.float8_e4m3fn
 ops = torch.ops.fp8kv
@@ -22,15 +22,36 @@ def arguments(device: torch.device) -> dict[str, tuple[object, ...]]:
     q = torch.zeros(8, 48, dtype=E4M3, device=device)
     scale = random_scales((8, 1)).to(device)
     bound = torch.tensor(2.0, device=device)
+    key, value = x.view(8, 2, 24), x.view(8, 2, 24).flip(0)
+    caches = [torch.zeros(3, 4, 2, 24, dtype=E4M3, device=device) for _ in "kv"]
+    scale_caches = [torch.zeros(3, 4, 2, device=device) for _ in "kv"]
+    slots = torch.tensor([3, 7, -1, 11, 0, 5, 4, 8], device=device)
+    table = torch.tensor([[1, 0], [0, 1]], dtype=torch.int32, device=device)
+    sums = torch.tensor([0, 5, 8], dtype=torch.int32, device=device)
+    k_scale, v_scale = scale[:2, 0], scale[2]
     return {
         "static_scaled_fp8_quant": (q, x, scale, [1, -1]),
         "dynamic_scaled_fp8_quant": (q, x, torch.zeros_like(scale), bound, [1, -1]),
         "scaled_fp8_dequant": (torch.zeros_like(x), x.to(E4M3), scale, [1, -1]),
         "group_amax": (torch.zeros_like(scale), x, [1, -1]),
-    }
+        "reshape_and_cache_flash": (key, value, *caches, slots, "fp8", k_scale, v_scale),
+        "reshape_and_cache_flash_dynamic": (key, value, *caches, *scale_caches, slots, "fp8"),
+        "gather_and_dequant_cache": (
+            key.to(E4M3).view(2, 4, 2, 24), value.to(E4M3).view(2, 4, 2, 24), torch.zeros_like(key),
+            torch.zeros_like(value), table, sums, "fp8", k_scale, v_scale, sums[:2],
+        ),
+    }  # fmt: skip
 
 
-OPS = ["static_scaled_fp8_quant", "dynamic_scaled_fp8_quant", "scaled_fp8_dequant", "group_amax"]
+OPS = [
+    "static_scaled_fp8_quant",
+    "dynamic_scaled_fp8_quant",
+    "scaled_fp8_dequant",
+    "group_amax",
+    "reshape_and_cache_flash",
+    "reshape_and_cache_flash_dynamic",
+    "gather_and_dequant_cache",
+]
 each_op = pytest.mark.parametrize("op", OPS)
 
 
@@ -69,6 +90,14 @@ SCHEMAS = {
     "int[]? group_shape=None) -> ()",
     "scaled_fp8_dequant": MAP,
     "group_amax": "(Tensor(a!) amax, Tensor input, int[] group_shape) -> ()",
+    "reshape_and_cache_flash": "(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+    "Tensor slot_mapping, str kv_cache_dtype, Tensor k_scale, Tensor v_scale) -> ()",
+    "reshape_and_cache_flash_dynamic": "(Tensor key, Tensor value, Tensor(a!) key_cache, "
+    "Tensor(b!) value_cache, Tensor(c!) k_scale_cache, Tensor(d!) v_scale_cache, Tensor slot_mapping, "
+    "str kv_cache_dtype) -> ()",
+    "gather_and_dequant_cache": "(Tensor key_cache, Tensor value_cache, Tensor(a!) key, Tensor(b!) value, "
+    "Tensor block_table, Tensor cu_seq_lens, str kv_cache_dtype, Tensor k_scale, Tensor v_scale, "
+    "Tensor? seq_starts=None) -> ()",
 }
 
 
@@ -100,7 +129,30 @@ def into_slices(x: Tensor) -> Tensor:
     return out.view(torch.uint8)
 
 
-FUNCTIONS: list[Callable[[Tensor], object]] = [round_trip, calibrate_then_quantize, into_slices]
+def through_a_cache(x: Tensor) -> tuple[Tensor, ...]:
+    """K and V caches are views of one tensor that the function makes and returns."""
+    key = (x + 1).view(x.shape[0], -1, 4)
+    storage = torch.zeros(2, x.shape[0], 3, *key.shape[1:], dtype=E4M3, device=x.device)
+    scales = torch.zeros(2, *storage.shape[1:4], device=x.device)
+    slots = torch.arange(x.shape[0], device=x.device) * 2
+    fp8kv.reshape_and_cache_flash_dynamic(key, -key, *storage.unbind(), *scales.unbind(), slots, "fp8")
+    out = torch.zeros(2, x.shape[0], *key.shape[1:], dtype=x.dtype, device=x.device)
+    table = torch.arange(x.shape[0], dtype=torch.int32, device=x.device).view(1, -1)
+    sums = torch.tensor([0, x.shape[0]], dtype=torch.int32, device=x.device)
+    fp8kv.gather_and_dequant_cache(
+        *storage.unbind(), *out.unbind(), table, sums, "fp8", *scales.unbind(), seq_starts=sums[:1]
+    )
+    one = torch.ones(1, device=x.device)
+    fp8kv.reshape_and_cache_flash(key, key, *storage.unbind(), slots + 1, "fp8", one, one)
+    return storage.view(torch.uint8), scales, out * 2
+
+
+FUNCTIONS: list[Callable[[Tensor], object]] = [
+    round_trip,
+    calibrate_then_quantize,
+    into_slices,
+    through_a_cache,
+]
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +186,34 @@ def test_compile_of_the_module(device: torch.device) -> None:
     expected, expected_scale = layer(x)
     assert_same_bytes(q, expected)
     assert_same_bytes(scale, expected_scale)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("kind", [{}, {"scales": "dynamic"}, {"dtype": "bfloat16"}], ids=str)
+def test_compile_of_append_to_a_cache(
+    device: torch.device, kind: dict[str, str], layout: str, backend: str
+) -> None:
+    """The cache belongs to the caller: what the graph writes into its views must be in its storage."""
+    cache, expected = (
+        fp8kv.PagedKVCache(3, 4, 2, 24, layout=layout, device=device, **kind) for _ in range(2)
+    )
+
+    def step(x: Tensor, slots: Tensor) -> Tensor:
+        key = x.view(-1, 2, 24)
+        cache.append(key * 2, -key, slots)
+        return key + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    for seed, slots in enumerate(([3, 7, -1, 11], [0, 3, 8, 2])):
+        x = values((4, 48), torch.bfloat16, seed=seed, specials=False).to(device)
+        where = torch.tensor(slots, device=device)
+        assert_same_bytes(compiled(x, where), x.view(-1, 2, 24) + 1)
+        expected.append(x.view(-1, 2, 24) * 2, -x.view(-1, 2, 24), where)
+        assert_same_bytes(cache.storage, expected.storage)
+        assert_same_bytes(cache.k_scale, expected.k_scale)
+        assert_same_bytes(cache.v_scale, expected.v_scale)
+    assert raw(cache.storage).any()
 
 
 def test_fake_tensors_have_the_right_shapes() -> None:
@@ -289,6 +369,47 @@ def test_capture_in_a_cuda_graph_and_replay_with_new_data(
         assert_same_bytes(amax, expected_amax)
 
 
+@pytest.mark.parametrize("scales", [None, "dynamic"], ids=["static", "dynamic"])
+@pytest.mark.parametrize("tokens", [1, 16, 700])
+def test_capture_of_a_cache_in_a_cuda_graph_and_replay_with_new_slots(
+    cuda: torch.device, tokens: int, scales: str | None
+) -> None:
+    cache, expected = (
+        fp8kv.PagedKVCache(60, 16, 2, 64, layout="HND", device=at, scales=scales) for at in (cuda, "cpu")
+    )
+    key, value = (torch.zeros(tokens, 2, 64, dtype=torch.bfloat16, device=cuda) for _ in "kv")
+    slots = torch.full((tokens,), -1, device=cuda)
+    table = torch.zeros(2, 50, dtype=torch.int32, device=cuda)
+    lengths = torch.zeros(2, dtype=torch.int32, device=cuda)
+    out = (torch.zeros_like(key), torch.zeros_like(value))
+
+    def step() -> None:
+        cache.append(key, value, slots)
+        cache.gather(table, lengths, out=out)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    generator = torch.Generator().manual_seed(0)
+    for seed in range(3):
+        inputs = [values((tokens, 2, 64), torch.bfloat16, seed=seed + i) for i in range(2)]
+        blocks = torch.randperm(60, generator=generator)[:50].to(torch.int32)
+        places = torch.arange(tokens) + 16 * (seed % 2)
+        where = blocks[places // 16].long() * 16 + places % 16
+        wanted = torch.tensor([tokens - tokens // 3, tokens // 3])
+        tables = torch.stack([blocks, blocks.flip(0)])
+        for x, y in zip((key, value, slots, table, lengths), (*inputs, where, tables, wanted), strict=True):
+            x.copy_(y)
+        graph.replay()
+        expected.append(*inputs, where)
+        assert_same_bytes(cache.storage, expected.storage)
+        assert_same_bytes(cache.k_scale, expected.k_scale)
+        for actual, x in zip(out, expected.gather(tables, wanted), strict=True):
+            assert_same_bytes(actual, x)
+
+
 @pytest.mark.parametrize("group", [(-1, -1), (1, -1), (-1, 1)], ids=str)
 def test_work_runs_on_the_current_stream(cuda: torch.device, group: tuple[int, int]) -> None:
     """The input is written late on a side stream: a launch elsewhere would read what was there before."""
@@ -307,6 +428,32 @@ def test_work_runs_on_the_current_stream(cuda: torch.device, group: tuple[int, i
     assert_same_bytes(scale, expected_scale)
     assert_same_bytes(q, expected)
     assert_same_bytes(back, reference.dequantize(expected, expected_scale, group_shape=group))
+
+
+def test_cache_work_runs_on_the_current_stream(cuda: torch.device) -> None:
+    """Key and slots are written late on a side stream: a launch elsewhere would read what was before."""
+    cache, expected = (
+        fp8kv.PagedKVCache(70, 16, 8, 128, device=at, scales="dynamic") for at in (cuda, "cpu")
+    )
+    data = key_and_value(1024, 8, 128, torch.bfloat16)
+    places = torch.arange(1024).flip(0)
+    sources = [x.to(cuda) for x in (*data, places)]
+    key, value, slots = (torch.zeros_like(x) for x in sources)
+    slots.fill_(-1)
+    table = torch.arange(70, dtype=torch.int32, device=cuda)[None]
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        for x, source in zip((key, value, slots), sources, strict=True):
+            x.copy_(source)
+        cache.append(key, value, slots)
+        rows = cache.gather(table, [1024])
+    stream.synchronize()
+    expected.append(*data, places)
+    assert_same_bytes(cache.storage, expected.storage)
+    for actual, x in zip(rows, expected.gather(table.cpu(), [1024]), strict=True):
+        assert_same_bytes(actual, x)
 
 
 @each_op

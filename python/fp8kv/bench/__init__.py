@@ -1,0 +1,85 @@
+"""Benchmarks: every operator against a copy of the same bytes, and against the peers that are installed.
+
+On CUDA the time is that of one call inside a CUDA graph of many calls over rotating buffers, so that neither
+the host nor the L2 cache flatters. **Floor** is the better of `cudaMemcpyAsync` and a plain 16-byte copy
+kernel, moving as many bytes as the operator reads and writes, measured the same way in the same run;
+**share** is floor / time. On CPU the floor is a copy with as many threads as the operator has.
+
+Example:
+    >>> import fp8kv.bench
+    >>> report = fp8kv.bench.run("cpu", quick=True, only="static tensor", host=False)
+    >>> report.rows[0].work, report.rows[0].us > 0
+    ('static tensor', True)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+
+from fp8kv.bench import kv_cache, quantize
+from fp8kv.bench.measure import PEERS, Call, Case, host_cost, run_cases
+from fp8kv.bench.report import Report, Row, host_table, plot, table
+
+__all__ = ["SUITES", "Report", "Row", "Suite", "host_table", "plot", "run", "table"]
+
+
+class Suite(NamedTuple):
+    """What one benchmark measures, from a device and, for the cases, whether they shall be few."""
+
+    cases: Callable[[torch.device, bool], Iterable[Case[Any]]]
+    host_calls: Callable[[torch.device], dict[str, Call]]
+
+
+SUITES = {
+    "quantize": Suite(quantize.cases, quantize.host_calls),
+    "cache": Suite(kv_cache.cases, kv_cache.host_calls),
+}
+
+
+def run(
+    device: str | torch.device,
+    what: str = "quantize",
+    *,
+    quick: bool = False,
+    only: str = "",
+    peers: bool = False,
+    host: bool = True,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Measures on `device`.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
+        what: "quantize" or "cache".
+        quick: few shapes and few repetitions.
+        only: measures only works whose "name MxN" (for caches "name TOKENSxHEADSxHEAD_SIZE models") contains
+            this.
+        peers: also measures PyTorch eager, torch.compile and, when it is installed, vLLM. One that raises is
+            left out, with a note in the report.
+        host: also measures what an eager call costs the host.
+        progress: is told what is measured next.
+
+    Raises:
+        ValueError: there is no such benchmark or device, or nothing matches `only` and fits into its memory.
+    """
+    if what not in SUITES:
+        known = " or ".join(f'"{name}"' for name in SUITES)
+        raise ValueError(f'fp8kv.bench: what must be {known}, got "{what}"')
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("fp8kv.bench: device cuda is not available to PyTorch here")
+    suite = SUITES[what]
+    cases = [case for case in suite.cases(device, quick) if only in case.name]
+    if not cases:
+        raise ValueError(f"fp8kv.bench: no work matches {only!r}")
+    with torch.inference_mode():
+        report = run_cases(what, device, cases, quick, PEERS if peers else (), progress)
+        if not report.rows:
+            raise ValueError(f"fp8kv.bench: {'; '.join(report.notes)}")
+        if host:
+            progress("host cost of a call")
+            report.host = host_cost(suite.host_calls(device), device, rounds=30 if quick else 200)
+    return report
