@@ -203,7 +203,7 @@ def placed(x: Tensor, layout: str, device: torch.device) -> Tensor:
 
 def copy_bits(target: Tensor, source: Tensor) -> None:
     """Between tensors of one dtype; no conversion touches a NaN."""
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[source.dtype.itemsize]
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[source.dtype.itemsize]
     target.view(integer).copy_(source.view(integer))
 
 

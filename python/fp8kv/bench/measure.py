@@ -146,6 +146,7 @@ def _run_cuda(
                 report.note("left out: too large for the memory of this device", case.name)
                 continue
             progress(case.name)
+            cuda.empty_cache()  # else small buffers lie scattered over what earlier cases left behind
             buffers = case.buffers(count)
             us = graph_time([case.ours(b) for b in buffers], replays)
             times = _peer_times(peers, case, buffers, lambda calls: graph_time(calls, replays), report)
@@ -208,6 +209,7 @@ class _CudaFloor:
         key = (size, count)
         if key not in self.known:
             half = -(-size // 32) * 16
+            cuda.empty_cache()
             pairs = [tuple(_random_bytes(half, self.device) for _ in range(2)) for _ in range(count)]
             times = [graph_time([_copy_call(torch.Tensor.copy_, b, a) for a, b in pairs], self.replays)]
             if self.kernel is not None:
