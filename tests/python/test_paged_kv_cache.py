@@ -14,6 +14,7 @@ from torch import Tensor
 from fp8kv import PagedKVCache, reference
 from helpers import (
     assert_same_bytes,
+    copy_bits,
     each_real,
     key_and_value,
     random_bits,
@@ -66,9 +67,8 @@ def fill(cache: PagedKVCache, seed: int = 0) -> list[Tensor]:
     """Any bits everywhere; returns them."""
     generator = torch.Generator().manual_seed(seed)
     bits = [random_bits(x.shape, x.dtype, generator) for x in contents(cache)]
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
     for x, b in zip(contents(cache), bits, strict=True):
-        x.view(integer[x.itemsize]).copy_(b.view(integer[x.itemsize]))
+        copy_bits(x, b)
     return bits
 
 
