@@ -147,7 +147,7 @@ def test_dynamic_scales(device: torch.device) -> None:
     ids=["float", "int", "0-D", "2-D", "per head", "[H, 1, 1] bf16", "fp64", "strided fp16", "parameter"],
 )  # fmt: skip
 def test_scales_are_copied_as_fp32(device: torch.device, given: Any, expected: list[float]) -> None:
-    given = given.to(device) if isinstance(given, Tensor) else given
+    given = given.to(device, copy=True) if isinstance(given, Tensor) else given  # it is written to below
     cache = PagedKVCache(2, 4, 3, 24, device=device, scales=Scales(given, 0.75))
     assert not cache.dynamic
     assert_same_bytes(cache.k_scale, torch.tensor(expected))
