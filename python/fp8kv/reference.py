@@ -510,7 +510,7 @@ def _gathered(
     for s in range(num_seqs):
         for row in range(max(sums[s], 0), min(sums[s + 1], num_rows)):
             position = starts[s] + row - sums[s]
-            in_table = 0 <= position < max_blocks * block_size
+            in_table = starts[s] >= 0 and 0 <= position < max_blocks * block_size
             block = table[s][position // block_size] if in_table else -1
             if 0 <= block < num_blocks:
                 rows.append(row)
