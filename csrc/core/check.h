@@ -42,6 +42,11 @@ inline void check_element_alignment(const Argument& a) {
          "an address with remainder " + std::to_string(address % size));
 }
 
+inline void check_argument(const Argument& a) {
+  check_dims(a);
+  check_element_alignment(a);
+}
+
 inline void check_same_device(const Argument& a, const Argument& other) {
   if (!(a.view.device == other.view.device))
     fail(a.op, a.name, std::string("be on the device of ") + other.name + ", " + device_string(other.view.device),

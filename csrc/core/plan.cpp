@@ -12,9 +12,11 @@ namespace {
 using core::ceil_div;
 
 // Bytes of the widest single access to a unit: 8 for FP8, 16 for all else (float32 takes two).
-bool base_aligned(const TensorView& view) {
-  return reinterpret_cast<std::uintptr_t>(view.data) % std::min(16, kUnit * size_of(view.dtype)) == 0;
+bool base_aligned(const void* data, DType dtype) {
+  return reinterpret_cast<std::uintptr_t>(data) % std::min(16, kUnit * size_of(dtype)) == 0;
 }
+
+bool base_aligned(const TensorView& view) { return base_aligned(view.data, view.dtype); }
 
 bool outer_strides_aligned(const Layout& layout) {
   for (int d = 0; d + 1 < layout.ndim; ++d)
@@ -144,14 +146,11 @@ bool contiguous_runs(const CacheLayout& layout) {
 }
 
 bool units_aligned(const CacheLayout& layout) {
-  const auto base = [](const void* data, DType dtype) {
-    return reinterpret_cast<std::uintptr_t>(data) % std::min(16, kUnit * size_of(dtype)) == 0;
-  };
   const auto step = [](std::int64_t stride, std::int64_t size) { return stride % kUnit == 0 || size == 1; };
   for (const CacheSide* side : {&layout.key, &layout.value}) {
     const HeadsView& h = side->heads;
     const PagedView& c = side->cache;
-    if (!base(h.data, layout.real) || !base(c.data, layout.element)) return false;
+    if (!base_aligned(h.data, layout.real) || !base_aligned(c.data, layout.element)) return false;
     if (!step(h.token, layout.num_tokens) || !step(h.head, layout.num_heads)) return false;
     if (!step(c.block, layout.num_blocks) || !step(c.offset, layout.block_size) || !step(c.head, layout.num_heads))
       return false;

@@ -15,8 +15,20 @@ void check_ndim(const Argument& a, int ndim, const char* form) {
   if (a.view.ndim != ndim) fail(a.op, a.name, std::string("have the shape ") + form, "shape " + shape_string(a.view));
 }
 
+// What scales and index tensors have in common.
+void check_beside(const Argument& key, const Argument& a, void (*check_dtype)(const Argument&)) {
+  core::check_dims(a);
+  check_dtype(a);
+  core::check_element_alignment(a);
+  core::check_same_device(a, key);
+}
+
 void check_int32(const Argument& a) {
   if (a.view.dtype != DType::Int32) fail(a.op, a.name, "be int32", name(a.view.dtype));
+}
+
+void check_int32_or_int64(const Argument& a) {
+  if (a.view.dtype != DType::Int32 && a.view.dtype != DType::Int64) fail(a.op, a.name, "be int32 or int64", name(a.view.dtype));
 }
 
 // What the elements of the caches are; the string and the tensors must say the same.
@@ -82,11 +94,7 @@ CacheLayout heads_and_caches(const Argument& key, const Argument& value, const A
 
 // The number of tokens, which key and value must have at least.
 std::int64_t count_tokens(const Argument& slot_mapping, const Argument& key, const Argument& value) {
-  core::check_dims(slot_mapping);
-  if (slot_mapping.view.dtype != DType::Int32 && slot_mapping.view.dtype != DType::Int64)
-    fail(slot_mapping.op, slot_mapping.name, "be int32 or int64", name(slot_mapping.view.dtype));
-  core::check_element_alignment(slot_mapping);
-  core::check_same_device(slot_mapping, key);
+  check_beside(key, slot_mapping, check_int32_or_int64);
   check_ndim(slot_mapping, 1, "[num_tokens]");
   const std::int64_t count = slot_mapping.view.sizes[0];
   for (const Argument* a : {&key, &value})
@@ -103,10 +111,7 @@ bool is_scale_cache(const TensorView& scale, const CacheLayout& layout) {
 
 // Scales of the form [num_blocks, block_size, num_kv_heads].
 PagedScales scale_cache(const Argument& a, const CacheLayout& layout, const Argument& key) {
-  core::check_dims(a);
-  core::check_float32(a);
-  core::check_element_alignment(a);
-  core::check_same_device(a, key);
+  check_beside(key, a, core::check_float32);
   if (!is_scale_cache(a.view, layout))
     fail(a.op, a.name,
          "have the shape [num_blocks=" + std::to_string(layout.num_blocks) +
@@ -130,10 +135,7 @@ std::int64_t even_step(const TensorView& view) {
 // Scales of 1 or num_kv_heads elements; with `or_cache`, also of the form of a scale cache.
 PagedScales scales(const Argument& a, const CacheLayout& layout, const Argument& key, bool or_cache = false) {
   if (or_cache && a.view.numel() != 1 && is_scale_cache(a.view, layout)) return scale_cache(a, layout, key);
-  core::check_dims(a);
-  core::check_float32(a);
-  core::check_element_alignment(a);
-  core::check_same_device(a, key);
+  check_beside(key, a, core::check_float32);
   const std::int64_t count = a.view.numel();
   if (count != 1 && count != layout.num_heads)
     fail(a.op, a.name,
@@ -208,12 +210,7 @@ CacheLayout validate(const CacheGather& p) {
   layout.num_tokens = p.key.sizes[0];
   layout.key.scales = scales(k_scale, layout, key, true);
   layout.value.scales = scales(v_scale, layout, key, true);
-  for (const Argument* a : {&table, &sums}) {
-    core::check_dims(*a);
-    check_int32(*a);
-    core::check_element_alignment(*a);
-    core::check_same_device(*a, key);
-  }
+  for (const Argument* a : {&table, &sums}) check_beside(key, *a, check_int32);
   check_ndim(table, 2, "[num_seqs, max_blocks]");
   check_ndim(sums, 1, "[num_seqs + 1]");
   const std::int64_t num_seqs = p.block_table.sizes[0];
@@ -224,15 +221,12 @@ CacheLayout validate(const CacheGather& p) {
   check_written({&key, &value}, {&key_cache, &value_cache, &k_scale, &v_scale, &table, &sums});
   if (p.seq_starts) {
     const Argument starts{op, "seq_starts", *p.seq_starts};
-    core::check_dims(starts);
-    check_int32(starts);
-    core::check_element_alignment(starts);
-    core::check_same_device(starts, key);
+    check_beside(key, starts, check_int32);
     check_ndim(starts, 1, "[num_seqs]");
     if (p.seq_starts->sizes[0] != num_seqs)
       fail(op, "seq_starts", "have num_seqs=" + std::to_string(num_seqs) + " elements, as block_table has rows",
            "shape " + shape_string(*p.seq_starts));
-    check_written({&key, &value}, {&starts});
+    for (const Argument* a : {&key, &value}) core::check_no_overlap(*a, starts);
   }
   fold_heads(layout);
   return layout;

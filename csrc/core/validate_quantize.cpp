@@ -242,15 +242,10 @@ Layout make_layout(const Sides& sides, const TensorView& scale, const ScaleMap& 
   return layout;
 }
 
-void check_argument(const Argument& a) {
-  core::check_dims(a);
-  core::check_element_alignment(a);
-}
-
 // What StaticQuantize, DynamicQuantize and Dequantize have in common, once dtypes are known to be right.
 Layout validate_map(const Argument& result, const Argument& input, const Argument& scale,
                     const std::optional<GroupShape>& group_shape) {
-  for (const Argument* a : {&result, &input, &scale}) check_argument(*a);
+  for (const Argument* a : {&result, &input, &scale}) core::check_argument(*a);
   core::check_float32(scale);
   core::check_same_device(result, input);
   core::check_same_device(scale, input);
@@ -283,7 +278,7 @@ Layout validate(const DynamicQuantize& p) {
   core::check_no_overlap(scale, input);
   if (p.scale_ub) {
     const Argument bound{op, "scale_ub", *p.scale_ub};
-    check_argument(bound);
+    core::check_argument(bound);
     core::check_float32(bound);
     core::check_same_device(bound, input);
     if (bound.view.numel() != 1) fail(op, "scale_ub", "have 1 element", "shape " + shape_string(bound.view));
@@ -305,8 +300,8 @@ Layout validate(const GroupAmax& p) {
   constexpr const char* op = "group_amax";
   const Argument amax{op, "amax", p.amax}, input{op, "input", p.input};
   core::check_real(input);
-  check_argument(amax);
-  check_argument(input);
+  core::check_argument(amax);
+  core::check_argument(input);
   core::check_float32(amax);
   core::check_same_device(amax, input);
   Sides sides{input.view, input.view};

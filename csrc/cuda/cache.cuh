@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "debug.h"
 #include "fastdiv.h"
 #include "fp8kv/kv_cache.h"
 #include "fp8kv/plan.h"
@@ -56,6 +57,31 @@ __device__ __forceinline__ T* row(const PagedView& view, Index block, Index offs
 }
 
 // --- Launches --------------------------------
+
+// Parameters of the kernels that append anything, counting in 64 bits.
+struct AppendElements {
+  CacheSide sides[2];
+  Slots slots;
+  std::int64_t count;  // of threads with work, or of warps
+  std::int64_t num_heads;
+  std::int64_t head_size;
+  std::int64_t block_size;
+
+  AppendElements(const CacheLayout& layout, const Slots& slots, std::int64_t count)
+      : sides{layout.key, layout.value},
+        slots(slots),
+        count(count),
+        num_heads(layout.num_heads),
+        head_size(layout.head_size),
+        block_size(layout.block_size) {}
+};
+
+// What an append does first, once validated: the checks of FP8KV_DEBUG=1.
+inline bool anything_to_append(const char* op, const TensorView& slot_mapping, const CacheLayout& layout, cudaStream_t stream) {
+  if (layout.empty()) return false;
+  if (debugging(stream)) check_slots(op, slot_mapping, layout, stream);
+  return layout.num_slots() > 0;
+}
 
 // launch(layout, slots) for pieces of the tokens that a kernel can count.
 template <class Launch>

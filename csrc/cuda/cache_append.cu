@@ -1,6 +1,5 @@
 // reshape_and_cache_flash: key and value into the slots of their tokens, with given scales.
 #include "cache.cuh"
-#include "debug.h"
 
 namespace fp8kv::cuda {
 namespace {
@@ -43,15 +42,6 @@ __global__ void __launch_bounds__(256) append_runs(const __grid_constant__ Appen
   }
 }
 
-struct AppendElements {
-  CacheSide sides[2];
-  Slots slots;
-  std::int64_t count;
-  std::int64_t num_heads;
-  std::int64_t head_size;
-  std::int64_t block_size;
-};
-
 // Anything: one element a thread.
 template <class Op, class In, class Out>
 __global__ void __launch_bounds__(256) append_elements(const __grid_constant__ AppendElements p) {
@@ -72,12 +62,7 @@ __global__ void __launch_bounds__(256) append_elements(const __grid_constant__ A
 template <class Op, class In, class Out>
 void launch(const CacheLayout& layout, const Slots& slots, const CachePlan& plan, cudaStream_t stream) {
   if (plan.path == MapPath::Elements) {
-    const AppendElements params{{layout.key, layout.value},
-                                slots,
-                                layout.num_tokens * layout.num_heads * layout.head_size,
-                                layout.num_heads,
-                                layout.head_size,
-                                layout.block_size};
+    const AppendElements params(layout, slots, layout.num_tokens * layout.num_heads * layout.head_size);
     append_elements<Op, In, Out><<<grid_of(params.count, plan), plan.threads, 0, stream>>>(params);
     return;
   }
@@ -109,9 +94,7 @@ void run(const CacheAppend& problem, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   const CacheLayout layout = validate(problem);
   check_cuda_device({op, "key", problem.key});
-  if (layout.empty()) return;
-  if (debugging(stream)) check_slots(op, problem.slot_mapping, layout, stream);
-  if (layout.num_slots() == 0) return;
+  if (!anything_to_append(op, problem.slot_mapping, layout, stream)) return;
   core::visit_real(layout.real, [&]<class In>(core::Type<In>) {
     if (is_fp8(layout.element)) {
       core::visit_fp8(layout.element, [&]<class Out>(core::Type<Out>) {

@@ -5,7 +5,6 @@
 
 #include "../device/amax.h"
 #include "cache.cuh"
-#include "debug.h"
 
 namespace fp8kv::cuda {
 namespace {
@@ -78,18 +77,9 @@ __global__ void __launch_bounds__(256) append_dynamic_runs(const __grid_constant
   }
 }
 
-struct DynamicElements {
-  CacheSide sides[2];
-  Slots slots;
-  std::int64_t count;
-  std::int64_t num_heads;
-  std::int64_t head_size;
-  std::int64_t block_size;
-};
-
 // Anything: a warp a head, which is read twice.
 template <class Fp8, class In>
-__global__ void __launch_bounds__(256) append_dynamic_elements(const __grid_constant__ DynamicElements p) {
+__global__ void __launch_bounds__(256) append_dynamic_elements(const __grid_constant__ AppendElements p) {
   using Op = device::QuantizeOp<Fp8>;
   constexpr int kWarp = 32;
   const CacheSide& side = p.sides[blockIdx.y];
@@ -119,8 +109,7 @@ void launch(const CacheLayout& layout, const Slots& slots, const CachePlan& plan
   const std::int64_t heads = layout.num_tokens * layout.num_heads;
   const dim3 grid = grid_of(heads * plan.threads_per_head, plan);
   if (plan.path == MapPath::Elements) {
-    append_dynamic_elements<Fp8, In><<<grid, plan.threads, 0, stream>>>(
-        {{layout.key, layout.value}, slots, heads, layout.num_heads, layout.head_size, layout.block_size});
+    append_dynamic_elements<Fp8, In><<<grid, plan.threads, 0, stream>>>(AppendElements(layout, slots, heads));
     return;
   }
   const DynamicRuns params{
@@ -145,9 +134,7 @@ void run(const CacheAppendDynamic& problem, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   const CacheLayout layout = validate(problem);
   check_cuda_device({op, "key", problem.key});
-  if (layout.empty()) return;
-  if (debugging(stream)) check_slots(op, problem.slot_mapping, layout, stream);
-  if (layout.num_slots() == 0) return;
+  if (!anything_to_append(op, problem.slot_mapping, layout, stream)) return;
   const CachePlan plan = plan_append_dynamic(layout);
   core::visit_real(layout.real, [&]<class In>(core::Type<In>) {
     core::visit_fp8(layout.element, [&]<class Fp8>(core::Type<Fp8>) {

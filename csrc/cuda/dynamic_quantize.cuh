@@ -21,10 +21,7 @@ namespace cg = cooperative_groups;
 template <class Fp8, class In>
 __device__ __forceinline__ void quantize_unit(const Unit<In>& raw, Fp8* out, const Cut& cut,
                                               const typename device::QuantizeOp<Fp8>::Prepared& scale) {
-  float values[kUnit];
-  device::unpack(raw, values);
-  device::apply<device::QuantizeOp<Fp8>>(scale, values);
-  device::store_range(out + cut.first, device::pack<Fp8>(values), cut.range);
+  device::store_range(out + cut.first, device::map_unit<device::QuantizeOp<Fp8>, Fp8>(raw, scale), cut.range);
 }
 
 // One run, as whoever quantizes it sees it.

@@ -15,6 +15,7 @@ import torch.nn.functional
 from torch import Tensor
 
 from fp8kv import _library
+from fp8kv.reference import CACHE_DTYPES
 
 if "cpu" not in _library.loaded:
     _library.load()
@@ -24,15 +25,7 @@ _append = torch.ops.fp8kv.reshape_and_cache_flash.default
 _append_dynamic = torch.ops.fp8kv.reshape_and_cache_flash_dynamic.default
 _gather = torch.ops.fp8kv.gather_and_dequant_cache.default
 
-_DTYPES = {
-    "fp8": torch.float8_e4m3fn,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in CACHE_DTYPES.items()}
 _INT32 = torch.iinfo(torch.int32)
 
 
@@ -539,10 +532,10 @@ def _cache_dtype(dtype: str | torch.dtype) -> tuple[str, torch.dtype]:
             'PagedKVCache: dtype must say what the elements are, such as "bfloat16" or the dtype of the '
             'model, got "auto"'
         )
-    if name not in _DTYPES:
-        names = ", ".join(f'"{known}"' for known in _DTYPES)
+    if name not in CACHE_DTYPES:
+        names = ", ".join(f'"{known}"' for known in CACHE_DTYPES)
         raise ValueError(f"PagedKVCache: dtype must be {names} or the torch dtype, got {dtype!r}")
-    return name, _DTYPES[name]
+    return name, CACHE_DTYPES[name]
 
 
 def _integers(name: str, values: Sequence[Any] | Tensor, method: str = "gather") -> Tensor:

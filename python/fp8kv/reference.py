@@ -42,13 +42,14 @@ _REAL = (torch.float32, torch.float16, torch.bfloat16)
 _MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 _QUIET_NAN = {torch.float32: 0x7FC00000, torch.float16: 0x7E00, torch.bfloat16: 0x7FC0}
 _INTEGER = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
-_CACHE = {
+#: What `kv_cache_dtype` can be but "auto", and the elements of such a cache.
+CACHE_DTYPES = {
     "fp8": torch.float8_e4m3fn,
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
-    "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
 }
 
 
@@ -556,7 +557,7 @@ def _caches(
     if key.shape[1:] != key_cache.shape[2:] or value.shape[1:] != key_cache.shape[2:]:
         _fail(op, f"key and value must be [num_tokens, {key_cache.shape[2]}, {key_cache.shape[3]}]")
     actual = key_cache.dtype
-    dtype = actual if kv_cache_dtype == "auto" and actual in _REAL else _CACHE.get(kv_cache_dtype)
+    dtype = actual if kv_cache_dtype == "auto" and actual in _REAL else CACHE_DTYPES.get(kv_cache_dtype)
     if dtype is None or (actual != dtype and not (actual == torch.uint8 and dtype in _FP8)):
         _fail(op, f"caches can't be {actual} with kv_cache_dtype {kv_cache_dtype!r}")
     if value_cache.dtype != actual:

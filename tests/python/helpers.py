@@ -247,6 +247,11 @@ CACHE_LAYOUTS = (
 each_fp8_cache = pytest.mark.parametrize("cache", FP8.keys())
 each_geometry = pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 each_cache_layout = pytest.mark.parametrize("cache_layout", CACHE_LAYOUTS)
+each_large_cache = pytest.mark.parametrize(
+    ("blocks", "num_heads", "head_size"),
+    [((131_072 + 100, 16), 8, 128), (((1 << 23) + 4, 256), 1, 1)],
+    ids=["2^31 elements", "2^31 slots"],
+)
 
 
 def empty_caches(

@@ -27,6 +27,7 @@ from helpers import (
     each_cache_layout,
     each_fp8_cache,
     each_geometry,
+    each_large_cache,
     each_layout,
     each_real,
     empty_caches,
@@ -524,11 +525,7 @@ def test_a_long_head(device: torch.device, real: torch.dtype) -> None:
 
 
 @pytest.mark.large
-@pytest.mark.parametrize(
-    ("blocks", "num_heads", "head_size"),
-    [((131_072 + 100, 16), 8, 128), (((1 << 23) + 4, 256), 1, 1)],
-    ids=["2^31 elements", "2^31 slots"],
-)
+@each_large_cache
 def test_the_far_end_of_a_large_cache(
     cuda: torch.device, blocks: tuple[int, int], num_heads: int, head_size: int
 ) -> None:

@@ -29,6 +29,7 @@ from helpers import (
     each_cache_layout,
     each_fp8_cache,
     each_geometry,
+    each_large_cache,
     each_layout,
     each_real,
     empty_caches,
@@ -466,6 +467,9 @@ BAD_INDICES = {
         TABLE, [0, 6, 10], [-(1 << 31), 0], "seq_starts must be at least 0, got -2147483648 in sequence 0",
         [6, 7, 8, 9],
     ),
+    "a start just below 0": (
+        TABLE, [0, 6, 10], [-2, 0], "seq_starts must be at least 0, got -2 in sequence 0", [6, 7, 8, 9],
+    ),
     "more rows than there are": (
         TABLE, [0, 6, 12], None, "key must have at least cu_seq_lens[-1]=12 rows, got shape [10, 2, 24]",
         [0, 1, 2, 3, 4, 5, 6, 7, 8, 9],
@@ -623,11 +627,7 @@ def test_the_number_of_threads_does_not_show(threads: int) -> None:
 
 
 @pytest.mark.large
-@pytest.mark.parametrize(
-    ("blocks", "num_heads", "head_size"),
-    [((131_072 + 100, 16), 8, 128), (((1 << 23) + 4, 256), 1, 1)],
-    ids=["2^31 elements", "2^31 slots"],
-)
+@each_large_cache
 def test_the_far_end_of_a_large_cache(
     cuda: torch.device, blocks: tuple[int, int], num_heads: int, head_size: int
 ) -> None:
