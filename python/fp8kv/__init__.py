@@ -15,6 +15,13 @@ from __future__ import annotations
 from typing import Any
 
 from fp8kv import _library, reference
+from fp8kv.checkpoint import (
+    CheckpointError,
+    KVCacheScheme,
+    KVScales,
+    LayerScales,
+    Problem,
+)
 from fp8kv.group_shape import GroupShape
 from fp8kv.kv_cache import (
     PagedKVCache,
@@ -35,8 +42,13 @@ from fp8kv.quantize import (
 __version__: str = _library.introspect().version()
 
 __all__ = [
+    "CheckpointError",
     "GroupShape",
+    "KVCacheScheme",
+    "KVScales",
+    "LayerScales",
     "PagedKVCache",
+    "Problem",
     "QuantFP8",
     "__version__",
     "build_info",

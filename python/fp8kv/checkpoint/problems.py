@@ -1,0 +1,53 @@
+"""What can be wrong with the scales of a checkpoint, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Severity = Literal["error", "warning", "note"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding of `fp8kv.audit_checkpoint`.
+
+    Attributes:
+        kind: what is wrong, in one word with hyphens, such as "not-finite"; the kinds are listed in
+            docs/checkpoints.md.
+        severity: "error": the scales must not be used as they are; "warning": they can be used and the model
+            may be worse for it; "note": good to know.
+        message: one sentence with layer, tensor and value.
+        remedy: what to do about it, one sentence.
+        layer: index of the layer; None if it concerns the whole checkpoint.
+        tensor: name in the file; None if it isn't about one.
+        value: what was found, as text; None if there is nothing to show.
+    """
+
+    kind: str
+    severity: Severity
+    message: str
+    remedy: str
+    layer: int | None = None
+    tensor: str | None = None
+    value: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.remedy}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+class CheckpointError(ValueError):
+    """The scales of a checkpoint cannot be used.
+
+    Attributes:
+        problems: all findings of severity "error".
+    """
+
+    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
+        super().__init__(message)
+        self.problems = list(problems)

@@ -1,0 +1,167 @@
+"""`KVScales`: the scales of all layers, and the share of one tensor-parallel rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fp8kv.checkpoint.problems import Problem
+from fp8kv.checkpoint.scheme import KVCacheScheme
+
+
+@dataclass(frozen=True, eq=False)
+class LayerScales:
+    """The scales of one attention layer: fp32, ``[1]`` per tensor or ``[num_kv_heads]`` per head.
+
+    A query scale is that of a KV group: the query heads that share a KV head share their scale, as
+    FlashAttention-3 wants it (`reduce_query_scale`).
+
+    Attributes:
+        q: None if queries are not quantized.
+        k: None only if the checkpoint lacks it and was loaded with ``on_problem="warn"``.
+        v: likewise.
+
+    Example:
+        >>> import torch
+        >>> from fp8kv import LayerScales
+        >>> scales = LayerScales(q=None, k=torch.ones(8), v=torch.ones(8))
+        >>> scales.shard(tp_rank=1, tp_size=4).k.shape
+        torch.Size([2])
+    """
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+
+    def __post_init__(self) -> None:
+        for name in ("q", "k", "v"):
+            scale = getattr(self, name)
+            if scale is not None and (scale.dtype != torch.float32 or scale.dim() != 1):
+                raise ValueError(
+                    f"LayerScales: {name} must be float32 of one dimension, "
+                    f"got {str(scale.dtype).removeprefix('torch.')} of shape {list(scale.shape)}"
+                )
+
+    def shard(self, tp_rank: int, tp_size: int) -> LayerScales:
+        """The scales of the KV heads that a tensor-parallel rank owns; see `kv_heads_of_rank`."""
+        return LayerScales(*(_shard(scale, tp_rank, tp_size) for scale in (self.q, self.k, self.v)))
+
+    def to(self, device: torch.device | str) -> LayerScales:
+        """The same on another device."""
+        return LayerScales(
+            *(None if scale is None else scale.to(device) for scale in (self.q, self.k, self.v))
+        )
+
+
+class KVScales(Mapping[int, LayerScales]):
+    """The scales of a model by layer index: what `load_kv_scales` and `calibrate` return.
+
+    Args:
+        layers: scales by layer index.
+        scheme: what the config says, or what calibration did.
+        problems: what was found in the checkpoint.
+
+    Example:
+        >>> import torch
+        >>> from fp8kv import KVCacheScheme, KVScales, LayerScales
+        >>> layer = LayerScales(q=None, k=torch.full((2,), 0.02), v=torch.full((2,), 0.03))
+        >>> scales = KVScales({0: layer, 1: layer}, KVCacheScheme("attn_head"))
+        >>> len(scales), scales[1].k.shape
+        (2, torch.Size([2]))
+    """
+
+    def __init__(
+        self, layers: Mapping[int, LayerScales], scheme: KVCacheScheme, problems: Sequence[Problem] = ()
+    ) -> None:
+        self._layers = dict(sorted(layers.items()))
+        self.scheme = scheme
+        self.problems = list(problems)
+
+    def __getitem__(self, layer: int) -> LayerScales:
+        return self._layers[layer]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def shard(self, tp_rank: int, tp_size: int) -> KVScales:
+        """The share of a tensor-parallel rank: `LayerScales.shard` of every layer."""
+        layers = {index: layer.shard(tp_rank, tp_size) for index, layer in self.items()}
+        return KVScales(layers, self.scheme, self.problems)
+
+    def to(self, device: torch.device | str) -> KVScales:
+        """The same on another device."""
+        return KVScales(
+            {index: layer.to(device) for index, layer in self.items()}, self.scheme, self.problems
+        )
+
+    def summary(self) -> str:
+        raise NotImplementedError
+
+    def save(
+        self,
+        checkpoint_dir: str | Path,
+        source: str | Path | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        from fp8kv.checkpoint.write import write_checkpoint
+
+        write_checkpoint(self, Path(checkpoint_dir), None if source is None else Path(source), overwrite)
+
+
+def kv_heads_of_rank(num_kv_heads: int, tp_rank: int, tp_size: int) -> slice:
+    """The KV heads that a tensor-parallel rank owns.
+
+    With at least as many heads as ranks, each owns as many neighbors; otherwise heads are replicated and each
+    rank owns one, shared with its neighbors.
+
+    Raises:
+        ValueError: the rank is not below the size, or neither number divides the other.
+
+    Example:
+        >>> from fp8kv.checkpoint import kv_heads_of_rank
+        >>> kv_heads_of_rank(8, tp_rank=1, tp_size=4), kv_heads_of_rank(2, tp_rank=5, tp_size=8)
+        (slice(2, 4, None), slice(1, 2, None))
+    """
+    if tp_size < 1 or not 0 <= tp_rank < tp_size:
+        raise ValueError(f"tp_rank must be from 0 to tp_size - 1, got {tp_rank} with tp_size={tp_size}")
+    if num_kv_heads % tp_size and tp_size % num_kv_heads:
+        raise ValueError(
+            f"tp_size must divide the {num_kv_heads} KV heads or be a multiple of their number, got {tp_size}"
+        )
+    count = max(1, num_kv_heads // tp_size)
+    first = tp_rank * num_kv_heads // tp_size
+    return slice(first, first + count)
+
+
+def reduce_query_scale(scale: Tensor, num_kv_heads: int) -> Tensor:
+    """One query scale for each KV group, the largest of its heads: ``[num_heads]`` to ``[num_kv_heads]``.
+
+    Raises:
+        ValueError: the heads are not a multiple of the KV heads.
+
+    Example:
+        >>> import torch
+        >>> from fp8kv.checkpoint import reduce_query_scale
+        >>> reduce_query_scale(torch.tensor([1.0, 3.0, 2.0, 0.5]), num_kv_heads=2)
+        tensor([3., 2.])
+    """
+    if scale.numel() % num_kv_heads:
+        raise ValueError(
+            f"query scales must be a multiple of the {num_kv_heads} KV heads, got {scale.numel()}"
+        )
+    return scale.reshape(num_kv_heads, -1).amax(1)
+
+
+def _shard(scale: Tensor | None, tp_rank: int, tp_size: int) -> Tensor | None:
+    if scale is None:
+        return None
+    # One element is the scale of the tensor, or of its only head: in both cases every rank's.
+    return scale[kv_heads_of_rank(scale.numel(), tp_rank, tp_size)]
