@@ -15,12 +15,17 @@ from __future__ import annotations
 from typing import Any
 
 from fp8kv import _library, reference
+from fp8kv.attention_scales import AttentionScales
+from fp8kv.calibration import calibrate
 from fp8kv.checkpoint import (
     CheckpointError,
     KVCacheScheme,
     KVScales,
     LayerScales,
     Problem,
+    audit_checkpoint,
+    load_kv_scales,
+    remap_scale_name,
 )
 from fp8kv.group_shape import GroupShape
 from fp8kv.kv_cache import (
@@ -29,6 +34,7 @@ from fp8kv.kv_cache import (
     reshape_and_cache_flash,
     reshape_and_cache_flash_dynamic,
 )
+from fp8kv.observations import Observations
 from fp8kv.quant_fp8 import QuantFP8
 from fp8kv.quantize import (
     dequantize,
@@ -42,22 +48,28 @@ from fp8kv.quantize import (
 __version__: str = _library.introspect().version()
 
 __all__ = [
+    "AttentionScales",
     "CheckpointError",
     "GroupShape",
     "KVCacheScheme",
     "KVScales",
     "LayerScales",
+    "Observations",
     "PagedKVCache",
     "Problem",
     "QuantFP8",
     "__version__",
+    "audit_checkpoint",
     "build_info",
+    "calibrate",
     "dequantize",
     "dynamic_scaled_fp8_quant",
     "gather_and_dequant_cache",
     "group_amax",
+    "load_kv_scales",
     "quantize",
     "reference",
+    "remap_scale_name",
     "reshape_and_cache_flash",
     "reshape_and_cache_flash_dynamic",
     "scaled_fp8_dequant",

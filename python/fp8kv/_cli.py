@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json as jsonlib
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
 
 import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fp8kv.inspection import Inspection
+
 app = typer.Typer(
-    help="FP8 quantization: what works here, how fast it is, and how accurate.",
+    help="FP8 KV caches: scales of checkpoints and models, what works here, and how fast it is.",
     no_args_is_help=True,
     add_completion=False,
 )
@@ -122,6 +126,116 @@ def demo(
     )
     if plot is not None:
         demonstration.plot(results, plot)
+
+
+@app.command("inspect")
+def inspect_(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's directory.")],
+    json: Annotated[
+        OptionalPath, typer.Option(help='Write everything to this file; "-": to stdout, and nothing else.')
+    ] = None,
+    plot: Annotated[OptionalPath, typer.Option(help="Write a heat map (PNG) to this file.")] = None,
+) -> None:
+    """Shows the scales of a checkpoint and what is wrong with them; exit status 1 if it is an error."""
+    from fp8kv import inspection
+
+    for option, path in (("--json", json), ("--plot", plot)):
+        _check_folder(option, path)
+    try:
+        found = inspection.inspect_checkpoint(checkpoint)
+    except (OSError, ValueError) as error:
+        _fail(str(error), 2)
+    if json is not None:
+        text = jsonlib.dumps(found.as_dict(), indent=1, allow_nan=False)
+        if json == Path("-"):
+            typer.echo(text)
+        else:
+            json.write_text(text + "\n", encoding="utf-8")
+    if json != Path("-"):
+        _show(found, _console())
+    if plot is not None:
+        inspection.plot(found, plot)
+    raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A directory with a causal language model, or its id.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The directory of the new checkpoint.")],
+    strategy: Annotated[str, typer.Option(help='"tensor" or "attn_head".')] = "tensor",
+    observer: Annotated[str, typer.Option(help='"static_minmax", "percentile" or "mse".')] = "static_minmax",
+    percentile: Annotated[float, typer.Option(help="Of the magnitudes, for that observer.")] = 99.99,
+    query: Annotated[bool, typer.Option("--query", help="Also scales for queries.")] = False,
+    text: Annotated[OptionalPath, typer.Option(help="A text to take instead of CPython's reference.")] = None,
+    num_samples: Annotated[int, typer.Option(help="Windows of the text.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
+    batch_size: Annotated[int, typer.Option(help="Windows that run at a time.")] = 1,
+    device: Device = "auto",
+    device_map: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help='"auto" spreads the model over all GPUs, the CPU and the disk.'),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help='Of the model: "auto", "bfloat16", "float16" or "float32".')
+    ] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint at OUTPUT.")] = False,
+    plot: Annotated[OptionalPath, typer.Option(help="Write a heat map (PNG) to this file.")] = None,
+) -> None:
+    """Calibrates FP8 KV scales and writes a checkpoint with them; under torchrun with many processes.
+
+    MODEL's other files come along unchanged.
+    """
+    from rich.console import Console
+
+    from fp8kv import _calibrate_command as command
+    from fp8kv import inspection
+
+    console = _console() if _is_first() else Console(quiet=True)
+    _check_folder("--plot", plot)
+    options = command.Options(
+        model, output, strategy, observer, percentile, query, text, num_samples, seq_len, batch_size, device,
+        device_map, dtype, overwrite,
+    )  # fmt: skip
+    try:
+        found = command.run(options, console)
+    except command.CommandError as error:
+        _fail(error.sentence, error.status)
+    _show(found, console)
+    for line in (
+        f"wrote {output}",
+        f"to look at the scales: fp8kv inspect {output} --plot scales.png",
+        f"to serve it with vLLM: vllm serve {output} --kv-cache-dtype fp8",
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if plot is not None and _is_first():
+        inspection.plot(found, plot)
+    raise typer.Exit(0 if found.ok else 1)
+
+
+def _show(found: Inspection, console: Console) -> None:
+    from fp8kv import inspection
+
+    for part in inspection.report(found):
+        console.print(part, highlight=False)
+
+
+def _check_folder(option: str, path: Path | None) -> None:
+    """A long work must not end with the discovery that its result has no place."""
+    if path is not None and not path.absolute().parent.is_dir():
+        _fail(f"{option} must be a file in a directory that exists, got {path}", 2)
+
+
+def _is_first() -> bool:
+    """Of the processes of torchrun; the others are silent."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _fail(sentence: str, status: int) -> NoReturn:
+    if _is_first():
+        typer.echo(f"error: {sentence}", err=True)
+    raise typer.Exit(status)
 
 
 def _device(name: str) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from fp8kv.checkpoint.problems import Problem
+from fp8kv.checkpoint.problems import Problem, Severity
 from fp8kv.checkpoint.scheme import KVCacheScheme
 
 
@@ -102,7 +103,39 @@ class KVScales(Mapping[int, LayerScales]):
         )
 
     def summary(self) -> str:
-        raise NotImplementedError
+        """What there is in a few lines: scheme, layers, heads, ranges of the scales, problems.
+
+        Example:
+            >>> import torch
+            >>> from fp8kv import KVCacheScheme, KVScales, LayerScales
+            >>> layer = LayerScales(q=None, k=torch.tensor([0.02, 0.03]), v=torch.tensor([0.01, 0.05]))
+            >>> print(KVScales({0: layer, 1: layer}, KVCacheScheme("attn_head")).summary())
+            strategy attn_head, observer unknown, by compressed-tensors
+            2 layers, 2 KV heads
+            k: 0.02 to 0.03, median 0.02
+            v: 0.01 to 0.05, median 0.01
+            no problems
+        """
+        scheme = self.scheme
+        lines = [
+            f"strategy {scheme.strategy}, observer {scheme.observer or 'unknown'}, by {scheme.producer}",
+            _count(len(self), "layer") + self._heads(),
+        ]
+        for side in "qkv":
+            scales = [scale for layer in self.values() if (scale := getattr(layer, side)) is not None]
+            if scales:
+                x = torch.cat(scales)
+                lines.append(f"{side}: {x.min():.4g} to {x.max():.4g}, median {x.median():.4g}")
+        severities = [problem.severity for problem in self.problems]
+        counts = [_count(severities.count(s), s) for s in get_args(Severity) if s in severities]
+        return "\n".join([*lines, ", ".join(counts) or "no problems"])
+
+    def _heads(self) -> str:
+        """Nothing is known of them with one scale for the tensor."""
+        if self.scheme.strategy == "tensor":
+            return ""
+        counts = {x.numel() for layer in self.values() for x in (layer.k, layer.v) if x is not None}
+        return f", {' or '.join(map(str, sorted(counts)))} KV heads" if counts else ""
 
     def save(
         self,
@@ -111,6 +144,46 @@ class KVScales(Mapping[int, LayerScales]):
         *,
         overwrite: bool = False,
     ) -> None:
+        """Writes a whole checkpoint with these scales, of the form that llm-compressor writes.
+
+        All files of the source come along; older scales are left out. Other tensors keep their bytes, and
+        shards remain the files they were: scales get one of their own. Scales get the dtype of the model,
+        rounded up. The new folder is built beside `checkpoint_dir` and takes its place in one step, so that a
+        crash leaves the old or the new one; the disk must have room for both. Under torch.distributed, only
+        one rank should save.
+
+        Args:
+            checkpoint_dir: where to write. It may be new, empty, a checkpoint of the source made before, or
+                the source, which is then replaced.
+            source: directory of the checkpoint that the scales are for, with safetensors files; not
+                quantized, or by compressed-tensors. None: `checkpoint_dir`.
+            overwrite: replace a `checkpoint_dir` that holds anything else, whatever that is.
+
+        Raises:
+            FileNotFoundError: a file of the source is missing.
+            FileExistsError: `checkpoint_dir` holds something else.
+            ValueError: the scales are not usable, or not those of the source: of other layers, of other
+                numbers of heads or of one tensor-parallel rank; or the source can't take them. A
+                CheckpointError if a file of the source is corrupt.
+            OSError: a file can't be read or written. In no case anything has changed.
+
+        Example:
+            >>> import json, tempfile, torch
+            >>> from pathlib import Path
+            >>> from safetensors.torch import load_file, save_file
+            >>> from fp8kv import KVCacheScheme, KVScales, LayerScales
+            >>> folder = Path(tempfile.mkdtemp())
+            >>> config = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+            >>> (folder / "config.json").write_text(json.dumps(config))
+            76
+            >>> save_file({"model.layers.0.self_attn.k_proj.weight": torch.ones(2, 2)},
+            ...           folder / "model.safetensors")
+            >>> layer = LayerScales(q=None, k=torch.full((2,), 0.02), v=torch.full((2,), 0.03))
+            >>> scales = KVScales({0: layer}, KVCacheScheme("attn_head", observer="static_minmax"))
+            >>> scales.save(folder)
+            >>> load_file(folder / "model.safetensors")["model.layers.0.self_attn.k_scale"].shape
+            torch.Size([2, 1, 1])
+        """
         from fp8kv.checkpoint.write import write_checkpoint
 
         write_checkpoint(self, Path(checkpoint_dir), None if source is None else Path(source), overwrite)
@@ -158,6 +231,10 @@ def reduce_query_scale(scale: Tensor, num_kv_heads: int) -> Tensor:
             f"query scales must be a multiple of the {num_kv_heads} KV heads, got {scale.numel()}"
         )
     return scale.reshape(num_kv_heads, -1).amax(1)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _shard(scale: Tensor | None, tp_rank: int, tp_size: int) -> Tensor | None:

@@ -1,0 +1,329 @@
+"""`fp8kv calibrate`: from a model on disk to a checkpoint with scales, in one process or under torchrun."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from fp8kv import demo
+from fp8kv.calibration import calibrate, share, text_batches
+from fp8kv.checkpoint.source import Source
+from fp8kv.inspection import Inspection, inspect_checkpoint
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fp8kv.checkpoint import KVScales
+    from fp8kv.checkpoint.scheme import Strategy
+
+T = TypeVar("T")
+STRATEGIES = ("tensor", "attn_head")
+OBSERVERS = ("static_minmax", "percentile", "mse")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of the command."""
+
+    model: str
+    out: Path
+    strategy: str
+    observer: str
+    percentile: float
+    query: bool
+    text: Path | None
+    num_samples: int
+    seq_len: int
+    batch_size: int
+    device: str
+    device_map: str | None
+    dtype: str
+    overwrite: bool
+
+
+class CommandError(Exception):
+    """Ends the command with a sentence and an exit status: 2 if the arguments are to blame, else 1."""
+
+    def __init__(self, sentence: str, status: int = 1) -> None:
+        super().__init__(sentence, status)
+        self.sentence, self.status = sentence, status
+
+
+def run(options: Options, console: Console) -> Inspection:
+    """Calibrates, saves and inspects; in all processes of a torchrun, which agree on the outcome.
+
+    Raises:
+        CommandError: in all processes, the same.
+    """
+    from rich.markup import escape
+
+    _check_device(options)
+    with _processes(options.device) as processes:
+        processes.together(lambda: _check_options(options))
+        with console.status(escape(f"loading {options.model}")):
+            folder, batches = processes.together(lambda: _prepare(options))
+            model = processes.together(lambda: _load_model(options, folder, processes.device))
+        windows = sum(len(batch) for batch in batches)
+        console.print(f"{windows} windows of {options.seq_len} tokens", highlight=False)
+        own = share(batches, processes.rank, processes.size)
+        scales = processes.together(lambda: _calibrate(options, model, own))
+        with console.status(escape(f"writing {options.out}")):
+            return processes.together(lambda: _save(options, folder, scales), only_first=True)
+
+
+# Processes
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of torchrun; a single one without."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def together(self, action: Callable[[], T], *, only_first: bool = False) -> T:
+        """What the action returns; an error in one process, the first's sentence, in all.
+
+        With `only_first` the first process acts and the others get its result.
+        """
+        outcome: Any = None
+        if self.rank == 0 or not only_first:
+            try:
+                outcome = action()
+            except CommandError as error:
+                outcome = error
+        if self.size > 1:
+            told: list[Any] = [None] * self.size
+            failed = isinstance(outcome, CommandError)
+            dist.all_gather_object(told, outcome if failed or only_first else None)
+            errors = [x for x in told if isinstance(x, CommandError)]
+            outcome = errors[0] if errors else told[0] if only_first else outcome
+        if isinstance(outcome, CommandError):
+            raise outcome
+        result: T = outcome
+        return result
+
+
+@contextmanager
+def _processes(device: str) -> Iterator[Processes]:
+    own = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    size, rank = _number_of_processes(), int(os.environ.get("RANK", "0"))
+    if size == 1:
+        yield Processes(0, 1, own)
+        return
+    if own.type == "cuda":
+        own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
+        torch.cuda.set_device(own)
+    # The first process alone copies the checkpoint, which takes longer than the usual timeout if it is large.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    try:
+        yield Processes(rank, size, own)
+    finally:
+        dist.destroy_process_group()
+
+
+def _number_of_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+# Steps
+
+
+def _check_options(options: Options) -> None:
+    """All that can be known before anything is loaded."""
+    for name, choices in (("strategy", STRATEGIES), ("observer", OBSERVERS), ("dtype", DTYPES)):
+        value = getattr(options, name)
+        _require(value in choices, f"--{name} must be {_either(choices)}, got {value!r}")
+    for name in ("num_samples", "seq_len", "batch_size"):
+        value = getattr(options, name)
+        _require(value >= 1, f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    _require(0 < options.percentile <= 100, f"--percentile must be in (0, 100], got {options.percentile}")
+    _check_out(options)
+    if options.text is not None:
+        _require(options.text.is_file(), f"--text must be a file, got {options.text}")
+    if Path(options.model).is_dir():
+        _check_model(Path(options.model), options)
+    needed = ("transformers", "accelerate") if options.device_map else ("transformers",)
+    for package in needed:
+        if importlib.util.find_spec(package) is None:
+            raise CommandError(f"{package} is not installed; pip install 'fp8kv[transformers]' installs it")
+
+
+def _check_device(options: Options) -> None:
+    device = re.fullmatch(r"auto|cpu|cuda(:(?P<index>\d+))?", options.device)
+    if device is None:
+        raise CommandError(f'--device must be "auto", "cpu", "cuda" or "cuda:N", got {options.device!r}', 2)
+    many = _number_of_processes() > 1
+    if options.device_map is not None:
+        _require(options.device == "auto", "--device-map places the model itself and excludes --device")
+        _require(not many, "--device-map spreads a model over all GPUs and excludes torchrun")
+    if options.device.startswith("cuda") or (options.device == "auto" and torch.cuda.is_available()):
+        _require(
+            not (many and device["index"]),
+            f"--device must be without a number under torchrun, got {options.device!r}",
+        )
+        needs = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if many else int(device["index"] or 0) + 1
+        found = torch.cuda.device_count()
+        _require(needs <= found, f"--device={options.device} needs {needs} GPUs, PyTorch finds {found}")
+
+
+def _check_out(options: Options) -> None:
+    out = options.out
+    if out.is_dir() and any(out.iterdir()):
+        _require(
+            options.overwrite, f"--output must be a new or an empty directory without --overwrite, got {out}"
+        )
+        # What is there is replaced as a whole, so it should not be somebody's home.
+        _require(
+            (out / "config.json").is_file(), f"--output must be a checkpoint to be overwritten, got {out}"
+        )
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    _require(existing.is_dir(), f"--output must be a directory, but {existing} is a file")
+    beside = out.absolute().parent if existing == out else existing
+    _require(os.access(beside, os.W_OK | os.X_OK), f"--output must be writable, but {beside} is not")
+
+
+def _check_model(folder: Path, options: Options) -> None:
+    """What `KVScales.save` would find only after calibration."""
+    _require((folder / "config.json").is_file(), f"MODEL must have a config.json, got {folder}")
+    out, model = options.out.resolve(), folder.resolve()
+    _require(
+        model not in out.parents and out not in model.parents,
+        f"--output must lie beside MODEL, not in it or around it, got {options.out}",
+    )
+    with _reported(f"no checkpoint can be made from {folder}", (ValueError, OSError)):
+        source = Source.read(folder)
+        source.attention_modules()
+    limits = [section.get("max_position_embeddings") for section in _sections(source.config)]
+    limit = next((limit for limit in limits if limit), options.seq_len)
+    _require(
+        options.seq_len <= limit,
+        f"--seq-len must be at most {limit}, the max_position_embeddings of the model, got {options.seq_len}",
+    )
+
+
+def _sections(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The language model's of a multimodal one first."""
+    nested = config.get("text_config")
+    return [nested, config] if isinstance(nested, dict) else [config]
+
+
+def _prepare(options: Options) -> tuple[Path, list[Tensor]]:
+    """The model's directory, and the batches of all processes."""
+    from transformers import AutoTokenizer
+
+    folder = Path(options.model)
+    if not folder.is_dir():
+        folder = _fetch(options.model)
+        _check_model(folder, options)
+    with _reported(f"the tokenizer of {options.model} cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    if options.text is None:
+        text = demo.reference_text()
+    else:
+        text = options.text.read_text(encoding="utf-8", errors="replace")
+    with _reported("--text cannot be read", (ValueError,), status=2):
+        batches = text_batches(
+            tokenizer,
+            text,
+            num_samples=options.num_samples,
+            seq_len=options.seq_len,
+            batch_size=options.batch_size,
+        )
+    length = batches[0].shape[1]
+    _require(length == options.seq_len, f"--text must have --seq-len={options.seq_len} tokens, got {length}")
+    return folder, batches
+
+
+def _fetch(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    expected = f"MODEL must be a directory or the id of a model that can be fetched, got {model!r}"
+    with _reported(expected, status=2):
+        return Path(snapshot_download(model))
+
+
+def _load_model(options: Options, folder: Path, device: torch.device) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    # What it says is for those who load a model to use it, such as that scales are not its parameters.
+    talk: Any = logging
+    talk.set_verbosity_error()
+    talk.disable_progress_bar()
+    with _reported(f"the model {options.model} cannot be loaded"):
+        config = AutoConfig.from_pretrained(folder)
+        _forget_kv_cache_scheme(config)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=options.dtype, device_map=options.device_map
+        )
+        return model if options.device_map else model.to(device)
+
+
+def _forget_kv_cache_scheme(config: Any) -> None:
+    """Scales that the model has already must not quantize what is calibrated."""
+    quantization = getattr(config, "quantization_config", None)
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
+        return
+    groups = quantization.get("config_groups") or {}
+    weights = {key: group for key, group in groups.items() if group.get("weights") is not None}
+    if weights:
+        config.quantization_config = quantization | {"config_groups": weights, "kv_cache_scheme": None}
+    else:
+        del config.quantization_config
+
+
+def _calibrate(options: Options, model: Any, batches: Iterable[Tensor]) -> KVScales:
+    with _reported(f"{options.model} cannot be calibrated", (ValueError, RuntimeError)):
+        return calibrate(
+            model,
+            batches,
+            strategy=cast("Strategy", options.strategy),
+            observer=options.observer,
+            query=options.query,
+            percentile=options.percentile,
+            progress=True,
+        )
+
+
+def _save(options: Options, folder: Path, scales: KVScales) -> Inspection:
+    with _reported(f"{options.out} cannot be written", (ValueError, OSError)):
+        scales.save(options.out, source=folder, overwrite=options.overwrite)
+    return inspect_checkpoint(options.out)
+
+
+# Sentences
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise CommandError(sentence, 2)
+
+
+def _either(choices: tuple[str, ...]) -> str:
+    return ", ".join(choices[:-1]) + f" or {choices[-1]}"
+
+
+@contextmanager
+def _reported(
+    what: str, errors: tuple[type[Exception], ...] = (Exception,), status: int = 1
+) -> Iterator[None]:
+    """Errors that are to be expected become one sentence; loaders raise all kinds."""
+    try:
+        yield
+    except errors as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise CommandError(f"{what}: {reason}", status) from error
