@@ -126,8 +126,15 @@ class Recorder:
 
 
 def is_first_rank(group: ProcessGroup | None) -> bool:
-    """Of the group, None: of all; True without `torch.distributed`."""
-    return not _is_distributed() or distributed.get_rank(group) == 0
+    """Of the group, None: of all; True without `torch.distributed`.
+
+    Raises:
+        ValueError: this rank is not in the group.
+    """
+    rank = distributed.get_rank(group) if _is_distributed() else 0
+    if rank < 0:
+        raise ValueError("calibrate: group must contain the rank that calls, got one without it")
+    return rank == 0
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from fp8kv.quantize import static_scaled_fp8_quant
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-#: The next fp32 value above the largest of the FP8 types. The quotient of amax and the scale made of it can be
-#: that one, by rounding alone, so what is not above it is not called clipped.
+#: The next fp32 value above the largest of the FP8 types. The quotient of amax and the scale made of it can
+#: be that one, by rounding alone, so what is not above it is not called clipped.
 _LIMITS = {torch.float8_e4m3fn: 448.0 + 2.0**-15, torch.float8_e5m2: 57344.0 + 2.0**-8}
 #: What caches of them are called.
 _CACHE_NAMES = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
@@ -522,7 +522,8 @@ class AttentionScales(nn.Module):
         ):
             raise ValueError(
                 f"AttentionScales.observe: slot_mapping must be int32 or int64 of one dimension on {device}, "
-                f"got {_name(slot_mapping.dtype)} of shape {list(slot_mapping.shape)} on {slot_mapping.device}"
+                f"got {_name(slot_mapping.dtype)} of shape {list(slot_mapping.shape)} on "
+                f"{slot_mapping.device}"
             )
         rows = 0 if slot_mapping is None else slot_mapping.shape[0]
         for side, x in groups.items():

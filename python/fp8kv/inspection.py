@@ -172,16 +172,18 @@ def table(inspection: Inspection) -> Table:
     for name in names:
         result.add_column(f"{name}_scale", justify="right")
     result.add_column("scales", justify="right", no_wrap=True)
-    if any(problem.layer is not None for problem in inspection.problems):
+    with_problems = any(problem.layer is not None for problem in inspection.problems)
+    if with_problems:
         result.add_column("problems")
     for row in inspection.layers:
         found = inspection.problems_of(row.layer)
         kinds = {problem.kind: SEVERITIES[problem.severity] for problem in found}
+        marks = ", ".join(f"[{style}]{kind}[/]" for kind, style in kinds.items())
         result.add_row(
             str(row.layer),
             *(_cell(getattr(row, name), inspection.problems_of(row.layer, name)) for name in names),
             _counts(row, names),
-            ", ".join(f"[{style}]{kind}[/]" for kind, style in kinds.items()),
+            *([marks] if with_problems else []),
         )
     return result
 

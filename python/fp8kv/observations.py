@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -102,14 +102,7 @@ def _listed(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-# One operator, so that compiled code divides as IEEE says too and takes any number of pieces.
-@torch.library.custom_op(
-    "fp8kv::_observe_groups",
-    mutates_args=("amax", "clipped", "observed"),
-    schema="(Tensor x, Tensor scale, Tensor(a!) amax, Tensor(b!) clipped, Tensor(c!) observed, float limit, "
-    "Tensor? slots) -> ()",
-)
-def observe_groups(
+def _observe_groups(
     x: Tensor,
     scale: Tensor,
     amax: Tensor,
@@ -148,17 +141,15 @@ def observe_groups(
         observed += seen * size
 
 
-@observe_groups.register_fake
-def _(
-    x: Tensor,
-    scale: Tensor,
-    amax: Tensor,
-    clipped: Tensor,
-    observed: Tensor,
-    limit: float,
-    slots: Tensor | None,
-) -> None:
-    return None
+# An operator, so that compiled code takes any number of pieces and divides exactly, too.
+_ops: Any = torch.library.Library("fp8kv", "FRAGMENT")  # type: ignore[no-untyped-call]
+_ops.define(
+    "_observe_groups(Tensor x, Tensor scale, Tensor(a!) amax, Tensor(b!) clipped, Tensor(c!) observed, "
+    "float limit, Tensor? slots) -> ()"
+)
+_ops.impl("_observe_groups", _observe_groups, "CompositeExplicitAutograd")
+torch.library.register_fake("fp8kv::_observe_groups", lambda *args: None, lib=_ops)
+observe_groups = torch.ops.fp8kv._observe_groups.default
 
 
 def reduced(amax: Tensor, counts: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from fp8kv import AttentionScales, LayerScales, PagedKVCache, observations, reference
 from fp8kv.observations import Observations, Observed
 from helpers import (
-    FP8,
     assert_same_bytes,
     each_fp8,
     each_real,
@@ -361,7 +360,8 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "number": ("k_scale", 0.5, "must be a floating-point tensor, got float"),
     "nothing": ("k_scale", None, "must be a floating-point tensor, got NoneType"),
     "meta": (
-        "k_scale", torch.ones(2, device="meta"), "must be a floating-point tensor, got one on the meta device",
+        "k_scale", torch.ones(2, device="meta"),
+        "must be a floating-point tensor, got one on the meta device",
     ),
     "zero point": (
         "v_zero_point", torch.tensor([0.0, 2.0]).to(E4M3), "must be 0, as FP8 caches are symmetric, got 2",
@@ -882,14 +882,18 @@ def test_descales_are_views(device: torch.device, strategy: str, num_seqs: int) 
 # observe
 
 
-def seen_of(x: Tensor, scale: Tensor, limit: float) -> tuple[list[float], list[int], list[int]]:
+#: The largest quotients that are not clipped: one fp32 step above the range.
+LIMITS = {E4M3: 448 + 2**-15, E5M2: 57344 + 2**-8}
+
+
+def seen_of(x: Tensor, scale: Tensor, fp8: torch.dtype = E4M3) -> tuple[list[float], list[int], list[int]]:
     """amax, clipped and observed of each scale, in plain steps on the CPU."""
     x, scale = x.cpu().float(), scale.cpu()
     amax, clipped, observed = [], [], []
     for group, s in zip(x.chunk(len(scale), dim=1), scale, strict=True):
         finite = group[group.isfinite()].abs()
         amax.append(finite.max().item() if finite.numel() else 0.0)
-        clipped.append(int((group / s).abs().gt(limit * (1 + 1e-7)).sum()))
+        clipped.append(int((group / s).abs().gt(LIMITS[fp8]).sum()))
         observed.append(group.numel())
     return amax, clipped, observed
 
@@ -918,7 +922,7 @@ def test_what_is_observed(
     sides = dict(zip("qkv", fused(31, heads, real, device), strict=True))
     module.observe(*(x.flatten(1) if flat else x for x in sides.values()))
     for side, x in sides.items():
-        assert_seen(module, side, seen_of(x, getattr(module, f"{side}_scale"), torch.finfo(fp8).max))
+        assert_seen(module, side, seen_of(x, getattr(module, f"{side}_scale"), fp8))
     assert sum(module.k_clipped.tolist()) > 0
 
 
@@ -929,8 +933,8 @@ def test_what_is_observed_anywhere_in_memory(device: torch.device, strategy: str
     key, value = key_and_value(31, 2, SIZE, torch.bfloat16)
     key, value = placed(key, place, device), placed(value, place, device)
     module.observe(None, key, value)
-    assert_seen(module, "k", seen_of(key, module.k_scale, 448.0))
-    assert_seen(module, "v", seen_of(value, module.v_scale, 448.0))
+    assert_seen(module, "k", seen_of(key, module.k_scale))
+    assert_seen(module, "v", seen_of(value, module.v_scale))
     assert_seen(
         module, "q", ([0.0] * len(module.q_scale), [0] * len(module.q_scale), [0] * len(module.q_scale))
     )
@@ -944,7 +948,7 @@ def test_steps_add_up(device: torch.device, strategy: str) -> None:
     for step in steps:
         module.observe(*step)
     for side, parts in zip("qkv", zip(*steps, strict=True), strict=True):
-        assert_seen(module, side, seen_of(torch.cat(parts), getattr(module, f"{side}_scale"), 448.0))
+        assert_seen(module, side, seen_of(torch.cat(parts), getattr(module, f"{side}_scale")))
     assert addresses(module) == places
 
 
@@ -985,9 +989,8 @@ def test_clipping_is_decided_by_the_rounded_quotient(device: torch.device) -> No
     scale = torch.rand(4096, generator=generator) + 0.5
     bits = (scale * 448).view(torch.int32)
     x = torch.stack([(bits + k).view(torch.float32) for k in range(-3, 4)])
-    limit = 448 + 2**-15
-    expected = (x / scale).abs().gt(limit)
-    assert expected.ne((x * (1 / scale)).abs().gt(limit)).any()
+    expected = (x / scale).abs().gt(LIMITS[E4M3])
+    assert expected.ne((x * (1 / scale)).abs().gt(LIMITS[E4M3])).any()
     module = AttentionScales(4096, 4096, 1, strategy="attn_head", device=device)
     module.k_scale.copy_(scale)
     module.observe(None, x.unsqueeze(2).to(device), x.unsqueeze(2).to(device))
@@ -1003,7 +1006,7 @@ def test_padding_is_not_observed(device: torch.device, strategy: str, dtype: tor
         x[1], x[3], x[6:] = 1e30, math.inf, -1e30
     module.observe(*sides, torch.tensor([5, -1, 0, -9, 2, 3], dtype=dtype, device=device))
     for side, x in zip("qkv", sides, strict=True):
-        assert_seen(module, side, seen_of(x[[0, 2, 4, 5]], getattr(module, f"{side}_scale"), 448.0))
+        assert_seen(module, side, seen_of(x[[0, 2, 4, 5]], getattr(module, f"{side}_scale")))
     assert sides[1][1].eq(1e30).all(), "the padding itself stays"
 
 
@@ -1086,6 +1089,16 @@ def test_observing_takes_little_memory(cuda: torch.device) -> None:
     before = torch.cuda.memory_allocated()
     module.observe(*sides, slots)
     assert torch.cuda.max_memory_allocated() - before < 40e6
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+def test_opcheck_of_the_operator_that_observes(device: torch.device, padded: bool) -> None:
+    x = values((5, 2, 3, SIZE), torch.bfloat16, specials=False).to(device)
+    amax, scale = torch.zeros(2, device=device), torch.ones(2, device=device)
+    counts = [torch.zeros(2, dtype=torch.int64, device=device) for _ in range(2)]
+    slots = SLOTS.to(device) if padded else None
+    op = torch.ops.fp8kv._observe_groups.default
+    torch.library.opcheck(op, (x, scale, amax, *counts, 448.0, slots))
 
 
 # discard_observations and observations
@@ -1289,9 +1302,9 @@ def test_scales_are_calculated_from_what_is_used(device: torch.device, strategy:
     module.update_cache(key, value, caches[0], SLOTS.to(device))
     expected.update_cache(key, value, caches[1], SLOTS.to(device))
     assert_same_bytes(caches[0].storage, caches[1].storage)
-    assert_seen(module, "q", seen_of(query, module.q_scale, 448.0))
+    assert_seen(module, "q", seen_of(query, module.q_scale))
     for side, x in (("k", key), ("v", value)):
-        assert_seen(module, side, seen_of(x[[0, 2, 3, 4]], getattr(module, f"{side}_scale"), 448.0))
+        assert_seen(module, side, seen_of(x[[0, 2, 3, 4]], getattr(module, f"{side}_scale")))
     assert sum(expected.k_observed.tolist()) == sum(expected.q_observed.tolist()) == 0
 
 
@@ -1311,7 +1324,7 @@ def test_a_16_bit_cache_is_observed_too() -> None:
     module = make(calculate_kv_scales=True)
     key, value = key_and_value(5, 2, SIZE, torch.bfloat16)
     module.update_cache(key, value, PagedKVCache(3, 4, 2, SIZE, dtype="bfloat16"), SLOTS)
-    assert_seen(module, "k", seen_of(key[SLOTS >= 0], module.k_scale, 448.0))
+    assert_seen(module, "k", seen_of(key[SLOTS >= 0], module.k_scale))
 
 
 # torch.compile

@@ -449,20 +449,21 @@ def of_one_rank(rank: int, size: int, folder: Path) -> None:
         scales = fp8kv.calibrate(model, share(BATCHES, rank, size), **arguments)
         found[name] = {layer: (scales[layer].q, scales[layer].k, scales[layer].v) for layer in scales}
 
-    def attempt(model: Any, batches: Any) -> str:
+    def attempt(model: Any, batches: Any, **arguments: Any) -> str:
         try:
-            fp8kv.calibrate(model, batches, strategy="attn_head")
+            fp8kv.calibrate(model, batches, strategy="attn_head", **arguments)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return "no error"
 
     other = make("Llama, one head") if rank == 0 else model
-    group = [distributed.new_group([member]) for member in range(size)][rank]
+    groups = [distributed.new_group([member]) for member in range(size)]
     found["a rank fails"] = attempt(model, failing(rank))
     found["a rank has a wrong model"] = attempt(nn.Linear(1, 1) if rank == 1 else model, [IDS])
     found["no tokens"] = attempt(model, [])
     found["another model"] = attempt(other, [IDS])
-    found["own group"] = fp8kv.calibrate(model, BATCHES[:1], strategy="tensor", group=group)[0].k
+    found["own group"] = fp8kv.calibrate(model, BATCHES[:1], strategy="tensor", group=groups[rank])[0].k
+    found["group of others"] = attempt(model, [IDS], group=groups[rank - 1])
     torch.save(found, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
@@ -537,9 +538,13 @@ def test_a_failure_of_one_rank_is_one_of_all(
             "another model",
             "RuntimeError: calibrate: all ranks must have the same model, got models of different layers",
         ),
+        (
+            "group of others",
+            "ValueError: calibrate: group must contain the rank that calls, got one without it",
+        ),
     ],
 )
-def test_what_only_all_ranks_together_show(ranks: list[dict[str, Any]], case: str, sentence: str) -> None:
+def test_what_every_rank_refuses(ranks: list[dict[str, Any]], case: str, sentence: str) -> None:
     assert [found[case] for found in ranks] == [sentence] * len(ranks)
 
 

@@ -45,7 +45,7 @@ def audit(
     query: bool = False,
     fields: dict[str, Any] | None = None,
 ) -> list[Problem]:
-    """The findings about a healthy checkpoint after `changes` of its tensors and of `fields` of its config."""
+    """The findings about a healthy checkpoint after changes of tensors and of fields of its config."""
     tensors = weights() | scales(strategy, query=query) | changes
     kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     return audit_checkpoint(write_checkpoint(folder, kept, config(strategy, query=query) | (fields or {})))
@@ -124,7 +124,7 @@ def test_one_head_far_from_others(tmp_path: Path) -> None:
 
 
 def test_keys_and_values_may_be_far_apart(tmp_path: Path) -> None:
-    tensors = {name: x * (1e-4 if name.endswith("v_scale") else 1) for name, x in scales().items()}
+    tensors = {name: x * (1e-3 if name.endswith("v_scale") else 1) for name, x in scales().items()}
     assert audit(tmp_path, dict(tensors)) == []
 
 
@@ -292,6 +292,7 @@ def test_query_heads_that_the_kv_heads_do_not_divide(tmp_path: Path) -> None:
     tensors: dict[str, Tensor | None] = {name: per_head(*[0.05] * 9) for name in names}
     problems = audit(tmp_path, tensors, query=True, fields={"num_attention_heads": 9})
     assert kinds(problems) == ["head-count"] * 3
+    assert problems[0].message.endswith("must have a multiple of 4 elements, one for each query head, got 9.")
 
 
 # Types, zero points, copies
@@ -326,8 +327,8 @@ def test_the_same_scale_under_two_names(tmp_path: Path) -> None:
     again = f"{STEM}.k_proj.k_scale"
     (problem,) = audit(tmp_path, {again: scales()[K].clone()})
     assert (problem.kind, problem.severity, problem.layer) == ("duplicate-scale", "note", 1)
-    assert {K, again} <= set(problem.message.replace(".", " .").split() + [K, again])
-    assert problem.tensor in (K, again)
+    assert problem.message == f"Layer 1: {again} and {K} are the same scale."
+    assert problem.tensor == K
 
 
 @pytest.mark.parametrize(
@@ -337,8 +338,7 @@ def test_different_scales_under_two_names(tmp_path: Path, other: Tensor) -> None
     again = f"{STEM}.k_proj.k_scale"
     (problem,) = audit(tmp_path, {again: other})
     assert (problem.kind, problem.severity, problem.layer) == ("conflicting-scales", "error", 1)
-    assert K in problem.message
-    assert again in problem.message
+    assert problem.message.startswith(f"Layer 1: {again} and {K} must be equal, got ")
 
 
 def test_a_scale_for_both_that_contradicts_that_of_the_keys(tmp_path: Path) -> None:
@@ -544,9 +544,11 @@ def test_producers_that_do_not_name_observers_are_not_suspected(tmp_path: Path) 
 @pytest.mark.parametrize(
     "fields",
     [
-        {"num_hidden_layers": "3"}, {"num_hidden_layers": -1}, {"num_hidden_layers": True}, {"num_hidden_layers": []},
+        {"num_hidden_layers": "3"}, {"num_hidden_layers": -1}, {"num_hidden_layers": True},
+        {"num_hidden_layers": []},
         {"num_key_value_heads": "4"}, {"num_key_value_heads": {}}, {"num_key_value_heads": [4]},
-        {"num_attention_heads": None}, {"layer_types": 3}, {"layer_types": [[], {}, None]}, {"block_configs": [1]},
+        {"num_attention_heads": None}, {"layer_types": 3}, {"layer_types": [[], {}, None]},
+        {"block_configs": [1]},
         {"block_configs": {}}, {"attn_layer_period": 0}, {"attn_layer_period": 2, "attn_layer_offset": "x"},
         {"block_types": []}, {"text_config": 3}, {"multi_query": "yes"}, {"num_kv_shared_layers": "all"},
     ],

@@ -122,9 +122,7 @@ def test_a_healthy_picture_has_none_of_the_special_colors(tmp_path: Path) -> Non
     assert not colors(picture) & {RED, PINK, GRAY}
 
 
-@pytest.mark.parametrize(
-    ("layers", "heads"), [(80, 8), (30, 3), (2, 1), (1, 128)], ids=lambda count: str(count)
-)
+@pytest.mark.parametrize(("layers", "heads"), [(80, 8), (2, 1), (1, 128)], ids=lambda count: str(count))
 def test_pictures_of_any_size_stay_readable(layers: int, heads: int, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     scales = torch.rand(layers, heads, generator=generator).add(0.01).tolist()
@@ -235,11 +233,9 @@ def test_json_has_null_for_a_missing_scale(tmp_path: Path) -> None:
     ("defect", "color"),
     [
         ("nan", RED),
-        ("zero", RED),
         ("negative", RED),
         ("implausible", PINK),
         ("no k", GRAY),
-        ("no scales", GRAY),
     ],
 )
 def test_the_picture_shows_bad_values_in_a_color_of_their_own(
@@ -257,7 +253,7 @@ def test_the_table_is_whole_on_a_narrow_terminal() -> None:
 
     numbers = [0.000123, 0.000456]
     found = inspection.Inspection("m", None, [inspection.LayerRow(10, numbers, numbers, numbers)], [])
-    console = Console(width=62)
+    console = Console(width=60)
     with console.capture() as capture:
         console.print(inspection.table(found))
     assert "…" not in capture.get()

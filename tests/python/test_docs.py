@@ -15,9 +15,9 @@ import fp8kv
 
 ROOT = Path(__file__).parents[2]
 MODULES = ["fp8kv"] + [
-    f"fp8kv.{module.name}"
-    for module in pkgutil.iter_modules([str(ROOT / "python" / "fp8kv")])
-    if module.name != "__main__"
+    module.name
+    for module in pkgutil.walk_packages([str(ROOT / "python" / "fp8kv")], "fp8kv.")
+    if module.name != "fp8kv.__main__"
 ]
 PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if page.exists()]
 

@@ -5,6 +5,7 @@ Both give the model the same numbers, so logits and tokens must be equal, not cl
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import subprocess
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 import checkpoint_files
-from fp8kv import KVCacheScheme, KVScales, LayerScales, reference
+from fp8kv import KVCacheScheme, KVScales, LayerScales, load_kv_scales, reference
 from helpers import assert_same_bytes, raw, torch_threads
 
 transformers = pytest.importorskip("transformers")
@@ -62,7 +63,6 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                           "layer_types": ["chunked_attention", "full_attention"]}),
 }  # fmt: skip
 each_model = pytest.mark.parametrize("name", _MODELS)
-each_scale = pytest.mark.parametrize("scales", ["1.0", "tensor", "head", "dynamic"])
 each_mode = pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 full_and_sliding = pytest.mark.parametrize("name", ["Llama", "Mistral"])
 
@@ -203,7 +203,13 @@ def assert_same_generation(actual: Any, expected: Any) -> None:
     ids=["1.0", "tensor", "head HND", "head NHD", "dynamic NHD", "dynamic HND"],
 )
 def test_logits(
-    device: torch.device, name: str, static: bool, scales: str, fp8: torch.dtype, layout: str, real: torch.dtype
+    device: torch.device,
+    name: str,
+    static: bool,
+    scales: str,
+    fp8: torch.dtype,
+    layout: str,
+    real: torch.dtype,
 ) -> None:
     """A padded batch, as a prompt in two chunks, single tokens, several at once."""
     model = model_of(name, real, device)
@@ -359,7 +365,7 @@ def test_assisted_decoding(name: str) -> None:
 
 
 @each_mode
-@each_scale
+@pytest.mark.parametrize("scales", ["head", "dynamic"])
 @full_and_sliding
 def test_sequences_change_places(device: torch.device, name: str, static: bool, scales: str) -> None:
     model = model_of(name, device=device)
@@ -377,8 +383,11 @@ def test_sequences_change_places(device: torch.device, name: str, static: bool, 
 
 
 @full_and_sliding
-@pytest.mark.parametrize("indices", [torch.tensor([2, 0]), torch.tensor([True, False, True]),
-                                     torch.tensor([1]), [0, 0, 1, 2]], ids=["two", "mask", "one", "list"])  # fmt: skip
+@pytest.mark.parametrize(
+    "indices",
+    [torch.tensor([2, 0]), torch.tensor([True, False, True]), torch.tensor([1]), [0, 0, 1, 2]],
+    ids=["two", "mask", "one", "list"],
+)
 def test_sequences_are_selected(name: str, indices: Any) -> None:
     model, ids = model_of(name), tokens()
     cache, expected = caches(name, "dynamic")
@@ -619,14 +628,14 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize(("name", "scales"), [("Llama", "head"), ("Gemma3", "dynamic")])
-def test_compile_of_the_forward_pass(device: torch.device, name: str, scales: str) -> None:
-    """As a whole, prompt and single tokens: two compilations, whatever the length. Bytes as without."""
+@pytest.mark.parametrize("scales", ["head", "dynamic"])
+def test_compile_of_the_forward_pass(device: torch.device, scales: str) -> None:
+    """As a whole, prompt and single tokens: two compilations, whatever the length, and the bytes of eager."""
     import torch._dynamo.testing
 
-    model, ids = model_of(name, device=device), tokens().to(device)
+    model, ids = model_of("Gemma3", device=device), tokens().to(device)
     options = {"max_batch_size": 3, "device": device}
-    cache, eager = (caches(name, scales_of(scales, model.config), True, **options)[0] for _ in range(2))
+    cache, eager = (caches("Gemma3", scales_of(scales, model.config), True, **options)[0] for _ in range(2))
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     forward = torch.compile(model.forward, fullgraph=True, backend=counter)
     before = addresses(cache)
@@ -639,3 +648,231 @@ def test_compile_of_the_forward_pass(device: torch.device, name: str, scales: st
     for a, e in zip(cache.layers, eager.layers, strict=True):
         assert int(a.cumulative_length) == LENGTH
         assert torch.equal(raw(a.storage.storage), raw(e.storage.storage))
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@full_and_sliding
+def test_generate_compiles_by_itself(name: str) -> None:
+    """With the criteria of a GPU, from the second token on; windows keep a number, which compiles once more."""
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compilation = transformers.CompileConfig(backend=backend, mode=None, fullgraph=True)
+    compilation._compile_all_devices = True
+    original, ids = model_of(name), tokens(length=11)
+    model = copy.deepcopy(original)  # it keeps what `generate` compiled
+    cache, expected = caches(name, "dynamic", static=True)
+    actual = generate(model, cache, ids, compile_config=compilation)
+    assert actual.sequences.tolist() == generate(original, expected, ids).sequences.tolist()
+    assert len(graphs) == {"Llama": 1, "Mistral": 2}[name]
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@full_and_sliding
+def test_generate_on_the_gpu_captures_graphs(cuda: torch.device, name: str) -> None:
+    """As Transformers compiles by default: the tokens of the dynamic cache, in a second run, too."""
+    model, ids = model_of(name, device=cuda), tokens(length=11).to(cuda)
+    cache = Fp8Cache(model.config, "dynamic", max_cache_len=40, max_batch_size=3, device=cuda)
+    expected = generate(model, Fp8Cache(model.config, "dynamic"), ids).sequences.tolist()
+    for _ in range(2):
+        assert generate(model, cache, ids).sequences.tolist() == expected
+        cache.reset()
+
+
+@each_mode
+def test_only_a_static_cache_asks_to_be_compiled(static: bool) -> None:
+    for name in ("Llama", "Gemma3"):
+        assert caches(name, None, static)[0].is_compileable == static
+
+
+# Where scales come from
+
+
+def test_scales_of_a_checkpoint(tmp_path: Path) -> None:
+    """The folder, or what `load_kv_scales` reads from it; query scales, here not finite, are not needed."""
+    tensors = checkpoint_files.scales(query=True)
+    tensors["model.layers.0.self_attn.q_scale"].fill_(float("nan"))
+    folder = checkpoint_files.write_checkpoint(tmp_path, tensors, checkpoint_files.config(query=True))
+    sizes = checkpoint_files.SIZES
+    config = transformers.LlamaConfig(**_COMMON | sizes)
+    key = torch.randn(1, sizes["num_key_value_heads"], 5, sizes["head_dim"])
+    for scales in (folder, str(folder), load_kv_scales(folder, query=False)):
+        cache = Fp8Cache(config, scales)
+        for layer in range(sizes["num_hidden_layers"]):
+            k, v = cache.update(key, 2 * key, layer)
+            for actual, x, side in ((k, key, "k"), (v, 2 * key, "v")):
+                scale = tensors[f"model.layers.{layer}.self_attn.{side}_scale"].float().flatten()
+                assert_same_bytes(actual.contiguous(), there_and_back(x, scale, E4M3))
+
+
+def test_scales_are_copied() -> None:
+    scales = scales_of("head", config_of("Llama"))
+    key = torch.randn(1, KV_HEADS, 5, HEAD_SIZE)
+    expected = Fp8Cache(config_of("Llama"), scales).update(key, key, 0)[0]
+    cache = Fp8Cache(config_of("Llama"), scales)
+    cache.update(key[:, :, :1], key[:, :, :1], 0)
+    scales[0].k.fill_(5.0)
+    assert_same_bytes(cache.update(key[:, :, 1:], key[:, :, 1:], 0)[0].contiguous(), expected.contiguous())
+
+
+# What is refused
+
+
+def scales_with(index: int, k: Any, v: Any) -> KVScales:
+    layers = dict(scales_of("head", config_of("Llama")))
+    return KVScales(layers | {index: LayerScales(None, k, v)}, KVCacheScheme("attn_head"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"dtype": "bfloat16"},
+         'dtype must be "fp8", "fp8_e4m3", "fp8_e5m2" or the torch dtype, got \'bfloat16\''),
+        ({"dtype": torch.float16},
+         'dtype must be "fp8", "fp8_e4m3", "fp8_e5m2" or the torch dtype, got torch.float16'),
+        ({"layout": "NDH"}, 'layout must be "NHD" or "HND", got \'NDH\''),
+        ({"block_size": 0}, "block_size must be at least 1, got 0"),
+        ({"max_cache_len": 0}, "max_cache_len must be at least 1, got 0"),
+        ({"max_cache_len": 8, "max_batch_size": -1}, "max_batch_size must be at least 1, got -1"),
+        ({"max_batch_size": 2},
+         "max_batch_size must be None without max_cache_len, as a dynamic cache grows, got 2"),
+        ({"device": "cpu"},
+         "device must be None without max_cache_len and max_batch_size, "
+         "as each layer allocates on the device of its first key, got 'cpu'"),
+        ({"device": "cpu", "max_cache_len": 8},
+         "device must be None without max_cache_len and max_batch_size, "
+         "as each layer allocates on the device of its first key, got 'cpu'"),
+        ({"scales": 0.5},
+         'scales must be None, "dynamic", KVScales or the folder of a checkpoint, got float'),
+        ({"scales": KVScales({0: LayerScales(None, torch.ones(1), torch.ones(1))}, KVCacheScheme("tensor"))},
+         "scales must be there for every layer, got no k for layer 1"),
+        ({"scales": scales_with(1, torch.ones(1), None)},
+         "scales must be there for every layer, got no v for layer 1"),
+        ({"scales": scales_with(0, torch.tensor([0.5, 0.0]), torch.ones(2))},
+         "scales must be finite and above 0, got [0.5, 0.0] for k of layer 0"),
+        ({"scales": scales_with(1, torch.ones(1), torch.tensor([float("inf")]))},
+         "scales must be finite and above 0, got [inf] for v of layer 1"),
+    ],
+    ids=["16 bit", "torch dtype", "layout", "block size", "no tokens", "no sequences", "dynamic batch",
+         "dynamic device", "device without batch", "a number", "a layer less", "no v", "zero", "infinite"],
+)  # fmt: skip
+def test_arguments_that_are_refused(arguments: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError) as error:
+        Fp8Cache(config_of("Llama"), **arguments)
+    assert str(error.value) == f"Fp8Cache: {sentence}"
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Fp8Cache(config_of("Llama"), tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (lambda: transformers.T5Config(num_layers=1),
+         "config must be of a model without an encoder, as keys of an encoder are not cached, got T5Config"),
+        (lambda: transformers.LlamaConfig(**_COMMON, layer_types=["full_attention", "linear_attention"]),
+         "config must have layers of the types full_attention, sliding_attention, chunked_attention only, "
+         "got 'linear_attention' for layer 1"),
+        (lambda: transformers.LlamaConfig(**_COMMON, kv_sharing_modes=["store", "reuse"]),
+         "config must give every layer keys and values of its own, "
+         "got LlamaConfig with layers that share them"),
+    ],
+    ids=["encoder", "linear attention", "shared keys"],
+)  # fmt: skip
+def test_models_that_are_refused(config: Any, sentence: str) -> None:
+    with pytest.raises(ValueError) as error:
+        Fp8Cache(config())
+    assert str(error.value) == f"Fp8Cache: {sentence}"
+
+
+@each_mode
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ((2, 2, 1, 16), (2, 2, 1, 16), "key must have the 3 sequences that the cache has, got 2 in layer 1"),
+        ((3, 4, 1, 16), (3, 4, 1, 16),
+         "key must have num_kv_heads=2 and head_size=16 as before, got 4 and 16 in layer 1"),
+        ((3, 2, 1, 24), (3, 2, 1, 24),
+         "key must have num_kv_heads=2 and head_size=16 as before, got 2 and 24 in layer 1"),
+        ((3, 2, 1, 16), (3, 2, 1, 8),
+         "key and value must be of one shape [batch, num_kv_heads, tokens, head_size], "
+         "got [3, 2, 1, 16] and [3, 2, 1, 8] in layer 1"),
+        ((3, 2, 16), (3, 2, 16),
+         "key and value must be of one shape [batch, num_kv_heads, tokens, head_size], "
+         "got [3, 2, 16] and [3, 2, 16] in layer 1"),
+    ],
+    ids=["batch", "heads", "head size", "value", "dimensions"],
+)  # fmt: skip
+def test_tokens_that_do_not_fit(static: bool, key: Any, value: Any, sentence: str) -> None:
+    cache = caches("Llama", None, static)[0]
+    cache.update(*torch.randn(2, 3, KV_HEADS, 5, HEAD_SIZE), 1)
+    before = raw(cache.layers[1].storage.storage)
+    with pytest.raises(ValueError) as error:
+        cache.update(torch.randn(key), torch.randn(value), 1)
+    assert str(error.value) == f"Fp8Cache: {sentence}"
+    assert int(cache.get_seq_length(1)) == 5
+    assert torch.equal(raw(cache.layers[1].storage.storage), before)
+
+
+@each_mode
+def test_scales_of_another_number_of_heads(static: bool) -> None:
+    cache = caches("Llama", scales_with(1, torch.ones(1), torch.ones(4)), static)[0]
+    with pytest.raises(ValueError) as error:
+        cache.update(*torch.randn(2, 3, KV_HEADS, 5, HEAD_SIZE), 1)
+    assert str(error.value) == (
+        "Fp8Cache: scales of layer 1 must have 1 or 2 elements for v, as its keys have 2 heads, got 4"
+    )
+    assert cache.nbytes == 0
+
+
+def test_more_tokens_than_a_static_cache_has_room_for() -> None:
+    cache = caches("Llama", None, static=True)[0]
+    cache.update(*torch.randn(2, 3, KV_HEADS, 39, HEAD_SIZE), 0)
+    with pytest.raises(ValueError) as error:
+        cache.update(*torch.randn(2, 3, KV_HEADS, 2, HEAD_SIZE), 0)
+    assert str(error.value) == (
+        "Fp8Cache: max_cache_len must be at least the 41 tokens of a sequence, got 40"
+    )
+    assert int(cache.get_seq_length()) == 39
+
+
+def test_more_sequences_than_a_static_cache_has_room_for() -> None:
+    cache = Fp8Cache(config_of("Llama"), max_cache_len=40, max_batch_size=2)
+    with pytest.raises(ValueError) as error:
+        cache.update(*torch.randn(2, 3, KV_HEADS, 1, HEAD_SIZE), 0)
+    sentence = "Fp8Cache: key must have at most max_batch_size=2 sequences, got 3 in layer 0"
+    assert str(error.value) == sentence
+    cache.update(*torch.randn(2, 2, KV_HEADS, 1, HEAD_SIZE), 0)
+    with pytest.raises(ValueError, match="must have at most max_batch_size=2 sequences, got 4"):
+        cache.batch_repeat_interleave(2)
+
+
+@each_mode
+def test_crop_of_more_than_there_is(static: bool) -> None:
+    cache = caches("Llama", None, static)[0]
+    cache.update(*torch.randn(2, 3, KV_HEADS, 5, HEAD_SIZE), 0)
+    with pytest.raises(ValueError) as error:
+        cache.crop(-6)
+    assert (
+        str(error.value) == "Fp8Cache.crop: tokens_to_remove must be at most the 5 tokens there are, got -6"
+    )
+    assert int(cache.get_seq_length()) == 5
+
+
+# The package
+
+
+def test_importing_the_package_does_not_import_transformers() -> None:
+    code = "import sys, fp8kv; print('transformers' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+
+
+def test_a_cache_describes_itself() -> None:
+    cache = Fp8Cache(config_of("Gemma3"), max_cache_len=64, max_batch_size=2, device="cpu")
+    assert repr(cache) == "Fp8Cache(1 StaticWindowFp8Layer, 1 StaticFp8Layer, 0.01172 MiB)"

@@ -23,6 +23,12 @@ class Problem:
         layer: index of the layer; None if it concerns the whole checkpoint.
         tensor: name in the file; None if it isn't about one.
         value: what was found, as text; None if there is nothing to show.
+
+    Example:
+        >>> from fp8kv import Problem
+        >>> problem = Problem("no-scales", "error", "Layer 7 has no scales.", "Calibrate the model.", layer=7)
+        >>> print(problem)
+        Layer 7 has no scales. Calibrate the model.
     """
 
     kind: str
@@ -46,6 +52,18 @@ class CheckpointError(ValueError):
 
     Attributes:
         problems: all findings of severity "error".
+
+    Example:
+        >>> import json, pathlib, tempfile
+        >>> import fp8kv
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     config = {"num_hidden_layers": 1, "quantization_config": {"quant_method": "fp8", "kv_cache_scheme": "static"}}
+        ...     _ = pathlib.Path(folder, "config.json").write_text(json.dumps(config))
+        ...     try:
+        ...         fp8kv.load_kv_scales(folder)
+        ...     except fp8kv.CheckpointError as error:
+        ...         print(sorted({problem.severity for problem in error.problems}))
+        ['error']
     """
 
     def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:

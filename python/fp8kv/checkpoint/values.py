@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from fp8kv.checkpoint.problems import Problem
 from fp8kv.checkpoint.scheme import Strategy
 from fp8kv.checkpoint.stored_scales import StoredScale, StoredScales
 
-#: Nearer to three orders of magnitude than to two.
-_FAR = 10**2.5
+#: In orders of magnitude: nearer to three than to two.
+_FAR = 2.5
 #: Of any scale: elements up to 4e-5, or above 4e7, are none of keys, values or queries.
 _SMALLEST, _LARGEST = 1e-7, 1e5
 #: What a head that was always zero gets, in 16 bits perhaps.
@@ -29,7 +30,7 @@ def check_values(
     """All findings, and the layers and sides ("q", "k", "v") whose scales must not be used."""
     problems: list[Problem] = []
     bad: set[Place] = set()
-    logs = _logarithms(scales)
+    usual = _usual(scales)
     for layer, sides in scales.items():
         counts = dict(_wrong_counts(sides, strategy, heads.get(layer, Heads())))
         for side, scale in sides.items():
@@ -43,7 +44,7 @@ def check_values(
                             layer=layer, tensor=scale.name, value=count)
                 )  # fmt: skip
             else:
-                found = list(_wrong_values(layer, side, scale.name, scale.values, logs))
+                found = list(_wrong_values(layer, side, scale.name, scale.values, usual))
                 problems += found
                 if any(problem.severity == "error" for problem in found):
                     bad.add((layer, side))
@@ -60,11 +61,10 @@ def _wrong_counts(
         if strategy == "tensor":
             if count != 1:
                 yield side, "1 element, as the strategy is tensor"
-        elif side == "q" and heads.query is not None:
-            if count != heads.query or count % kv:
-                yield side, f"{heads.query} elements, one for each query head"
         elif side == "q":
-            if count < 1 or count % kv:
+            if heads.query not in (None, count):
+                yield side, f"{heads.query} elements, one for each query head"
+            elif count < 1 or count % kv:
                 yield side, f"a multiple of {kv} elements, one for each query head"
         elif count != kv:
             source = "one for each KV head" if heads.kv is not None else "as many as that of K"
@@ -72,54 +72,56 @@ def _wrong_counts(
 
 
 def _wrong_values(
-    layer: int, side: str, name: str, values: Tensor, logs: dict[Place, Tensor]
+    layer: int, side: str, name: str, values: Tensor, usual: dict[Place, float]
 ) -> Iterator[Problem]:
     finite, positive = values.isfinite(), values > 0
     zero_head = _is_min_scale(values)
-    medians = list(_medians(layer, side, logs))
+    groups = list(_comparable(layer, side, usual))
     far = (values < _SMALLEST) | (values > _LARGEST)
-    for median in medians:
-        far |= (values.log10() - median).abs() >= torch.tensor(_FAR).log10()
-    whose = "keys" if side == "q" else "other layers"
-    usual = f"near {10 ** medians[0]:.3g}, the median of {whose}" if medians else "a plausible scale"
+    for logs in groups:
+        distances = (values.log10().unsqueeze(-1) - torch.tensor(logs)).abs()
+        far |= (distances >= _FAR).float().mean(-1) > 0.5
+    plausible = "a plausible scale"
+    if groups:
+        whose = "the keys" if side == "q" else "other layers"
+        plausible = f"near {10 ** median(groups[0]):.3g}, the median of {whose}"
     defects = {
-        "not-finite": (~finite, "finite"),
-        "not-positive": (finite & ~positive, "above 0"),
-        "implausible": (finite & positive & far & ~zero_head, usual),
+        "not-finite": (~finite, "must be finite"),
+        "not-positive": (finite & ~positive, "must be above 0"),
+        "implausible": (finite & positive & far & ~zero_head, f"must be {plausible}"),
     }
     if side == "q":
         # One defect with many faces: memory that nobody wrote to.
         wrong = torch.stack([mask for mask, _ in defects.values()]).any(0)
-        defects = {"query-scale": (wrong, f"finite, above 0 and {usual}")}
-    defects["zero-head"] = (zero_head, "above that of a head that is always zero")
-    for kind, (mask, expected) in defects.items():
+        defects = {"query-scale": (wrong, f"must be finite, above 0 and {plausible}")}
+    defects["zero-head"] = (zero_head, "shows a head that was always zero")
+    for kind, (mask, verdict) in defects.items():
         heads = mask.nonzero().flatten().tolist()
         if heads:
             value = f"{values[heads[0]].item():.6g}"
             where = f" for head {heads[0]} ({len(heads)} of {len(values)} heads)" if len(values) > 1 else ""
-            yield finding(kind, f"{name} must be {expected}, got {value}{where}",
-                          layer=layer, tensor=name, value=value)  # fmt: skip
+            message = f"{name} {verdict}, got {value}{where}"
+            yield finding(kind, message, layer=layer, tensor=name, value=value)
 
 
-def _logarithms(scales: StoredScales) -> dict[Place, Tensor]:
-    """Those of all values that may be right."""
-    logs = {}
+def _usual(scales: StoredScales) -> dict[Place, float]:
+    """The logarithm of the median of each scale, of the values that may be right."""
+    usual = {}
     for layer, sides in scales.items():
         for side, scale in sides.items():
             if scale.values is not None:
                 x = scale.values
-                logs[layer, side] = x[(x >= _SMALLEST) & (x <= _LARGEST) & ~_is_min_scale(x)].log10()
-    return logs
+                x = x[(x >= _SMALLEST) & (x <= _LARGEST) & ~_is_min_scale(x)]
+                if x.numel():
+                    usual[layer, side] = x.median().log10().item()
+    return usual
 
 
-def _medians(layer: int, side: str, logs: dict[Place, Tensor]) -> Iterator[float]:
-    """Of what the scales should be near to: those of other layers; queries are near to keys too."""
-    others = [x for (other, s), x in logs.items() if s == side and other != layer]
-    keys = [x for (_, s), x in logs.items() if s == "k"] if side == "q" else []
-    for group in (keys, others):
-        together = torch.cat(group) if group else torch.empty(0)
-        if together.numel():
-            yield together.median().item()
+def _comparable(layer: int, side: str, usual: dict[Place, float]) -> Iterator[list[float]]:
+    """Groups of which the scales should be near to most: other layers, and for queries the keys."""
+    keys = [x for (_, s), x in usual.items() if s == "k"] if side == "q" else []
+    others = [x for (other, s), x in usual.items() if s == side and other != layer]
+    return filter(None, (keys, others))
 
 
 def _is_min_scale(values: Tensor) -> Tensor:
