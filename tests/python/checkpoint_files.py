@@ -86,7 +86,7 @@ def weights(seed: int = 1) -> dict[str, Tensor]:
 def write_checkpoint(
     folder: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None = None, *, shards: int = 1
 ) -> Path:
-    """A checkpoint of one file, or of several with an index; neighbors in `tensors` go to different shards."""
+    """Of one file, or of several with an index; neighbors in `tensors` go to different shards."""
     folder.mkdir(parents=True, exist_ok=True)
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -105,7 +105,9 @@ def write_checkpoint(
     return folder
 
 
-def make_checkpoint(folder: Path, strategy: str = "attn_head", *, query: bool = False, shards: int = 1) -> Path:
+def make_checkpoint(
+    folder: Path, strategy: str = "attn_head", *, query: bool = False, shards: int = 1
+) -> Path:
     """A whole and healthy one."""
     tensors = weights() | scales(strategy, query=query)
     return write_checkpoint(folder, tensors, config(strategy, query=query), shards=shards)

@@ -438,43 +438,36 @@ def test_an_empty_cache_has_no_sequences_to_change(operation: str, static: bool)
     assert_same_bytes(logits(model, cache, ids, mask), logits(model, expected, ids, mask))
 
 
+def crop_and_go_on(name: str, static: bool, first: int, wrong: int) -> None:
+    """`wrong` tokens that are removed leave no trace."""
+    model, ids = model_of(name), tokens()
+    cache, expected = caches(name, "dynamic", static)
+    mask = torch.ones_like(ids)
+    for one in (cache, expected):
+        one.activate_past_recording()
+        logits(model, one, ids[:, :first], mask[:, :first], (first,))
+    logits(model, cache, tokens(length=wrong, seed=9), mask[:, : first + wrong], (wrong,))
+    cache.crop(-wrong)
+    expected.crop(0)
+    assert int(cache.get_seq_length()) == first
+    steps = (1, LENGTH - first - 1)
+    actual = logits(model, cache, ids[:, first:], mask, steps)
+    assert_same_bytes(actual, logits(model, expected, ids[:, first:], mask, steps))
+
+
 @each_mode
 @pytest.mark.parametrize("name", ["Llama", "Qwen3"])
 def test_crop(name: str, static: bool) -> None:
-    model, ids = model_of(name), tokens()
-    cache, expected = caches(name, "dynamic", static)
-    for one in (cache, expected):
-        logits(model, one, tokens(seed=9), torch.ones_like(ids))
-        one.crop(-10)
-    assert int(cache.get_seq_length()) == 14
-    mask = torch.ones_like(ids)
-    actual = logits(model, cache, ids[:, 14:], mask, (1, 9))
-    assert_same_bytes(actual, logits(model, expected, ids[:, 14:], mask, (1, 9)))
+    crop_and_go_on(name, static, 14, 10)
 
 
 def test_crop_of_a_window_that_was_recorded() -> None:
-    model, ids = model_of("Mistral"), tokens()
-    cache, expected = caches("Mistral", "dynamic")
-    for one in (cache, expected):
-        one.activate_past_recording()
-        logits(model, one, tokens(seed=9), torch.ones_like(ids), (24,))
-        one.crop(-10)
-    mask = torch.ones_like(ids)
-    actual = logits(model, cache, ids[:, 14:], mask, (1, 9))
-    assert_same_bytes(actual, logits(model, expected, ids[:, 14:], mask, (1, 9)))
+    crop_and_go_on("Mistral", False, 14, 10)
 
 
 @each_mode
-def test_a_window_that_is_not_full_can_be_cropped(static: bool) -> None:
-    model, ids = model_of("Mistral"), tokens()
-    cache, expected = caches("Mistral", None, static)
-    for one in (cache, caches("Mistral", None, static)[1]):
-        logits(model, one, ids[:, :8], torch.ones(3, 8).long(), (8,))
-    cache.crop(-3)
-    logits(model, expected, ids[:, :5], torch.ones(3, 5).long(), (5,))
-    mask = torch.ones_like(ids)
-    actual = logits(model, cache, ids[:, 5:], mask, (1, 18))
-    assert_same_bytes(actual, logits(model, expected, ids[:, 5:], mask, (1, 18)))
+def test_crop_of_a_window_that_is_not_full(static: bool) -> None:
+    crop_and_go_on("Mistral", static, 5, 3)
 
 
 @each_mode
@@ -653,7 +646,7 @@ def test_compile_of_the_forward_pass(device: torch.device, scales: str) -> None:
 @pytest.mark.usefixtures("_fresh_compiler")
 @full_and_sliding
 def test_generate_compiles_by_itself(name: str) -> None:
-    """With the criteria of a GPU, from the second token on; windows keep a number, which compiles once more."""
+    """By the criteria of a GPU, from the second token on; windows keep a number, which compiles once more."""
     graphs = []
 
     def backend(graph: Any, inputs: Any) -> Any:

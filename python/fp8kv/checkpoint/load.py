@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fp8kv.checkpoint.audit import examine
-from fp8kv.checkpoint.heads import Heads
 from fp8kv.checkpoint.problems import CheckpointError, Problem
 from fp8kv.checkpoint.scales import KVScales, LayerScales, kv_heads_of_rank, reduce_query_scale
 
@@ -80,7 +79,7 @@ def load_kv_scales(
     if on_problem == "warn":
         _warn(found.problems)
     layers = {
-        layer: _layer(sides, (found.heads or {}).get(layer, Heads()), 2.0 if fnuz else 1.0)
+        layer: _layer(sides, 2.0 if fnuz else 1.0)
         for layer, sides in found.scales.items()
         if sides.keys() & {"k", "v"}
     }
@@ -88,7 +87,7 @@ def load_kv_scales(
     return KVScales(layers, found.scheme, found.problems).shard(tp_rank, tp_size).to(device)
 
 
-def _layer(sides: dict[str, Tensor], heads: Heads, factor: float) -> LayerScales:
+def _layer(sides: dict[str, Tensor], factor: float) -> LayerScales:
     k, v, q = (sides.get(side) for side in "kvq")
     if q is not None:
         kv = k if k is not None else v

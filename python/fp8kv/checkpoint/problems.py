@@ -57,7 +57,8 @@ class CheckpointError(ValueError):
         >>> import json, pathlib, tempfile
         >>> import fp8kv
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     config = {"num_hidden_layers": 1, "quantization_config": {"quant_method": "fp8", "kv_cache_scheme": "static"}}
+        ...     scheme = {"quant_method": "fp8", "kv_cache_scheme": "static"}
+        ...     config = {"num_hidden_layers": 1, "quantization_config": scheme}  # and no tensors
         ...     _ = pathlib.Path(folder, "config.json").write_text(json.dumps(config))
         ...     try:
         ...         fp8kv.load_kv_scales(folder)
