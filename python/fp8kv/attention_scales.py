@@ -214,8 +214,8 @@ class AttentionScales(nn.Module):
             keys.flatten(1, 2), values.flatten(1, 2), key_cache, value_cache, slot_mapping, name,
             self.k_scale, self.v_scale,
         )  # fmt: skip
-        if isinstance(cache, PagedKVCache) and name != "auto":
-            cache.k_scale, cache.v_scale = self.k_scale, self.v_scale
+        if isinstance(cache, PagedKVCache) and name != "auto" and cache.k_scale is not self.k_scale:
+            cache.use_scales(self.k_scale, self.v_scale)
         if self.calculate_kv_scales:
             self._observe("k", keys, slot_mapping)
             self._observe("v", values, slot_mapping)
@@ -249,9 +249,8 @@ class AttentionScales(nn.Module):
         clips nothing. NaN is never clipped, infinite elements always are.
 
         It runs on the device without synchronization and updates buffers in place, so it can be compiled, and
-        captured in a CUDA graph, each replay of which observes. Temporary memory is at most nine bytes an
-        element, and at most 40 MB however many tokens there are (unless a single one has millions of
-        elements).
+        captured in a CUDA graph, each replay of which observes. Temporary memory stays below 40 MB however
+        many tokens there are, unless a single one has millions of elements.
 
         Args:
             query: float32, float16 or bfloat16 ``[num_tokens, num_heads, head_size]`` or

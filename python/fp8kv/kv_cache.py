@@ -240,6 +240,7 @@ class PagedKVCache:
         self.layout = layout
         self.kv_cache_dtype, self.dtype = _cache_dtype(dtype)
         self.dynamic = isinstance(scales, str) and scales == "dynamic"
+        # On the host, as they were given; None where they are not known there.
         self._scales = self._checked_scales(scales)
 
         inner = (block_size, num_kv_heads) if layout == "NHD" else (num_kv_heads, block_size)
@@ -257,7 +258,7 @@ class PagedKVCache:
         )
 
     def _checked_scales(self, scales: Any) -> tuple[Tensor | None, Tensor | None]:
-        """Those of K and V on the host; None where they are computed."""
+        """Those of K and V; None where they are computed."""
         if scales is None:
             return self._checked_scale("scales.k", 1.0), self._checked_scale("scales.v", 1.0)
         if self.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
@@ -289,6 +290,41 @@ class PagedKVCache:
                 where = f" for head {head}" if len(host) > 1 else ""
                 raise ValueError(f"PagedKVCache: {name} must be finite and above 0 in fp32, got {x}{where}")
         return host
+
+    def use_scales(self, k_scale: Tensor, v_scale: Tensor) -> None:
+        """Takes these very tensors as scales: changes of theirs are changes of this cache's.
+
+        What is in the cache is not touched; it means something else if the values differ.
+
+        Args:
+            k_scale: float32 of 1 or num_kv_heads elements, on the device of the cache.
+            v_scale: likewise.
+
+        Raises:
+            ValueError: the cache is dynamic or not FP8, or a tensor doesn't fit.
+
+        Example:
+            >>> import torch, fp8kv
+            >>> cache = fp8kv.PagedKVCache(8, 16, 2, 64)
+            >>> k_scale, v_scale = torch.ones(2), torch.ones(2)
+            >>> cache.use_scales(k_scale, v_scale)
+            >>> _ = k_scale.fill_(0.5)
+            >>> cache.k_scale
+            tensor([0.5000, 0.5000])
+        """
+        if self.dynamic or self.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+            what = "scales of its own" if self.dynamic else f"dtype {self.kv_cache_dtype!r} and no scales"
+            raise ValueError(f"PagedKVCache.use_scales: the cache must take given scales, but has {what}")
+        for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+            fits = scale.dtype == torch.float32 and scale.numel() in (1, self.num_kv_heads)
+            if not fits or scale.device != self.device:
+                raise ValueError(
+                    f"PagedKVCache.use_scales: {name} must be float32 with 1 or "
+                    f"num_kv_heads={self.num_kv_heads} elements on {self.device}, "
+                    f"got {_name(scale.dtype)} of shape {list(scale.shape)} on {scale.device}"
+                )
+        self.k_scale, self.v_scale = k_scale, v_scale
+        self._scales = (None, None)
 
     def append(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         """Stores tokens at their slots.
@@ -437,13 +473,20 @@ class PagedKVCache:
                 raise ValueError(
                     f"PagedKVCache.copy_blocks: source must have {name}={ours} as this cache, got {theirs}"
                 )
-        for name, a, b in zip(("k_scale", "v_scale"), self._scales, source._scales, strict=True):
+        for name, a, b in zip(("k_scale", "v_scale"), self._on_host(), source._on_host(), strict=True):
             heads = (self.num_kv_heads,)
-            if a is not None and b is not None and not torch.equal(a.expand(heads), b.expand(heads)):
+            if not self.dynamic and not torch.equal(a.expand(heads), b.expand(heads)):
                 raise ValueError(
                     f"PagedKVCache.copy_blocks: source must have the {name} of this cache, {a.tolist()}, "
                     f"got {b.tolist()}"
                 )
+
+    def _on_host(self) -> list[Tensor]:
+        """The scales. Those of `use_scales` are read here, which waits for their device."""
+        if self.dynamic:
+            return [self.k_scale, self.v_scale]
+        scales = zip(self._scales, (self.k_scale, self.v_scale), strict=True)
+        return [now.cpu().reshape(-1) if at_first is None else at_first for at_first, now in scales]
 
     def _checked_mapping(
         self, block_mapping: Sequence[tuple[int, int]] | Tensor, source: PagedKVCache

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 #: Elements that `observe_groups` looks at in one piece, which bounds its temporary memory.
-_PIECE = 1 << 22
+_PIECE = 1 << 21
 
 
 @dataclass(frozen=True)

@@ -541,3 +541,52 @@ def test_a_dynamic_cache_has_no_descales(device: torch.device) -> None:
     assert str(error.value) == (
         "PagedKVCache.descales: the cache must have scales per tensor or per head, got dynamic=True"
     )
+
+
+# Scales that belong to somebody else
+
+
+def test_scales_in_use_are_the_same_tensors(device: torch.device) -> None:
+    cache = PagedKVCache(4, 16, 2, 8, device=device)
+    k_scale, v_scale = torch.ones(2, device=device), torch.ones(1, device=device)
+    cache.use_scales(k_scale, v_scale)
+    k_scale.fill_(0.5)
+    x = torch.ones(1, 2, 8, device=device)
+    cache.append(x, x, torch.tensor([3], device=device))
+    assert cache.key_cache[0, 3].float().unique().tolist() == [2.0]
+    assert cache.value_cache[0, 3].float().unique().tolist() == [1.0]
+    assert [y.unique().tolist() for y in cache.gather(torch.tensor([[0]]), [4])] == [[0.0, 1.0]] * 2
+
+
+def test_copies_of_blocks_look_at_the_scales_in_use(device: torch.device) -> None:
+    first, second = PagedKVCache(4, 16, 2, 8, device=device), PagedKVCache(4, 16, 2, 8, device=device)
+    first.use_scales(torch.full((2,), 0.5, device=device), torch.ones(2, device=device))
+    with pytest.raises(
+        ValueError, match=r"source must have the k_scale of this cache, \[1.0, 1.0\], got \[0.5, 0.5\]"
+    ):
+        second.copy_blocks([(0, 1)], source=first)
+    second.use_scales(torch.full((1,), 0.5, device=device), torch.ones(1, device=device))
+    second.copy_blocks([(0, 1)], source=first)
+
+
+@pytest.mark.parametrize(
+    ("options", "scale", "sentence"),
+    [
+        ({"scales": "dynamic"}, torch.ones(2), "the cache must take given scales, but has scales of its own"),
+        ({"dtype": "bfloat16"}, torch.ones(2), "but has dtype 'bfloat16' and no scales"),
+        (
+            {},
+            torch.ones(3),
+            "k_scale must be float32 with 1 or num_kv_heads=2 elements on cpu, got float32 of shape [3]",
+        ),
+        ({}, torch.ones(2).half(), "got float16 of shape [2] on cpu"),
+    ],
+    ids=["dynamic", "16 bits", "three heads", "half"],
+)
+def test_scales_that_cannot_be_used(options: dict[str, Any], scale: torch.Tensor, sentence: str) -> None:
+    cache = PagedKVCache(4, 16, 2, 8, device="cpu", **options)
+    before = cache.k_scale
+    with pytest.raises(ValueError) as error:
+        cache.use_scales(scale, torch.ones(2))
+    assert sentence in str(error.value)
+    assert cache.k_scale is before

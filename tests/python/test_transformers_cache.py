@@ -443,12 +443,11 @@ def crop_and_go_on(name: str, static: bool, first: int, wrong: int) -> None:
     model, ids = model_of(name), tokens()
     cache, expected = caches(name, "dynamic", static)
     mask = torch.ones_like(ids)
+    cache.activate_past_recording()
     for one in (cache, expected):
-        one.activate_past_recording()
         logits(model, one, ids[:, :first], mask[:, :first], (first,))
     logits(model, cache, tokens(length=wrong, seed=9), mask[:, : first + wrong], (wrong,))
     cache.crop(-wrong)
-    expected.crop(0)
     assert int(cache.get_seq_length()) == first
     steps = (1, LENGTH - first - 1)
     actual = logits(model, cache, ids[:, first:], mask, steps)
@@ -846,13 +845,15 @@ def test_more_sequences_than_a_static_cache_has_room_for() -> None:
 
 
 @each_mode
-def test_crop_of_more_than_there_is(static: bool) -> None:
+@pytest.mark.parametrize("count", [-6, 1])
+def test_crop_of_what_is_not_there(static: bool, count: int) -> None:
     cache = caches("Llama", None, static)[0]
     cache.update(*torch.randn(2, 3, KV_HEADS, 5, HEAD_SIZE), 0)
+    cache.update(*torch.randn(2, 3, KV_HEADS, 5, HEAD_SIZE), 1)
     with pytest.raises(ValueError) as error:
-        cache.crop(-6)
-    assert (
-        str(error.value) == "Fp8Cache.crop: tokens_to_remove must be at most the 5 tokens there are, got -6"
+        cache.crop(count)
+    assert str(error.value) == (
+        f"Fp8Cache.crop: tokens_to_remove must be from -5 to 0, as there are 5 tokens, got {count}"
     )
     assert int(cache.get_seq_length()) == 5
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -123,12 +122,6 @@ class Fp8Cache(Cache):
     def nbytes_16bit(self) -> int:
         """Bytes of the keys and values that Transformers' own 16-bit cache holds at the same point."""
         return sum(layer.nbytes_16bit for layer in self.layers)
-
-    def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int) -> tuple[int, int]:
-        """How many tokens the next `update` of a layer returns, and the position of the first one."""
-        # Older releases of Transformers give the positions of the queries instead of their number.
-        count = len(query_length) if isinstance(query_length, Tensor) else query_length
-        return super().get_mask_sizes(count, layer_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens of all sequences: ``crop(-3)`` removes three.

@@ -140,17 +140,15 @@ class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """The length that `crop` leaves.
 
         Raises:
-            ValueError: there are not so many tokens, or the window before the ones to remove is gone.
+            ValueError: there are not so many tokens, or those in the window before them are gone.
         """
         length = int(self.get_seq_length())
-        # Older releases of Transformers name the length to be left: a positive number.
-        kept = length + tokens_to_remove if tokens_to_remove <= 0 else min(length, tokens_to_remove)
-        if kept < 0:
+        if not -length <= tokens_to_remove <= 0:
             raise ValueError(
-                f"Fp8Cache.crop: tokens_to_remove must be at most the {length} tokens there are, "
+                f"Fp8Cache.crop: tokens_to_remove must be from {-length} to 0, as there are {length} tokens, "
                 f"got {tokens_to_remove}"
             )
-        return kept
+        return length + tokens_to_remove
 
 
 class DynamicFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
@@ -265,8 +263,6 @@ class DynamicFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
     def get_max_length(self) -> int:
         """-1, or the window."""
         return -1 if self.window is None else self.window
-
-    get_max_cache_shape = get_max_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many tokens the next `update` returns, and the position of the first one."""
@@ -407,8 +403,6 @@ class StaticFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
         """Tokens there is room for."""
         return self.max_cache_len
 
-    get_max_cache_shape = get_max_length
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many tokens the next `update` returns, and the position of the first one."""
         return self.max_cache_len, 0
@@ -514,8 +508,6 @@ class StaticWindowFp8Layer(StaticFp8Layer):  # type: ignore[no-untyped-call]
     def get_max_length(self) -> int:
         """The window."""
         return self.window
-
-    get_max_cache_shape = get_max_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many tokens the next `update` returns, and the position of the first one."""
