@@ -469,6 +469,17 @@ def test_crop_of_a_window_that_is_not_full(static: bool) -> None:
     crop_and_go_on("Mistral", static, 5, 3)
 
 
+def test_crop_of_a_window_twice() -> None:
+    """What newer tokens had replaced in the ring does not come back when those are removed."""
+    cache = Fp8Cache(config_of("Mistral"), max_cache_len=40, block_size=4)  # a ring of 16 for a window of 9
+    for layer in range(LAYERS):
+        cache.update(*torch.randn(2, 1, KV_HEADS, 24, HEAD_SIZE), layer)
+    cache.crop(-8)
+    with pytest.raises(ValueError, match="must leave the window of layer 0 in the cache, got -8"):
+        cache.crop(-8)
+    assert cache.get_seq_length() == 16
+
+
 @each_mode
 def test_crop_of_a_window_that_is_gone_changes_nothing(static: bool) -> None:
     model, ids = model_of("Gemma3"), tokens()
@@ -620,23 +631,35 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("scales", ["head", "dynamic"])
-def test_compile_of_the_forward_pass(device: torch.device, scales: str) -> None:
-    """As a whole, prompt and single tokens: two compilations, whatever the length, and the bytes of eager."""
-    import torch._dynamo.testing
+def test_compile_of_the_forward_pass(device: torch.device) -> None:
+    """As a whole, prompt and single tokens: two compilations, whatever the length, and the bytes of eager.
+
+    All that is written to must be known to keep its address, or there would be no CUDA graph.
+    """
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+
+    inputs_of_graphs = []
+
+    def compiler(graph: Any, inputs: Any) -> Any:
+        inputs_of_graphs.append(torch._guards.TracingContext.get().fw_metadata)
+        return make_boxed_func(graph.forward)
 
     model, ids = model_of("Gemma3", device=device), tokens().to(device)
     options = {"max_batch_size": 3, "device": device}
-    cache, eager = (caches("Gemma3", scales_of(scales, model.config), True, **options)[0] for _ in range(2))
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    forward = torch.compile(model.forward, fullgraph=True, backend=counter)
+    cache, eager = (caches("Gemma3", "dynamic", True, **options)[0] for _ in range(2))
+    forward = torch.compile(model.forward, fullgraph=True, backend=aot_autograd(fw_compiler=compiler))
     before = addresses(cache)
     with torch.no_grad():
         for piece in ids.split([12] + [1] * 12, 1):
             actual = forward(piece, past_key_values=cache).logits
             torch.testing.assert_close(actual, model(piece, past_key_values=eager).logits)
-    assert counter.frame_count == 2
     assert addresses(cache) == before
+    assert len(inputs_of_graphs) == 2
+    for inputs in inputs_of_graphs:
+        written = {index for index, info in enumerate(inputs.input_info) if info.mutates_data}
+        assert len(written) == LAYERS * 4, "storage, scales of K and of V, length"
+        assert written <= set(inputs.static_input_indices)
     for a, e in zip(cache.layers, eager.layers, strict=True):
         assert int(a.cumulative_length) == LENGTH
         assert torch.equal(raw(a.storage.storage), raw(e.storage.storage))
@@ -666,12 +689,17 @@ def test_generate_compiles_by_itself(name: str) -> None:
 @full_and_sliding
 def test_generate_on_the_gpu_captures_graphs(cuda: torch.device, name: str) -> None:
     """As Transformers compiles by default: the tokens of the dynamic cache, in a second run, too."""
+    from torch._dynamo.utils import counters
+
     model, ids = model_of(name, device=cuda), tokens(length=11).to(cuda)
     cache = Fp8Cache(model.config, "dynamic", max_cache_len=40, max_batch_size=3, device=cuda)
     expected = generate(model, Fp8Cache(model.config, "dynamic"), ids).sequences.tolist()
+    counters.clear()
     for _ in range(2):
         assert generate(model, cache, ids).sequences.tolist() == expected
         cache.reset()
+    assert counters["stats"]["unique_graphs"] > 0
+    assert counters["inductor"]["cudagraph_skips"] == 0
 
 
 @each_mode
@@ -704,7 +732,7 @@ def test_scales_are_copied() -> None:
     scales = scales_of("head", config_of("Llama"))
     key = torch.randn(1, KV_HEADS, 5, HEAD_SIZE)
     expected = Fp8Cache(config_of("Llama"), scales).update(key, key, 0)[0]
-    cache = Fp8Cache(config_of("Llama"), scales)
+    cache = Fp8Cache(config_of("Llama"), scales, block_size=1)  # so that it grows
     cache.update(key[:, :, :1], key[:, :, :1], 0)
     scales[0].k.fill_(5.0)
     assert_same_bytes(cache.update(key[:, :, 1:], key[:, :, 1:], 0)[0].contiguous(), expected.contiguous())
@@ -813,13 +841,17 @@ def test_tokens_that_do_not_fit(static: bool, key: Any, value: Any, sentence: st
 
 @each_mode
 def test_scales_of_another_number_of_heads(static: bool) -> None:
-    cache = caches("Llama", scales_with(1, torch.ones(1), torch.ones(4)), static)[0]
+    scales = scales_with(1, torch.ones(1), torch.ones(4))
+    sentence = "Fp8Cache: scales of layer 1 must have 1 or 2 elements for v, as its keys have 2 heads, got 4"
+    cache = caches("Llama", scales, static)[0]
     with pytest.raises(ValueError) as error:
         cache.update(*torch.randn(2, 3, KV_HEADS, 5, HEAD_SIZE), 1)
-    assert str(error.value) == (
-        "Fp8Cache: scales of layer 1 must have 1 or 2 elements for v, as its keys have 2 heads, got 4"
-    )
+    assert str(error.value) == sentence
     assert cache.nbytes == 0
+    if static:
+        with pytest.raises(ValueError) as error:
+            caches("Llama", scales, static, max_batch_size=1, device="cpu")
+        assert str(error.value) == sentence
 
 
 def test_more_tokens_than_a_static_cache_has_room_for() -> None:

@@ -1,6 +1,6 @@
 """`Fp8Cache`: the KV cache of a Hugging Face model in FP8, for `generate` and for calls of the model.
 
-Described in docs/transformers.md. This is the only module of the package that imports Transformers.
+Described in docs/transformers.md. `import fp8kv` does not import this module, as it needs Transformers.
 """
 
 from __future__ import annotations
@@ -238,16 +238,18 @@ def _scales_of_layers(scales: Any, num_layers: int) -> list[Any]:
 
 
 def _layer_scales(scales: KVScales, index: int) -> LayerScales:
-    """Those of K and V, checked, and on the host, from where every new storage copies them."""
+    """Those of K and V, checked and copied to the host, from where every new storage takes them."""
     layer = scales[index] if index in scales else LayerScales(q=None, k=None, v=None)
+    copies = []
     for name, scale in (("k", layer.k), ("v", layer.v)):
         if scale is None:
             raise ValueError(
                 f"Fp8Cache: scales must be there for every layer, got no {name} for layer {index}"
             )
-        if not bool((scale.gt(0) & scale.isfinite()).all()):
+        copies.append(scale.to("cpu", copy=True))
+        if not all(0 < x < float("inf") for x in copies[-1].tolist()):
             raise ValueError(
                 "Fp8Cache: scales must be finite and above 0, "
                 f"got {scale.tolist()} for {name} of layer {index}"
             )
-    return LayerScales(q=None, k=layer.k, v=layer.v).to("cpu")
+    return LayerScales(None, *copies)

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from fp8kv.kv_cache import PagedKVCache, gather_and_dequant_cache
+from fp8kv.kv_cache import (
+    PagedKVCache,
+    gather_and_dequant_cache,
+    reshape_and_cache_flash,
+    reshape_and_cache_flash_dynamic,
+)
 from fp8kv.quantize import dequantize, quantize
 
 
@@ -56,6 +61,13 @@ class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         raise NotImplementedError
 
     def _new_storage(self, num_blocks: int, num_kv_heads: int, head_size: int, device: Any) -> PagedKVCache:
+        for name in ("k", "v"):
+            scale = getattr(self.options["scales"], name, None)
+            if isinstance(scale, Tensor) and scale.numel() not in (1, num_kv_heads):
+                raise ValueError(
+                    f"Fp8Cache: scales of layer {self.index} must have 1 or {num_kv_heads} elements "
+                    f"for {name}, as its keys have {num_kv_heads} heads, got {scale.numel()}"
+                )
         return PagedKVCache(
             num_blocks, num_kv_heads=num_kv_heads, head_size=head_size, device=device, **self.options
         )
@@ -73,28 +85,28 @@ class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 f"Fp8Cache: key must have the {self.batch_size} sequences that the cache has, "
                 f"got {batch} in layer {self.index}"
             )
-        if self.storage is None:
-            for name in ("k", "v"):
-                scale = getattr(self.options["scales"], name, None)
-                if isinstance(scale, Tensor) and scale.numel() not in (1, heads):
-                    raise ValueError(
-                        f"Fp8Cache: scales of layer {self.index} must have 1 or {heads} elements for {name}, "
-                        f"as its keys have {heads} heads, got {scale.numel()}"
-                    )
-        elif (heads, head_size) != (self.storage.num_kv_heads, self.storage.head_size):
+        storage = self.storage
+        if storage is not None and (heads, head_size) != (storage.num_kv_heads, storage.head_size):
             raise ValueError(
-                f"Fp8Cache: key must have num_kv_heads={self.storage.num_kv_heads} and "
-                f"head_size={self.storage.head_size} as before, "
+                f"Fp8Cache: key must have num_kv_heads={storage.num_kv_heads} and "
+                f"head_size={storage.head_size} as before, "
                 f"got {heads} and {head_size} in layer {self.index}"
             )
 
     def _append(self, key: Tensor, value: Tensor, positions: Tensor) -> None:
         """Stores tokens at their positions within the storage, the same for all sequences."""
-        assert self.storage is not None
+        storage = self.storage
+        assert storage is not None
         step = self.block_size
         places = positions + positions // step * ((self.num_rows - 1) * step)
         slots = places + torch.arange(0, len(key) * step, step, device=places.device)[:, None]
-        self.storage.append(_packed(key), _packed(value), slots.flatten())
+        key_cache, value_cache = _sides(storage)
+        k, v, slots = _packed(key), _packed(value), slots.flatten()
+        k_scale, v_scale, name = storage.k_scale, storage.v_scale, storage.kv_cache_dtype
+        if storage.dynamic:
+            reshape_and_cache_flash_dynamic(k, v, key_cache, value_cache, k_scale, v_scale, slots, name)
+        else:
+            reshape_and_cache_flash(k, v, key_cache, value_cache, slots, name, k_scale, v_scale)
 
     def _read(
         self, table: Tensor, num_tokens: int, dtype: torch.dtype, seq_starts: Tensor | None = None
@@ -105,8 +117,9 @@ class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         shape = (len(table), num_tokens, storage.num_kv_heads, storage.head_size)
         key, value = (torch.empty(shape, dtype=dtype, device=storage.device) for _ in range(2))
         sums = torch.arange(len(table) + 1, dtype=torch.int32, device=storage.device) * num_tokens
+        key_cache, value_cache = _sides(storage)
         gather_and_dequant_cache(
-            storage.key_cache, storage.value_cache, key.flatten(0, 1), value.flatten(0, 1), table, sums,
+            key_cache, value_cache, key.flatten(0, 1), value.flatten(0, 1), table, sums,
             storage.kv_cache_dtype, storage.k_scale, storage.v_scale, seq_starts,
         )  # fmt: skip
         return key.transpose(1, 2), value.transpose(1, 2)
@@ -172,8 +185,8 @@ class DynamicFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self._check(key_states, value_states)
-        self.num_rows = self.batch_size = len(key_states)
         self.storage = self._new_storage(0, key_states.shape[1], key_states.shape[3], key_states.device)
+        self.num_rows = self.batch_size = len(key_states)
         self.is_initialized = True
 
     def update(
@@ -185,17 +198,11 @@ class DynamicFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
         self._check(key_states, value_states)
         start, end = self._first_seen(self.length), self.length + key_states.shape[2]
         self._reserve(end)
-        device = key_states.device
-        self._append(
-            key_states,
-            value_states,
-            torch.arange(self.length - self.num_dropped, end - self.num_dropped, device=device),
-        )
-        offset = start - self.num_dropped
-        seq_starts = (
-            torch.full((self.num_rows,), offset, dtype=torch.int32, device=device) if offset else None
-        )
-        tokens = self._read(self._table(), end - start, key_states.dtype, seq_starts)
+        device, dropped = key_states.device, self.num_dropped
+        positions = torch.arange(self.length - dropped, end - dropped, device=device)
+        self._append(key_states, value_states, positions)
+        starts = torch.full((self.num_rows,), start - dropped, dtype=torch.int32, device=device)
+        tokens = self._read(self._table(), end - start, key_states.dtype, starts)
         self.length = end
         if not self.record_past:
             self._forget()
@@ -215,15 +222,13 @@ class DynamicFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
 
     def _blocks_unseen(self) -> int:
         """Blocks at the front that no further query sees."""
-        if self.record_past:
-            return 0
         return (self._first_seen(self.length) - self.num_dropped) // self.block_size
 
     def _reserve(self, length: int) -> None:
         assert self.storage is not None
         needed = self._blocks_needed(length)
         if needed * self.num_rows > self.storage.num_blocks:
-            unseen = self._blocks_unseen()
+            unseen = 0 if self.record_past else self._blocks_unseen()
             self._resize(unseen, _with_slack(needed - unseen))
 
     def _forget(self) -> None:
@@ -286,9 +291,7 @@ class DynamicFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
         """Removes the last tokens: ``crop(-3)`` removes three."""
         self.length = self.check_crop(tokens_to_remove)
         if self.is_initialized:
-            recorded, self.record_past = self.record_past, False
             self._forget()
-            self.record_past = recorded
 
     def reset(self) -> None:
         """Forgets everything and gives the storage back; the next batch may be of another size."""
@@ -344,10 +347,7 @@ class StaticFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
         self.cumulative_length = self.cumulative_length.to(storage.device)
         blocks = torch.arange(num_blocks, dtype=torch.int32, device=storage.device)
         self.table = blocks.view(-1, num_rows).T.contiguous()
-        for tensor in (
-            storage.storage, storage.key_cache, storage.value_cache, storage.k_scale, storage.v_scale,
-            self.cumulative_length, self.table,
-        ):  # fmt: skip
+        for tensor in (storage.storage, storage.k_scale, storage.v_scale, self.cumulative_length, self.table):
             torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
@@ -449,6 +449,7 @@ class StaticWindowFp8Layer(StaticFp8Layer):  # type: ignore[no-untyped-call]
         super().__init__(index, options, max_cache_len, max_batch_size, is_sliding=True)
         self.window = window
         self.length = 0
+        self.num_lost = 0  # tokens at the front that newer ones had replaced when `crop` removed those
         # One more than a window fills, as it may begin anywhere in a block.
         self.blocks_of_sequence = -(-window // self.block_size) + 1
         self.ring_size = self.blocks_of_sequence * self.block_size
@@ -519,17 +520,30 @@ class StaticWindowFp8Layer(StaticFp8Layer):  # type: ignore[no-untyped-call]
 
     def check_crop(self, tokens_to_remove: int) -> int:
         kept = super().check_crop(tokens_to_remove)
-        if max(kept - self.window + 1, 0) < self.length - self.ring_size:
+        if max(kept - self.window + 1, 0) < self._oldest():
             raise ValueError(_window_is_gone(self.index, tokens_to_remove))
         return kept
 
+    def _oldest(self) -> int:
+        """The first position that is still there."""
+        return max(self.num_lost, self.length - self.ring_size)
+
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
-        self.length = int(self.cumulative_length)
+        self.num_lost, self.length = self._oldest(), self.length + tokens_to_remove
 
     def reset(self) -> None:
         super().reset()
-        self.length = 0
+        self.length = self.num_lost = 0
+
+
+def _sides(storage: PagedKVCache) -> tuple[Tensor, Tensor]:
+    """Its key_cache and value_cache, made anew from the tensor that both are views of.
+
+    Compiled code must be given that one: PyTorch captures no CUDA graph that writes to inputs that overlap.
+    """
+    key, value = storage.storage.unbind(1)
+    return (key, value) if storage.layout == "NHD" else (key.transpose(1, 2), value.transpose(1, 2))
 
 
 def _packed(x: Tensor) -> Tensor:
