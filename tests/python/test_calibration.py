@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -70,7 +71,9 @@ def cached(model: Any, ids: Tensor, **inputs: Any) -> list[tuple[Tensor, Tensor]
     """K and V of every layer ``[B, heads, N, head_size]``, in a cache that keeps all tokens."""
     kept = DynamicCache()
     with torch.no_grad():
-        model(ids, cache=kept, use_cache=True, **inputs)
+        # Older versions of transformers know the second name only.
+        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        model(ids, use_cache=True, **{name: kept}, **inputs)
     return [(layer.keys, layer.values) for layer in kept.layers if layer.keys is not None]
 
 
