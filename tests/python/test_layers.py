@@ -70,5 +70,10 @@ def test_includes_stay_within_the_layer(folder: str, path: Path) -> None:
 
 
 def test_python_loads_ops_and_not_symbols() -> None:
+    """But for a system call that Python does not have, through the process itself."""
     for path in sorted((ROOT / "python" / "fp8kv").rglob("*.py")):
-        assert not re.search(r"\bctypes\b|\bcffi\b", path.read_text(encoding="utf-8")), path.name
+        text = path.read_text(encoding="utf-8")
+        if path.name == "replace.py":
+            assert re.findall(r"\w*(?:DLL|LoadLibrary)\w*\([^,)]*", text) == ["CDLL(None"]
+        else:
+            assert not re.search(r"\bctypes\b|\bcffi\b", text), path.name
