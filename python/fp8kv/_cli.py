@@ -25,6 +25,13 @@ Device = Annotated[
 ]
 # typer evaluates annotations, and Python 3.10 with older versions of it does not accept `Path | None` there.
 OptionalPath = Optional[Path]  # noqa: UP045
+MODEL_DTYPE = (
+    'Of the arithmetic: "auto", "bfloat16", "float16" or "float32"; auto takes the model\'s own, on the CPU '
+    "float32."
+)
+CacheDir = Annotated[
+    OptionalPath, typer.Option(help="Where the small model is kept. Without: FP8KV_CACHE, or ~/.cache/fp8kv.")
+]
 
 
 def _console() -> Console:
@@ -92,40 +99,84 @@ def bench(
 
 @app.command()
 def demo(
-    device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help='"e4m3" or "e5m2".')] = "e4m3",
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Your model: a directory or an id. Without: SmolLM2-135M-Instruct."),
+    ] = None,
+    out: Annotated[OptionalPath, typer.Option(help="Keep the checkpoints in this directory.")] = None,
+    plot: Annotated[OptionalPath, typer.Option(help="Write the picture (PNG) to this file.")] = Path(
+        "demo.png"
+    ),
+    question: Annotated[Optional[str], typer.Option(help="To be answered.")] = None,  # noqa: UP045
     text: Annotated[OptionalPath, typer.Option(help="A text to take instead of CPython's reference.")] = None,
+    windows: Annotated[int, typer.Option(help="Windows of the text to evaluate on.")] = 2,
+    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
+    calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 8192,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help=MODEL_DTYPE)] = "auto",
+    layout: Annotated[str, typer.Option(help='"NHD" or "HND".')] = "NHD",
+    cache_dir: CacheDir = None,
+) -> None:
+    """The whole story on a real language model: calibrate, write, inspect, load, evaluate, answer."""
+    from fp8kv import _eval_command as command
+    from fp8kv import demo as demonstration
+    from fp8kv._calibrate_command import CommandError
+
+    _check_folder("--plot", plot)
+    options = command.Options(
+        model, text, windows, window, calibration_tokens,
+        layout=layout, device=device, dtype=dtype, cache_dir=cache_dir,
+    )  # fmt: skip
+    try:
+        demonstration.run(options, _console(), out, plot, question or demonstration.QUESTION)
+    except CommandError as error:
+        _fail(error.sentence, error.status)
+
+
+@app.command("eval")
+def eval_(
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="[MODEL]", help="A directory or an id. Without: SmolLM2-135M-Instruct."),
+    ] = None,
+    text: Annotated[OptionalPath, typer.Option(help="A text to take instead of CPython's reference.")] = None,
+    windows: Annotated[int, typer.Option(help="Windows of the text to evaluate on.")] = 8,
+    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
+    calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 8192,
+    first_tokens: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Tokens that scales on the fly are calculated from. Without: the first window."),
+    ] = None,
+    scales: Annotated[OptionalPath, typer.Option(help="A checkpoint whose scales are one more row.")] = None,
+    only: Annotated[str, typer.Option(help="Only caches whose name contains this.")] = "",
+    layout: Annotated[str, typer.Option(help='"NHD" or "HND".')] = "NHD",
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help=MODEL_DTYPE)] = "auto",
+    cache_dir: CacheDir = None,
+    json: Annotated[OptionalPath, typer.Option(help="Write all numbers to this file.")] = None,
     plot: Annotated[OptionalPath, typer.Option(help="Write a picture (PNG) to this file.")] = None,
 ) -> None:
-    """Quantizes real tensors in every granularity and shows what each costs in accuracy."""
-    import torch
+    """Measures what FP8 KV caches cost a model in accuracy, and what they take, beside the 16-bit cache."""
+    from fp8kv import _eval_command as command
+    from fp8kv import evaluation
+    from fp8kv._calibrate_command import CommandError
 
-    from fp8kv import demo as demonstration
-
-    formats = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-    if dtype not in formats:
-        raise typer.BadParameter(f'dtype must be "e4m3" or "e5m2", got "{dtype}"')
+    for option, path in (("--json", json), ("--plot", plot)):
+        _check_folder(option, path)
+    options = command.Options(
+        model, text, windows, window, calibration_tokens, first_tokens, scales, only, layout, device, dtype,
+        cache_dir,
+    )  # fmt: skip
     console = _console()
-    source = (
-        demonstration.reference_text() if text is None else text.read_text(encoding="utf-8", errors="replace")
-    )
     try:
-        tensors = demonstration.tensors(source)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    results = []
-    for name, tensor in tensors.items():
-        x = tensor.to(_device(device))
-        rows = demonstration.measure(name, x, formats[dtype])
-        results += rows
-        console.print(demonstration.table(name, x, rows, formats[dtype]))
-    console.print(
-        "The scale of a group is amax / max. FP8 is a floating-point format: a scale moves its range and "
-        "leaves its relative precision, so granularities differ little until the values of a group span it.",
-        highlight=False,
-    )
+        found = command.run(options, console)
+    except CommandError as error:
+        _fail(error.sentence, error.status)
+    console.print(evaluation.table(found), highlight=False)
+    if json is not None:
+        json.write_text(jsonlib.dumps(found.as_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if plot is not None:
-        demonstration.plot(results, plot)
+        evaluation.plot(found, plot)
 
 
 @app.command("inspect")

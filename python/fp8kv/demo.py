@@ -1,184 +1,188 @@
-"""`fp8kv demo`: what each granularity costs in accuracy, on real data that needs no download.
-
-The data is the reference text that CPython ships (or a text file of yours). Words that stand near each other
-are counted; the positive pointwise mutual information of those counts is a matrix of word associations, and
-its leading eigenvectors give every word a feature vector (latent semantic analysis). A few features are far
-larger than the others, as in the activations of language models, and that is what granularities are about.
+"""`fp8kv demo`: from a language model to its FP8 KV cache, every step on the way, with the numbers.
 
 Example:
-    >>> import fp8kv.demo
-    >>> tensors = fp8kv.demo.tensors(fp8kv.demo.reference_text()[:200_000], num_words=128, num_features=32)
-    >>> [tuple(t.shape) for t in tensors.values()]
-    [(4096, 32), (128, 128)]
+    >>> from fp8kv.demo import common_prefix
+    >>> common_prefix([5, 7, 9, 2], [5, 7, 8, 2])
+    2
 """
 
 from __future__ import annotations
 
-import math
-import re
+import tempfile
 import time
-from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-import fp8kv
-from fp8kv.group_shape import GroupShape
+from fp8kv import evaluation
+from fp8kv.texts import reference_text as reference_text
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Console
 
-GRANULARITIES = {
-    "per tensor": GroupShape.PER_TENSOR,
-    "per token": GroupShape.PER_TOKEN,
-    "per channel": GroupShape.PER_CHANNEL,
-    "per head of 64": GroupShape.per_head(64),
-    "block 1x128": GroupShape(1, 128),
-    "block 128x128": GroupShape(128, 128),
-}
+    from fp8kv._eval_command import Options
+    from fp8kv._models import Model
+    from fp8kv.checkpoint import KVScales
 
-
-def reference_text() -> str:
-    """The language reference and library topics that come with CPython, for its `help()`."""
-    from pydoc_data import topics
-
-    return "\n".join(str(text) for _, text in sorted(topics.topics.items()))
-
-
-def tensors(
-    text: str, num_words: int = 1024, num_features: int = 256, num_tokens: int = 4096
-) -> dict[str, Tensor]:
-    """Two bf16 matrices: feature vectors [tokens, features] and word associations [words, words] of `text`.
-
-    Raises:
-        ValueError: the text has too few words.
-    """
-    words = re.findall(r"[a-z]+|[^\sa-z]", text.lower())
-    vocabulary = {word: i for i, (word, _) in enumerate(Counter(words).most_common(num_words))}
-    ids = torch.tensor([vocabulary[word] for word in words if word in vocabulary])
-    if len(vocabulary) < num_words or len(ids) < num_tokens:
-        raise ValueError(
-            f"fp8kv.demo: the text must have at least {num_words} different words and {num_tokens} in all, "
-            f"got {len(vocabulary)} and {len(words)}"
-        )
-    counts = torch.zeros(num_words * num_words)
-    for distance in range(1, 5):
-        pairs = ids[:-distance] * num_words + ids[distance:]
-        counts += torch.bincount(pairs, minlength=num_words * num_words)
-    counts = counts.view(num_words, num_words)
-    counts = counts + counts.T
-    frequency = counts.sum(0).clamp_min(1)
-    association = (counts * counts.sum() / (frequency[:, None] * frequency[None, :])).log().clamp_min(0)
-    values, vectors = torch.linalg.eigh(association)
-    order = values.abs().argsort(descending=True)[:num_features]
-    features = vectors[:, order] * values[order]
-    return {
-        f"features of {num_tokens} words": features[ids[:num_tokens]].bfloat16(),
-        "word associations": association.bfloat16(),
-    }
+QUESTION = "What is the capital of France, and what is it known for?"
+ANSWER_TOKENS = 32
+_FOLDERS = {evaluation.PER_TENSOR: "per_tensor", evaluation.PER_HEAD: "per_head"}
 
 
 @dataclass(frozen=True)
-class Result:
-    """What quantizing one tensor with one granularity costs and gives."""
+class Answer:
+    """What a model answered with a cache.
 
-    tensor: str
-    granularity: str
-    num_scales: int
-    max_error: float
-    relative_error: float  # of norms: |x - x'| / |x|
-    snr_db: float
-    lost: float  # share of the nonzero elements that became zero
-    num_bytes: int  # elements and scales
-    ms: float
+    Attributes:
+        tokens: as far as the end of the answer.
+        text: the same, decoded.
+        nbytes: of the cache, which has room for the question and `ANSWER_TOKENS` more.
+        tokens_per_s: of decoding.
+    """
+
+    tokens: list[int]
+    text: str
+    nbytes: int
+    tokens_per_s: float
 
 
-def measure(name: str, x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> list[Result]:
-    """Quantizes `x` with every granularity, and compares with what comes back."""
-    results = []
-    for granularity, group in GRANULARITIES.items():
-        fp8kv.quantize(x, group_shape=group, dtype=dtype)
-        _wait(x)
+def run(
+    options: Options, console: Console, out: Path | None, plot: Path | None, question: str = QUESTION
+) -> evaluation.Evaluation:
+    """Tells the whole story.
+
+    Args:
+        options: those of `fp8kv eval`.
+        out: where the checkpoints stay, in folders "per_tensor" and "per_head"; None: they don't.
+        plot: the file of the picture.
+
+    Raises:
+        CommandError: of `fp8kv eval`; or a checkpoint can't be written.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        return _Story(options, console, Path(temporary) if out is None else out).tell(plot, question)
+
+
+class _Story:
+    """One step after the other, each with its time."""
+
+    def __init__(self, options: Options, console: Console, out: Path) -> None:
+        self.options, self.console, self.out = options, console, out
+        self.number = 0
+
+    def tell(self, plot: Path | None, question: str) -> evaluation.Evaluation:
+        from fp8kv import _eval_command as command
+        from fp8kv import inspection, load_kv_scales
+
         start = time.perf_counter()
-        q, scale = fp8kv.quantize(x, group_shape=group, dtype=dtype)
-        _wait(x)
-        ms = (time.perf_counter() - start) * 1e3
-        exact = x.double()
-        back = fp8kv.dequantize(q, scale, group_shape=group, dtype=torch.float32).double()
-        error = back - exact
-        relative = (error.norm() / exact.norm()).item()
-        results.append(
-            Result(
-                tensor=name,
-                granularity=granularity,
-                num_scales=scale.numel(),
-                max_error=error.abs().max().item(),
-                relative_error=relative,
-                snr_db=-20 * math.log10(relative) if relative > 0 else math.inf,
-                lost=((back == 0) & (exact != 0)).sum().item() / max(1, exact.count_nonzero().item()),
-                num_bytes=q.numel() + 4 * scale.numel(),
-                ms=ms,
+        command.check(self.options)
+        device = command.device_of(self.options)
+        with self.step("A language model"):
+            folder = command.model_folder(self.options, self.console)
+            model = command.load(folder, device, self.options.dtype)
+            tokens = command.texts(self.options, model)
+            self.say(
+                f"{model.name}: {model.model.num_parameters() / 1e6:.0f} million parameters, "
+                f"{_name(model.model.dtype)} arithmetic on {command.device_name(device)}"
             )
-        )
-    return results
+        with self.step(f"Calibration: scales from {tokens.calibration.numel()} tokens of text"):
+            first = tokens.evaluation[:1, : self.options.first_tokens]
+            with command.reported():
+                made = evaluation.calibrated(
+                    model.model,
+                    tokens.calibration,
+                    first,
+                    evaluation.CACHES,
+                    model.cache_dtype,
+                    progress=True,
+                )
+        with (
+            self.step("Checkpoints with these scales, as llm-compressor writes them"),
+            command.reported("a checkpoint cannot be written"),
+        ):
+            for name, below in _FOLDERS.items():
+                made[name].save(self.out / below, source=folder)
+                self.say(f"{name}: {self.out / below}")
+        with self.step("What is in the one per head: fp8kv inspect"):
+            found = inspection.inspect_checkpoint(self.out / _FOLDERS[evaluation.PER_HEAD])
+            for part in inspection.report(found):
+                self.console.print(part, highlight=False)
+        with self.step("Loaded back, and evaluated beside other caches: fp8kv eval"):
+            for name, below in _FOLDERS.items():
+                made[name] = load_kv_scales(self.out / below)
+            result = command.measure(self.options, model, evaluation.CACHES, made, tokens)
+            self.console.print(evaluation.table(result), highlight=False)
+        with self.step("An answer with both caches"):
+            self.answers(model, made, question)
+        if plot is not None:
+            evaluation.plot(result, plot, found)
+            self.say(f"picture: {plot}")
+        self.say(f"all in all: {time.perf_counter() - start:.0f} s")
+        return result
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[None]:
+        from rich.markup import escape
+
+        self.number += 1
+        self.console.print(f"\n[bold]{self.number}. {escape(title)}[/]", highlight=False)
+        start = time.perf_counter()
+        yield
+        self.console.print(f"[dim]{time.perf_counter() - start:.1f} s[/]", highlight=False)
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def answers(self, model: Model, scales: dict[str, KVScales], question: str) -> None:
+        names = (evaluation.REFERENCE, evaluation.PER_HEAD)
+        caches = evaluation.caches(model.model.config, names, scales, model.cache_dtype, self.options.layout)
+        self.say(f"question: {question}")
+        both = [answer(model, make, question) for make in caches.values()]
+        for name, one in zip(names, both, strict=True):
+            self.say(f"{name}, {one.nbytes / 2**20:.3g} MiB, {one.tokens_per_s:.1f} tokens/s: {one.text}")
+        expected, found = (one.tokens for one in both)
+        same = common_prefix(expected, found)
+        which = f"All {same}" if expected == found else f"The first {same}"
+        self.say(f"{which} tokens are the same, with {both[1].nbytes / both[0].nbytes:.1%} of the memory.")
 
 
-def _wait(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
+def answer(model: Model, make_cache: evaluation.CacheFactory, question: str) -> Answer:
+    """Greedy, at most `ANSWER_TOKENS` long."""
+    ids = _prompt(model.tokenizer, question).to(model.model.device)
+    cache = make_cache(ids.shape[1] + ANSWER_TOKENS)
+    first = evaluation.prefill(model.model, ids, cache)
+    tokens, seconds = evaluation.decode(model.model, first, cache, ANSWER_TOKENS)
+    ends = _ends(model)
+    end = next((i for i, token in enumerate(tokens) if token in ends), ANSWER_TOKENS)
+    text = model.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
+    return Answer(tokens[:end], text, cache.nbytes, ANSWER_TOKENS / seconds)
 
 
-def table(name: str, x: Tensor, results: list[Result], dtype: torch.dtype) -> Table:
-    """The results of one tensor as a rich table."""
-    from rich.table import Table
-
-    shape = "x".join(map(str, x.shape))
-    result = Table(
-        title=f"{name}, {shape}, bf16 to {str(dtype).removeprefix('torch.float8_')} on {x.device} "
-        f"({x.numel() * x.element_size():,} bytes before)"
-    )
-    result.add_column("granularity", no_wrap=True)
-    for column in ("scales", "bytes", "max error", "relative error", "SNR dB", "lost to 0", "ms"):
-        result.add_column(column, justify="right", no_wrap=True)
-    best = max(row.snr_db for row in results)
-    for row in results:
-        snr = f"{row.snr_db:.2f}"
-        result.add_row(
-            row.granularity,
-            f"{row.num_scales:,}",
-            f"{row.num_bytes:,}",
-            f"{row.max_error:.4g}",
-            f"{row.relative_error:.4%}",
-            f"[bold green]{snr}[/]" if row.snr_db == best else snr,
-            f"{row.lost:.3%}",
-            f"{row.ms:.3f}",
-        )
-    return result
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens are the same before the first that differs."""
+    pairs = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
-def plot(results: list[Result], path: Path) -> None:
-    """Writes a picture of signal-to-noise ratio and of the largest error by granularity."""
-    import matplotlib
+def _prompt(tokenizer: Any, question: str) -> torch.Tensor:
+    """``[1, tokens]``."""
+    if getattr(tokenizer, "chat_template", None):
+        message = [{"role": "user", "content": question}]
+        question = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(question, add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(question)["input_ids"]
+    return torch.tensor([ids])
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
-    names = list(dict.fromkeys(row.tensor for row in results))
-    for offset, name in enumerate(names):
-        rows = [row for row in results if row.tensor == name]
-        y = [i + 0.38 * offset for i in range(len(rows))]
-        left.plot([row.snr_db for row in rows], y, "o", label=name)
-        right.barh(y, [row.max_error for row in rows], height=0.36)
-    middle = 0.19 * (len(names) - 1)
-    left.set_yticks([i + middle for i in range(len(GRANULARITIES))], list(GRANULARITIES))
-    left.invert_yaxis()
-    left.grid(axis="x", alpha=0.3)
-    left.set_xlabel("signal-to-noise ratio, dB (further right is better)")
-    right.set_xlabel("largest absolute error (shorter is better)")
-    figure.legend(fontsize=8, loc="outside upper right", ncols=len(names))
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+def _ends(model: Model) -> set[int]:
+    ends = model.model.generation_config.eos_token_id
+    return set() if ends is None else set(ends if isinstance(ends, list) else [ends])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import fp8kv
-from fp8kv import _cli, demo, doctor
+from fp8kv import _cli, doctor
 
 runner = CliRunner()
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -28,7 +28,7 @@ def test_python_m_fp8kv_shows_the_commands() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "fp8kv", "--help"], capture_output=True, text=True, check=True
     )
-    for command in ("doctor", "bench", "demo"):
+    for command in ("doctor", "bench", "demo", "eval"):
         assert command in result.stdout
 
 
@@ -147,43 +147,3 @@ def test_the_benchmark_scripts_have_the_same_options(script: str) -> None:
     result = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, check=True)
     for option in ("--quick", "--only", "--peers", "--json", "--plot"):
         assert option in result.stdout
-
-
-# demo
-
-
-@pytest.mark.parametrize("dtype", ["e4m3", "e5m2"])
-def test_demo_writes_tables_and_a_picture(device: torch.device, dtype: str, tmp_path: Path) -> None:
-    picture = tmp_path / "demo.png"
-    output = invoke("demo", "--device", str(device), "--dtype", dtype, "--plot", str(picture))
-    for granularity in demo.GRANULARITIES:
-        assert granularity in output
-    assert picture.read_bytes().startswith(PNG)
-
-
-def test_demo_takes_a_text(tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text(demo.reference_text()[:400_000], encoding="utf-8")
-    assert "per token" in invoke("demo", "--device", "cpu", "--text", str(text))
-
-
-def test_demo_refuses_a_text_that_is_too_short(tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("four words, that's all")
-    result = runner.invoke(_cli.app, ["demo", "--device", "cpu", "--text", str(text)])
-    assert result.exit_code == 2
-    assert "different words" in result.output
-
-
-def test_demo_refuses_an_unknown_format() -> None:
-    result = runner.invoke(_cli.app, ["demo", "--dtype", "e3m4"])
-    assert result.exit_code == 2
-
-
-def test_the_errors_of_the_demo_are_those_of_the_values(device: torch.device) -> None:
-    """What is exactly representable has no error, whatever the granularity."""
-    x = torch.full((4, 128), 448.0, dtype=torch.bfloat16, device=device)
-    for result in demo.measure("ones", x):
-        assert result.max_error == 0
-        assert result.relative_error == 0
-        assert result.lost == 0

