@@ -15,6 +15,15 @@ void check_slots(const char* op, const TensorView& slot_mapping, const CacheLayo
            std::to_string(slots[i]) + " for token " + std::to_string(i));
 }
 
+void check_positions(const char* op, const TensorView& view, const RopeLayout& layout) {
+  const Indices positions(view);
+  for (std::int64_t i = 0; i < layout.cache.num_tokens; ++i)
+    if (positions[i] < 0 || positions[i] >= layout.max_position)
+      fail(op, "positions",
+           "be from 0 to max_position - 1 = " + std::to_string(layout.max_position - 1) + ", rows of cos_sin_cache",
+           std::to_string(positions[i]) + " for token " + std::to_string(i));
+}
+
 void check_sequences(const CacheGather& p, const CacheLayout& layout) {
   constexpr const char* op = "gather_and_dequant_cache";
   const Indices sums(p.cu_seq_lens), table(p.block_table);

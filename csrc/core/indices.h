@@ -28,6 +28,9 @@ class Indices {
 // Throws Error if a slot lies beyond the cache. Negative ones do not.
 FP8KV_API void check_slots(const char* op, const TensorView& slot_mapping, const CacheLayout& layout);
 
+// Throws Error if a position is not in the table.
+FP8KV_API void check_positions(const char* op, const TensorView& positions, const RopeLayout& layout);
+
 // Throws Error if the sums do not begin with 0, fall, or exceed the rows of key; if a sequence starts below 0 or is longer than
 // its row of the table; if an entry of the table that is needed is no block of the cache.
 FP8KV_API void check_sequences(const CacheGather& problem, const CacheLayout& layout);

@@ -11,6 +11,8 @@ namespace {
 
 using core::ceil_div;
 
+constexpr int kWarp = 32;
+
 // Bytes of the widest single access to a unit: 8 for FP8, 16 for all else (float32 takes two).
 bool base_aligned(const void* data, DType dtype) {
   return reinterpret_cast<std::uintptr_t>(data) % std::min(16, kUnit * size_of(dtype)) == 0;
@@ -182,7 +184,6 @@ CachePlan plan_append(const CacheLayout& layout) {
 }
 
 CachePlan plan_append_dynamic(const CacheLayout& layout) {
-  constexpr int kWarp = 32;
   CachePlan plan = plan_cache(layout, layout.num_slots() - 1);
   for (int units : {2, 4}) {
     if (plan.path == MapPath::Elements || plan.units_per_head > kWarp * units) continue;
@@ -197,5 +198,39 @@ CachePlan plan_append_dynamic(const CacheLayout& layout) {
 
 // Positions are int32 by themselves.
 CachePlan plan_gather(const CacheLayout& layout) { return plan_cache(layout, 0); }
+
+RopePlan plan_rope(const RopeLayout& layout) {
+  const CacheLayout& cache = layout.cache;
+  RopePlan plan;
+  const std::int64_t heads = std::max<std::int64_t>(1, layout.num_heads + cache.num_heads), units = cache.head_size / kUnit;
+  const bool norm = layout.norm_weights[0].data || layout.norm_weights[1].data;
+  const auto rows_fit = [](const HeadsView& v, DType dtype) {
+    return v.dim == 1 && v.head % kUnit == 0 && v.token % kUnit == 0 && base_aligned(v.data, dtype);
+  };
+  const auto cache_fits = [&](const PagedView& v) {
+    return v.dim == 1 && v.head % kUnit == 0 && v.offset % kUnit == 0 && v.block % kUnit == 0 &&
+           base_aligned(v.data, cache.element);
+  };
+  const auto vector_fits = [](const VectorView& v) {  // read by half units
+    return !v.data || (v.step == 1 && reinterpret_cast<std::uintptr_t>(v.data) % (kUnit / 2 * size_of(v.dtype)) == 0);
+  };
+  const bool fits = size_of(cache.real) == 2 && is_fp8(cache.element) &&
+                    (is_fp8(layout.query_element) || layout.query_element == cache.real) && cache.head_size % kUnit == 0 &&
+                    layout.rotary_dim % kUnit == 0 && layout.cos_sin_row % (kUnit / 2) == 0 && cache.num_slots() < kMaxPiece &&
+                    (!norm || units <= kWarp) && rows_fit(layout.query, cache.real) &&
+                    rows_fit(layout.query_out, layout.query_element) && rows_fit(cache.key.heads, cache.real) &&
+                    rows_fit(cache.value.heads, cache.real) && cache_fits(cache.key.cache) && cache_fits(cache.value.cache) &&
+                    vector_fits(layout.cos_sin) && vector_fits(layout.norm_weights[0]) && vector_fits(layout.norm_weights[1]);
+  if (fits) {
+    plan.path = MapPath::Runs;
+    plan.threads_per_head = static_cast<int>(norm ? std::bit_ceil(static_cast<std::uint64_t>(units)) : units);
+    // Two heads share the loads of cosines, sines and weights, once there is enough to do for half as many threads.
+    const std::int64_t work = cache.num_tokens * (layout.num_heads + 2 * cache.num_heads) * units;
+    if (norm ? work > 1 << 17 : layout.rotary_dim > 0 && work > 1 << 18) plan.heads_per_thread = 2;
+  }
+  const std::int64_t most = (kMaxPiece - 1) / (2 * heads * plan.threads_per_head);
+  plan.tokens = std::min(cache.num_tokens, std::max<std::int64_t>(1, most));
+  return plan;
+}
 
 }  // namespace fp8kv

@@ -132,6 +132,16 @@ std::int64_t even_step(const TensorView& view) {
   return step;
 }
 
+// Weights and tables: Float32 or the type of query.
+VectorView vector(const Argument& a, const Argument& query) {
+  core::check_dims(a);
+  if (a.view.dtype != DType::Float32 && a.view.dtype != query.view.dtype)
+    fail(a.op, a.name, std::string("be float32 or ") + name(query.view.dtype) + " as query is", name(a.view.dtype));
+  core::check_element_alignment(a);
+  core::check_same_device(a, query);
+  return {a.view.data, a.view.ndim > 0 ? a.view.strides[a.view.ndim - 1] : 1, a.view.dtype};
+}
+
 // Scales of 1 or num_kv_heads elements; with `or_cache`, also of the form of a scale cache.
 PagedScales scales(const Argument& a, const CacheLayout& layout, const Argument& key, bool or_cache = false) {
   if (or_cache && a.view.numel() != 1 && is_scale_cache(a.view, layout)) return scale_cache(a, layout, key);
@@ -159,6 +169,32 @@ void fold_heads(CacheLayout& layout) {
   }
   layout.head_size *= layout.num_heads;
   layout.num_heads = layout.num_heads > 0 ? 1 : 0;
+}
+
+// Rows of heads, with as many tokens as slots at least.
+HeadsView query_heads(const Argument& a, const RopeLayout& layout) {
+  check_ndim(a, 3, "[num_tokens, num_heads, head_size]");
+  const std::int64_t *n = a.view.sizes, *s = a.view.strides;
+  if (n[1] != layout.num_heads || n[2] != layout.cache.head_size)
+    fail(a.op, a.name,
+         "have num_heads=" + std::to_string(layout.num_heads) + " and head_size=" + std::to_string(layout.cache.head_size),
+         "shape " + shape_string(a.view));
+  if (n[0] < layout.cache.num_tokens)
+    fail(a.op, a.name,
+         "have at least " + std::to_string(layout.cache.num_tokens) + " rows, one for each element of slot_mapping",
+         "shape " + shape_string(a.view));
+  return {a.view.data, s[0], s[1], s[2]};
+}
+
+// What query_out holds; an FP8 tensor must be of the format of the caches.
+DType query_element(const Argument& out, DType cache) {
+  const DType dtype = out.view.dtype;
+  if (is_real(dtype)) return dtype;
+  if (is_fp8(cache) && (dtype == cache || dtype == DType::UInt8)) return cache;
+  fail(out.op, out.name,
+       is_fp8(cache) ? std::string("be ") + name(cache) + " or uint8 as the caches are, or float32, float16 or bfloat16"
+                     : "be float32, float16 or bfloat16 as the caches are not FP8",
+       name(dtype));
 }
 
 // Written tensors overlap neither themselves nor anything else.
@@ -229,6 +265,87 @@ CacheLayout validate(const CacheGather& p) {
     for (const Argument* a : {&key, &value}) core::check_no_overlap(*a, starts);
   }
   fold_heads(layout);
+  return layout;
+}
+
+RopeLayout validate(const RopeQuantAppend& p) {
+  constexpr const char* op = "rope_quant_and_cache";
+  const Argument query{op, "query", p.query}, key{op, "key", p.key}, value{op, "value", p.value},
+      query_out{op, "query_out", p.query_out}, key_cache{op, "key_cache", p.key_cache},
+      value_cache{op, "value_cache", p.value_cache}, slots{op, "slot_mapping", p.slot_mapping},
+      q_scale{op, "q_scale", p.q_scale}, k_scale{op, "k_scale", p.k_scale}, v_scale{op, "v_scale", p.v_scale};
+  RopeLayout layout;
+  CacheLayout& cache = layout.cache;
+  cache = heads_and_caches(key, value, key_cache, value_cache, p.kv_cache_dtype, false);
+  cache.num_tokens = count_tokens(slots, key, value);
+  cache.key.scales = scales(k_scale, cache, key);
+  cache.value.scales = scales(v_scale, cache, key);
+
+  for (const Argument* a : {&query, &query_out}) {
+    core::check_argument(*a);
+    core::check_same_device(*a, key);
+  }
+  if (p.query.dtype != p.key.dtype)
+    fail(op, "query", std::string("be ") + name(p.key.dtype) + " as key is", name(p.query.dtype));
+  check_ndim(query, 3, "[num_tokens, num_heads, head_size]");
+  layout.num_heads = p.query.sizes[1];
+  layout.query = query_heads(query, layout);
+  layout.query_out = query_heads(query_out, layout);
+  layout.query_element = query_element(query_out, cache.element);
+  const std::int64_t kv_heads = cache.num_heads;
+  if (kv_heads == 0 ? layout.num_heads != 0 : layout.num_heads % kv_heads != 0)
+    fail(op, "query", "have a number of heads that is a multiple of num_kv_heads=" + std::to_string(kv_heads),
+         "num_heads=" + std::to_string(layout.num_heads));
+
+  check_beside(key, q_scale, core::check_float32);
+  const std::int64_t count = p.q_scale.numel();
+  if (count != 1 && count != kv_heads && count != layout.num_heads)
+    fail(op, "q_scale",
+         "have 1, num_kv_heads=" + std::to_string(kv_heads) + " or num_heads=" + std::to_string(layout.num_heads) + " elements",
+         "shape " + shape_string(p.q_scale));
+  layout.q_scale = static_cast<const float*>(p.q_scale.data);
+  layout.q_scale_step = even_step(p.q_scale);
+  if (layout.q_scale_step < 0)
+    fail(op, "q_scale", "have even steps between its elements", "several strides in shape " + shape_string(p.q_scale));
+  if (count > 0) layout.heads_per_scale = std::max<std::int64_t>(1, layout.num_heads / count);
+
+  if (p.positions.has_value() != p.cos_sin_cache.has_value())
+    fail(op, p.positions ? "cos_sin_cache" : "positions",
+         std::string("be given with ") + (p.positions ? "positions" : "cos_sin_cache"), "None");
+  layout.is_neox = p.is_neox;
+  layout.norm_eps = p.norm_eps;
+  const std::optional<TensorView>* extra[] = {&p.positions, &p.cos_sin_cache, &p.q_norm_weight, &p.k_norm_weight};
+  constexpr const char* names[] = {"positions", "cos_sin_cache", "q_norm_weight", "k_norm_weight"};
+  if (p.positions) {
+    const Argument positions{op, names[0], *p.positions}, table{op, names[1], *p.cos_sin_cache};
+    check_beside(key, positions, check_int32_or_int64);
+    check_ndim(positions, 1, "[num_tokens]");
+    if (p.positions->sizes[0] < cache.num_tokens)
+      fail(op, "positions", "have at least " + std::to_string(cache.num_tokens) + " elements, as slot_mapping has",
+           "shape " + shape_string(*p.positions));
+    layout.cos_sin = vector(table, query);
+    check_ndim(table, 2, "[max_position, rotary_dim]");
+    layout.max_position = p.cos_sin_cache->sizes[0];
+    layout.rotary_dim = p.cos_sin_cache->sizes[1];
+    layout.cos_sin_row = p.cos_sin_cache->strides[0];
+    if (layout.rotary_dim % 2 || layout.rotary_dim < 2 || layout.rotary_dim > cache.head_size)
+      fail(op, "cos_sin_cache", "have an even rotary_dim from 2 to head_size=" + std::to_string(cache.head_size),
+           "shape " + shape_string(*p.cos_sin_cache));
+  }
+  for (int side = 0; side < 2; ++side) {
+    const std::optional<TensorView>& weight = *extra[2 + side];
+    if (!weight) continue;
+    const Argument a{op, names[2 + side], *weight};
+    layout.norm_weights[side] = vector(a, query);
+    check_ndim(a, 1, "[head_size]");
+    if (weight->sizes[0] != cache.head_size)
+      fail(op, a.name, "have head_size=" + std::to_string(cache.head_size) + " elements", "shape " + shape_string(*weight));
+  }
+
+  check_written({&query_out, &key_cache, &value_cache}, {&query, &key, &value, &slots, &q_scale, &k_scale, &v_scale});
+  for (int i = 0; i < 4; ++i)
+    if (*extra[i])
+      for (const Argument* a : {&query_out, &key_cache, &value_cache}) core::check_no_overlap(*a, {op, names[i], **extra[i]});
   return layout;
 }
 

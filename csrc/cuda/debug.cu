@@ -46,6 +46,10 @@ void check_slots(const char* op, const TensorView& slot_mapping, const CacheLayo
   core::check_slots(op, HostCopy(op, slot_mapping, stream).view(), layout);
 }
 
+void check_positions(const char* op, const TensorView& positions, const RopeLayout& layout, cudaStream_t stream) {
+  core::check_positions(op, HostCopy(op, positions, stream).view(), layout);
+}
+
 void check_sequences(const CacheGather& problem, const CacheLayout& layout, cudaStream_t stream) {
   constexpr const char* op = "gather_and_dequant_cache";
   const HostCopy table(op, problem.block_table, stream), sums(op, problem.cu_seq_lens, stream);

@@ -12,6 +12,7 @@ bool debugging(cudaStream_t stream);
 
 // As in core/indices.h.
 void check_slots(const char* op, const TensorView& slot_mapping, const CacheLayout& layout, cudaStream_t stream);
+void check_positions(const char* op, const TensorView& positions, const RopeLayout& layout, cudaStream_t stream);
 void check_sequences(const CacheGather& problem, const CacheLayout& layout, cudaStream_t stream);
 
 }  // namespace fp8kv::cuda

@@ -1,5 +1,7 @@
 #include "launch.h"
 
+#include <cstdlib>
+#include <cstring>
 #include <mutex>
 
 namespace fp8kv::cuda {
@@ -14,6 +16,7 @@ DeviceLimits query(int device) {
   cudaDeviceGetAttribute(&limits.shared_memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (major < 9) return limits;
+  limits.early_launches = true;
   // 8 thread blocks are always possible, 16 depend on the device.
   cudaFuncSetAttribute(cluster_probe, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   cudaLaunchConfig_t config{};
@@ -36,6 +39,16 @@ const DeviceLimits& device_limits() {
   if (device < 0 || device >= kMaxDevices) throw Error("fp8kv: no CUDA device, or one with a number above 127");
   std::call_once(asked[device], [&] { limits[device] = query(device); });
   return limits[device];
+}
+
+bool launches_early(unsigned blocks) {
+  static const bool wanted = [] {
+    const char* value = std::getenv("FP8KV_PDL");
+    return value && std::strcmp(value, "1") == 0;
+  }();
+  if (!wanted) return false;
+  const DeviceLimits& limits = device_limits();
+  return limits.early_launches && blocks <= 8u * static_cast<unsigned>(limits.multiprocessors);
 }
 
 }  // namespace fp8kv::cuda

@@ -30,10 +30,34 @@ struct DeviceLimits {
   int multiprocessors = 0;
   int max_cluster = 0;    // thread blocks of 1024 threads, 0 without clusters
   int shared_memory = 0;  // bytes of one multiprocessor
+  bool early_launches = false;
 };
 
 const DeviceLimits& device_limits();
 
 inline int multiprocessors() { return device_limits().multiprocessors; }
+
+// Whether kernels of few blocks may begin before their predecessor in the stream ends: with FP8KV_PDL=1, which is read once, on
+// devices that can.
+bool launches_early(unsigned blocks);
+
+// kernel<<<blocks, threads, 0, stream>>>(params) of a kernel that calls wait_for_predecessor().
+template <class Params>
+void launch_dependent(void (*kernel)(Params), unsigned blocks, int threads, cudaStream_t stream, const Params& params) {
+  if (!launches_early(blocks)) {
+    kernel<<<blocks, threads, 0, stream>>>(params);
+    return;
+  }
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, params);
+}
 
 }  // namespace fp8kv::cuda

@@ -111,6 +111,30 @@ __device__ __forceinline__ void unpack(const Unit<E5M2>& unit, float (&values)[k
   unpack_fp8(unit, values);
 }
 
+// NaN as the library writes it, in what the conversions above gave.
+template <class T>
+__device__ __forceinline__ void make_nan_canonical(Unit<T>& unit) {
+  static_assert(sizeof(T) == 2);
+  constexpr std::uint32_t kNaN = DTypeOf<T>::value == DType::Float16 ? 0x7e007e00u : 0x7fc07fc0u;
+#pragma unroll
+  for (int i = 0; i < kUnit / 2; ++i) unit.words[i] = canonical_nan2(unit.words[i], kNaN);
+}
+
+// Of 16 bits, with NaN as the conversions give it: for what is not stored.
+template <class T>
+__device__ __forceinline__ Unit<T> pack_any_nan(const float (&values)[kUnit]) {
+  static_assert(sizeof(T) == 2);
+  Unit<T> unit;
+#pragma unroll
+  for (int i = 0; i < kUnit / 2; ++i) {
+    if constexpr (DTypeOf<T>::value == DType::Float16)
+      unit.words[i] = half2_of(values[2 * i], values[2 * i + 1]);
+    else
+      unit.words[i] = bfloat2_of(values[2 * i], values[2 * i + 1]);
+  }
+  return unit;
+}
+
 template <class T>
 __device__ __forceinline__ Unit<T> pack(const float (&values)[kUnit]) {
   Unit<T> unit;
@@ -122,13 +146,8 @@ __device__ __forceinline__ Unit<T> pack(const float (&values)[kUnit]) {
     for (int i = 0; i < kUnit / 4; ++i)
       unit.words[i] = encode2<T>(values[4 * i], values[4 * i + 1]) | encode2<T>(values[4 * i + 2], values[4 * i + 3]) << 16;
   } else {
-#pragma unroll
-    for (int i = 0; i < kUnit / 2; ++i) {
-      if constexpr (DTypeOf<T>::value == DType::Float16)
-        unit.words[i] = canonical_nan2(half2_of(values[2 * i], values[2 * i + 1]), 0x7e007e00u);
-      else
-        unit.words[i] = canonical_nan2(bfloat2_of(values[2 * i], values[2 * i + 1]), 0x7fc07fc0u);
-    }
+    unit = pack_any_nan<T>(values);
+    make_nan_canonical(unit);
   }
   return unit;
 }

@@ -42,6 +42,17 @@ void reshape_and_cache_flash_dynamic(const Tensor& key, const Tensor& value, con
            parallel_for);
 }
 
+void rope_quant_and_cache(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_out,
+                          const Tensor& key_cache, const Tensor& value_cache, const Tensor& slot_mapping,
+                          const std::string& format, const Tensor& q_scale, const Tensor& k_scale, const Tensor& v_scale,
+                          const std::optional<Tensor>& positions, const std::optional<Tensor>& cos_sin_cache, bool is_neox,
+                          const std::optional<Tensor>& q_norm_weight, const std::optional<Tensor>& k_norm_weight,
+                          double norm_eps) {
+  cpu::run(rope_quant_append(query, key, value, query_out, key_cache, value_cache, slot_mapping, format, q_scale, k_scale,
+                             v_scale, positions, cos_sin_cache, is_neox, q_norm_weight, k_norm_weight, norm_eps),
+           parallel_for);
+}
+
 void gather_and_dequant_cache(const Tensor& key_cache, const Tensor& value_cache, const Tensor& key, const Tensor& value,
                               const Tensor& block_table, const Tensor& cu_seq_lens, const std::string& format,
                               const Tensor& k_scale, const Tensor& v_scale, const std::optional<Tensor>& seq_starts) {
@@ -59,5 +70,6 @@ STABLE_TORCH_LIBRARY_IMPL(fp8kv, CPU, m) {
   m.impl("group_amax", TORCH_BOX(&fp8kv::torch_ops::group_amax_));
   m.impl("reshape_and_cache_flash", TORCH_BOX(&fp8kv::torch_ops::reshape_and_cache_flash));
   m.impl("reshape_and_cache_flash_dynamic", TORCH_BOX(&fp8kv::torch_ops::reshape_and_cache_flash_dynamic));
+  m.impl("rope_quant_and_cache", TORCH_BOX(&fp8kv::torch_ops::rope_quant_and_cache));
   m.impl("gather_and_dequant_cache", TORCH_BOX(&fp8kv::torch_ops::gather_and_dequant_cache));
 }

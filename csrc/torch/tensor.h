@@ -124,6 +124,32 @@ inline CacheAppendDynamic cache_append_dynamic(const Tensor& key, const Tensor& 
           .kv_cache_dtype = format};
 }
 
+inline RopeQuantAppend rope_quant_append(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_out,
+                                         const Tensor& key_cache, const Tensor& value_cache, const Tensor& slot_mapping,
+                                         const std::string& format, const Tensor& q_scale, const Tensor& k_scale,
+                                         const Tensor& v_scale, const std::optional<Tensor>& positions,
+                                         const std::optional<Tensor>& cos_sin_cache, bool is_neox,
+                                         const std::optional<Tensor>& q_norm_weight, const std::optional<Tensor>& k_norm_weight,
+                                         double norm_eps) {
+  return {.query = view(query),
+          .key = view(key),
+          .value = view(value),
+          .query_out = view(query_out),
+          .key_cache = view(key_cache),
+          .value_cache = view(value_cache),
+          .slot_mapping = view(slot_mapping),
+          .kv_cache_dtype = format,
+          .q_scale = view(q_scale),
+          .k_scale = view(k_scale),
+          .v_scale = view(v_scale),
+          .positions = view(positions),
+          .cos_sin_cache = view(cos_sin_cache),
+          .is_neox = is_neox,
+          .q_norm_weight = view(q_norm_weight),
+          .k_norm_weight = view(k_norm_weight),
+          .norm_eps = static_cast<float>(norm_eps)};
+}
+
 inline CacheGather cache_gather(const Tensor& key_cache, const Tensor& value_cache, const Tensor& key, const Tensor& value,
                                 const Tensor& block_table, const Tensor& cu_seq_lens, const std::string& format,
                                 const Tensor& k_scale, const Tensor& v_scale, const std::optional<Tensor>& seq_starts) {

@@ -67,6 +67,38 @@ struct CacheAppendDynamic {
   std::string_view kv_cache_dtype = "fp8";
 };
 
+// A step of an attention layer in one launch, for the tokens of slot_mapping: RMSNorm of every head of Q and K where there are
+// weights, RoPE of Q and K where there are positions, both in fp32 with one rounding to the type of query; then Q into
+// query_out, quantized where that is FP8, and K and V into the caches as CacheAppend does. Op name: rope_quant_and_cache. Q is
+// written for every token, whatever its slot. The bytes are those of the separate operations; with a norm they may differ by
+// one step of FP8, as the order of the sum is not fixed.
+//
+//   RMSNorm: x[d] = (x[d] * (1 / sqrt(sum of x^2 / head_size + norm_eps))) * weight[d]
+//   RoPE:    (a, b) = (a * cos[i] - b * sin[i], b * cos[i] + a * sin[i]), for i from 0 to rotary_dim / 2 - 1; the pair (a, b)
+//   is
+//            x[i], x[i + rotary_dim / 2] with is_neox, else x[2 * i], x[2 * i + 1]; other elements stay
+//
+// A position outside the table throws on the CPU; on CUDA nothing is written for its token.
+struct RopeQuantAppend {
+  TensorView query;      // Float32, Float16 or BFloat16 [at least num_tokens, num_heads, head_size]
+  TensorView key;        // of that type [at least num_tokens, num_kv_heads, head_size]
+  TensorView value;      // likewise
+  TensorView query_out;  // [at least num_tokens, num_heads, head_size], written: the FP8 type of the caches, or not quantized
+  TensorView key_cache;  // as for CacheAppend
+  TensorView value_cache;
+  TensorView slot_mapping;
+  std::string_view kv_cache_dtype = "fp8";
+  TensorView q_scale;  // Float32 with 1, num_kv_heads or num_heads elements; not used where query_out is not FP8
+  TensorView k_scale;
+  TensorView v_scale;
+  std::optional<TensorView> positions{};      // Int32 or Int64 [at least num_tokens]
+  std::optional<TensorView> cos_sin_cache{};  // Float32 or the type of query [max_position, rotary_dim]: cosines, then sines
+  bool is_neox = true;
+  std::optional<TensorView> q_norm_weight{};  // Float32 or the type of query [head_size]
+  std::optional<TensorView> k_norm_weight{};
+  float norm_eps = 1e-6f;
+};
+
 // The inverse: key[cu_seq_lens[s] + t] = dequantize(cache[position seq_starts[s] + t of sequence s]), for K and V. Op name:
 // gather_and_dequant_cache. Position p of sequence s lies in block block_table[s, p / block_size] at p % block_size. Rows from
 // cu_seq_lens[num_seqs] on are left alone.
@@ -125,10 +157,37 @@ struct CacheLayout {
   constexpr bool empty() const { return num_tokens == 0 || num_heads == 0 || head_size == 0; }
 };
 
+struct VectorView {  // Float32 or the type of query; nullptr: none
+  const void* data = nullptr;
+  std::int64_t step = 1;
+  DType dtype = DType::Float32;
+};
+struct RopeLayout {
+  CacheLayout cache;  // no heads are taken together
+  std::int64_t num_heads = 0;
+  HeadsView query;
+  HeadsView query_out;
+  DType query_element = DType::Float32;  // of query_out
+  const float* q_scale = nullptr;
+  std::int64_t q_scale_step = 0;     // from one scale to the next
+  std::int64_t heads_per_scale = 1;  // neighbouring query heads that share one
+  std::int64_t rotary_dim = 0;       // 0 without positions
+  std::int64_t max_position = 0;
+  VectorView cos_sin;  // row 0
+  std::int64_t cos_sin_row = 0;
+  bool is_neox = true;
+  VectorView norm_weights[2];  // of Q and K
+  float norm_eps = 0.0f;
+
+  constexpr bool empty() const { return cache.num_tokens == 0 || cache.head_size == 0 || num_heads + cache.num_heads == 0; }
+  constexpr bool transforms(int side) const { return rotary_dim > 0 || norm_weights[side].data; }
+};
+
 // Checks everything about a problem that can be checked without reading its elements. Throws Error.
 FP8KV_API CacheLayout validate(const CacheAppend& problem);
 FP8KV_API CacheLayout validate(const CacheAppendDynamic& problem);
 FP8KV_API CacheLayout validate(const CacheGather& problem);
+FP8KV_API RopeLayout validate(const RopeQuantAppend& problem);
 
 namespace cpu {
 
@@ -136,6 +195,7 @@ namespace cpu {
 FP8KV_API void run(const CacheAppend& problem, const ParallelFor& parallel_for = {});
 FP8KV_API void run(const CacheAppendDynamic& problem, const ParallelFor& parallel_for = {});
 FP8KV_API void run(const CacheGather& problem, const ParallelFor& parallel_for = {});
+FP8KV_API void run(const RopeQuantAppend& problem, const ParallelFor& parallel_for = {});
 
 }  // namespace cpu
 
@@ -147,6 +207,7 @@ namespace cuda {
 FP8KV_API void run(const CacheAppend& problem, void* stream = nullptr);
 FP8KV_API void run(const CacheAppendDynamic& problem, void* stream = nullptr);
 FP8KV_API void run(const CacheGather& problem, void* stream = nullptr);
+FP8KV_API void run(const RopeQuantAppend& problem, void* stream = nullptr);
 
 }  // namespace cuda
 }  // namespace fp8kv

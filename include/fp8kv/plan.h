@@ -87,6 +87,17 @@ FP8KV_API CachePlan plan_append(const CacheLayout& layout);
 FP8KV_API CachePlan plan_append_dynamic(const CacheLayout& layout);
 FP8KV_API CachePlan plan_gather(const CacheLayout& layout);
 
+// How rope_quant_and_cache walks the heads of Q, K and V.
+struct RopePlan {
+  MapPath path = MapPath::Elements;  // a warp a head, or Runs: a unit a thread, every access aligned
+  int threads = 256;                 // per block
+  int threads_per_head = 32;         // Runs with a norm: a power of two
+  int heads_per_thread = 1;          // Runs: 1 or 2
+  std::int64_t tokens = 0;           // of one launch
+};
+
+FP8KV_API RopePlan plan_rope(const RopeLayout& layout);
+
 // Kernels count units and elements of one launch in 32 bits; larger problems are launched in pieces.
 inline constexpr std::int64_t kMaxPiece = std::int64_t{1} << 31;
 

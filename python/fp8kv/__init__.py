@@ -33,6 +33,7 @@ from fp8kv.kv_cache import (
     gather_and_dequant_cache,
     reshape_and_cache_flash,
     reshape_and_cache_flash_dynamic,
+    rope_quant_and_cache,
 )
 from fp8kv.observations import Observations
 from fp8kv.quant_fp8 import QuantFP8
@@ -72,6 +73,7 @@ __all__ = [
     "remap_scale_name",
     "reshape_and_cache_flash",
     "reshape_and_cache_flash_dynamic",
+    "rope_quant_and_cache",
     "scaled_fp8_dequant",
     "static_scaled_fp8_quant",
 ]

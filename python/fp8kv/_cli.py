@@ -65,7 +65,9 @@ def doctor() -> None:
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(metavar="WHAT", help='"quantize" or "cache".')] = "quantize",
+    what: Annotated[
+        str, typer.Argument(metavar="WHAT", help='"quantize", "cache" or "decode".')
+    ] = "quantize",
     device: Device = "auto",
     quick: Annotated[bool, typer.Option(help="Few shapes, few repetitions.")] = False,
     only: Annotated[str, typer.Option(help='Only works whose "name SHAPE models" contains this.')] = "",

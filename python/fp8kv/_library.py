@@ -21,6 +21,7 @@ _OPS = (
     "group_amax",
     "reshape_and_cache_flash",
     "reshape_and_cache_flash_dynamic",
+    "rope_quant_and_cache",
     "gather_and_dequant_cache",
 )
 

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from fp8kv import reference
 from fp8kv._scale_state import LayerShape, LayerState, parse_relative_name
 from fp8kv.checkpoint import LayerScales
-from fp8kv.kv_cache import PagedKVCache, reshape_and_cache_flash
+from fp8kv.kv_cache import PagedKVCache, reshape_and_cache_flash, rope_quant_and_cache
 from fp8kv.observations import Observations, Observed, observe_groups, reduced
 from fp8kv.quantize import static_scaled_fp8_quant
 
@@ -52,7 +52,8 @@ class AttentionScales(nn.Module):
         head_size: elements of a head.
         strategy: "tensor" or "attn_head": one scale for all heads, or one for each KV head. The query heads
             of a KV head share one, as FlashAttention-3 wants it.
-        calculate_kv_scales: `quantize_query` and `update_cache` observe what they are given, until `freeze`.
+        calculate_kv_scales: `quantize_query`, `update_cache` and `append_step` observe what they quantize,
+            until `freeze`.
         dtype: float8_e4m3fn or float8_e5m2, of queries and cache.
         device: None is PyTorch's default device.
 
@@ -200,25 +201,109 @@ class AttentionScales(nn.Module):
         """
         keys = self._grouped("update_cache", "key", key, self.num_kv_heads)
         values = self._grouped("update_cache", "value", value, self.num_kv_heads)
-        if isinstance(cache, PagedKVCache):
-            if cache.dynamic:
-                raise ValueError(
-                    "AttentionScales.update_cache: cache must take the scales of this module, got a dynamic "
-                    "PagedKVCache, which computes its own"
-                )
-            key_cache, value_cache = cache.key_cache, cache.value_cache
-        else:
-            key_cache, value_cache = cache
-        name = "auto" if key_cache.dtype in _REAL else _CACHE_NAMES[self.dtype]
+        key_cache, value_cache, name = self._storage_of("update_cache", cache)
         reshape_and_cache_flash(
             keys.flatten(1, 2), values.flatten(1, 2), key_cache, value_cache, slot_mapping, name,
             self.k_scale, self.v_scale,
         )  # fmt: skip
-        if isinstance(cache, PagedKVCache) and name != "auto" and cache.k_scale is not self.k_scale:
-            cache.use_scales(self.k_scale, self.v_scale)
+        self._take_over(cache, name)
         if self.calculate_kv_scales:
             self._observe("k", keys, slot_mapping)
             self._observe("v", values, slot_mapping)
+
+    def append_step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: PagedKVCache | tuple[Tensor, Tensor],
+        slot_mapping: Tensor,
+        positions: Tensor | None = None,
+        cos_sin_cache: Tensor | None = None,
+        *,
+        is_neox: bool = True,
+        q_norm_weight: Tensor | None = None,
+        k_norm_weight: Tensor | None = None,
+        norm_eps: float = 1e-6,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Norm and RoPE of queries and keys, quantization of all three, and the append, in one launch.
+
+        With `calculate_kv_scales` several launches do the same, and observe what is quantized.
+
+        Args:
+            query: float32, float16 or bfloat16 ``[num_tokens, num_heads, head_size]`` or
+                ``[num_tokens, num_heads * head_size]``, any strides, such as a slice of a fused QKV tensor.
+            key: likewise, with num_kv_heads.
+            value: likewise.
+            cache: as for `update_cache`.
+            slot_mapping: int32 or int64 ``[num_tokens]``. Tokens with a negative slot are not stored; their
+                queries are quantized.
+            positions: int32 or int64 ``[num_tokens]``; None: no RoPE.
+            cos_sin_cache: as for `fp8kv.rope_quant_and_cache`, as are the rest.
+            is_neox: likewise.
+            q_norm_weight: likewise.
+            k_norm_weight: likewise.
+            norm_eps: likewise.
+            out: receives the queries, ``[num_tokens, num_heads, head_size]`` or flat: of this module's dtype,
+                or of that of `query`, not quantized. None allocates the former.
+
+        Returns:
+            The queries: `out`, or FP8 with the shape of `query` and a row for each slot.
+
+        Raises:
+            ValueError: as `update_cache`, or `query` or `out` has another shape.
+            RuntimeError: as `fp8kv.rope_quant_and_cache`.
+
+        Example:
+            >>> import torch, fp8kv
+            >>> scales = fp8kv.AttentionScales(num_heads=4, num_kv_heads=2, head_size=64)
+            >>> cache = fp8kv.PagedKVCache(8, 16, 2, 64)
+            >>> qkv = torch.randn(3, (4 + 2 * 2) * 64)
+            >>> query, key, value = qkv.split((4 * 64, 2 * 64, 2 * 64), dim=-1)
+            >>> angles = torch.arange(100.0).view(-1, 1) * 10000.0 ** (-torch.arange(32.0) / 32)
+            >>> cos_sin_cache = torch.cat((angles.cos(), angles.sin()), 1)
+            >>> q = scales.append_step(
+            ...     query, key, value, cache, torch.tensor([48, 49, 50]), torch.arange(3), cos_sin_cache)
+            >>> q.shape, q.dtype
+            (torch.Size([3, 256]), torch.float8_e4m3fn)
+        """
+        keys = self._heads("append_step", "key", key, self.num_kv_heads)
+        values = self._heads("append_step", "value", value, self.num_kv_heads)
+        queries = self._heads("append_step", "query", query, self.num_heads)
+        key_cache, value_cache, name = self._storage_of("append_step", cache)
+        if out is None:
+            rows = slot_mapping.shape[:1]
+            out = torch.empty((*rows, *query.shape[1:]), dtype=self.dtype, device=query.device)
+        result = self._heads("append_step", "out", out, self.num_heads)
+        rope = (positions, cos_sin_cache, is_neox)
+        if not self.calculate_kv_scales:
+            rope_quant_and_cache(
+                queries, keys, values, result, key_cache, value_cache, slot_mapping, name, self.q_scale,
+                self.k_scale, self.v_scale, *rope, q_norm_weight, k_norm_weight, norm_eps,
+            )  # fmt: skip
+            self._take_over(cache, name)
+            return out
+
+        def transformed(heads: Tensor, weight: Tensor | None) -> Tensor:
+            """As the operator gives queries that are not quantized; nothing is stored."""
+            rows = slot_mapping.shape[0]
+            result = torch.empty((rows, *heads.shape[1:]), dtype=heads.dtype, device=heads.device)
+            nowhere = torch.full_like(slot_mapping, -1)
+            rope_quant_and_cache(
+                heads, keys, values, result, key_cache, value_cache, nowhere, name, self.q_scale,
+                self.k_scale, self.v_scale, *rope, weight, None, norm_eps,
+            )  # fmt: skip
+            return result
+
+        queries, keys = transformed(queries, q_norm_weight), transformed(keys, k_norm_weight)
+        if out.dtype in _REAL:
+            result[: len(queries)] = queries
+            self._observe("q", self._grouped("append_step", "query", queries, self.num_heads), None)
+        else:
+            self.quantize_query(queries, result[: len(queries)])
+        self.update_cache(keys, values, cache, slot_mapping)
+        return out
 
     def descales(self, num_seqs: int) -> tuple[Tensor, Tensor, Tensor]:
         """The scales in the form FlashAttention-3 takes: q_descale, k_descale and v_descale.
@@ -501,16 +586,41 @@ class AttentionScales(nn.Module):
             slot_mapping,
         )
 
+    def _storage_of(
+        self, method: str, cache: PagedKVCache | tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, str]:
+        """K cache, V cache, and what the operators call their elements."""
+        if isinstance(cache, PagedKVCache):
+            if cache.dynamic:
+                raise ValueError(
+                    f"AttentionScales.{method}: cache must take the scales of this module, got a dynamic "
+                    "PagedKVCache, which computes its own"
+                )
+            cache = cache.key_cache, cache.value_cache
+        return *cache, "auto" if cache[0].dtype in _REAL else _CACHE_NAMES[self.dtype]
+
+    def _take_over(self, cache: PagedKVCache | tuple[Tensor, Tensor], name: str) -> None:
+        if isinstance(cache, PagedKVCache) and name != "auto" and cache.k_scale is not self.k_scale:
+            cache.use_scales(self.k_scale, self.v_scale)
+
+    def _heads(self, method: str, name: str, x: Tensor, num_heads: int) -> Tensor:
+        """The view ``[num_tokens, num_heads, head_size]``."""
+        self._check_heads(method, name, x, num_heads)
+        return x.view(x.shape[0], num_heads, self.head_size)
+
     def _grouped(self, method: str, name: str, x: Tensor, num_heads: int) -> Tensor:
         """The view ``[num_tokens, num_scales, heads of a scale, head_size]``."""
+        self._check_heads(method, name, x, num_heads)
+        count = self._shape.num_scales
+        return x.view(x.shape[0], count, num_heads // count, self.head_size)
+
+    def _check_heads(self, method: str, name: str, x: Tensor, num_heads: int) -> None:
         width = num_heads * self.head_size
         if x.dim() < 2 or x.shape[1:] not in ((num_heads, self.head_size), (width,)):
             raise ValueError(
                 f"AttentionScales.{method}: {name} must have the shape [num_tokens, {num_heads}, "
                 f"{self.head_size}] or [num_tokens, {width}], got {list(x.shape)}"
             )
-        count = self._shape.num_scales
-        return x.view(x.shape[0], count, num_heads // count, self.head_size)
 
     def _check_observed(self, groups: dict[str, Tensor], slot_mapping: Tensor | None) -> None:
         device = self.k_scale.device

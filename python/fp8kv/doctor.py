@@ -190,9 +190,44 @@ def _cache_failures(device: str | torch.device, input_type: torch.dtype) -> Iter
             if not all(map(_same, actual, expected)):
                 op = "reshape_and_cache_flash_dynamic" if scale.dim() == 3 else "reshape_and_cache_flash"
                 yield f"{op} {what}"
+            if scale.dim() == 1:
+                steps = [
+                    _step(ops, at, input_type, dtype, scale)
+                    for ops, at in ((reference, "cpu"), (fp8kv, device))
+                ]
+                if not all(map(_same, *steps)):
+                    yield f"rope_quant_and_cache {what}"
             rows = _gather(fp8kv, device, input_type, expected)
             if not all(map(_same, rows, _gather(reference, "cpu", input_type, expected))):
                 yield f"gather_and_dequant_cache {what}"
+
+
+def _step(
+    ops: ModuleType, device: str | torch.device, input_type: torch.dtype, dtype: torch.dtype, scale: Tensor
+) -> list[Tensor]:
+    """Queries, and K and V caches, after one step with RoPE of slices of one tensor."""
+    x = _values(input_type).to(device)
+    heads = x.flatten()[: len(x) * 12 * 16].view(-1, 12, 16)
+    query, key, value = heads[:, :4], heads[:, 4:8], heads[:, 8:]
+    slots = torch.arange(len(heads), device=device) % 90
+    slots = torch.where(slots < 80, slots, -1)[: min(len(heads), 90)]
+    angles = torch.arange(90.0).view(-1, 1) * torch.tensor([1.0, 0.1, 0.01, 0.001])
+    table = torch.cat((angles.cos(), angles.sin()), 1).to(device)
+    out = torch.zeros(len(heads), 4, 16, dtype=dtype, device=device)
+    caches = torch.zeros(2, 5, 16, 4, 16, dtype=dtype, device=device)
+    ops.rope_quant_and_cache(
+        query,
+        key,
+        value,
+        out,
+        *caches,
+        slots,
+        _CACHE_DTYPES[dtype],
+        *[scale.to(device)] * 3,
+        slots.abs(),
+        table,
+    )
+    return [out, *caches]
 
 
 def _append(

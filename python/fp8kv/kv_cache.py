@@ -24,6 +24,7 @@ if "cpu" not in _library.loaded:
 _append = torch.ops.fp8kv.reshape_and_cache_flash.default
 _append_dynamic = torch.ops.fp8kv.reshape_and_cache_flash_dynamic.default
 _gather = torch.ops.fp8kv.gather_and_dequant_cache.default
+_rope = torch.ops.fp8kv.rope_quant_and_cache.default
 
 _NAMES = {dtype: name for name, dtype in CACHE_DTYPES.items()}
 _INT32 = torch.iinfo(torch.int32)
@@ -114,6 +115,86 @@ def reshape_and_cache_flash_dynamic(
     _append_dynamic(
         key, value, key_cache, value_cache, k_scale_cache, v_scale_cache, slot_mapping, kv_cache_dtype
     )
+
+
+def rope_quant_and_cache(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_out: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    kv_cache_dtype: str,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    positions: Tensor | None = None,
+    cos_sin_cache: Tensor | None = None,
+    is_neox: bool = True,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+) -> None:
+    """Does in one launch what an attention layer does between its projection and attention.
+
+    RMSNorm of every head of Q and K where weights are given, as in Qwen3; RoPE of Q and K where positions are
+    given; both in fp32 with one rounding to the dtype of `query`. Then Q goes to `query_out`, quantized if
+    that is FP8, and K and V are stored as by `reshape_and_cache_flash`. The bytes are those of the separate
+    operations; after a norm they may differ by one step of FP8, as the order of its sum is not fixed.
+
+    Args:
+        query: float32, float16 or bfloat16 ``[num_tokens, num_heads, head_size]``, any strides, such as a
+            slice of a fused QKV tensor; num_heads is a multiple of num_kv_heads. It may have more rows than
+            there are slots; those are left out.
+        key: of the same dtype ``[num_tokens, num_kv_heads, head_size]``.
+        value: likewise.
+        query_out: ``[num_tokens, num_heads, head_size]``, any strides; written, for every token whatever its
+            slot. Of the FP8 dtype of the caches or uint8: quantized; float32, float16 or bfloat16: not. Rows
+            beyond the slots stay as they are.
+        key_cache: as for `reshape_and_cache_flash`, as are `value_cache`, `slot_mapping` and
+            `kv_cache_dtype`; written.
+        value_cache: likewise; written.
+        slot_mapping: likewise.
+        kv_cache_dtype: likewise.
+        q_scale: float32, 1, num_kv_heads or num_heads elements in any shape with even steps; not used where
+            `query_out` is not FP8.
+        k_scale: float32, 1 or num_kv_heads elements.
+        v_scale: likewise.
+        positions: int32 or int64 ``[num_tokens]``, with `cos_sin_cache`; None: no RoPE.
+        cos_sin_cache: float32 or the dtype of `query`, ``[max_position, rotary_dim]``: rotary_dim / 2
+            cosines, then as many sines. rotary_dim is even and at most head_size; elements of a head from
+            there on are not rotated.
+        is_neox: the pairs that are rotated are ``(i, i + rotary_dim / 2)``, else ``(2 * i, 2 * i + 1)``.
+        q_norm_weight: float32 or the dtype of `query` ``[head_size]``; None: no norm of Q.
+        k_norm_weight: likewise, of K.
+        norm_eps: added to the mean of the squares.
+
+    Raises:
+        RuntimeError: an argument doesn't fit, or, on the CPU, a slot lies beyond the cache or a position
+            beyond the table. Nothing is written then. On CUDA nothing is written for such a token; it raises
+            with the environment variable FP8KV_DEBUG=1.
+
+    Example:
+        >>> import torch, fp8kv
+        >>> key_cache, value_cache = torch.zeros(2, 4, 16, 2, 64, dtype=torch.float8_e4m3fn)
+        >>> query, key, value = torch.randn(1, 12, 64).split((8, 2, 2), dim=1)
+        >>> angles = torch.arange(100.0).view(-1, 1) * 10000.0 ** (-torch.arange(32.0) / 32)
+        >>> cos_sin_cache = torch.cat((angles.cos(), angles.sin()), 1)
+        >>> query_out = torch.empty(1, 8, 64, dtype=torch.float8_e4m3fn)
+        >>> slot, position, scale = torch.tensor([17]), torch.tensor([42]), torch.tensor([0.02])
+        >>> fp8kv.rope_quant_and_cache(
+        ...     query, key, value, query_out, key_cache, value_cache, slot, "fp8", scale, scale, scale,
+        ...     position, cos_sin_cache)
+        >>> torch.equal(value_cache[1, 1].float(), fp8kv.quantize(value[0], scale)[0].float())
+        True
+
+    See also: `reshape_and_cache_flash`.
+    """
+    _rope(
+        query, key, value, query_out, key_cache, value_cache, slot_mapping, kv_cache_dtype, q_scale, k_scale,
+        v_scale, positions, cos_sin_cache, is_neox, q_norm_weight, k_norm_weight, norm_eps,
+    )  # fmt: skip
 
 
 def gather_and_dequant_cache(

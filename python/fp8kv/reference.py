@@ -460,6 +460,101 @@ def gather_and_dequant_cache(
         _bits(heads)[rows] = _bits(x)
 
 
+@torch.no_grad()
+def rope_quant_and_cache(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_out: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    kv_cache_dtype: str,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    positions: Tensor | None = None,
+    cos_sin_cache: Tensor | None = None,
+    is_neox: bool = True,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+) -> None:
+    """See `fp8kv.rope_quant_and_cache`.
+
+    Example:
+        >>> import torch
+        >>> from fp8kv import reference
+        >>> caches, q = torch.zeros(2, 1, 4, 1, 2, dtype=torch.float8_e4m3fn), torch.empty(1, 1, 2)
+        >>> x, one = torch.tensor([[[1.0, 2.0]]]), torch.ones(1)
+        >>> quarter_turn = torch.tensor([[0.0, 1.0]])  # the cosine and the sine of position 0
+        >>> reference.rope_quant_and_cache(
+        ...     x, x, x, q, *caches, torch.tensor([3]), "fp8", one, one, one, torch.tensor([0]), quarter_turn)
+        >>> q.tolist(), caches[0, 0, 3].tolist(), caches[1, 0, 3].tolist()
+        ([[[-2.0, 1.0]]], [[-2.0, 1.0]], [[1.0, 2.0]])
+    """
+    op = "rope_quant_and_cache"
+    num_tokens, num_heads, head_size = len(slot_mapping), query.shape[1], query.shape[2]
+    if query_out.shape[1:] != query.shape[1:] or min(len(query), len(query_out)) < num_tokens:
+        _fail(op, f"query and query_out must be [{num_tokens} or more, {num_heads}, {head_size}]")
+    if query.dtype != key.dtype or query.shape[2] != key.shape[2] or num_heads % key.shape[1]:
+        _fail(op, f"query can't be {query.dtype} of shape {list(query.shape)}")
+    if q_scale.dtype != torch.float32 or q_scale.numel() not in (1, key.shape[1], num_heads):
+        _fail(op, f"q_scale can't be {q_scale.dtype} of shape {list(q_scale.shape)}")
+    for weight in (q_norm_weight, k_norm_weight):
+        if weight is not None and weight.shape != (head_size,):
+            _fail(op, f"norm weights must be [{head_size}], got {list(weight.shape)}")
+    format = CACHE_DTYPES.get(kv_cache_dtype)
+    out = query_out.view(format) if query_out.dtype == torch.uint8 and format in _FP8 else query_out
+    if out.dtype not in _REAL and (out.dtype != format or format not in _FP8):
+        _fail(op, f"query_out can't be {query_out.dtype} with kv_cache_dtype {kv_cache_dtype!r}")
+
+    cos_sin, slots, rows = None, slot_mapping, torch.arange(num_tokens, device=query.device)
+    if positions is not None or cos_sin_cache is not None:
+        if positions is None or cos_sin_cache is None or len(positions) < num_tokens:
+            _fail(op, f"positions must have {num_tokens} elements and come with cos_sin_cache")
+        if cos_sin_cache.shape[1] % 2 or not 2 <= cos_sin_cache.shape[1] <= head_size:
+            _fail(op, f"rotary_dim must be even and at most {head_size}, got {cos_sin_cache.shape[1]}")
+        where = positions[:num_tokens].long()
+        inside = (where >= 0) & (where < len(cos_sin_cache))
+        if query.device.type == "cpu" and not inside.all():
+            _fail(op, f"positions must be from 0 to {len(cos_sin_cache) - 1}")
+        rows, slots = rows[inside], torch.where(inside, slot_mapping, -1)
+        cos_sin = torch.zeros(num_tokens, cos_sin_cache.shape[1], device=query.device)
+        cos_sin[inside] = cos_sin_cache[where[inside]].float()
+
+    key = _transformed(key[:num_tokens], k_norm_weight, norm_eps, cos_sin, is_neox)
+    query = _transformed(query[:num_tokens], q_norm_weight, norm_eps, cos_sin, is_neox)[rows]
+    reshape_and_cache_flash(key, value, key_cache, value_cache, slots, kv_cache_dtype, k_scale, v_scale)
+    if out.dtype in _FP8:
+        scale = q_scale.reshape(-1, 1).repeat_interleave(num_heads // q_scale.numel(), 0)
+        _bits(out)[rows] = _bits(encode(query.float() / scale, out.dtype))
+    else:
+        _bits(out)[rows] = _bits(_converted(query, out.dtype))
+
+
+def _transformed(
+    x: Tensor, weight: Tensor | None, norm_eps: float, cos_sin: Tensor | None, is_neox: bool
+) -> Tensor:
+    """RMSNorm of each head, then RoPE, in fp32 with one rounding."""
+    if weight is None and cos_sin is None:
+        return x
+    y = x.float()
+    if weight is not None:
+        count = torch.tensor(float(x.shape[-1]), device=x.device)
+        mean = (y * y).sum(-1, keepdim=True) / count
+        y = y * (torch.ones_like(mean) / (mean + norm_eps).sqrt()) * weight.float()
+    if cos_sin is not None:
+        y = y.clone()
+        cos, sin = cos_sin.unsqueeze(1).chunk(2, -1)
+        pairs = y[..., : cos_sin.shape[1]]
+        a, b = pairs.chunk(2, -1) if is_neox else (pairs[..., ::2], pairs[..., 1::2])
+        first, second = a * cos - b * sin, b * cos + a * sin
+        a.copy_(first)
+        b.copy_(second)
+    return round_to(y, x.dtype)
+
+
 def _converted(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A plain copy: the bits as they are, or one rounding."""
     return x if x.dtype == dtype else round_to(x.float(), dtype)

@@ -158,6 +158,73 @@ TEST_P(CudaCache, DynamicAppendGivesTheBytesOfTheCpu) {
   expect_same(caches, "cache");
 }
 
+// Without a norm, whose sum has no fixed order.
+TEST_P(CudaCache, RopeGivesTheBytesOfTheCpu) {
+  const auto& [c, formats] = GetParam();
+  const std::int64_t positions = 23, groups = 2;
+  for (int mode : {0, 1, 2}) {
+    const std::int64_t rotary_dim = c.head_size % 16 ? c.head_size / 2 * 2 : c.head_size / 2;
+    if (mode > 0 && rotary_dim < 2) continue;
+    Tensor key = make_rows(c, formats.real), value = make_rows(c, formats.real), caches = make_caches(c, formats.element);
+    Case of_query = c;
+    of_query.heads = groups * c.heads;
+    Tensor query = make_rows(of_query, formats.real);
+    Tensor out = make_rows(of_query, is_fp8(formats.element) ? formats.element : formats.real);
+    Tensor slots = make_slots(c), table(DType::Float32, {positions, rotary_dim}, {rotary_dim + c.gap, 1}, c.skip);
+    Tensor where(DType::Int32, {c.tokens}, {1}, 0);
+    auto* position = reinterpret_cast<std::int32_t*>(where.bytes().data());
+    for (std::int64_t t = 0; t < c.tokens; ++t) position[t] = static_cast<std::int32_t>(random() % positions);
+    Tensor scales(DType::Float32, {c.heads}, {1}, 0);
+    fill_reals(key), fill_reals(value), fill_reals(query), fill_reals(table), fill_scales(scales);
+    for (Tensor* t : {&key, &value, &query, &out, &caches, &slots, &table, &where, &scales}) t->upload();
+    const auto problem = [&](const auto& at) {
+      RopeQuantAppend p{at(query), at(key),      at(value),  at(out),    half(at(caches), 0), half(at(caches), 1),
+                        at(slots), formats.name, at(scales), at(scales), at(scales)};
+      if (mode > 0) p.positions = at(where), p.cos_sin_cache = at(table), p.is_neox = mode == 1;
+      return p;
+    };
+    cuda::run(problem([](Tensor& t) { return t.on_device(); }));
+    cpu::run(problem([](Tensor& t) { return t.on_host(); }));
+    expect_same(out, "query_out");
+    expect_same(caches, "cache");
+  }
+}
+
+// Positions and slots at random, with norms: whatever they say, nothing else is touched.
+TEST_P(CudaCache, RopeSurvivesNonsense) {
+  const auto& [c, formats] = GetParam();
+  if (c.head_size < 2) return;
+  Tensor key = make_rows(c, formats.real), value = make_rows(c, formats.real), caches = make_caches(c, formats.element);
+  Tensor out = make_rows(c, is_fp8(formats.element) ? formats.element : formats.real);
+  Tensor slots(DType::Int64, {c.tokens}, {1}, 0), where(DType::Int64, {c.tokens}, {1}, 0), scale(DType::Float32, {1}, {1}, 0);
+  Tensor table(DType::Float32, {5, 2}, {2, 1}, 0), weight(DType::Float32, {c.head_size}, {1}, 0);
+  fill_reals(key), fill_reals(value), fill_reals(table), fill_reals(weight), fill_scales(scale);
+  for (Tensor* t : {&slots, &where}) {
+    auto* values = reinterpret_cast<std::int64_t*>(t->bytes().data());
+    for (std::int64_t i = 0; i < c.tokens; ++i)  // far too large, or negative
+      values[i] =
+          random() % 2 == 0 ? (static_cast<std::int64_t>(random()) + 1) << 16 : -1 - static_cast<std::int64_t>(random());
+  }
+  for (Tensor* t : {&key, &value, &out, &caches, &slots, &table, &where, &scale, &weight}) t->upload();
+  RopeQuantAppend p{key.on_device(),
+                    key.on_device(),
+                    value.on_device(),
+                    out.on_device(),
+                    half(caches.on_device(), 0),
+                    half(caches.on_device(), 1),
+                    slots.on_device(),
+                    formats.name,
+                    scale.on_device(),
+                    scale.on_device(),
+                    scale.on_device()};
+  p.positions = where.on_device(), p.cos_sin_cache = table.on_device();
+  p.q_norm_weight = p.k_norm_weight = weight.on_device();
+  cuda::run(p);
+  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  expect_same(out, "query_out");
+  expect_same(caches, "cache");
+}
+
 // Sequences of uneven lengths, some empty; `wrong` writes nonsense into the entries of the table that are not needed.
 TEST_P(CudaCache, GatherGivesTheBytesOfTheCpu) {
   const auto& [c, formats] = GetParam();

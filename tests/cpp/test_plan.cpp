@@ -286,4 +286,72 @@ TEST(PlanCache, HeadsThatNoWarpHoldsAreReadTwice) {
 }
 
 }  // namespace
+// Q of 4 * heads, K and V in bfloat16, with RoPE.
+RopeQuantAppend rope(std::int64_t tokens, std::int64_t heads, std::int64_t head_size, std::int64_t rotary_dim) {
+  const CacheAppend p = append({tokens, heads, head_size});
+  RopeQuantAppend r{contiguous(address(7), DType::BFloat16, {tokens, 4 * heads, head_size}),
+                    p.key,
+                    p.value,
+                    contiguous(address(8), DType::E4M3, {tokens, 4 * heads, head_size}),
+                    p.key_cache,
+                    p.value_cache,
+                    p.slot_mapping,
+                    "fp8",
+                    p.k_scale,
+                    p.k_scale,
+                    p.v_scale};
+  r.positions = contiguous(address(9), DType::Int64, {tokens});
+  r.cos_sin_cache = contiguous(address(10), DType::Float32, {100, rotary_dim});
+  return r;
+}
+
+TEST(PlanRope, HeadsOfWholeUnitsAreAUnitAThread) {
+  const RopePlan plan = plan_rope(validate(rope(16, 8, 128, 128)));
+  EXPECT_EQ(plan.path, MapPath::Runs);
+  EXPECT_EQ(plan.threads_per_head, 16);
+  EXPECT_EQ(plan_rope(validate(rope(16, 8, 80, 32))).threads_per_head, 10);
+}
+
+TEST(PlanRope, WithANormTheThreadsOfAHeadAreAPowerOfTwo) {
+  RopeQuantAppend p = rope(16, 8, 80, 32);
+  p.k_norm_weight = contiguous(address(11), DType::BFloat16, {80});
+  EXPECT_EQ(plan_rope(validate(p)).threads_per_head, 16);
+  p = rope(16, 8, 264, 264);
+  EXPECT_EQ(plan_rope(validate(p)).path, MapPath::Runs);
+  p.k_norm_weight = contiguous(address(11), DType::BFloat16, {264});
+  EXPECT_EQ(plan_rope(validate(p)).path, MapPath::Elements) << "more than a warp holds";
+}
+
+TEST(PlanRope, ManyTokensShareWhatIsReadForAHead) {
+  EXPECT_EQ(plan_rope(validate(rope(256, 8, 128, 128))).heads_per_thread, 1);
+  EXPECT_EQ(plan_rope(validate(rope(2048, 8, 128, 128))).heads_per_thread, 2);
+  RopeQuantAppend p = rope(2048, 8, 128, 128);
+  p.positions.reset(), p.cos_sin_cache.reset();
+  EXPECT_EQ(plan_rope(validate(p)).heads_per_thread, 1) << "nothing to share";
+  p = rope(256, 8, 128, 128);
+  p.q_norm_weight = contiguous(address(11), DType::BFloat16, {128});
+  EXPECT_EQ(plan_rope(validate(p)).heads_per_thread, 2);
+}
+
+TEST(PlanRope, WhatDoesNotFitIsAWarpAHead) {
+  const auto path = [](const auto& change) {
+    RopeQuantAppend p = rope(16, 8, 128, 128);
+    change(p);
+    return plan_rope(validate(p)).path;
+  };
+  EXPECT_EQ(path([](auto& p) { p.cos_sin_cache->sizes[1] = 12; }), MapPath::Elements) << "half a unit";
+  EXPECT_EQ(path([](auto& p) { p.query.data = static_cast<char*>(p.query.data) + 2; }), MapPath::Elements);
+  EXPECT_EQ(path([](auto& p) { p.cos_sin_cache->strides[0] = 130; }), MapPath::Elements);
+  EXPECT_EQ(path([](auto& p) { p.query_out.strides[0] += 4; }), MapPath::Elements);
+  EXPECT_EQ(path([](auto& p) { p.query_out.dtype = DType::Float32, p.query_out.strides[0] *= 2; }), MapPath::Elements);
+  EXPECT_EQ(path([](auto& p) { p.query.strides[0] += 8 * 128; }), MapPath::Runs) << "a slice";
+}
+
+TEST(PlanRope, ManyTokensAreLaunchedInPieces) {
+  const std::int64_t tokens = 1 << 24;
+  const RopePlan plan = plan_rope(validate(rope(tokens, 8, 128, 128)));
+  EXPECT_LT(plan.tokens, tokens);
+  EXPECT_LT(plan.tokens * 16 * (32 + 8), kMaxPiece);
+}
+
 }  // namespace fp8kv

@@ -103,8 +103,9 @@ CACHE = {"append tensor NHD", "append tensor HND", "append token-head NHD"}
         ([], "static t", QUANTIZATION),
         (["quantize"], "static t", QUANTIZATION),
         (["cache"], "append t", CACHE),
+        (["decode"], "step rope", {"step rope NHD", "step rope HND"}),
     ],
-    ids=["default", "quantize", "cache"],
+    ids=["default", "quantize", "cache", "decode"],
 )
 def test_bench_writes_table_json_and_picture(
     device: torch.device, what: list[str], only: str, works: set[str], tmp_path: Path
@@ -138,10 +139,10 @@ def test_bench_refuses_an_unknown_benchmark() -> None:
     result = runner.invoke(_cli.app, ["bench", "attention", "--device", "cpu"])
     assert result.exit_code == 2
     sentence = " ".join(result.output.replace("│", " ").split())
-    assert 'what must be "quantize" or "cache", got "attention"' in sentence
+    assert 'what must be "quantize", "cache" or "decode", got "attention"' in sentence
 
 
-@pytest.mark.parametrize("script", ["bench_quantize.py", "bench_kv_cache.py"])
+@pytest.mark.parametrize("script", ["bench_quantize.py", "bench_kv_cache.py", "bench_decode.py"])
 def test_the_benchmark_scripts_have_the_same_options(script: str) -> None:
     path = Path(__file__).parents[2] / "benchmarks" / script
     result = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, check=True)

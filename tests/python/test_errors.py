@@ -65,6 +65,13 @@ USUAL: dict[str, dict[str, Make]] = {
         "v_scale_cache": sevens(2, 5, 4, dtype=torch.float32), "slot_mapping": integers(7, -1, 0),
         "kv_cache_dtype": text("fp8"),
     },
+    "rope_quant_and_cache": {
+        "query": new(3, 8, 6), "key": new(3, 4, 6), "value": new(3, 4, 6), "query_out": sevens(3, 8, 6),
+        "key_cache": sevens(2, 5, 4, 6), "value_cache": sevens(2, 5, 4, 6),
+        "slot_mapping": integers(7, -1, 0), "kv_cache_dtype": text("fp8"),
+        "q_scale": sevens(4, dtype=torch.float32),
+        "k_scale": sevens(1, dtype=torch.float32), "v_scale": sevens(4, dtype=torch.float32),
+    },
     "gather_and_dequant_cache": {
         "key_cache": new(2, 5, 4, 6, dtype=E4M3), "value_cache": new(2, 5, 4, 6, dtype=E4M3),
         "key": sevens(3, 4, 6, dtype=torch.float32), "value": sevens(3, 4, 6, dtype=torch.float32),
@@ -80,6 +87,7 @@ WRITTEN = {
     "group_amax": ["amax"],
     "reshape_and_cache_flash": ["key_cache", "value_cache"],
     "reshape_and_cache_flash_dynamic": ["key_cache", "value_cache", "k_scale_cache", "v_scale_cache"],
+    "rope_quant_and_cache": ["query_out", "key_cache", "value_cache"],
     "gather_and_dequant_cache": ["key", "value"],
 }
 REAL = "float32, float16 or bfloat16"
@@ -522,6 +530,10 @@ CASES: dict[str, list[Case]] = {
         *wrong_caches(), *contradictions(quantized_only=True), *wrong_slots(), *wrong_scale_caches(),
         *cache_overlaps("reshape_and_cache_flash_dynamic"),
     ],
+    "rope_quant_and_cache": [
+        *wrong_caches(), *contradictions(quantized_only=False), *wrong_slots(),
+        *wrong_cache_scales(or_cache=False), *cache_overlaps("rope_quant_and_cache"),
+    ],
     "gather_and_dequant_cache": [
         *wrong_caches(), *contradictions(quantized_only=False), *wrong_cache_scales(or_cache=True),
         *wrong_sequences(),
@@ -568,6 +580,7 @@ def test_the_usual_arguments_are_accepted(device: torch.device, op: str) -> None
             for op in (
                 "reshape_and_cache_flash",
                 "reshape_and_cache_flash_dynamic",
+                "rope_quant_and_cache",
                 "gather_and_dequant_cache",
             )
             for argument in USUAL[op]

@@ -36,6 +36,12 @@ def arguments(device: torch.device) -> dict[str, tuple[object, ...]]:
         "group_amax": (torch.zeros_like(scale), x, [1, -1]),
         "reshape_and_cache_flash": (key, value, *caches, slots, "fp8", k_scale, v_scale),
         "reshape_and_cache_flash_dynamic": (key, value, *caches, *scale_caches, slots, "fp8"),
+        "rope_quant_and_cache": (
+            x.view(8, 4, 12)[..., :8], x.view(8, 2, 24)[..., :8], x.view(8, 2, 24)[..., 8:16],
+            torch.zeros(8, 4, 8, dtype=E4M3, device=device), *(cache[..., :8] for cache in caches), slots,
+            "fp8", scale[:4], k_scale, v_scale, slots.abs(), torch.ones(12, 8, device=device), False,
+            x[0, :8], x[1, :8], 1e-5,
+        ),
         "gather_and_dequant_cache": (
             key.to(E4M3).view(2, 4, 2, 24), value.to(E4M3).view(2, 4, 2, 24), torch.zeros_like(key),
             torch.zeros_like(value), table, sums, "fp8", k_scale, v_scale, sums[:2],
@@ -50,6 +56,7 @@ OPS = [
     "group_amax",
     "reshape_and_cache_flash",
     "reshape_and_cache_flash_dynamic",
+    "rope_quant_and_cache",
     "gather_and_dequant_cache",
 ]
 each_op = pytest.mark.parametrize("op", OPS)
@@ -95,6 +102,10 @@ SCHEMAS = {
     "reshape_and_cache_flash_dynamic": "(Tensor key, Tensor value, Tensor(a!) key_cache, "
     "Tensor(b!) value_cache, Tensor(c!) k_scale_cache, Tensor(d!) v_scale_cache, Tensor slot_mapping, "
     "str kv_cache_dtype) -> ()",
+    "rope_quant_and_cache": "(Tensor query, Tensor key, Tensor value, Tensor(a!) query_out, "
+    "Tensor(b!) key_cache, Tensor(c!) value_cache, Tensor slot_mapping, str kv_cache_dtype, Tensor q_scale, "
+    "Tensor k_scale, Tensor v_scale, Tensor? positions=None, Tensor? cos_sin_cache=None, bool is_neox=True, "
+    "Tensor? q_norm_weight=None, Tensor? k_norm_weight=None, float norm_eps=9.9999999999999995e-07) -> ()",
     "gather_and_dequant_cache": "(Tensor key_cache, Tensor value_cache, Tensor(a!) key, Tensor(b!) value, "
     "Tensor block_table, Tensor cu_seq_lens, str kv_cache_dtype, Tensor k_scale, Tensor v_scale, "
     "Tensor? seq_starts=None) -> ()",

@@ -14,12 +14,13 @@ Example:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 
-from fp8kv.bench import kv_cache, quantize
+from fp8kv.bench import decode, kv_cache, quantize
 from fp8kv.bench.measure import PEERS, Call, Case, host_cost, run_cases
 from fp8kv.bench.report import Report, Row, host_table, plot, table
 
@@ -31,11 +32,13 @@ class Suite(NamedTuple):
 
     cases: Callable[[torch.device, bool], Iterable[Case[Any]]]
     host_calls: Callable[[torch.device], dict[str, Call]]
+    peers: tuple[str, ...] = PEERS
 
 
 SUITES = {
     "quantize": Suite(quantize.cases, quantize.host_calls),
     "cache": Suite(kv_cache.cases, kv_cache.host_calls),
+    "decode": Suite(decode.cases, decode.host_calls, decode.PEERS),
 }
 
 
@@ -53,9 +56,9 @@ def run(
 
     Args:
         device: "cpu", "cuda" or "cuda:N".
-        what: "quantize" or "cache".
+        what: "quantize", "cache" or "decode".
         quick: few shapes and few repetitions.
-        only: measures only works whose "name MxN" (for caches "name TOKENSxHEADSxHEAD_SIZE models") contains
+        only: measures only works whose "name MxN" (for caches and steps "name TOKENSx... models") contains
             this.
         peers: also measures PyTorch eager, torch.compile and, when it is installed, vLLM. One that raises is
             left out, with a note in the report.
@@ -66,7 +69,8 @@ def run(
         ValueError: there is no such benchmark or device, or nothing matches `only` and fits into its memory.
     """
     if what not in SUITES:
-        known = " or ".join(f'"{name}"' for name in SUITES)
+        *others, last = (f'"{name}"' for name in SUITES)
+        known = f"{', '.join(others)} or {last}"
         raise ValueError(f'fp8kv.bench: what must be {known}, got "{what}"')
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -76,7 +80,9 @@ def run(
     if not cases:
         raise ValueError(f"fp8kv.bench: no work matches {only!r}")
     with torch.inference_mode():
-        report = run_cases(what, device, cases, quick, PEERS if peers else (), progress)
+        report = run_cases(what, device, cases, quick, suite.peers if peers else (), progress)
+        if what == "decode" and device.type == "cuda" and os.environ.get("FP8KV_PDL") == "1":
+            report.note("with programmatic dependent launch (FP8KV_PDL=1)", "all of few blocks")
         if not report.rows:
             raise ValueError(f"fp8kv.bench: {'; '.join(report.notes)}")
         if host:

@@ -1,0 +1,425 @@
+// rope_quant_and_cache: norm, RoPE and quantization of Q and K, quantization of V, and the append, in one launch.
+#include <algorithm>
+
+#include "cache.cuh"
+#include "dependent_launch.h"
+
+namespace fp8kv::cuda {
+namespace {
+
+constexpr int kHalf = kUnit / 2;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+enum class Rope { None, Neox, Interleaved };
+
+// Q, K or V, in blocks of its own.
+struct Segment {
+  const void* in;
+  std::int64_t in_token, in_head;
+  void* out;
+  std::int64_t out_block, out_offset, out_head;  // of query_out: out_offset is that of the token
+  const float* scales;
+  std::int64_t scale_step;
+  const void* norm_weight;  // nullptr: none
+  FastDiv heads_per_scale;
+  FastDiv threads_per_token;
+  std::uint32_t heads;
+  std::uint32_t threads;      // with work
+  std::uint32_t first_block;  // of the grid
+};
+
+struct RopeRuns {
+  Segment segments[3];
+  Slots slots;
+  Slots positions;  // with the rows of the table as their limit
+  const void* cos_sin;
+  std::int64_t cos_sin_row;
+  FastDiv block_size;
+  FastDiv threads_per_head;  // with a norm a power of two up to 32; some of them may hold no elements
+  std::uint32_t units_per_head;
+  std::uint32_t rotary_units;
+  float norm_eps;
+  float per_element;  // 1 / head_size
+  bool wide_cos_sin;  // Float32
+  bool wide_weights[2];
+  bool quantizes_query;
+};
+
+// Half a unit as fp32, from an address aligned to it.
+template <class T>
+__device__ __forceinline__ void load_half(const T* p, float (&to)[kHalf]) {
+  if constexpr (sizeof(T) == 4) {
+    std::uint32_t words[4];
+    device::load16(words, p);
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) to[i] = __uint_as_float(words[i]);
+  } else {
+    Unit<T> unit{};
+    device::load8(unit.words, p);
+    float values[kUnit];
+    device::unpack(unit, values);
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) to[i] = values[i];
+  }
+}
+
+// The same from fp32, if it is `wide`, or In.
+template <class In>
+__device__ __forceinline__ void load_half(const void* data, bool wide, std::int64_t offset, float (&to)[kHalf]) {
+  if (wide)
+    load_half(static_cast<const float*>(data) + offset, to);
+  else
+    load_half(static_cast<const In*>(data) + offset, to);
+}
+
+// (a, b) rotated; no contraction.
+__device__ __forceinline__ void rotate(float& a, float& b, float cos, float sin) {
+  const float first = __fsub_rn(__fmul_rn(a, cos), __fmul_rn(b, sin));
+  b = __fadd_rn(__fmul_rn(b, cos), __fmul_rn(a, sin));
+  a = first;
+}
+
+// The elements of a thread: two halves of a unit, `second` elements apart.
+template <class T>
+__device__ __forceinline__ void store_halves(T* p, std::uint32_t second, const Unit<T>& unit) {
+  using Bits = std::conditional_t<sizeof(T) == 1, std::uint32_t, uint2>;
+  const auto* halves = reinterpret_cast<const Bits*>(unit.words);
+  *reinterpret_cast<Bits*>(p) = halves[0];
+  *reinterpret_cast<Bits*>(p + second) = halves[1];
+}
+
+template <Rope kRope, class T>
+__device__ __forceinline__ void store(T* p, std::uint32_t second, const Unit<T>& unit) {
+  if constexpr (kRope == Rope::Neox)
+    store_halves(p, second, unit);
+  else
+    device::store_aligned(p, unit);
+}
+
+// A thread takes one unit of kHeads neighbouring heads, so that it reads cosines, sines and weights once.
+template <class In, class Fp8, Rope kRope, bool kNorm, int kHeads>
+__global__ void __launch_bounds__(256) rope_append_runs(const __grid_constant__ RopeRuns p) {
+  using Op = device::QuantizeOp<Fp8>;
+  const int which = blockIdx.x >= p.segments[2].first_block ? 2 : blockIdx.x >= p.segments[1].first_block ? 1 : 0;
+  const Segment& s = p.segments[which];
+  const bool is_query = which == 0, transforms = which < 2 && (kRope != Rope::None || kNorm);
+  std::uint32_t unit = (blockIdx.x - s.first_block) * blockDim.x + threadIdx.x;
+  const bool works = unit < s.threads;
+  if constexpr (kNorm)
+    unit = min(unit, s.threads - 1);  // whole warps take part in the sum
+  else if (!works)
+    return;
+  const std::uint32_t token = s.threads_per_token.divide(unit);
+  const std::uint32_t first_head = p.threads_per_head.divide(unit) * kHeads;
+
+  device::release_successor();
+  device::wait_for_predecessor();
+  const std::int64_t position = kRope == Rope::None ? 0 : p.positions[token];
+  const std::int64_t slot = is_query ? 0 : p.slots[token];
+  const bool rotates = kRope != Rope::None && transforms && unit < p.rotary_units;
+  const bool apart = kRope == Rope::Neox && rotates;
+  const std::uint32_t begin = apart ? unit * kHalf : unit * kUnit, second = apart ? p.rotary_units * kHalf : kHalf;
+  const bool holds = !kNorm || unit < p.units_per_head;
+  const In* from = static_cast<const In*>(s.in) + token * s.in_token + first_head * s.in_head + begin;
+  Unit<In> raw[kHeads];
+  float scale_values[kHeads];
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) {
+    raw[h] = Unit<In>{};
+    scale_values[h] = 1.0f;
+    if (first_head + h >= s.heads) continue;
+    scale_values[h] = __ldg(s.scales + s.heads_per_scale.quotient(first_head + h) * s.scale_step);
+    if (!holds) continue;
+    if constexpr (kRope == Rope::Neox) {
+      device::load8(raw[h].words, from + h * s.in_head);
+      device::load8(raw[h].words + 2, from + h * s.in_head + second);
+    } else {
+      raw[h] = device::load_aligned(from + h * s.in_head);
+    }
+  }
+  const bool in_table = kRope == Rope::None || p.positions.contains(position);
+
+  if (transforms) {
+    float cos[kHalf], sin[kHalf], weights[2][kHalf];
+    if (rotates && in_table) {
+      const std::int64_t at = position * p.cos_sin_row + unit * kHalf;
+      load_half<In>(p.cos_sin, p.wide_cos_sin, at, cos);
+      load_half<In>(p.cos_sin, p.wide_cos_sin, at + p.rotary_units * kHalf, sin);
+    }
+    const bool normalizes = kNorm && s.norm_weight != nullptr;
+    if (normalizes && holds) {
+      load_half<In>(s.norm_weight, p.wide_weights[which], begin, weights[0]);
+      load_half<In>(s.norm_weight, p.wide_weights[which], begin + second, weights[1]);
+    }
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      float x[kUnit];
+      device::unpack(raw[h], x);
+      if (normalizes) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kUnit; ++i) sum = __fmaf_rn(x[i], x[i], sum);
+        for (std::uint32_t lanes = p.threads_per_head.divisor / 2; lanes > 0; lanes /= 2)
+          sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, lanes));
+        const float factor = rsqrtf(__fmaf_rn(sum, p.per_element, p.norm_eps));
+#pragma unroll
+        for (int i = 0; i < kUnit; ++i) x[i] = __fmul_rn(__fmul_rn(x[i], factor), weights[i / kHalf][i % kHalf]);
+      }
+      if (rotates) {
+#pragma unroll
+        for (int i = 0; i < kHalf; ++i) {
+          if constexpr (kRope == Rope::Neox)
+            rotate(x[i], x[i + kHalf], cos[i], sin[i]);
+          else
+            rotate(x[2 * i], x[2 * i + 1], cos[i], sin[i]);
+        }
+      }
+      raw[h] = device::pack_any_nan<In>(x);
+      if (is_query && !p.quantizes_query) device::make_nan_canonical(raw[h]);
+    }
+  }
+
+  if (!works || !holds || !in_table) return;
+  std::int64_t place = token * s.out_offset;
+  if (!is_query) {
+    if (!p.slots.contains(slot)) return;
+    auto offset = static_cast<std::uint32_t>(slot);
+    const std::uint32_t block = p.block_size.divide(offset);
+    place = block * s.out_block + offset * s.out_offset;
+  }
+  place += first_head * s.out_head + begin;
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) {
+    if (first_head + h >= s.heads) break;
+    if (is_query && !p.quantizes_query)
+      store<kRope>(static_cast<In*>(s.out) + place + h * s.out_head, second, raw[h]);
+    else
+      store<kRope>(static_cast<Fp8*>(s.out) + place + h * s.out_head, second,
+                   device::map_unit<Op, Fp8>(raw[h], Op::prepare(scale_values[h])));
+  }
+}
+
+struct RopeElements {
+  RopeLayout layout;
+  Slots slots;
+  Slots positions;
+  std::int64_t heads;  // of Q, K and V together
+};
+
+template <class In>
+__device__ __forceinline__ float load(const VectorView& v, std::int64_t offset) {
+  return v.dtype == DType::Float32 ? __ldg(static_cast<const float*>(v.data) + offset)
+                                   : decode(static_cast<const In*>(v.data)[offset]);
+}
+
+// Norm and RoPE of a head, element by element; a warp calls it.
+template <class In>
+struct Transform {
+  const RopeLayout& layout;
+  const In* head;
+  std::int64_t dim;  // from one element of the head to the next
+  VectorView weight;
+  std::int64_t cos_sin;  // of the position
+  float factor = 1.0f;
+
+  __device__ void find_factor(unsigned lane) {
+    if (!weight.data) return;
+    float sum = 0.0f;
+    for (std::int64_t d = lane; d < layout.cache.head_size; d += 32) {
+      const float x = decode(head[d * dim]);
+      sum = __fmaf_rn(x, x, sum);
+    }
+    for (int lanes = 16; lanes > 0; lanes /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, lanes));
+    factor = rsqrtf(__fmaf_rn(sum, 1.0f / static_cast<float>(layout.cache.head_size), layout.norm_eps));
+  }
+
+  __device__ float normalized(std::int64_t d) const {
+    const float x = decode(head[d * dim]);
+    return weight.data ? __fmul_rn(__fmul_rn(x, factor), load<In>(weight, d * weight.step)) : x;
+  }
+
+  __device__ In operator()(std::int64_t d) const {
+    if (d >= layout.rotary_dim) return from_float<In>(normalized(d));
+    const std::int64_t half = layout.rotary_dim / 2, pair = layout.is_neox ? d % half : d / 2;
+    const bool is_second = layout.is_neox ? d >= half : d % 2 != 0;
+    float a = normalized(layout.is_neox ? pair : 2 * pair), b = normalized(layout.is_neox ? pair + half : 2 * pair + 1);
+    const VectorView& table = layout.cos_sin;
+    rotate(a, b, load<In>(table, cos_sin + pair * table.step), load<In>(table, cos_sin + (half + pair) * table.step));
+    return from_float<In>(is_second ? b : a);
+  }
+};
+
+// An element of query_out, which may be of any type.
+template <class Op, class Out, class In>
+__device__ __forceinline__ void store_query(const HeadsView& out, DType element, std::int64_t token, std::int64_t head,
+                                            std::int64_t d, In x, const typename Op::Prepared& scale) {
+  const std::int64_t at = token * out.token + head * out.head + d * out.dim;
+  const auto put = [&]<class T>(T* to, T value) { to[at] = value; };
+  switch (element) {
+    case DType::Float32: return put(static_cast<float*>(out.data), device::map_element<device::CopyOp, float>(x, {}));
+    case DType::Float16: return put(static_cast<Half*>(out.data), device::map_element<device::CopyOp, Half>(x, {}));
+    case DType::BFloat16: return put(static_cast<BFloat16*>(out.data), device::map_element<device::CopyOp, BFloat16>(x, {}));
+    default:
+      if constexpr (sizeof(Out) == 1) put(static_cast<Out*>(out.data), device::map_element<Op, Out>(x, scale));
+  }
+}
+
+// Anything: a warp a head.
+template <class Op, class In, class Out>
+__global__ void __launch_bounds__(256) rope_append_elements(const __grid_constant__ RopeElements p) {
+  const RopeLayout& l = p.layout;
+  const std::int64_t warp = (std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32, token = warp / p.heads;
+  if (token >= l.cache.num_tokens) return;
+  const unsigned lane = threadIdx.x % 32;
+  const std::int64_t index = warp % p.heads;
+  const bool is_query = index < l.num_heads;
+  const int side = is_query ? 0 : static_cast<int>(1 + (index - l.num_heads) / l.cache.num_heads);
+  const std::int64_t head = is_query ? index : (index - l.num_heads) % l.cache.num_heads;
+  const std::int64_t slot = is_query ? 0 : p.slots[token];
+  if (!is_query && !p.slots.contains(slot)) return;
+  const std::int64_t position = l.rotary_dim > 0 ? p.positions[token] : 0;
+  if (l.rotary_dim > 0 && !p.positions.contains(position)) return;
+
+  const CacheSide& cache = side < 2 ? l.cache.key : l.cache.value;
+  const HeadsView& in = is_query ? l.query : cache.heads;
+  const In* from = row<const In>(in, token, head);
+  const float* scales =
+      is_query ? l.q_scale + head / l.heads_per_scale * l.q_scale_step : cache.scales.data + head * cache.scales.head;
+  const auto scale = Op::prepare(__ldg(scales));
+  Transform<In> transform{l, from, in.dim, side < 2 ? l.norm_weights[side] : VectorView{}, position * l.cos_sin_row};
+  transform.find_factor(lane);
+  const bool transforms = side < 2 && (l.rotary_dim > 0 || transform.weight.data);
+  Out* to = is_query ? nullptr : row<Out>(cache.cache, slot / l.cache.block_size, slot % l.cache.block_size, head);
+  for (std::int64_t d = lane; d < l.cache.head_size; d += 32) {
+    const In x = transforms ? transform(d) : from[d * in.dim];
+    if (is_query)
+      store_query<Op, Out>(l.query_out, l.query_element, token, head, d, x, scale);
+    else
+      to[d * cache.cache.dim] = device::map_element<Op, Out>(x, scale);
+  }
+}
+
+std::uint32_t blocks_for(std::int64_t threads, const RopePlan& plan) {
+  return static_cast<std::uint32_t>(core::ceil_div(threads, plan.threads));
+}
+
+template <class In, class Fp8, int kHeads>
+void launch_runs(const RopeLayout& l, const Slots& slots, const Slots& positions, const RopePlan& plan, cudaStream_t stream) {
+  const CacheLayout& cache = l.cache;
+  std::uint32_t blocks = 0;
+  const auto segment = [&](const HeadsView& in, std::int64_t heads, const float* scales, std::int64_t scale_step) {
+    const std::int64_t per_token = core::ceil_div(heads, kHeads) * plan.threads_per_head,
+                       threads = per_token * cache.num_tokens;
+    Segment s{.in = in.data,
+              .in_token = in.token,
+              .in_head = in.head,
+              .scales = scales,
+              .scale_step = scale_step,
+              .threads_per_token = FastDiv(std::max<std::int64_t>(1, per_token)),
+              .heads = static_cast<std::uint32_t>(heads),
+              .threads = static_cast<std::uint32_t>(threads),
+              .first_block = blocks};
+    blocks += blocks_for(threads, plan);
+    return s;
+  };
+  RopeRuns params{.slots = slots,
+                  .positions = positions,
+                  .cos_sin = l.cos_sin.data,
+                  .cos_sin_row = l.cos_sin_row,
+                  .block_size = FastDiv(std::max<std::int64_t>(1, cache.block_size)),
+                  .threads_per_head = FastDiv(plan.threads_per_head),
+                  .units_per_head = static_cast<std::uint32_t>(cache.head_size / kUnit),
+                  .rotary_units = static_cast<std::uint32_t>(l.rotary_dim / kUnit),
+                  .norm_eps = l.norm_eps,
+                  .per_element = 1.0f / static_cast<float>(cache.head_size),
+                  .wide_cos_sin = l.cos_sin.dtype == DType::Float32,
+                  .quantizes_query = is_fp8(l.query_element)};
+  Segment& query = params.segments[0] = segment(l.query, l.num_heads, l.q_scale, l.q_scale_step);
+  query.out = l.query_out.data;
+  query.out_offset = l.query_out.token;
+  query.out_head = l.query_out.head;
+  query.heads_per_scale = FastDiv(l.heads_per_scale);
+  const std::int64_t kv_heads = cache.num_slots() > 0 ? cache.num_heads : 0;
+  for (int side = 0; side < 2; ++side) {
+    const CacheSide& from = side == 0 ? cache.key : cache.value;
+    Segment& s = params.segments[1 + side] = segment(from.heads, kv_heads, from.scales.data, from.scales.head);
+    s.out = from.cache.data;
+    s.out_block = from.cache.block;
+    s.out_offset = from.cache.offset;
+    s.out_head = from.cache.head;
+    params.segments[side].norm_weight = l.norm_weights[side].data;
+    params.wide_weights[side] = l.norm_weights[side].dtype == DType::Float32;
+  }
+  const bool norm = l.norm_weights[0].data || l.norm_weights[1].data;
+  const auto choose = [&]<Rope kRope>() {
+    return norm ? rope_append_runs<In, Fp8, kRope, true, kHeads> : rope_append_runs<In, Fp8, kRope, false, kHeads>;
+  };
+  const auto kernel = l.rotary_dim == 0 ? choose.template operator()<Rope::None>()
+                      : l.is_neox       ? choose.template operator()<Rope::Neox>()
+                                        : choose.template operator()<Rope::Interleaved>();
+  launch_dependent(kernel, blocks, plan.threads, stream, params);
+}
+
+template <class Op, class In, class Out>
+void launch(const RopeLayout& layout, const Slots& slots, const Slots& positions, const RopePlan& plan, cudaStream_t stream) {
+  if constexpr (sizeof(In) == 2 && sizeof(Out) == 1)
+    if (plan.path == MapPath::Runs)
+      return plan.heads_per_thread == 2 ? launch_runs<In, Out, 2>(layout, slots, positions, plan, stream)
+                                        : launch_runs<In, Out, 1>(layout, slots, positions, plan, stream);
+  const std::int64_t heads = layout.num_heads + 2 * layout.cache.num_heads;
+  const RopeElements params{layout, slots, positions, heads};
+  rope_append_elements<Op, In, Out>
+      <<<blocks_for(32 * heads * layout.cache.num_tokens, plan), plan.threads, 0, stream>>>(params);
+}
+
+// Pieces of the tokens that a kernel can count.
+template <class Op, class In, class Out>
+void launch_pieces(const char* op, const RopeQuantAppend& problem, const RopeLayout& layout, cudaStream_t stream) {
+  const RopePlan plan = plan_rope(layout);
+  RopeLayout piece = layout;
+  const auto indices = [](const TensorView& view, std::int64_t limit) {
+    return Slots{view.data, view.strides[0], limit, view.dtype == DType::Int64};
+  };
+  Slots slots = indices(problem.slot_mapping, layout.cache.num_slots());
+  Slots positions = problem.positions ? indices(*problem.positions, layout.max_position) : Slots{};
+  CacheLayout& cache = piece.cache;
+  for (std::int64_t left = layout.cache.num_tokens; left > 0; left -= cache.num_tokens) {
+    cache.num_tokens = std::min(plan.tokens, left);
+    launch<Op, In, Out>(piece, slots, positions, plan, stream);
+    check_launch(op);
+    const auto advance = [&](HeadsView& view, DType dtype) {
+      view.data = static_cast<char*>(view.data) + cache.num_tokens * view.token * size_of(dtype);
+    };
+    for (HeadsView* view : {&piece.query, &cache.key.heads, &cache.value.heads}) advance(*view, cache.real);
+    advance(piece.query_out, piece.query_element);
+    for (Slots* index : {&slots, &positions})
+      index->data = static_cast<const char*>(index->data) + cache.num_tokens * index->step * (index->wide ? 8 : 4);
+  }
+}
+
+}  // namespace
+
+void run(const RopeQuantAppend& problem, void* stream_handle) {
+  constexpr const char* op = "rope_quant_and_cache";
+  const auto stream = static_cast<cudaStream_t>(stream_handle);
+  const RopeLayout layout = validate(problem);
+  check_cuda_device({op, "query", problem.query});
+  if (layout.empty()) return;
+  if (debugging(stream)) {
+    check_slots(op, problem.slot_mapping, layout.cache, stream);
+    if (problem.positions) check_positions(op, *problem.positions, layout, stream);
+  }
+  core::visit_real(layout.cache.real, [&]<class In>(core::Type<In>) {
+    if (is_fp8(layout.cache.element)) {
+      core::visit_fp8(layout.cache.element, [&]<class Out>(core::Type<Out>) {
+        launch_pieces<device::QuantizeOp<Out>, In, Out>(op, problem, layout, stream);
+      });
+    } else {
+      core::visit_real(layout.cache.element, [&]<class Out>(core::Type<Out>) {
+        launch_pieces<device::CopyOp, In, Out>(op, problem, layout, stream);
+      });
+    }
+  });
+}
+
+}  // namespace fp8kv::cuda
