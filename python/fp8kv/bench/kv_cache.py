@@ -73,10 +73,10 @@ class Caches:
     def views(self, heads: int, head_size: int, layout: str) -> list[Tensor]:
         """[num_blocks, block_size, num_kv_heads, head_size]"""
         block = BLOCK_SIZE * heads * head_size
-        blocks = [memory[: len(memory) // block * block].view(-1, block) for memory in self.memory]
+        whole = [memory[: len(memory) // block * block] for memory in self.memory]
         if layout == "NHD":
-            return [x.unflatten(1, (BLOCK_SIZE, heads, head_size)) for x in blocks]
-        return [x.unflatten(1, (heads, BLOCK_SIZE, head_size)).transpose(1, 2) for x in blocks]
+            return [memory.view(-1, BLOCK_SIZE, heads, head_size) for memory in whole]
+        return [memory.view(-1, heads, BLOCK_SIZE, head_size).transpose(1, 2) for memory in whole]
 
 
 @dataclass(frozen=True)
