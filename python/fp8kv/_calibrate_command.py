@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from fp8kv import demo
+from fp8kv._models import forget_kv_cache_scheme
 from fp8kv.calibration import calibrate, share, text_batches
 from fp8kv.checkpoint.source import Source
 from fp8kv.inspection import Inspection, inspect_checkpoint
+from fp8kv.texts import reference_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -232,7 +233,7 @@ def _prepare(options: Options) -> tuple[Path, list[Tensor]]:
     with _reported(f"the tokenizer of {options.model} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     if options.text is None:
-        text = demo.reference_text()
+        text = reference_text()
     else:
         text = options.text.read_text(encoding="utf-8", errors="replace")
     with _reported("--text cannot be read", (ValueError,), status=2):
@@ -266,24 +267,11 @@ def _load_model(options: Options, folder: Path, device: torch.device) -> Any:
     talk.disable_progress_bar()
     with _reported(f"the model {options.model} cannot be loaded"):
         config = AutoConfig.from_pretrained(folder)
-        _forget_kv_cache_scheme(config)
+        forget_kv_cache_scheme(config)
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=options.dtype, device_map=options.device_map
         )
         return model if options.device_map else model.to(device)
-
-
-def _forget_kv_cache_scheme(config: Any) -> None:
-    """Scales that the model has already must not quantize what is calibrated."""
-    quantization = getattr(config, "quantization_config", None)
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
-        return
-    groups = quantization.get("config_groups") or {}
-    weights = {key: group for key, group in groups.items() if group.get("weights") is not None}
-    if weights:
-        config.quantization_config = quantization | {"config_groups": weights, "kv_cache_scheme": None}
-    else:
-        del config.quantization_config
 
 
 def _calibrate(options: Options, model: Any, batches: Iterable[Tensor]) -> KVScales:

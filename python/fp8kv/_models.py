@@ -59,8 +59,6 @@ def load(model: str | Path, device: str, dtype: str = "auto") -> Model:
     Raises:
         ModelError: it can't be loaded.
     """
-    from fp8kv._calibrate_command import _forget_kv_cache_scheme
-
     require("transformers")
     if dtype == "auto" and torch.device(device).type == "cpu":
         dtype = "float32"
@@ -71,11 +69,24 @@ def load(model: str | Path, device: str, dtype: str = "auto") -> Model:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         config = AutoConfig.from_pretrained(folder)
         stored = config.get_text_config(decoder=True).dtype
-        _forget_kv_cache_scheme(config)
+        forget_kv_cache_scheme(config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
         cache_dtype = stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
         name = folder.resolve().name if Path(model).is_dir() else str(model)
         return Model(name, loaded.to(device).eval(), tokenizer, cache_dtype)
+
+
+def forget_kv_cache_scheme(config: Any) -> None:
+    """Scales that the model has already must not quantize what is calibrated."""
+    quantization = getattr(config, "quantization_config", None)
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
+        return
+    groups = quantization.get("config_groups") or {}
+    weights = {key: group for key, group in groups.items() if group.get("weights") is not None}
+    if weights:
+        config.quantization_config = quantization | {"config_groups": weights, "kv_cache_scheme": None}
+    else:
+        del config.quantization_config
 
 
 def small_model(cache_dir: Path | None = None) -> Path:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fp8kv import evaluation
-from fp8kv.texts import reference_text as reference_text
 
 if TYPE_CHECKING:
     from rich.console import Console

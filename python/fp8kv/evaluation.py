@@ -430,10 +430,10 @@ def _plot_scales(figure: Figure, grid: Any, inspection: Inspection) -> None:
 
     from fp8kv import inspection as pictures
 
-    colors, norm = colormaps["viridis"], LogNorm(*pictures._color_range(inspection))
+    colors, norm = colormaps["viridis"], LogNorm(*pictures.color_range(inspection))
     panels = [figure.add_subplot(grid[0, i]) for i in range(2)]
     for axes, name in zip(panels, "kv", strict=True):
-        pictures._draw(axes, inspection, name, pictures._num_heads(inspection, name), colors, norm)
+        pictures.draw(axes, inspection, name, pictures.num_heads(inspection, name), colors, norm)
         axes.set_title(f"scales of {name.upper()}", fontsize=10)
     panels[0].set_ylabel("layer")
     figure.colorbar(ScalarMappable(norm, colors), ax=panels, fraction=0.08, aspect=40)

@@ -278,7 +278,7 @@ def plot(inspection: Inspection, path: Path) -> None:
     from matplotlib.ticker import LogFormatter
 
     names = "kvq" if inspection.has_query_scales else "kv"
-    heads = {name: _num_heads(inspection, name) for name in names}
+    heads = {name: num_heads(inspection, name) for name in names}
     widths = [min(max(1.2, (0.65 if heads[name] <= 4 else 0.3) * heads[name]), 7.0) for name in names]
     height = min(max(3.2, 0.19 * len(inspection.layers)), 12.0)
     figure, grid = pyplot.subplots(
@@ -290,11 +290,11 @@ def plot(inspection: Inspection, path: Path) -> None:
         squeeze=False,
         layout="constrained",
     )
-    low, high = _color_range(inspection)
+    low, high = color_range(inspection)
     colors, norm = pyplot.get_cmap("viridis"), LogNorm(low, high)
     seen: set[str] = set()
     for axes, name in zip(grid.flat, names, strict=True):
-        seen |= _draw(axes, inspection, name, heads[name], colors, norm)
+        seen |= draw(axes, inspection, name, heads[name], colors, norm)
     grid[0, 0].set_ylabel("layer")
     bar = figure.colorbar(
         ScalarMappable(norm, colors), ax=list(grid.flat), label="scale", fraction=0.1, aspect=30
@@ -313,11 +313,12 @@ def plot(inspection: Inspection, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _num_heads(inspection: Inspection, name: str) -> int:
+def num_heads(inspection: Inspection, name: str) -> int:
+    """The columns of a panel: the most scales that a layer has of "k", "v" or "q"."""
     return max((len(getattr(row, name) or ()) for row in inspection.layers), default=1) or 1
 
 
-def _color_range(inspection: Inspection) -> tuple[float, float]:
+def color_range(inspection: Inspection) -> tuple[float, float]:
     """That of the scales without a finding of severity error, and of all others within a factor of ten."""
     healthy: list[float] = []
     others: list[float] = []
@@ -332,7 +333,7 @@ def _color_range(inspection: Inspection) -> tuple[float, float]:
     return (low, high) if low < high else (low / 2, high * 2)  # a range of one value has no colors
 
 
-def _draw(
+def draw(
     axes: Axes, inspection: Inspection, name: str, num_heads: int, colors: Colormap, norm: LogNorm
 ) -> set[str]:
     """One panel; returns the special colors that are in it."""
