@@ -193,7 +193,7 @@ def _cache_failures(device: str | torch.device, input_type: torch.dtype) -> Iter
             if scale.dim() == 1:
                 steps = [
                     _step(ops, at, input_type, dtype, scale)
-                    for ops, at in ((reference, "cpu"), (fp8kv, device))
+                    for ops, at in ((fp8kv, device), (reference, "cpu"))
                 ]
                 if not all(map(_same, *steps)):
                     yield f"rope_quant_and_cache {what}"
