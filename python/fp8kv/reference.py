@@ -497,7 +497,7 @@ def rope_quant_and_cache(
     num_tokens, num_heads, head_size = len(slot_mapping), query.shape[1], query.shape[2]
     if query_out.shape[1:] != query.shape[1:] or min(len(query), len(query_out)) < num_tokens:
         _fail(op, f"query and query_out must be [{num_tokens} or more, {num_heads}, {head_size}]")
-    if query.dtype != key.dtype or query.shape[2] != key.shape[2] or num_heads % key.shape[1]:
+    if query.dtype != key.dtype or query.shape[2] != key.shape[2] or num_heads % max(1, key.shape[1]):
         _fail(op, f"query can't be {query.dtype} of shape {list(query.shape)}")
     if q_scale.dtype != torch.float32 or q_scale.numel() not in (1, key.shape[1], num_heads):
         _fail(op, f"q_scale can't be {q_scale.dtype} of shape {list(q_scale.shape)}")
@@ -527,7 +527,7 @@ def rope_quant_and_cache(
     query = _transformed(query[:num_tokens], q_norm_weight, norm_eps, cos_sin, is_neox)[rows]
     reshape_and_cache_flash(key, value, key_cache, value_cache, slots, kv_cache_dtype, k_scale, v_scale)
     if out.dtype in _FP8:
-        scale = q_scale.reshape(-1, 1).repeat_interleave(num_heads // q_scale.numel(), 0)
+        scale = q_scale.reshape(-1, 1).repeat_interleave(num_heads // max(1, q_scale.numel()), 0)
         _bits(out)[rows] = _bits(encode(query.float() / scale, out.dtype))
     else:
         _bits(out)[rows] = _bits(_converted(query, out.dtype))

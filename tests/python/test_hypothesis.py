@@ -20,6 +20,7 @@ from fp8kv import (
     reference,
     reshape_and_cache_flash,
     reshape_and_cache_flash_dynamic,
+    rope_quant_and_cache,
     scaled_fp8_dequant,
     static_scaled_fp8_quant,
 )
@@ -290,6 +291,51 @@ def test_append_dynamic(device: torch.device, data: st.DataObject) -> None:
             *(scale for scale, _ in scales), slots.to(at), name,
         )  # fmt: skip
         buffers.append([*caches, *(buffer for _, buffer in scales)])
+    for a, e in zip(*buffers, strict=True):
+        assert_same_bytes(a, e)
+
+
+@often
+@given(st.data())
+def test_step(device: torch.device, data: st.DataObject) -> None:
+    """Without a norm, whose sum has no fixed order."""
+    shape = data.draw(cache_shapes(), "cache")
+    kv_heads, head_size = shape[2:]
+    num_heads = kv_heads * data.draw(st.integers(0, 4), "query heads for one of K")
+    name, dtype, _ = data.draw(st.sampled_from([*FP8_CACHES.values(), *PLAIN_CACHES.values()]), "elements")
+    out_dtype = data.draw(st.sampled_from([dtype, *REAL.values()]), "query_out")
+    cache_layout = data.draw(st.sampled_from(CACHE_LAYOUTS), "layout")
+    generator = torch.Generator().manual_seed(data.draw(seeds, "seed"))
+    slots = draw_slots(data, device, shape[0] * shape[1], generator)
+    heads, places = draw_heads(data, len(slots), shape, generator)
+    query = random_reals([len(slots), num_heads, head_size], heads[0].dtype, generator, False)
+    q_scale = scale_values(
+        data.draw(st.sampled_from([(1,), (kv_heads,), (num_heads,)]), "q_scale"), generator, False
+    )
+    scales = draw_scales(data, generator, forms_of(kv_heads))
+    rope: list[Any] = [None, None, True]
+    if head_size >= 2 and data.draw(st.booleans(), "rope"):
+        rotary_dim = 2 * data.draw(st.integers(1, head_size // 2), "half of rotary_dim")
+        table = torch.randn(9, rotary_dim, generator=generator)
+        table = table.to(data.draw(st.sampled_from([torch.float32, query.dtype]), "table"))
+        positions = torch.randint(0, 9, (len(slots),), generator=generator)
+        rope = [positions, table, data.draw(st.booleans(), "is_neox")]
+    others = [data.draw(layouts, name) for name in ("query", "query_out", "positions", "cos_sin_cache")]
+
+    places = [others[0], *places]
+    buffers = []
+    for at in (device, CPU):
+        key_cache, value_cache, caches = empty_caches(shape, dtype, cache_layout, at)
+        out, out_buffer = empty_view(query.shape, out_dtype, others[1], at)
+        inputs = [placed(x, place, at) for x, place in zip([query, *heads], places, strict=True)]
+        if rope[0] is not None:
+            rope[:2] = [placed(x, place, at) for x, place in zip(rope[:2], others[2:], strict=True)]
+        op = rope_quant_and_cache if not buffers else reference.rope_quant_and_cache
+        op(
+            *inputs, out, key_cache, value_cache, slots.to(at), name,
+            *(scale.to(at) for scale in (q_scale, *scales)), *rope,
+        )  # fmt: skip
+        buffers.append([*caches, out_buffer])
     for a, e in zip(*buffers, strict=True):
         assert_same_bytes(a, e)
 
