@@ -54,10 +54,25 @@ struct AmaxKernels {
   void (*columns)(const void* in, std::int32_t* amax, std::int64_t columns);
 };
 
+// Norm and RoPE of a head, in fp32 with one rounding; RopeQuantAppend in kv_cache.h has the formulas.
+struct HeadTransform {
+  const float* norm_weight = nullptr;  // nullptr: no norm
+  float norm_eps = 0.0f;
+  const float* cos = nullptr;
+  const float* sin = nullptr;
+  std::int64_t pairs = 0;  // rotated
+  bool is_neox = true;
+};
+
+// `scratch` has room for a row.
+using TransformRows = void (*)(const void* in, void* out, std::int64_t columns, const Rows& rows,
+                               const HeadTransform& transform, float* scratch);
+
 struct QuantizeTable {
   MapKernels quantize[3][2];    // [real_index(input)][fp8_index(result)]
   MapKernels dequantize[2][3];  // [fp8_index(input)][real_index(result)]
   AmaxKernels amax[3];          // [real_index(input)]
+  TransformRows transform[3];   // [real_index(input)]
 };
 
 constexpr int real_index(DType dtype) { return dtype == DType::Float32 ? 0 : dtype == DType::Float16 ? 1 : 2; }

@@ -1,5 +1,4 @@
-// rope_quant_and_cache on the CPU: norm and RoPE of a head on the stack of a thread, then the kernels that append.
-#include <cmath>
+// rope_quant_and_cache on the CPU: norm and RoPE of some heads of a token into a buffer, then the kernels that append.
 #include <vector>
 
 #include "cache.h"
@@ -7,113 +6,125 @@
 namespace fp8kv::cpu {
 namespace {
 
-// Elements of a vector in fp32.
-void load(const VectorView& from, std::int64_t offset, std::int64_t count, float* to) {
+// The elements of a vector in fp32: where they are, or copied to `buffer`.
+const float* in_fp32(const VectorView& from, std::int64_t offset, std::int64_t count, std::vector<float>& buffer) {
+  if (from.dtype == DType::Float32 && from.step == 1) return static_cast<const float*>(from.data) + offset;
+  buffer.resize(count);
   core::visit_real(from.dtype, [&]<class T>(core::Type<T>) {
     const T* x = static_cast<const T*>(from.data) + offset;
-    for (std::int64_t i = 0; i < count; ++i) to[i] = decode(x[i * from.step]);
+    for (std::int64_t i = 0; i < count; ++i) buffer[i] = decode(x[i * from.step]);
   });
+  return buffer.data();
 }
 
-// Norm and RoPE of heads of Q or K, with the memory they need.
-template <class Real>
+// Norm and RoPE of neighbouring heads of Q (side 0) or K (side 1), with the memory they need.
 class Transform {
  public:
   Transform(const RopeLayout& layout, int side)
       : layout_(layout),
-        size_(layout.cache.head_size),
-        half_(layout.rotary_dim / 2),
-        normalizes_(layout.norm_weights[side].data != nullptr),
-        weight_(normalizes_ ? size_ : 0),
-        cos_sin_(layout.rotary_dim),
-        x_(size_),
-        result_(size_) {
-    if (normalizes_) load(layout.norm_weights[side], 0, size_, weight_.data());
+        columns_(layout.cache.head_size),
+        kernel_(kernels().transform[real_index(layout.cache.real)]),
+        scratch_(columns_) {
+    const VectorView& weight = layout.norm_weights[side];
+    if (weight.data) transform_.norm_weight = in_fp32(weight, 0, columns_, weight_);
+    transform_.norm_eps = layout.norm_eps;
+    transform_.pairs = layout.rotary_dim / 2;
+    transform_.is_neox = layout.is_neox;
   }
 
   void set_position(std::int64_t position) {
-    if (half_ > 0) load(layout_.cos_sin, position * layout_.cos_sin_row, layout_.rotary_dim, cos_sin_.data());
+    transform_.cos = in_fp32(layout_.cos_sin, position * layout_.cos_sin_row, layout_.rotary_dim, cos_sin_);
+    transform_.sin = transform_.cos + transform_.pairs;
   }
 
-  // Contiguous; valid until the next call.
-  const Real* operator()(const Elements& head) {
-    const auto* in = reinterpret_cast<const Real*>(head.data);
-    for (std::int64_t d = 0; d < size_; ++d) x_[d] = decode(in[d * head.stride]);
-    if (normalizes_) normalize();
-    if (half_ > 0) layout_.is_neox ? rotate(1, half_) : rotate(2, 1);
-    for (std::int64_t d = 0; d < size_; ++d) result_[d] = from_float<Real>(x_[d]);
-    return result_.data();
+  // Heads `step` elements apart to heads that lie one after the other, which are valid until the next call.
+  Elements operator()(const Elements& heads, std::int64_t step, std::int64_t count) {
+    const std::int64_t bytes = count * columns_ * heads.size;
+    result_.resize(bytes);
+    const void* from = heads.data;
+    if (heads.stride != 1) {
+      staged_.resize(bytes);
+      for (std::int64_t r = 0; r < count; ++r)
+        copy_elements(heads.at(r * step), {staged_.data() + r * columns_ * heads.size, heads.size, 1}, columns_);
+      from = staged_.data(), step = columns_;
+    }
+    kernel_(from, result_.data(), columns_, {count, step, columns_, 0}, transform_, scratch_.data());
+    return {result_.data(), heads.size, 1};
   }
 
  private:
-  void normalize() {
-    float sum = 0.0f;
-    for (float x : x_) sum += x * x;
-    const float factor = 1.0f / std::sqrt(sum / static_cast<float>(size_) + layout_.norm_eps);
-    for (std::int64_t d = 0; d < size_; ++d) x_[d] = x_[d] * factor * weight_[d];
-  }
-
-  // Pairs x[i * step], x[i * step + distance].
-  void rotate(std::int64_t step, std::int64_t distance) {
-    const float *cos = cos_sin_.data(), *sin = cos + half_;
-    float *first = x_.data(), *second = first + distance;
-    for (std::int64_t i = 0; i < half_; ++i) {
-      const float a = first[i * step], b = second[i * step];
-      first[i * step] = a * cos[i] - b * sin[i];
-      second[i * step] = b * cos[i] + a * sin[i];
-    }
-  }
-
   const RopeLayout& layout_;
-  std::int64_t size_, half_;
-  bool normalizes_;
-  std::vector<float> weight_, cos_sin_, x_;
-  std::vector<Real> result_;
+  std::int64_t columns_;
+  TransformRows kernel_;
+  HeadTransform transform_;
+  std::vector<float> weight_, cos_sin_, scratch_;
+  std::vector<std::byte> staged_, result_;
 };
 
-// A head of Q, K or V for all tokens: where it comes from, where its place for a token is, and its scale.
-template <class Real, class Place>
-void run_head(const RopeQuantAppend& problem, const RopeLayout& layout, int side, const HeadsView& view, std::int64_t head,
-              DType element, const float* scale, const Place& place) {
-  const MapKernels map = row_kernels(layout.cache.real, element);
+// Where heads of Q (side 0), K (1) or V (2) come from and go to, and their scales.
+struct Side {
+  int number;
+  HeadsView in;
+  DType element;  // of the result
+  std::int64_t out_head;
+  const float* scale;
+  std::int64_t scale_step, heads_per_scale;
+};
+
+// Heads [first, first + count) for all tokens, up to kMaxRows; place(token) is where head 0 of a token goes, if anywhere.
+template <class Place>
+void run_heads(const RopeQuantAppend& problem, const RopeLayout& layout, const Side& side, std::int64_t first,
+               std::int64_t count, const Place& place) {
+  const CacheLayout& cache = layout.cache;
+  const MapKernels map = row_kernels(cache.real, side.element);
   RowScales scales;
-  prepare_rows(map, scales, scale, 0, 1);
-  std::optional<Transform<Real>> transform;
-  if (side < 2 && layout.transforms(side)) transform.emplace(layout, side);
-  const Elements rows{static_cast<std::byte*>(view.data), size_of(layout.cache.real), view.dim};
-  for (std::int64_t token = 0; token < layout.cache.num_tokens; ++token) {
+  for (std::int64_t r = 0; r < count; ++r) scales.scale[r] = side.scale[(first + r) / side.heads_per_scale * side.scale_step];
+  map.prepare_rows(scales, count);
+  std::optional<Transform> transform;
+  if (side.number < 2 && layout.transforms(side.number)) transform.emplace(layout, side.number);
+
+  const Elements in{static_cast<std::byte*>(side.in.data), size_of(cache.real), side.in.dim};
+  for (std::int64_t token = 0; token < cache.num_tokens; ++token) {
     const std::optional<Elements> to = place(token);
     if (!to) continue;
-    Elements from = rows.at(token * view.token + head * view.head);
+    Elements from = in.at(token * side.in.token + first * side.in.head);
+    Rows rows{count, side.in.head, side.out_head, 1};
     if (transform) {
       if (layout.rotary_dim > 0) transform->set_position(core::Indices(*problem.positions)[token]);
-      from = {reinterpret_cast<std::byte*>(const_cast<Real*>((*transform)(from))), from.size, 1};
+      from = (*transform)(from, rows.in, count);
+      rows.in = cache.head_size;
     }
-    map_rows(map, from, *to, layout.cache.head_size, Rows{}, scales);
+    map_rows(map, from, to->at(first * side.out_head), cache.head_size, rows, scales);
   }
 }
 
-template <class Real>
-void run_heads(const RopeQuantAppend& problem, const RopeLayout& layout, std::int64_t begin, std::int64_t end) {
+// Items [begin, end) of the heads of Q, then those of K, then those of V.
+void run_items(const RopeQuantAppend& problem, const RopeLayout& layout, std::int64_t begin, std::int64_t end) {
   const CacheLayout& cache = layout.cache;
   const core::Indices slots(problem.slot_mapping);
-  for (std::int64_t i = begin; i < end; ++i) {
-    if (i < layout.num_heads) {
+  while (begin < end) {
+    const std::int64_t of_kv = begin - layout.num_heads;
+    const int number = of_kv < 0 ? 0 : static_cast<int>(1 + of_kv / cache.num_heads);
+    const std::int64_t heads = number == 0 ? layout.num_heads : cache.num_heads;
+    const std::int64_t first = number == 0 ? begin : of_kv % cache.num_heads;
+    const std::int64_t count = std::min({end - begin, heads - first, kMaxRows});
+    if (number == 0) {
       const HeadsView& out = layout.query_out;
+      const Side side{
+          0, layout.query, layout.query_element, out.head, layout.q_scale, layout.q_scale_step, layout.heads_per_scale};
       const Elements all{static_cast<std::byte*>(out.data), size_of(layout.query_element), out.dim};
-      const float* scale = layout.q_scale + i / layout.heads_per_scale * layout.q_scale_step;
-      run_head<Real>(problem, layout, 0, layout.query, i, layout.query_element, scale,
-                     [&](std::int64_t token) { return std::optional(all.at(token * out.token + i * out.head)); });
-      continue;
+      run_heads(problem, layout, side, first, count,
+                [&](std::int64_t token) { return std::optional(all.at(token * out.token)); });
+    } else {
+      const CacheSide& kv = number == 1 ? cache.key : cache.value;
+      const Side side{number, kv.heads, cache.element, kv.cache.head, kv.scales.data, kv.scales.head, 1};
+      run_heads(problem, layout, side, first, count, [&](std::int64_t token) -> std::optional<Elements> {
+        const std::int64_t slot = slots[token];
+        if (slot < 0) return std::nullopt;
+        return in_cache(cache, Part{kv, 0, 1, 0, cache.head_size}, slot / cache.block_size, slot % cache.block_size);
+      });
     }
-    const std::int64_t side = (i - layout.num_heads) / cache.num_heads, head = (i - layout.num_heads) % cache.num_heads;
-    const Part part{side == 0 ? cache.key : cache.value, head, 1, 0, cache.head_size};
-    run_head<Real>(problem, layout, 1 + static_cast<int>(side), part.side.heads, head, cache.element, scales_of(part, 0, 0),
-                   [&](std::int64_t token) -> std::optional<Elements> {
-                     const std::int64_t slot = slots[token];
-                     if (slot < 0) return std::nullopt;
-                     return in_cache(cache, part, slot / cache.block_size, slot % cache.block_size);
-                   });
+    begin += count;
   }
 }
 
@@ -129,9 +140,7 @@ void run(const RopeQuantAppend& problem, const ParallelFor& parallel_for) {
   if (problem.positions) core::check_positions(op, *problem.positions, layout);
   if (layout.empty()) return;
   parallel(parallel_for, layout.num_heads + 2 * cache.num_heads, cache.num_tokens * cache.head_size,
-           [&](std::int64_t begin, std::int64_t end) {
-             core::visit_real(cache.real, [&]<class Real>(core::Type<Real>) { run_heads<Real>(problem, layout, begin, end); });
-           });
+           [&](std::int64_t begin, std::int64_t end) { run_items(problem, layout, begin, end); });
 }
 
 }  // namespace fp8kv::cpu

@@ -322,7 +322,11 @@ def test_threads_do_not_matter() -> None:
 
 def test_every_instruction_set(isa: str) -> None:
     for rope in ROPE:
-        Step(rope=rope).check(CPU)
+        for real in REAL.values():
+            for head_size in (128, 100, 64, 20, 6):
+                for norm in (False, True):
+                    Step(tokens=9, rope=rope, real=real, head_size=head_size, rotary_dim=head_size // 4 * 2,
+                         norm=norm, specials=not norm).check(CPU)  # fmt: skip
 
 
 def test_the_last_of_several_tokens_with_one_slot_stays() -> None:
