@@ -92,15 +92,18 @@ CacheLayout heads_and_caches(const Argument& key, const Argument& value, const A
   return layout;
 }
 
+void check_rows(const Argument& a, std::int64_t count) {
+  if (a.view.sizes[0] < count)
+    fail(a.op, a.name, "have at least " + std::to_string(count) + " rows, one for each element of slot_mapping",
+         "shape " + shape_string(a.view));
+}
+
 // The number of tokens, which key and value must have at least.
 std::int64_t count_tokens(const Argument& slot_mapping, const Argument& key, const Argument& value) {
   check_beside(key, slot_mapping, check_int32_or_int64);
   check_ndim(slot_mapping, 1, "[num_tokens]");
   const std::int64_t count = slot_mapping.view.sizes[0];
-  for (const Argument* a : {&key, &value})
-    if (a->view.sizes[0] < count)
-      fail(a->op, a->name, "have at least " + std::to_string(count) + " rows, one for each element of slot_mapping",
-           "shape " + shape_string(a->view));
+  for (const Argument* a : {&key, &value}) check_rows(*a, count);
   return count;
 }
 
@@ -132,6 +135,12 @@ std::int64_t even_step(const TensorView& view) {
   return step;
 }
 
+std::int64_t checked_step(const Argument& a) {
+  const std::int64_t step = even_step(a.view);
+  if (step < 0) fail(a.op, a.name, "have even steps between its elements", "several strides in shape " + shape_string(a.view));
+  return step;
+}
+
 // Weights and tables: Float32 or the type of query.
 VectorView vector(const Argument& a, const Argument& query) {
   core::check_dims(a);
@@ -154,9 +163,7 @@ PagedScales scales(const Argument& a, const CacheLayout& layout, const Argument&
                              ", block_size=" + std::to_string(layout.block_size) + ", num_kv_heads]"
                        : ""),
          "shape " + shape_string(a.view));
-  const std::int64_t step = even_step(a.view);
-  if (step < 0) fail(a.op, a.name, "have even steps between its elements", "several strides in shape " + shape_string(a.view));
-  return {static_cast<float*>(a.view.data), 0, 0, step};
+  return {static_cast<float*>(a.view.data), 0, 0, checked_step(a)};
 }
 
 void fold_heads(CacheLayout& layout) {
@@ -179,10 +186,7 @@ HeadsView query_heads(const Argument& a, const RopeLayout& layout) {
     fail(a.op, a.name,
          "have num_heads=" + std::to_string(layout.num_heads) + " and head_size=" + std::to_string(layout.cache.head_size),
          "shape " + shape_string(a.view));
-  if (n[0] < layout.cache.num_tokens)
-    fail(a.op, a.name,
-         "have at least " + std::to_string(layout.cache.num_tokens) + " rows, one for each element of slot_mapping",
-         "shape " + shape_string(a.view));
+  check_rows(a, layout.cache.num_tokens);
   return {a.view.data, s[0], s[1], s[2]};
 }
 
@@ -304,9 +308,7 @@ RopeLayout validate(const RopeQuantAppend& p) {
          "have 1, num_kv_heads=" + std::to_string(kv_heads) + " or num_heads=" + std::to_string(layout.num_heads) + " elements",
          "shape " + shape_string(p.q_scale));
   layout.q_scale = static_cast<const float*>(p.q_scale.data);
-  layout.q_scale_step = even_step(p.q_scale);
-  if (layout.q_scale_step < 0)
-    fail(op, "q_scale", "have even steps between its elements", "several strides in shape " + shape_string(p.q_scale));
+  layout.q_scale_step = checked_step(q_scale);
   if (count > 0) layout.heads_per_scale = std::max<std::int64_t>(1, layout.num_heads / count);
 
   if (p.positions.has_value() != p.cos_sin_cache.has_value())

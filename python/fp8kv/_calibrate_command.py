@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from fp8kv._command import CommandError, reported, require
 from fp8kv._models import forget_kv_cache_scheme
 from fp8kv.calibration import calibrate, share, text_batches
 from fp8kv.checkpoint.source import Source
 from fp8kv.inspection import Inspection, inspect_checkpoint
+from fp8kv.observers import OBSERVERS
 from fp8kv.texts import reference_text
 
 if TYPE_CHECKING:
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 STRATEGIES = ("tensor", "attn_head")
-OBSERVERS = ("static_minmax", "percentile", "mse")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -52,14 +53,6 @@ class Options:
     device_map: str | None
     dtype: str
     overwrite: bool
-
-
-class CommandError(Exception):
-    """Ends the command with a sentence and an exit status: 2 if the arguments are to blame, else 1."""
-
-    def __init__(self, sentence: str, status: int = 1) -> None:
-        super().__init__(sentence, status)
-        self.sentence, self.status = sentence, status
 
 
 def run(options: Options, console: Console) -> Inspection:
@@ -147,14 +140,14 @@ def _check_options(options: Options) -> None:
     """All that can be known before anything is loaded."""
     for name, choices in (("strategy", STRATEGIES), ("observer", OBSERVERS), ("dtype", DTYPES)):
         value = getattr(options, name)
-        _require(value in choices, f"--{name} must be {_either(choices)}, got {value!r}")
+        require(value in choices, f"--{name} must be {_either(choices)}, got {value!r}")
     for name in ("num_samples", "seq_len", "batch_size"):
         value = getattr(options, name)
-        _require(value >= 1, f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    _require(0 < options.percentile <= 100, f"--percentile must be in (0, 100], got {options.percentile}")
+        require(value >= 1, f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    require(0 < options.percentile <= 100, f"--percentile must be in (0, 100], got {options.percentile}")
     _check_out(options)
     if options.text is not None:
-        _require(options.text.is_file(), f"--text must be a file, got {options.text}")
+        require(options.text.is_file(), f"--text must be a file, got {options.text}")
     if Path(options.model).is_dir():
         _check_model(Path(options.model), options)
     needed = ("transformers", "accelerate") if options.device_map else ("transformers",)
@@ -169,48 +162,48 @@ def _check_device(options: Options) -> None:
         raise CommandError(f'--device must be "auto", "cpu", "cuda" or "cuda:N", got {options.device!r}', 2)
     many = _number_of_processes() > 1
     if options.device_map is not None:
-        _require(options.device == "auto", "--device-map places the model itself and excludes --device")
-        _require(not many, "--device-map spreads a model over all GPUs and excludes torchrun")
+        require(options.device == "auto", "--device-map places the model itself and excludes --device")
+        require(not many, "--device-map spreads a model over all GPUs and excludes torchrun")
     if options.device.startswith("cuda") or (options.device == "auto" and torch.cuda.is_available()):
-        _require(
+        require(
             not (many and device["index"]),
             f"--device must be without a number under torchrun, got {options.device!r}",
         )
         needs = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if many else int(device["index"] or 0) + 1
         found = torch.cuda.device_count()
-        _require(needs <= found, f"--device={options.device} needs {needs} GPUs, PyTorch finds {found}")
+        require(needs <= found, f"--device={options.device} needs {needs} GPUs, PyTorch finds {found}")
 
 
 def _check_out(options: Options) -> None:
     out = options.out
     if out.is_dir() and any(out.iterdir()):
-        _require(
+        require(
             options.overwrite, f"--output must be a new or an empty directory without --overwrite, got {out}"
         )
         # What is there is replaced as a whole, so it should not be somebody's home.
-        _require(
+        require(
             (out / "config.json").is_file(), f"--output must be a checkpoint to be overwritten, got {out}"
         )
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
-    _require(existing.is_dir(), f"--output must be a directory, but {existing} is a file")
+    require(existing.is_dir(), f"--output must be a directory, but {existing} is a file")
     beside = out.absolute().parent if existing == out else existing
-    _require(os.access(beside, os.W_OK | os.X_OK), f"--output must be writable, but {beside} is not")
+    require(os.access(beside, os.W_OK | os.X_OK), f"--output must be writable, but {beside} is not")
 
 
 def _check_model(folder: Path, options: Options) -> None:
     """What `KVScales.save` would find only after calibration."""
-    _require((folder / "config.json").is_file(), f"MODEL must have a config.json, got {folder}")
+    require((folder / "config.json").is_file(), f"MODEL must have a config.json, got {folder}")
     out, model = options.out.resolve(), folder.resolve()
-    _require(
+    require(
         model not in out.parents and out not in model.parents,
         f"--output must lie beside MODEL, not in it or around it, got {options.out}",
     )
-    with _reported(f"no checkpoint can be made from {folder}", (ValueError, OSError)):
+    with reported(f"no checkpoint can be made from {folder}", (ValueError, OSError)):
         source = Source.read(folder)
         source.attention_modules()
     limits = [section.get("max_position_embeddings") for section in _sections(source.config)]
     limit = next((limit for limit in limits if limit), options.seq_len)
-    _require(
+    require(
         options.seq_len <= limit,
         f"--seq-len must be at most {limit}, the max_position_embeddings of the model, got {options.seq_len}",
     )
@@ -230,13 +223,13 @@ def _prepare(options: Options) -> tuple[Path, list[Tensor]]:
     if not folder.is_dir():
         folder = _fetch(options.model)
         _check_model(folder, options)
-    with _reported(f"the tokenizer of {options.model} cannot be loaded"):
+    with reported(f"the tokenizer of {options.model} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     if options.text is None:
         text = reference_text()
     else:
         text = options.text.read_text(encoding="utf-8", errors="replace")
-    with _reported("--text cannot be read", (ValueError,), status=2):
+    with reported("--text cannot be read", (ValueError,), status=2):
         batches = text_batches(
             tokenizer,
             text,
@@ -245,7 +238,7 @@ def _prepare(options: Options) -> tuple[Path, list[Tensor]]:
             batch_size=options.batch_size,
         )
     length = batches[0].shape[1]
-    _require(length == options.seq_len, f"--text must have --seq-len={options.seq_len} tokens, got {length}")
+    require(length == options.seq_len, f"--text must have --seq-len={options.seq_len} tokens, got {length}")
     return folder, batches
 
 
@@ -253,7 +246,7 @@ def _fetch(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     expected = f"MODEL must be a directory or the id of a model that can be fetched, got {model!r}"
-    with _reported(expected, status=2):
+    with reported(expected, status=2):
         return Path(snapshot_download(model))
 
 
@@ -265,7 +258,7 @@ def _load_model(options: Options, folder: Path, device: torch.device) -> Any:
     talk: Any = logging
     talk.set_verbosity_error()
     talk.disable_progress_bar()
-    with _reported(f"the model {options.model} cannot be loaded"):
+    with reported(f"the model {options.model} cannot be loaded"):
         config = AutoConfig.from_pretrained(folder)
         forget_kv_cache_scheme(config)
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -275,7 +268,7 @@ def _load_model(options: Options, folder: Path, device: torch.device) -> Any:
 
 
 def _calibrate(options: Options, model: Any, batches: Iterable[Tensor]) -> KVScales:
-    with _reported(f"{options.model} cannot be calibrated", (ValueError, RuntimeError)):
+    with reported(f"{options.model} cannot be calibrated", (ValueError, RuntimeError)):
         return calibrate(
             model,
             batches,
@@ -288,7 +281,7 @@ def _calibrate(options: Options, model: Any, batches: Iterable[Tensor]) -> KVSca
 
 
 def _save(options: Options, folder: Path, scales: KVScales) -> Inspection:
-    with _reported(f"{options.out} cannot be written", (ValueError, OSError)):
+    with reported(f"{options.out} cannot be written", (ValueError, OSError)):
         scales.save(options.out, source=folder, overwrite=options.overwrite)
     return inspect_checkpoint(options.out)
 
@@ -296,22 +289,5 @@ def _save(options: Options, folder: Path, scales: KVScales) -> Inspection:
 # Sentences
 
 
-def _require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise CommandError(sentence, 2)
-
-
 def _either(choices: tuple[str, ...]) -> str:
     return ", ".join(choices[:-1]) + f" or {choices[-1]}"
-
-
-@contextmanager
-def _reported(
-    what: str, errors: tuple[type[Exception], ...] = (Exception,), status: int = 1
-) -> Iterator[None]:
-    """Errors that are to be expected become one sentence; loaders raise all kinds."""
-    try:
-        yield
-    except errors as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise CommandError(f"{what}: {reason}", status) from error

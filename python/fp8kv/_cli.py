@@ -122,7 +122,7 @@ def demo(
     """The whole story on a real language model: calibrate, write, inspect, load, evaluate, answer."""
     from fp8kv import _eval_command as command
     from fp8kv import demo as demonstration
-    from fp8kv._calibrate_command import CommandError
+    from fp8kv._command import CommandError
 
     _check_folder("--plot", plot)
     options = command.Options(
@@ -161,7 +161,7 @@ def eval_(
     """Measures what FP8 KV caches cost a model in accuracy, and what they take, beside the 16-bit cache."""
     from fp8kv import _eval_command as command
     from fp8kv import evaluation
-    from fp8kv._calibrate_command import CommandError
+    from fp8kv._command import CommandError
 
     for option, path in (("--json", json), ("--plot", plot)):
         _check_folder(option, path)
@@ -244,6 +244,7 @@ def calibrate(
 
     from fp8kv import _calibrate_command as command
     from fp8kv import inspection
+    from fp8kv._command import CommandError
 
     console = _console() if _is_first() else Console(quiet=True)
     _check_folder("--plot", plot)
@@ -253,7 +254,7 @@ def calibrate(
     )  # fmt: skip
     try:
         found = command.run(options, console)
-    except command.CommandError as error:
+    except CommandError as error:
         _fail(error.sentence, error.status)
     _show(found, console)
     for line in (

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fp8kv import _models, evaluation
-from fp8kv._calibrate_command import DTYPES, CommandError
+from fp8kv import _command, _models, evaluation
+from fp8kv._calibrate_command import DTYPES
+from fp8kv._command import CommandError, require
 from fp8kv.checkpoint import KVScales, load_kv_scales
 from fp8kv.texts import EVALUATION_START, reference_text
 
@@ -102,17 +103,17 @@ def check(options: Options) -> None:
     """All that can be known before anything is loaded."""
     for name, least in (("windows", 1), ("window", 2), ("calibration_tokens", 1)):
         value = getattr(options, name)
-        _require(value >= least, f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        require(value >= least, f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     first = options.first_tokens
-    _require(
+    require(
         first is None or 1 <= first <= options.window,
         f"--first-tokens must be from 1 to --window={options.window}, got {first}",
     )
     for name, choices in (("layout", LAYOUTS), ("dtype", DTYPES)):
         value = getattr(options, name)
-        _require(value in choices, f"--{name} must be {' or '.join(choices)}, got {value!r}")
+        require(value in choices, f"--{name} must be {' or '.join(choices)}, got {value!r}")
     if options.text is not None:
-        _require(options.text.is_file(), f"--text must be a file, got {options.text}")
+        require(options.text.is_file(), f"--text must be a file, got {options.text}")
 
 
 def device_of(options: Options) -> str:
@@ -146,7 +147,7 @@ def texts(options: Options, model: _models.Model) -> Texts:
     """Evaluation and calibration never read the same tokens."""
     limit = getattr(model.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     needed = options.window + evaluation.DECODED_TOKENS
-    _require(
+    require(
         limit is None or needed <= limit,
         f"--window must be at most {(limit or 0) - evaluation.DECODED_TOKENS}, so that it and the "
         f"{evaluation.DECODED_TOKENS} tokens decoded after it are max_position_embeddings={limit} of the "
@@ -228,19 +229,9 @@ def _bar(total: int) -> Iterator[Callable[[str], object]]:
 # Sentences
 
 
-def _require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise CommandError(sentence, 2)
-
-
-@contextmanager
-def reported(what: str = "the model cannot be evaluated", status: int = 1) -> Iterator[None]:
-    """Errors that are to be expected become one sentence."""
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError) as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise CommandError(f"{what}: {reason}", status) from error
+def reported(what: str = "the model cannot be evaluated", status: int = 1) -> AbstractContextManager[None]:
+    """`_command.reported` for what a model or a checkpoint may raise."""
+    return _command.reported(what, (ValueError, OSError, RuntimeError), status)
 
 
 def _name(dtype: Any) -> str:

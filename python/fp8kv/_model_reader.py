@@ -45,11 +45,14 @@ def read(
             report(int(mask.sum()))
 
 
+def cache_argument(model: Any) -> str:
+    """What the model calls its cache; older versions of transformers know the second name only."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def _inputs(model: Any, ids: Tensor, mask: Tensor, cache: Cache) -> dict[str, Any]:
     parameters = inspect.signature(model.forward).parameters
-    # Older versions of transformers know the second name only.
-    name = "cache" if "cache" in parameters else "past_key_values"
-    inputs = {"input_ids": ids, name: cache, "use_cache": True}
+    inputs = {"input_ids": ids, cache_argument(model): cache, "use_cache": True}
     if not mask.all():
         inputs["attention_mask"] = mask.long()
         if "position_ids" in parameters:

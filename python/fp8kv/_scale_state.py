@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fp8kv.checkpoint import reduce_query_scale
 from fp8kv.checkpoint.names import parse_scale_name
+from fp8kv.kv_cache import check_scale_values
 
 
 class LayerShape:
@@ -32,10 +33,7 @@ class LayerShape:
         if scale.numel() not in self._counts(query):
             raise ValueError(f"{name} must have {self._expected(query)}, got shape {list(scale.shape)}")
         host = scale.detach().to("cpu", torch.float32).reshape(-1)
-        for head, x in enumerate(host.tolist()):
-            if not 0 < x < float("inf"):
-                where = f" for head {head}" if len(host) > 1 else ""
-                raise ValueError(f"{name} must be finite and above 0 in fp32, got {x}{where}")
+        check_scale_values(name, host)
         if len(host) > self.num_scales:
             host = reduce_query_scale(host, self.num_kv_heads)
         return host.expand(self.num_scales)

@@ -12,7 +12,6 @@ Example:
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fp8kv._model_reader import cache_argument
 from fp8kv.attention_scales import AttentionScales
 from fp8kv.calibration import calibrate
 from fp8kv.checkpoint import KVCacheScheme, KVScales, LayerScales
@@ -215,9 +215,7 @@ def decode(model: Any, token: Tensor, cache: Any, num_tokens: int) -> tuple[list
 
 
 def _run(model: Any, ids: Tensor, cache: Any) -> Tensor:
-    # Older versions of Transformers know the second name only.
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    logits: Tensor = model(input_ids=ids, use_cache=True, **{name: cache}).logits
+    logits: Tensor = model(input_ids=ids, use_cache=True, **{cache_argument(model): cache}).logits
     return logits
 
 

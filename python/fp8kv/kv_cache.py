@@ -366,10 +366,7 @@ class PagedKVCache:
                 f"got shape {list(scale.shape)}"
             )
         host = scale.detach().to("cpu", torch.float32, copy=True).reshape(-1)
-        for head, x in enumerate(host.tolist()):
-            if not 0 < x < float("inf"):
-                where = f" for head {head}" if len(host) > 1 else ""
-                raise ValueError(f"PagedKVCache: {name} must be finite and above 0 in fp32, got {x}{where}")
+        check_scale_values(f"PagedKVCache: {name}", host)
         return host
 
     def use_scales(self, k_scale: Tensor, v_scale: Tensor) -> None:
@@ -646,6 +643,14 @@ class PagedKVCache:
             f"layout={self.layout!r}, scales={scales!r}, device='{self.device}', "
             f"{self.nbytes / 2**20:.4g} MiB)"
         )
+
+
+def check_scale_values(name: str, scale: Tensor) -> None:
+    """A `ValueError` that begins with `name` unless all values, on the host, are finite and above 0."""
+    for head, x in enumerate(scale.tolist()):
+        if not 0 < x < float("inf"):
+            where = f" for head {head}" if len(scale) > 1 else ""
+            raise ValueError(f"{name} must be finite and above 0 in fp32, got {x}{where}")
 
 
 def _cache_dtype(dtype: str | torch.dtype) -> tuple[str, torch.dtype]:

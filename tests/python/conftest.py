@@ -9,6 +9,7 @@ import torch
 
 import fp8kv
 from fp8kv import _introspect
+from helpers import torch_threads
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -42,3 +43,10 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _introspect.force_cpu_isa(request.param)
     yield request.param
     _introspect.force_cpu_isa(before)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models so small that threads only wait for each other."""
+    with torch_threads(1):
+        yield

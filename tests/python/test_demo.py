@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,11 @@ from typer.testing import CliRunner
 
 import tiny_models
 from fp8kv import _cli, _models, demo, evaluation, load_kv_scales
-from helpers import torch_threads
 
 pytest.importorskip("transformers")
 
 runner = CliRunner()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The models are so small that threads only wait for each other."""
-    with torch_threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import checkpoint_files
 from fp8kv import KVCacheScheme, KVScales, LayerScales, load_kv_scales, reference
-from helpers import assert_same_bytes, raw, torch_threads
+from helpers import assert_same_bytes, raw
 
 transformers = pytest.importorskip("transformers")
 
@@ -29,21 +29,16 @@ from transformers import DynamicCache, StaticCache  # noqa: E402
 
 from fp8kv.transformers import Fp8Cache  # noqa: E402
 
-# Newer releases name the argument `cache`; all of Transformers 5 know this name.
-pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # Newer releases name the argument `cache`; all of Transformers 5 know this name.
+    pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning"),
+]
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LENGTH = 24  # tokens of the sequences
 STEPS = (7, 5, 1, 1, 1, 4, 1, 1, 3)  # they come in these pieces
 LAYERS, KV_HEADS, HEAD_SIZE = 2, 2, 16
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The models are so small that threads only wait for each other."""
-    with torch_threads(1):
-        yield
-
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS,

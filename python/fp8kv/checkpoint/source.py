@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fp8kv.checkpoint.files import INDEX_FILE
 from fp8kv.checkpoint.heads import Heads, heads_of_layers
 from fp8kv.checkpoint.names import parse_scale_name
 from fp8kv.checkpoint.problems import CheckpointError
@@ -18,7 +19,6 @@ from fp8kv.checkpoint.scheme import MODELOPT_FILE, NESTED
 from fp8kv.checkpoint.tensor_file import StoredTensor, read_tensor_file
 
 CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
 _SCALES_FILE = "model-kv-scales.safetensors"
 
@@ -64,7 +64,7 @@ class Source:
                 f"compressed-tensors, got {folder} with {MODELOPT_FILE}"
             )
         config = _read_json(folder, CONFIG)
-        index = _read_json(folder, INDEX) if (folder / INDEX).exists() else None
+        index = _read_json(folder, INDEX_FILE) if (folder / INDEX_FILE).exists() else None
         tensors, metadata, with_scales = {}, {}, set()
         for name in [_SINGLE_FILE] if index is None else _shards(folder, index):
             if not (folder / name).is_file():
@@ -83,7 +83,7 @@ class Source:
 
     def other_files(self) -> list[Path]:
         """Relative paths of what stays as it is when scales are replaced, files of tensors among them."""
-        replaced = {CONFIG, INDEX, self.file_for_scales, *self.with_scales}
+        replaced = {CONFIG, INDEX_FILE, self.file_for_scales, *self.with_scales}
         paths = (path.relative_to(self.folder) for path in _files(self.folder))
         return [path for path in paths if str(path) not in replaced]
 
@@ -140,17 +140,17 @@ class Source:
 def _shards(folder: Path, index: dict[str, Any]) -> list[str]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{folder / INDEX} must have a weight_map, got {weight_map!r}")
+        raise CheckpointError(f"{folder / INDEX_FILE} must have a weight_map, got {weight_map!r}")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{folder / INDEX} must map to files beside it, got {name!r}")
+            raise CheckpointError(f"{folder / INDEX_FILE} must map to files beside it, got {name!r}")
     return sorted(set(weight_map.values()))
 
 
 def _check_index(folder: Path, index: dict[str, Any] | None, name: str, stored: Collection[str]) -> None:
     for tensor, file in index["weight_map"].items() if index else ():
         if file == name and tensor not in stored:
-            raise CheckpointError(f"{folder / name} must have the tensor {tensor!r} that {INDEX} names")
+            raise CheckpointError(f"{folder / name} must have the tensor {tensor!r} that {INDEX_FILE} names")
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fp8kv.checkpoint.files import INDEX_FILE
 from fp8kv.checkpoint.replace import replacing
-from fp8kv.checkpoint.source import CONFIG, INDEX, Source
+from fp8kv.checkpoint.source import CONFIG, Source
 from fp8kv.checkpoint.tensor_file import NewTensor, StoredTensor, write_tensor_file
 from fp8kv.checkpoint.write_config import config_with_scales, without_quantization
 
@@ -173,7 +174,7 @@ def _write_tensors(scales: Mapping[str, NewTensor], source: Source, folder: Path
             },
             "weight_map": {tensor: name for name, tensors in files.items() for tensor in tensors},
         }
-        _write_json(index, folder / INDEX)
+        _write_json(index, folder / INDEX_FILE)
 
 
 def _copy(source: Path, target: Path, link: bool) -> None:
