@@ -113,6 +113,13 @@ DynamicPlan plan_dynamic(const Layout& layout, const TensorView& input, const Te
   };
 
   if (groups == 1 && units > kMaxThreads) {
+    plan.units_per_thread = units_per_thread(kMaxThreads, 2);
+    if (plan.units_per_thread > 0) {
+      plan.path = AmaxPath::Repeated;
+      plan.blocks = ceil_div(units, kMaxThreads / 2);
+      plan.threads = kMaxThreads;
+      return plan;
+    }
     plan.units_per_thread = units_per_thread(max_cluster * kMaxThreads, 1);
     if (plan.units_per_thread > 0) {
       plan.path = AmaxPath::Cluster;
@@ -124,17 +131,18 @@ DynamicPlan plan_dynamic(const Layout& layout, const TensorView& input, const Te
     return plan;
   }
   plan.path = AmaxPath::Groups;
+  plan.gapless = plan.aligned && gapless(layout);
   if (units <= 32) {
-    plan.threads_per_group = static_cast<int>(std::bit_ceil(static_cast<std::uint64_t>(units)));
-    plan.threads = groups * plan.threads_per_group <= 64 * std::int64_t{multiprocessors} ? 64 : 128;
-    plan.blocks = ceil_div(groups, plan.threads / plan.threads_per_group);
+    plan.lanes_per_group = static_cast<int>(std::bit_ceil(static_cast<std::uint64_t>(units)));
+    plan.threads = groups * plan.lanes_per_group <= 64 * std::int64_t{multiprocessors} ? 64 : 128;
+    plan.blocks = ceil_div(groups, plan.threads / plan.lanes_per_group);
     return plan;
   }
-  // Two loads in flight a thread do best; misaligned runs have more to do for each, and like more.
-  plan.units_per_thread = units_per_thread(kMaxThreads, plan.aligned ? 2 : max_units_per_thread);
+  // One unit a thread where all groups are under way at once, else two; misaligned runs have more to do for each, and like more.
+  const bool few = groups * units <= 1024 * std::int64_t{multiprocessors};
+  plan.units_per_thread = units_per_thread(kMaxThreads, !plan.aligned ? max_units_per_thread : few ? 1 : 2);
   plan.threads =
       plan.units_per_thread == 0 ? kMaxThreads : static_cast<int>(round_up(ceil_div(units, plan.units_per_thread), 32));
-  plan.threads_per_group = plan.threads;
   plan.blocks = groups;
   return plan;
 }

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "debug.h"
+#include "dependent_launch.h"
 #include "fastdiv.h"
 #include "fp8kv/kv_cache.h"
 #include "fp8kv/plan.h"
@@ -22,12 +23,19 @@ using device::Unit;
 
 // --- Slots --------------------------------
 
-// The elements of slot_mapping from some token on.
+// The elements of slot_mapping, or of other indices of tokens, from some token on.
 struct Slots {
   const void* data = nullptr;
   std::int64_t step = 1;
   std::int64_t limit = 0;  // slots of the cache
   bool wide = false;       // Int64
+
+  static Slots of(const TensorView& indices, std::int64_t limit) {
+    return {indices.data, indices.strides[0], limit, indices.dtype == DType::Int64};
+  }
+  Slots after(std::int64_t count) const {
+    return {static_cast<const char*>(data) + count * step * (wide ? 8 : 4), step, limit, wide};
+  }
 
   __device__ __forceinline__ std::int64_t operator[](std::int64_t token) const {
     const std::int64_t at = token * step;
@@ -83,17 +91,22 @@ inline bool anything_to_append(const char* op, const TensorView& slot_mapping, c
   return layout.num_slots() > 0;
 }
 
-// launch(layout, slots) for pieces of the tokens that a kernel can count.
+// The view of rows from its token `count` on.
+inline HeadsView after(HeadsView view, std::int64_t count, DType dtype) {
+  view.data = static_cast<char*>(view.data) + count * view.token * size_of(dtype);
+  return view;
+}
+
+// launch(layout, slots) for pieces of at most `tokens` tokens.
 template <class Launch>
-void for_each_piece(const CacheLayout& layout, const CachePlan& plan, const TensorView& slot_mapping, const Launch& launch) {
+void for_each_piece(const CacheLayout& layout, std::int64_t tokens, const TensorView& slot_mapping, const Launch& launch) {
   CacheLayout piece = layout;
-  Slots slots{slot_mapping.data, slot_mapping.strides[0], layout.num_slots(), slot_mapping.dtype == DType::Int64};
+  Slots slots = Slots::of(slot_mapping, layout.num_slots());
   for (std::int64_t left = layout.num_tokens; left > 0; left -= piece.num_tokens) {
-    piece.num_tokens = std::min(plan.tokens, left);
+    piece.num_tokens = std::min(tokens, left);
     launch(piece, slots);
-    for (CacheSide* side : {&piece.key, &piece.value})
-      side->heads.data = static_cast<char*>(side->heads.data) + piece.num_tokens * side->heads.token * size_of(layout.real);
-    slots.data = static_cast<const char*>(slots.data) + piece.num_tokens * slots.step * size_of(slot_mapping.dtype);
+    for (CacheSide* side : {&piece.key, &piece.value}) side->heads = after(side->heads, piece.num_tokens, layout.real);
+    slots = slots.after(piece.num_tokens);
   }
 }
 

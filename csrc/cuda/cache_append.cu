@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(256) append_runs(const __grid_constant__ Appen
   const CacheSide& side = p.sides[blockIdx.y];
   std::uint32_t unit = blockIdx.x * blockDim.x + threadIdx.x;
   if (unit >= p.count) return;
+  device::overlap_neighbors();
   const std::uint32_t token = p.units_per_token.divide(unit);
   const std::int64_t slot = p.slots[token];
   const std::uint32_t head = p.units_per_head.divide(unit);
@@ -48,6 +49,7 @@ __global__ void __launch_bounds__(256) append_elements(const __grid_constant__ A
   const CacheSide& side = p.sides[blockIdx.y];
   const std::int64_t element = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (element >= p.count) return;
+  device::overlap_neighbors();
   const std::int64_t dim = element % p.head_size;
   const std::int64_t head = element / p.head_size % p.num_heads;
   const std::int64_t token = element / p.head_size / p.num_heads;
@@ -63,7 +65,7 @@ template <class Op, class In, class Out>
 void launch(const CacheLayout& layout, const Slots& slots, const CachePlan& plan, cudaStream_t stream) {
   if (plan.path == MapPath::Elements) {
     const AppendElements params(layout, slots, layout.num_tokens * layout.num_heads * layout.head_size);
-    append_elements<Op, In, Out><<<grid_of(params.count, plan), plan.threads, 0, stream>>>(params);
+    launch_dependent(append_elements<Op, In, Out>, grid_of(params.count, plan), plan.threads, stream, params);
     return;
   }
   const std::int64_t units_per_token = layout.num_heads * plan.units_per_head;
@@ -75,13 +77,13 @@ void launch(const CacheLayout& layout, const Slots& slots, const CachePlan& plan
                           .units_per_head = FastDiv(plan.units_per_head),
                           .block_size = FastDiv(layout.block_size)};
   const auto kernel = plan.aligned ? append_runs<Op, In, Out, true> : append_runs<Op, In, Out, false>;
-  kernel<<<grid_of(params.count, plan), plan.threads, 0, stream>>>(params);
+  launch_dependent(kernel, grid_of(params.count, plan), plan.threads, stream, params);
 }
 
 template <class Op, class In, class Out>
 void launch_pieces(const char* op, const CacheLayout& layout, const TensorView& slot_mapping, cudaStream_t stream) {
   const CachePlan plan = plan_append(layout);
-  for_each_piece(layout, plan, slot_mapping, [&](const CacheLayout& piece, const Slots& slots) {
+  for_each_piece(layout, plan.tokens, slot_mapping, [&](const CacheLayout& piece, const Slots& slots) {
     launch<Op, In, Out>(piece, slots, plan, stream);
     check_launch(op);
   });

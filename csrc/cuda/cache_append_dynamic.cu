@@ -30,6 +30,7 @@ __global__ void __launch_bounds__(256) append_dynamic_runs(const __grid_constant
   const std::uint32_t index = thread >> p.threads_log2;
   std::uint32_t head = min(index, p.count - 1);  // whole warps take part in the maximum
   const std::uint32_t token = p.num_heads.divide(head);
+  device::overlap_neighbors();
   const std::int64_t slot = p.slots[token];
   const In* from = row<const In>(side.heads, token, head);
   const auto to = [&] {
@@ -85,6 +86,7 @@ __global__ void __launch_bounds__(256) append_dynamic_elements(const __grid_cons
   const CacheSide& side = p.sides[blockIdx.y];
   const std::int64_t index = (std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarp;
   if (index >= p.count) return;
+  device::overlap_neighbors();
   const std::int64_t head = index % p.num_heads, token = index / p.num_heads, slot = p.slots[token];
   if (!p.slots.contains(slot)) return;
   const std::int64_t block = slot / p.block_size, offset = slot % p.block_size;
@@ -109,7 +111,7 @@ void launch(const CacheLayout& layout, const Slots& slots, const CachePlan& plan
   const std::int64_t heads = layout.num_tokens * layout.num_heads;
   const dim3 grid = grid_of(heads * plan.threads_per_head, plan);
   if (plan.path == MapPath::Elements) {
-    append_dynamic_elements<Fp8, In><<<grid, plan.threads, 0, stream>>>(AppendElements(layout, slots, heads));
+    launch_dependent(append_dynamic_elements<Fp8, In>, grid, plan.threads, stream, AppendElements(layout, slots, heads));
     return;
   }
   const DynamicRuns params{
@@ -124,7 +126,7 @@ void launch(const CacheLayout& layout, const Slots& slots, const CachePlan& plan
   auto kernel = plan.aligned ? append_dynamic_runs<Fp8, In, 2, true> : append_dynamic_runs<Fp8, In, 2, false>;
   if (plan.units_per_thread == 4)
     kernel = plan.aligned ? append_dynamic_runs<Fp8, In, 4, true> : append_dynamic_runs<Fp8, In, 4, false>;
-  kernel<<<grid, plan.threads, 0, stream>>>(params);
+  launch_dependent(kernel, grid, plan.threads, stream, params);
 }
 
 }  // namespace
@@ -138,7 +140,7 @@ void run(const CacheAppendDynamic& problem, void* stream_handle) {
   const CachePlan plan = plan_append_dynamic(layout);
   core::visit_real(layout.real, [&]<class In>(core::Type<In>) {
     core::visit_fp8(layout.element, [&]<class Fp8>(core::Type<Fp8>) {
-      for_each_piece(layout, plan, problem.slot_mapping, [&](const CacheLayout& piece, const Slots& slots) {
+      for_each_piece(layout, plan.tokens, problem.slot_mapping, [&](const CacheLayout& piece, const Slots& slots) {
         launch<Fp8, In>(piece, slots, plan, stream);
         check_launch(op);
       });

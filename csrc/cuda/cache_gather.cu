@@ -97,6 +97,7 @@ __global__ void __launch_bounds__(256) gather_runs(const __grid_constant__ Gathe
   std::uint32_t unit = blockIdx.x * blockDim.x + threadIdx.x;
   const std::uint32_t warp_token = p.first_token + p.units_per_token.quotient(unit & ~31u);
   const std::uint32_t token = p.first_token + p.units_per_token.divide(unit);
+  device::overlap_neighbors();
   std::uint32_t sequence = p.sequences.find_together(static_cast<int>(warp_token));
   if (token - p.first_token >= p.num_tokens) return;
   if (token != warp_token) sequence = p.sequences.find(static_cast<int>(token), sequence);
@@ -147,6 +148,7 @@ template <class Op, class In, class Out>
 __global__ void __launch_bounds__(256) gather_elements(const __grid_constant__ GatherElements p) {
   const std::int64_t element = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (element >= p.count) return;
+  device::overlap_neighbors();
   const std::int64_t dim = element % p.head_size;
   const std::int64_t head = element / p.head_size % p.num_heads;
   const std::int64_t token = element / p.head_size / p.num_heads;
@@ -174,7 +176,7 @@ void launch(const char* op, const CacheLayout& layout, const Sequences& sequence
                                 .num_heads = layout.num_heads,
                                 .head_size = layout.head_size,
                                 .block_size = layout.block_size};
-    gather_elements<Op, In, Out><<<blocks(params.count), plan.threads, 0, stream>>>(params);
+    launch_dependent(gather_elements<Op, In, Out>, blocks(params.count), plan.threads, stream, params);
     return check_launch(op);
   }
   const std::int64_t units_per_token = layout.num_heads * plan.units_per_head;
@@ -189,7 +191,7 @@ void launch(const char* op, const CacheLayout& layout, const Sequences& sequence
   const auto kernel = plan.aligned ? gather_runs<Op, In, Out, true> : gather_runs<Op, In, Out, false>;
   for (; params.first_token < layout.num_tokens; params.first_token += params.num_tokens) {
     params.num_tokens = static_cast<std::uint32_t>(std::min(plan.tokens, layout.num_tokens - params.first_token));
-    kernel<<<blocks(params.num_tokens * units_per_token), plan.threads, 0, stream>>>(params);
+    launch_dependent(kernel, blocks(params.num_tokens * units_per_token), plan.threads, stream, params);
     check_launch(op);
   }
 }

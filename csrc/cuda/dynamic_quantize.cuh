@@ -5,6 +5,7 @@
 #include <cooperative_groups.h>
 
 #include <algorithm>
+#include <bit>
 #include <utility>
 
 #include "../device/amax.h"
@@ -42,20 +43,30 @@ struct Run {
   }
 };
 
-// AmaxPath::Groups: `threads_per_group` threads (all of the block, or a power of two up to 32) hold one run in registers.
-// kUnits: units a thread; 0 reads the run a second time instead.
-template <class Fp8, class In, int kUnits, bool kAligned>
+// How the runs of AmaxPath::Groups lie. Gapless: aligned, and one after the other in one contiguous piece, so that the data can be
+// asked for before anything else is known.
+enum class Runs : std::uint8_t { Any, Aligned, Gapless };
+
+// AmaxPath::Groups: the threads of a group hold its run in registers. kUnits: units a thread; 0 reads the run a second time
+// instead. kLanes: a group has 2^lanes_log2 lanes of a warp, not a block.
+template <class Fp8, class In, int kUnits, Runs kRuns, bool kLanes>
 __global__ void __launch_bounds__(1024)
     quantize_groups(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scales,
-                    const float* __restrict__ upper_bound, const __grid_constant__ Walk walk, int threads_per_group) {
+                    const float* __restrict__ upper_bound, const __grid_constant__ Walk walk, int lanes_log2) {
   using Op = device::QuantizeOp<Fp8>;
-  __shared__ std::uint32_t scratch[32];
-  const std::uint32_t lane = threadIdx.x % threads_per_group;
-  const std::uint32_t group = blockIdx.x * (blockDim.x / threads_per_group) + threadIdx.x / threads_per_group;
-  const std::uint32_t units = group < walk.count ? walk.units_per_run.divisor : 0;
-  const Offsets at = walk.at<-1>(min(group, walk.count - 1));
-  const Run<Fp8, In, kAligned> run{input + at.in, result + at.out, walk.run};
-  const float bound = device::bound_of(upper_bound);
+  const std::uint32_t threads = kLanes ? 1u << lanes_log2 : blockDim.x;
+  const std::uint32_t lane = kLanes ? threadIdx.x & (threads - 1) : threadIdx.x;
+  std::uint32_t group = kLanes ? (blockIdx.x * blockDim.x + threadIdx.x) >> lanes_log2 : blockIdx.x;
+  const bool works = !kLanes || group < walk.count;
+  if constexpr (kLanes) group = min(group, walk.count - 1);  // whole warps take part in the maximum
+  const std::uint32_t units = works ? walk.units_per_run.divisor : 0;
+  device::overlap_neighbors();
+  Offsets at;
+  if constexpr (kRuns == Runs::Gapless)
+    at.in = at.out = group * walk.run;
+  else
+    at = walk.at<-1>(group);
+  const Run<Fp8, In, kRuns != Runs::Any> run{input + at.in, result + at.out, walk.run};
 
   constexpr int kHeld = kUnits > 0 ? kUnits : 1;
   Unit<In> held[kHeld];
@@ -63,36 +74,76 @@ __global__ void __launch_bounds__(1024)
   if constexpr (kUnits > 0) {
 #pragma unroll
     for (int k = 0; k < kUnits; ++k) {
-      const std::uint32_t unit = lane + k * threads_per_group;
+      const std::uint32_t unit = lane + k * threads;
       held[k] = unit < units ? run.load(run.cut(unit)) : Unit<In>{};
     }
 #pragma unroll
     for (int k = 0; k < kUnits; ++k) bits = max(bits, device::finite_max_bits(held[k]));
   } else {
 #pragma unroll 4
-    for (std::uint32_t unit = lane; unit < units; unit += threads_per_group)
+    for (std::uint32_t unit = lane; unit < units; unit += threads)
       bits = max(bits, device::finite_max_bits(run.load(run.cut(unit))));
   }
-  bits = threads_per_group > 32 ? device::block_max(bits, scratch) : device::lanes_max(bits, threads_per_group);
+  const float bound = device::bound_of(upper_bound);
+  if constexpr (kRuns == Runs::Gapless) at.scale = walk.at<-1>(group).scale;
+  if constexpr (kLanes) {
+    bits = device::lanes_max(bits, static_cast<int>(threads));
+  } else {
+    __shared__ std::uint32_t scratch[32];
+    bits = device::block_max(bits, scratch);
+  }
 
   const float scale = device::scale_of<Fp8>(device::magnitude<In>(bits), bound);
   const auto prepared = Op::prepare(scale);
-  if (lane == 0 && group < walk.count) scales[at.scale] = scale;
+  if (lane == 0 && works) scales[at.scale] = scale;
   if constexpr (kUnits > 0) {
 #pragma unroll
     for (int k = 0; k < kUnits; ++k) {
-      const std::uint32_t unit = lane + k * threads_per_group;
+      const std::uint32_t unit = lane + k * threads;
       if (unit >= units) break;
       const Cut cut = run.cut(unit);
       if (cut.range.begin < cut.range.end) quantize_unit(held[k], run.out, cut, prepared);
     }
   } else {
 #pragma unroll 4
-    for (std::uint32_t unit = lane; unit < units; unit += threads_per_group) {
+    for (std::uint32_t unit = lane; unit < units; unit += threads) {
       const Cut cut = run.cut(unit);
       if (cut.range.begin < cut.range.end) quantize_unit(run.load(cut), run.out, cut, prepared);
     }
   }
+}
+
+// AmaxPath::Repeated: one run, one scale. Every block finds the maximum of all of it, which takes less time than asking other
+// blocks, and quantizes its own kRepeatedShare units.
+constexpr int kRepeatedThreads = 1024;
+constexpr int kRepeatedShare = 512;
+
+template <class Fp8, class In, int kUnits, bool kAligned>
+__global__ void __launch_bounds__(kRepeatedThreads)
+    quantize_repeated(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scale_out,
+                      const float* __restrict__ upper_bound, std::int64_t size, std::uint32_t units) {
+  using Op = device::QuantizeOp<Fp8>;
+  __shared__ std::uint32_t scratch[32];
+  device::overlap_neighbors();
+  const Run<Fp8, In, kAligned> run{input, result, size};
+  const std::uint32_t own_unit = blockIdx.x * kRepeatedShare + threadIdx.x;
+  const bool quantizes = threadIdx.x < kRepeatedShare && own_unit < units;
+  const Cut cut = run.cut(own_unit);
+  const Unit<In> own = quantizes ? run.load(cut) : Unit<In>{};
+  Unit<In> held[kUnits];
+#pragma unroll
+  for (int k = 0; k < kUnits; ++k) {
+    const std::uint32_t unit = threadIdx.x + k * kRepeatedThreads;
+    held[k] = unit < units ? run.load(run.cut(unit)) : Unit<In>{};
+  }
+  const float bound = device::bound_of(upper_bound);
+  std::uint32_t bits = 0;
+#pragma unroll
+  for (int k = 0; k < kUnits; ++k) bits = max(bits, device::finite_max_bits(held[k]));
+  bits = device::block_max(bits, scratch);
+  const float scale = device::scale_of<Fp8>(device::magnitude<In>(bits), bound);
+  if (own_unit == 0) *scale_out = scale;
+  if (quantizes && cut.range.begin < cut.range.end) quantize_unit(own, result, cut, Op::prepare(scale));
 }
 
 // AmaxPath::Cluster: one run, one scale, one thread block cluster. Every block sends its maximum to all others.
@@ -256,12 +307,28 @@ struct DynamicLauncher {
     if (plan.path == AmaxPath::Whole) return launch_whole(piece, plan);
     if constexpr (kUnits > 0) {
       if (plan.path == AmaxPath::Cluster) return launch_cluster<kUnits>(piece, plan);
+      if (plan.path == AmaxPath::Repeated) return launch_repeated<kUnits>(piece, plan);
     }
     const Layout& part = piece.layout;
     const Walk walk = Walk::over(part, part.ndim - 1, plan.units_per_run, part.numel / part.run().size);
-    const auto kernel = plan.aligned ? quantize_groups<Fp8, In, kUnits, true> : quantize_groups<Fp8, In, kUnits, false>;
-    kernel<<<static_cast<unsigned>(plan.blocks), plan.threads, 0, stream>>>(
-        input + piece.in, result + piece.out, scale + piece.scale, upper_bound, walk, plan.threads_per_group);
+    const auto kernel = plan.lanes_per_group > 0 ? groups_kernel<1, true>(plan) : groups_kernel<kUnits, false>(plan);
+    launch_dependent(kernel, static_cast<unsigned>(plan.blocks), plan.threads, stream, input + piece.in, result + piece.out,
+                     scale + piece.scale, upper_bound, walk, std::countr_zero(static_cast<unsigned>(plan.lanes_per_group)));
+  }
+
+  template <int kUnits, bool kLanes>
+  static auto groups_kernel(const DynamicPlan& plan) {
+    if constexpr (kUnits == 1 || kUnits == 2)
+      if (plan.gapless) return quantize_groups<Fp8, In, kUnits, Runs::Gapless, kLanes>;
+    return plan.aligned ? quantize_groups<Fp8, In, kUnits, Runs::Aligned, kLanes>
+                        : quantize_groups<Fp8, In, kUnits, Runs::Any, kLanes>;
+  }
+
+  template <int kUnits>
+  void launch_repeated(const core::Piece& piece, const DynamicPlan& plan) const {
+    const auto kernel = plan.aligned ? quantize_repeated<Fp8, In, kUnits, true> : quantize_repeated<Fp8, In, kUnits, false>;
+    launch_dependent(kernel, static_cast<unsigned>(plan.blocks), plan.threads, stream, input + piece.in, result + piece.out,
+                     scale + piece.scale, upper_bound, piece.layout.run().size, static_cast<std::uint32_t>(plan.units_per_run));
   }
 
   template <int kUnits>

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <mutex>
 
+#include "dependent_launch.h"
+
 namespace fp8kv::cuda {
 namespace {
 
@@ -46,9 +48,7 @@ bool launches_early(unsigned blocks) {
     const char* value = std::getenv("FP8KV_PDL");
     return value && std::strcmp(value, "1") == 0;
   }();
-  if (!wanted) return false;
-  const DeviceLimits& limits = device_limits();
-  return limits.early_launches && blocks <= 8u * static_cast<unsigned>(limits.multiprocessors);
+  return wanted && blocks <= device::kMaxDependentBlocks && device_limits().early_launches;
 }
 
 }  // namespace fp8kv::cuda

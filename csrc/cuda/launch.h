@@ -41,23 +41,23 @@ inline int multiprocessors() { return device_limits().multiprocessors; }
 // devices that can.
 bool launches_early(unsigned blocks);
 
-// kernel<<<blocks, threads, 0, stream>>>(params) of a kernel that calls wait_for_predecessor().
-template <class Params>
-void launch_dependent(void (*kernel)(Params), unsigned blocks, int threads, cudaStream_t stream, const Params& params) {
-  if (!launches_early(blocks)) {
-    kernel<<<blocks, threads, 0, stream>>>(params);
+// kernel<<<grid, threads, 0, stream>>>(arguments...) of a kernel that calls device::overlap_neighbors().
+template <class... Params, class... Arguments>
+void launch_dependent(void (*kernel)(Params...), dim3 grid, int threads, cudaStream_t stream, const Arguments&... arguments) {
+  if (!launches_early(grid.x * grid.y)) {
+    kernel<<<grid, threads, 0, stream>>>(arguments...);
     return;
   }
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = blocks;
+  config.gridDim = grid;
   config.blockDim = threads;
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, kernel, params);
+  cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 }  // namespace fp8kv::cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "convert.h"
+#include "dependent_launch.h"
 #include "fp8kv/plan.h"
 #include "launch.h"
 #include "layout.h"
@@ -27,6 +28,7 @@ __global__ void __launch_bounds__(256) map_runs(const In* __restrict__ input, Ou
                                                 const float* __restrict__ scales, const __grid_constant__ Walk walk) {
   std::uint32_t unit = blockIdx.x * blockDim.x + threadIdx.x;
   if (unit >= walk.count) return;
+  device::overlap_neighbors();
   std::int64_t in = std::int64_t{unit} * kUnit, out = in;
   Unit<In> raw;
   if constexpr (kGapless) raw = device::load_aligned(input + in);
@@ -47,6 +49,7 @@ __global__ void __launch_bounds__(256) map_runs_any(const In* __restrict__ input
                                                     const float* __restrict__ scales, const __grid_constant__ Walk walk) {
   std::uint32_t unit = blockIdx.x * blockDim.x + threadIdx.x;
   if (unit >= walk.count) return;
+  device::overlap_neighbors();
   const Offsets at = walk.at<-1>(walk.units_per_run.divide(unit));
   const Cut cut = cut_unit(result + at.out, unit, walk.run);
   if (cut.range.begin >= cut.range.end) return;
@@ -98,6 +101,7 @@ __global__ void __launch_bounds__(256)
                         const __grid_constant__ Walk walk, const __grid_constant__ RunScales run_scales) {
   std::uint32_t unit = blockIdx.x * blockDim.x + threadIdx.x;
   if (unit >= walk.count) return;
+  device::overlap_neighbors();
   const std::int64_t first = std::int64_t{unit} * kUnit;
   const Unit<In> raw = device::load_aligned(input + first);
   walk.units_per_run.divide(unit);
@@ -117,6 +121,7 @@ __global__ void __launch_bounds__(256)
                 const __grid_constant__ RunScales run_scales) {
   std::uint32_t unit = blockIdx.x * blockDim.x + threadIdx.x;
   if (unit >= walk.count) return;
+  device::overlap_neighbors();
   std::uint32_t group = walk.units_per_run.divide(unit);
   const std::uint32_t outer = rows.groups.divide(group);
   const Offsets at = walk.at<-1>(outer);
@@ -158,6 +163,7 @@ __global__ void __launch_bounds__(256)
                     const __grid_constant__ Walk walk, const __grid_constant__ RunScales run_scales) {
   std::uint32_t unit = blockIdx.x * blockDim.x + threadIdx.x;
   if (unit >= walk.count) return;
+  device::overlap_neighbors();
   const Offsets at = walk.at<-1>(walk.units_per_run.divide(unit));
   const Cut cut = cut_unit(result + at.out, unit, walk.run);
   if (cut.range.begin >= cut.range.end) return;
@@ -193,6 +199,7 @@ __global__ void __launch_bounds__(256)
                  const __grid_constant__ Walk walk, const __grid_constant__ FlatRows flat) {
   const std::uint32_t element = blockIdx.x * blockDim.x + threadIdx.x;
   if (element >= walk.count) return;
+  device::overlap_neighbors();
   const Offsets at = walk.at<-1>(element);
   const auto scale = Op::prepare(__ldg(scales + at.scale + flat.offset(element)));
   result[at.out] = device::map_element<Op, Out>(input[at.in], scale);
@@ -217,8 +224,8 @@ struct MapLauncher {
   template <class... Params>
   void launch(void (*kernel)(const In*, Out*, const float*, Params...), const core::Piece& piece, const MapPlan& plan,
               const Params&... params) const {
-    kernel<<<static_cast<unsigned>(plan.blocks), plan.threads, 0, stream>>>(input + piece.in, result + piece.out,
-                                                                            scales + piece.scale, params...);
+    launch_dependent(kernel, static_cast<unsigned>(plan.blocks), plan.threads, stream, input + piece.in, result + piece.out,
+                     scales + piece.scale, params...);
   }
 
   void runs(const core::Piece& piece, const MapPlan& plan) const {

@@ -112,8 +112,7 @@ __global__ void __launch_bounds__(256) rope_append_runs(const __grid_constant__ 
   const std::uint32_t token = s.threads_per_token.divide(unit);
   const std::uint32_t first_head = p.threads_per_head.divide(unit) * kHeads;
 
-  device::release_successor();
-  device::wait_for_predecessor();
+  device::overlap_neighbors();
   const std::int64_t position = kRope == Rope::None ? 0 : p.positions[token];
   const std::int64_t slot = is_query ? 0 : p.slots[token];
   const bool rotates = kRope != Rope::None && transforms && unit < p.rotary_units;
@@ -270,6 +269,7 @@ __global__ void __launch_bounds__(256) rope_append_elements(const __grid_constan
   const RopeLayout& l = p.layout;
   const std::int64_t warp = (std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32, token = warp / p.heads;
   if (token >= l.cache.num_tokens) return;
+  device::overlap_neighbors();
   const unsigned lane = threadIdx.x % 32;
   const std::int64_t index = warp % p.heads;
   const bool is_query = index < l.num_heads;
@@ -299,10 +299,6 @@ __global__ void __launch_bounds__(256) rope_append_elements(const __grid_constan
   }
 }
 
-std::uint32_t blocks_for(std::int64_t threads, const RopePlan& plan) {
-  return static_cast<std::uint32_t>(core::ceil_div(threads, plan.threads));
-}
-
 template <class In, class Fp8, int kHeads>
 void launch_runs(const RopeLayout& l, const Slots& slots, const Slots& positions, const RopePlan& plan, cudaStream_t stream) {
   const CacheLayout& cache = l.cache;
@@ -319,7 +315,7 @@ void launch_runs(const RopeLayout& l, const Slots& slots, const Slots& positions
               .heads = static_cast<std::uint32_t>(heads),
               .threads = static_cast<std::uint32_t>(threads),
               .first_block = blocks};
-    blocks += blocks_for(threads, plan);
+    blocks += static_cast<std::uint32_t>(core::ceil_div(threads, plan.threads));
     return s;
   };
   RopeRuns params{.slots = slots,
@@ -367,34 +363,24 @@ void launch(const RopeLayout& layout, const Slots& slots, const Slots& positions
       return plan.heads_per_thread == 2 ? launch_runs<In, Out, 2>(layout, slots, positions, plan, stream)
                                         : launch_runs<In, Out, 1>(layout, slots, positions, plan, stream);
   const std::int64_t heads = layout.num_heads + 2 * layout.cache.num_heads;
-  const RopeElements params{layout, slots, positions, heads};
-  rope_append_elements<Op, In, Out>
-      <<<blocks_for(32 * heads * layout.cache.num_tokens, plan), plan.threads, 0, stream>>>(params);
+  const auto blocks = static_cast<unsigned>(core::ceil_div(32 * heads * layout.cache.num_tokens, plan.threads));
+  launch_dependent(rope_append_elements<Op, In, Out>, blocks, plan.threads, stream,
+                   RopeElements{layout, slots, positions, heads});
 }
 
-// Pieces of the tokens that a kernel can count.
 template <class Op, class In, class Out>
 void launch_pieces(const char* op, const RopeQuantAppend& problem, const RopeLayout& layout, cudaStream_t stream) {
   const RopePlan plan = plan_rope(layout);
   RopeLayout piece = layout;
-  const auto indices = [](const TensorView& view, std::int64_t limit) {
-    return Slots{view.data, view.strides[0], limit, view.dtype == DType::Int64};
-  };
-  Slots slots = indices(problem.slot_mapping, layout.cache.num_slots());
-  Slots positions = problem.positions ? indices(*problem.positions, layout.max_position) : Slots{};
-  CacheLayout& cache = piece.cache;
-  for (std::int64_t left = layout.cache.num_tokens; left > 0; left -= cache.num_tokens) {
-    cache.num_tokens = std::min(plan.tokens, left);
+  Slots positions = problem.positions ? Slots::of(*problem.positions, layout.max_position) : Slots{};
+  for_each_piece(layout.cache, plan.tokens, problem.slot_mapping, [&](const CacheLayout& cache, const Slots& slots) {
+    piece.cache = cache;
     launch<Op, In, Out>(piece, slots, positions, plan, stream);
     check_launch(op);
-    const auto advance = [&](HeadsView& view, DType dtype) {
-      view.data = static_cast<char*>(view.data) + cache.num_tokens * view.token * size_of(dtype);
-    };
-    for (HeadsView* view : {&piece.query, &cache.key.heads, &cache.value.heads}) advance(*view, cache.real);
-    advance(piece.query_out, piece.query_element);
-    for (Slots* index : {&slots, &positions})
-      index->data = static_cast<const char*>(index->data) + cache.num_tokens * index->step * (index->wide ? 8 : 4);
-  }
+    piece.query = after(piece.query, cache.num_tokens, cache.real);
+    piece.query_out = after(piece.query_out, cache.num_tokens, layout.query_element);
+    positions = positions.after(cache.num_tokens);
+  });
 }
 
 }  // namespace

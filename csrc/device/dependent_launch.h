@@ -1,19 +1,18 @@
 // Programmatic dependent launch (compute capability 9.0 and higher): a kernel that begins before its predecessor in the stream
-// has ended. Without the launch attribute both functions do nothing.
+// has ended. Without the launch attribute this does nothing.
 #pragma once
 
 namespace fp8kv::device {
 
-// Lets the next kernel begin, if it was launched so.
-__device__ __forceinline__ void release_successor() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
+// Grids of more blocks don't take part: the instructions cost large grids of small blocks 15%.
+inline constexpr unsigned kMaxDependentBlocks = 2048;
 
-// Returns when the predecessor has ended and all it wrote can be read. Before the first access to global memory.
-__device__ __forceinline__ void wait_for_predecessor() {
+// What every kernel of cuda::launch_dependent does before its first access to global memory: lets the next kernel begin, if that
+// was launched so, and waits until the predecessor has ended and all it wrote can be read.
+__device__ __forceinline__ void overlap_neighbors() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (gridDim.x * gridDim.y > kMaxDependentBlocks) return;
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }

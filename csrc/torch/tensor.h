@@ -41,16 +41,16 @@ inline DType dtype_of(const Tensor& tensor) {
 }
 
 inline TensorView view(const Tensor& tensor) {
+  static const std::int32_t cpu = aoti_torch_device_type_cpu(), cuda = aoti_torch_device_type_cuda();
   TensorView v{.data = tensor.data_ptr(), .dtype = dtype_of(tensor)};
   std::int32_t type = 0;
+  std::int64_t *sizes = nullptr, *strides = nullptr;  // of the tensor's; sizes() and strides() would each ask for ndim too
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
-  v.device.type = type == aoti_torch_device_type_cpu()    ? Device::Type::CPU
-                  : type == aoti_torch_device_type_cuda() ? Device::Type::CUDA
-                                                          : Device::Type::Other;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
+  v.device.type = type == cpu ? Device::Type::CPU : type == cuda ? Device::Type::CUDA : Device::Type::Other;
   v.device.index = tensor.get_device_index();
-  const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
-  v.ndim = static_cast<int>(sizes.size());
+  v.ndim = static_cast<int>(tensor.dim());
   for (int i = 0; i < v.ndim && i < kMaxDims; ++i) {
     v.sizes[i] = sizes[i];
     v.strides[i] = strides[i];

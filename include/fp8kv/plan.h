@@ -42,6 +42,7 @@ FP8KV_API MapPlan plan_map(const Layout& layout, const TensorView& input, const 
 // How an operation with scales of its own finds the largest magnitude of each group.
 enum class AmaxPath : std::uint8_t {
   Groups,     // every run is a group: it stays in the registers of a few threads between the two passes
+  Repeated,   // one group of one run, of a few blocks' size: every block finds the maximum of all of it
   Cluster,    // one group of one run that fits the registers of one thread block cluster
   Whole,      // one group of one run: a cooperative kernel keeps what it can on the chip between the two passes
   TwoPasses,  // anything: atomic maxima into the scales, then the elementwise kernel
@@ -50,6 +51,7 @@ enum class AmaxPath : std::uint8_t {
 constexpr const char* name(AmaxPath path) {
   switch (path) {
     case AmaxPath::Groups: return "groups";
+    case AmaxPath::Repeated: return "repeated";
     case AmaxPath::Cluster: return "cluster";
     case AmaxPath::Whole: return "whole";
     case AmaxPath::TwoPasses: break;
@@ -60,9 +62,10 @@ constexpr const char* name(AmaxPath path) {
 struct DynamicPlan {
   AmaxPath path = AmaxPath::TwoPasses;
   bool aligned = false;
+  bool gapless = false;         // Groups: aligned, and the input and the result are one contiguous piece each
   int threads = 256;            // per block
-  int threads_per_group = 256;  // Groups: a power of two
-  int units_per_thread = 1;     // Groups, Cluster: kept in registers; 0: the run is read twice
+  int lanes_per_group = 0;      // Groups: a power of two up to 32; 0 for a block
+  int units_per_thread = 1;     // Groups, Repeated, Cluster: kept in registers; 0: the run is read twice
   std::int64_t units_per_run = 1;
   std::int64_t blocks = 0;
 };

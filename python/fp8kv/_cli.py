@@ -74,6 +74,7 @@ def bench(
     peers: Annotated[
         bool, typer.Option(help="Also PyTorch eager, torch.compile and, if installed, vLLM.")
     ] = False,
+    warm: Annotated[bool, typer.Option(help="Keep all buffers in the L2 cache of the GPU.")] = False,
     json: Annotated[OptionalPath, typer.Option(help="Write all numbers to this file.")] = None,
     plot: Annotated[OptionalPath, typer.Option(help="Write a chart (PNG) to this file.")] = None,
 ) -> None:
@@ -84,7 +85,7 @@ def bench(
     try:
         with console.status("...") as status:
             report = benchmarks.run(
-                _device(device), what, quick=quick, only=only, peers=peers, progress=status.update
+                _device(device), what, quick=quick, only=only, peers=peers, warm=warm, progress=status.update
             )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

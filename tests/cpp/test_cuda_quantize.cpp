@@ -53,6 +53,8 @@ const Case kCases[] = {
     {"tensor_odd", {7, 131}, {1}, std::nullopt},
     {"tensor_misaligned", {7, 136}, {1}, std::nullopt, Memory::Contiguous, Memory::Contiguous, 3},
     {"tensor_one_element", {1}, {1}, std::nullopt},
+    {"tensor_repeated", {16, 4096}, {1}, GroupShape{-1, -1}},
+    {"tensor_repeated_odd", {3, 10007}, {1}, GroupShape{-1, -1}, Memory::Contiguous, Memory::Contiguous, 1},
     {"tensor_cluster", {24, 4096}, {1}, GroupShape{-1, -1}},
     {"tensor_cluster_odd", {3, 43691}, {1}, GroupShape{-1, -1}, Memory::Contiguous, Memory::Contiguous, 1},
     {"tensor_whole", {700, 4096}, {1}, GroupShape{-1, -1}},

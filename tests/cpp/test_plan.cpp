@@ -82,13 +82,14 @@ TEST(PlanDynamic, ARowStaysInRegisters) {
   const DynamicPlan plan = dynamic(problem(100, 4096, {1, -1}));
   EXPECT_EQ(plan.path, AmaxPath::Groups);
   EXPECT_EQ(plan.blocks, 100);
-  EXPECT_GE(plan.threads_per_group * plan.units_per_thread * kUnit, 4096);
+  EXPECT_EQ(plan.lanes_per_group, 0);
+  EXPECT_GE(plan.threads * plan.units_per_thread * kUnit, 4096);
 }
 
 TEST(PlanDynamic, ShortGroupsShareAWarp) {
   const DynamicPlan plan = dynamic(problem(100, 4096, {1, 128}));
   EXPECT_EQ(plan.path, AmaxPath::Groups);
-  EXPECT_EQ(plan.threads_per_group, 16);
+  EXPECT_EQ(plan.lanes_per_group, 16);
   EXPECT_EQ(plan.blocks, 100 * 32 / (plan.threads / 16));
 }
 
@@ -99,11 +100,27 @@ TEST(PlanDynamic, AVeryLongRowIsReadTwice) {
   EXPECT_EQ(plan.threads, 1024);
 }
 
-TEST(PlanDynamic, PerTensorGrowsFromABlockToAClusterToTheWholeDevice) {
+TEST(PlanDynamic, PerTensorGrowsFromABlockToTheWholeDevice) {
   EXPECT_EQ(dynamic(problem(1, 4096, {-1, -1})).path, AmaxPath::Groups);
-  EXPECT_EQ(dynamic(problem(16, 4096, {-1, -1})).path, AmaxPath::Cluster);
-  EXPECT_EQ(dynamic(problem(16, 4096, {-1, -1}), 0).path, AmaxPath::Whole);
+  EXPECT_EQ(dynamic(problem(16, 4096, {-1, -1})).path, AmaxPath::Repeated);
+  EXPECT_EQ(dynamic(problem(17, 4096, {-1, -1})).path, AmaxPath::Cluster);
+  EXPECT_EQ(dynamic(problem(17, 4096, {-1, -1}), 0).path, AmaxPath::Whole);
   EXPECT_EQ(dynamic(problem(4096, 4096, {-1, -1})).path, AmaxPath::Whole);
+}
+
+TEST(PlanDynamic, RepeatedBlocksReadAllAndShareTheResult) {
+  const DynamicPlan plan = dynamic(problem(5, 2000, {-1, -1}));  // 1250 units
+  EXPECT_EQ(plan.path, AmaxPath::Repeated);
+  EXPECT_EQ(plan.threads, 1024);
+  EXPECT_EQ(plan.units_per_thread, 2);
+  EXPECT_EQ(plan.blocks, 3);  // of 512 units
+}
+
+TEST(PlanDynamic, OneUnitAThreadWhereAllRowsAreUnderWayAtOnce) {
+  EXPECT_EQ(dynamic(problem(128, 4096, {1, -1})).units_per_thread, 1);
+  EXPECT_EQ(dynamic(problem(128, 4096, {1, -1})).threads, 512);
+  EXPECT_EQ(dynamic(problem(1024, 4096, {1, -1})).units_per_thread, 2);
+  EXPECT_EQ(dynamic(problem(1024, 4096, {1, -1})).threads, 256);
 }
 
 TEST(PlanDynamic, OtherGroupsTakeTwoPasses) {

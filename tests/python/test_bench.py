@@ -25,7 +25,7 @@ def small_caches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def cache_case(work: str) -> kv_cache.CacheCase:
     """The work with 16 tokens of 8 heads of 128."""
-    (case,) = [case for case in kv_cache.cases(CPU, quick=True) if case.work == work]
+    (case,) = [case for case in kv_cache.cases(CPU, quick=True, warm=False) if case.work == work]
     return case
 
 
@@ -142,12 +142,12 @@ def test_the_bytes_a_cache_operator_moves(work: str, size: int) -> None:
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_no_geometry_is_measured_twice(kind: str) -> None:
-    cases = [(case.work, case.shape) for case in kv_cache.cases(torch.device(kind), quick=False)]
+    cases = [(case.work, case.shape) for case in kv_cache.cases(torch.device(kind), quick=False, warm=False)]
     assert len(cases) == len(set(cases)) == 6 * 5 * {"cpu": 4, "cuda": 6}[kind]
 
 
 def test_the_caches_of_all_geometries_lie_in_the_same_memory(small_caches: None) -> None:
-    caches = kv_cache.Caches(CPU)
+    caches = kv_cache.Caches(CPU, warm=False)
     for heads, head_size in kv_cache.GEOMETRIES:
         for layout in ("NHD", "HND"):
             k, v = caches.views(heads, head_size, layout)

@@ -3,7 +3,9 @@
 On CUDA the time is that of one call inside a CUDA graph of many calls over rotating buffers, so that neither
 the host nor the L2 cache flatters. **Floor** is the better of `cudaMemcpyAsync` and a plain 16-byte copy
 kernel, moving as many bytes as the operator reads and writes, measured the same way in the same run;
-**share** is floor / time. On CPU the floor is a copy with as many threads as the operator has.
+**share** is floor / time. A **warm** run rotates over buffers and caches that fit the L2 cache together:
+there an operator finds what the kernel before it has just written. On CPU the floor is a copy with as many
+threads as the operator has.
 
 Example:
     >>> import fp8kv.bench
@@ -28,9 +30,9 @@ __all__ = ["SUITES", "Report", "Row", "Suite", "host_table", "plot", "run", "tab
 
 
 class Suite(NamedTuple):
-    """What one benchmark measures, from a device and, for the cases, whether they shall be few."""
+    """What one benchmark measures, from a device and, for the cases, whether they shall be few, and warm."""
 
-    cases: Callable[[torch.device, bool], Iterable[Case[Any]]]
+    cases: Callable[[torch.device, bool, bool], Iterable[Case[Any]]]
     host_calls: Callable[[torch.device], dict[str, Call]]
     peers: tuple[str, ...] = PEERS
 
@@ -49,6 +51,7 @@ def run(
     quick: bool = False,
     only: str = "",
     peers: bool = False,
+    warm: bool = False,
     host: bool = True,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
@@ -62,11 +65,13 @@ def run(
             this.
         peers: also measures PyTorch eager, torch.compile and, when it is installed, vLLM. One that raises is
             left out, with a note in the report.
+        warm: keeps all buffers within the L2 cache, on CUDA; leaves out works that don't fit.
         host: also measures what an eager call costs the host.
         progress: is told what is measured next.
 
     Raises:
-        ValueError: there is no such benchmark or device, or nothing matches `only` and fits into its memory.
+        ValueError: there is no such benchmark or device, nothing matches `only` and fits into its memory, or
+            `warm` is asked for on the CPU.
     """
     if what not in SUITES:
         *others, last = (f'"{name}"' for name in SUITES)
@@ -75,14 +80,15 @@ def run(
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("fp8kv.bench: device cuda is not available to PyTorch here")
+    if warm and device.type != "cuda":
+        raise ValueError("fp8kv.bench: warm buffers are measured on cuda only")
     suite = SUITES[what]
-    cases = [case for case in suite.cases(device, quick) if only in case.name]
+    cases = [case for case in suite.cases(device, quick, warm) if only in case.name]
     if not cases:
         raise ValueError(f"fp8kv.bench: no work matches {only!r}")
     with torch.inference_mode():
-        report = run_cases(what, device, cases, quick, suite.peers if peers else (), progress)
-        if what == "decode" and device.type == "cuda" and os.environ.get("FP8KV_PDL") == "1":
-            report.note("with programmatic dependent launch (FP8KV_PDL=1)", "all of few blocks")
+        report = run_cases(what, device, cases, quick, suite.peers if peers else (), warm, progress)
+        report.pdl = device.type == "cuda" and os.environ.get("FP8KV_PDL") == "1"
         if not report.rows:
             raise ValueError(f"fp8kv.bench: {'; '.join(report.notes)}")
         if host:

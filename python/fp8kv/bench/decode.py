@@ -46,8 +46,8 @@ MAX_POSITION = 8192
 NORM_EPS = 1e-6
 
 
-def cases(device: torch.device, quick: bool) -> Iterator[StepCase]:
-    caches = Caches(device)
+def cases(device: torch.device, quick: bool, warm: bool) -> Iterator[StepCase]:
+    caches = Caches(device, warm)
     for work, (layout, rope, norm) in WORKS.items():
         for geometry in QUICK_GEOMETRIES if quick else GEOMETRIES:
             for tokens in (QUICK_TOKENS if quick else TOKENS)[device.type]:

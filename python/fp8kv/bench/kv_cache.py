@@ -1,8 +1,8 @@
 """The operators of the paged KV cache, on the geometries of known models.
 
 All caches of a run lie in the same two pieces of memory, one for K and one for V, which fit into no cache of
-the hardware. Every call has keys, values and slots of its own; the slots are random and distinct. A gather
-reads sequences of at most 1024 tokens in random blocks.
+the hardware unless the run is warm. Every call has keys, values and slots of its own; the slots are random
+and distinct. A gather reads sequences of at most 1024 tokens in random blocks.
 
 FlashInfer is no peer: its append_paged_kv_cache copies and does not quantize.
 """
@@ -45,13 +45,14 @@ TOKENS = {"cuda": (1, 16, 128, 1024, 8192, 65536), "cpu": (1, 128, 1024, 8192)}
 QUICK_GEOMETRIES = ((8, 128),)
 QUICK_TOKENS = {"cuda": (16, 1024), "cpu": (16,)}
 CACHE_BYTES = {"cuda": 512 << 20, "cpu": 128 << 20}  # of K, and of V
+WARM_CACHE_BYTES = 8 << 20
 BLOCK_SIZE = 16
 MAX_SEQ_LEN = 1024
 FORMAT = "fp8"
 
 
-def cases(device: torch.device, quick: bool) -> Iterator[CacheCase]:
-    caches = Caches(device)
+def cases(device: torch.device, quick: bool, warm: bool) -> Iterator[CacheCase]:
+    caches = Caches(device, warm)
     for work, (op, layout, per_head) in WORKS.items():
         for geometry in QUICK_GEOMETRIES if quick else GEOMETRIES:
             for tokens in (QUICK_TOKENS if quick else TOKENS)[device.type]:
@@ -63,12 +64,14 @@ class Caches:
     """The memory of K and of V, taken when it is first asked for."""
 
     device: torch.device
+    warm: bool
 
     @cached_property
     def memory(self) -> list[Tensor]:
         """Random finite values."""
         pieces = torch.randint(127, (2, 1 << 20), dtype=torch.uint8, device=self.device)
-        return [piece.repeat(CACHE_BYTES[self.device.type] >> 20) for piece in pieces]
+        size = WARM_CACHE_BYTES if self.warm else CACHE_BYTES[self.device.type]
+        return [piece.repeat(size >> 20) for piece in pieces]
 
     def views(self, heads: int, head_size: int, layout: str) -> list[Tensor]:
         """[num_blocks, block_size, num_kv_heads, head_size]"""

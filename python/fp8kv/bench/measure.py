@@ -85,11 +85,13 @@ def run_cases(
     cases: Sequence[Case[Any]],
     quick: bool,
     peers: Sequence[str],
+    warm: bool,
     progress: Callable[[str], None],
 ) -> Report:
     """Measures all cases on their device. What can't be measured becomes a note of the report."""
-    run = _run_cuda if device.type == "cuda" else _run_cpu
-    return run(what, device, cases, quick, peers, progress)
+    if device.type == "cuda":
+        return _run_cuda(what, device, cases, quick, peers, warm, progress)
+    return _run_cpu(what, cases, quick, peers, progress)
 
 
 def _row(case: Case[Any], us: float, floor_us: float, peers: dict[str, float]) -> Row:
@@ -133,15 +135,20 @@ def _run_cuda(
     cases: Sequence[Case[Any]],
     quick: bool,
     peers: Sequence[str],
+    warm: bool,
     progress: Callable[[str], None],
 ) -> Report:
     replays = 5 if quick else 15
     with torch.cuda.device(device):
         floors = _CudaFloor(device, replays)
         report = Report.begin(what, torch.cuda.get_device_name(device), floors.description)
+        report.warm = warm
         memory = torch.cuda.get_device_properties(device).total_memory
         for case in cases:
-            count = _rotation(case.size, device)
+            count = _rotation(case.size, device, warm)
+            if count < 2:
+                report.note("left out: too large for a quarter of the L2 cache of this device", case.name)
+                continue
             if 4 * count * case.size > memory:  # the buffers, those of the floor, and what peers allocate
                 report.note("left out: too large for the memory of this device", case.name)
                 continue
@@ -155,15 +162,23 @@ def _run_cuda(
     return report
 
 
-def _rotation(size: int, device: torch.device) -> int:
-    """How many sets of buffers to rotate over: together above four times the L2 cache, but at most 512."""
+def _rotation(size: int, device: torch.device, warm: bool) -> int:
+    """How many sets of buffers to rotate over: together above four times the L2 cache, but at most 512.
+
+    If they are to stay warm at most 16, within a quarter of it; less than 2 where they don't fit.
+    """
     cache = torch.cuda.get_device_properties(device).L2_cache_size
+    if warm:
+        return min(16, cache // 4 // size)
     return min(512, max(2, math.ceil(4 * cache / size) + 1))
 
 
 def graph_time(calls: Sequence[Call], replays: int) -> float:
-    """Microseconds of one call: the median over replays of a CUDA graph of at least 20 calls."""
-    rounds = math.ceil(20 / len(calls))
+    """Microseconds of one call: the median over replays of a CUDA graph of at least 200 calls.
+
+    Fewer would show the start of the graph, about 7 us.
+    """
+    rounds = math.ceil(200 / len(calls))
     for call in calls[:2]:  # what is compiled or loaded at first is so before the capture
         call()
     cuda.synchronize()
@@ -246,7 +261,6 @@ def _copy_kernel() -> Callable[[Tensor, Tensor], object] | None:
 
 def _run_cpu(
     what: str,
-    device: torch.device,
     cases: Sequence[Case[Any]],
     quick: bool,
     peers: Sequence[str],

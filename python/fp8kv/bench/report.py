@@ -38,7 +38,11 @@ class Row:
 
 @dataclass
 class Report:
-    """All measurements of one run on one device. `notes`: what was left out and why, and in which cases."""
+    """All measurements of one run on one device.
+
+    `warm`: the buffers stayed in the L2 cache. `pdl`: with programmatic dependent launch (FP8KV_PDL=1).
+    `notes`: what was left out and why, and in which cases.
+    """
 
     what: str
     device: str
@@ -46,6 +50,8 @@ class Report:
     date: str
     fp8kv: str
     floor: str
+    warm: bool = False
+    pdl: bool = False
     rows: list[Row] = field(default_factory=list)
     host: dict[str, float] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
@@ -55,6 +61,12 @@ class Report:
         """An empty report of this version, of now."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         return Report(what, device, torch.__version__, now, fp8kv.__version__, floor)
+
+    @property
+    def title(self) -> str:
+        warm = ", buffers in the L2 cache" if self.warm else ""
+        pdl = ", FP8KV_PDL=1" if self.pdl else ""
+        return f"fp8kv {self.fp8kv} on {self.device}{warm}{pdl}"
 
     def note(self, text: str, case: str) -> None:
         self.notes.setdefault(text, []).append(case)
@@ -73,7 +85,7 @@ def table(report: Report) -> Table:
     on_cpu = any(row.isa for row in report.rows)
     with_models = any(row.models for row in report.rows)
     peers = list(dict.fromkeys(name for row in report.rows for name in row.peers))
-    result = Table(title=f"fp8kv {report.fp8kv} on {report.device}, bf16 and e4m3, PyTorch {report.torch}")
+    result = Table(title=f"{report.title}, bf16 and e4m3, PyTorch {report.torch}")
     for name in ("work", *(("models",) if with_models else ())):
         result.add_column(name, no_wrap=True)
     for name in (
@@ -124,15 +136,15 @@ def host_table(report: Report) -> Table:
 def plot(report: Report, path: Path, target: float = 0.95) -> None:
     """Writes a picture (PNG) of the share of a copy by work, with a line at `target`.
 
-    A bar for each shape of quantization. For caches a panel for each work, the share over the number of
-    tokens, with a line for each geometry.
+    A bar for each shape of quantization. For caches and steps a panel for each work, the share over the
+    number of tokens, with a line for each geometry.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    draw = _plot_lines if report.what == "cache" else _plot_bars
+    draw = _plot_bars if report.what == "quantize" else _plot_lines
     figure = draw(report, target)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -163,7 +175,7 @@ def _plot_bars(report: Report, target: float) -> Figure:
     axes.axvline(100, color="black", linewidth=0.8)
     axes.axvline(target * 100, color="black", linewidth=0.8, linestyle="--", label=f"target {target:.0%}")
     axes.set_xlabel("share of a copy of the same bytes, % (longer is faster)")
-    axes.set_title(f"fp8kv {report.fp8kv} on {report.device}")
+    axes.set_title(report.title)
     for label, color in colors.items():
         axes.barh(0, 0, color=color, label=label)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
@@ -229,7 +241,7 @@ def _plot_lines(report: Report, target: float) -> Figure:
     legend.append(Line2D([], [], color="black", linestyle="--", label=f"target {target:.0%}"))
     figure.legend(handles=legend, fontsize=8, loc="outside lower center", ncols=columns + 1)
     figure.supylabel("share of a copy of the same bytes, %", fontsize=10)
-    figure.suptitle(f"fp8kv {report.fp8kv} on {report.device}" + (f", {isa}" if isa else ""), fontsize=10)
+    figure.suptitle(report.title + (f", {isa}" if isa else ""), fontsize=10)
     return figure
 
 
