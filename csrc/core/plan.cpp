@@ -41,6 +41,16 @@ bool gapless(const Layout& layout) {
   return true;
 }
 
+// Whether the scales of runs that are groups lie one after the other.
+bool scales_gapless(const Layout& layout) {
+  std::int64_t runs = 1;
+  for (int d = layout.ndim - 2; d >= 0; --d) {
+    if (layout.dims[d].scale != runs) return false;
+    runs *= layout.dims[d].size;
+  }
+  return true;
+}
+
 MapPlan plan_columns(const Layout& layout, const TensorView& input, const TensorView& result) {
   const Layout::Dim& run = layout.run();
   MapPlan plan{.path = MapPath::Columns, .aligned = units_aligned(layout, input, result), .gapless = gapless(layout)};
@@ -131,7 +141,7 @@ DynamicPlan plan_dynamic(const Layout& layout, const TensorView& input, const Te
     return plan;
   }
   plan.path = AmaxPath::Groups;
-  plan.gapless = plan.aligned && gapless(layout);
+  plan.gapless = plan.aligned && gapless(layout) && scales_gapless(layout);
   if (units <= 32) {
     plan.lanes_per_group = static_cast<int>(std::bit_ceil(static_cast<std::uint64_t>(units)));
     plan.threads = groups * plan.lanes_per_group <= 64 * std::int64_t{multiprocessors} ? 64 : 128;

@@ -43,31 +43,13 @@ struct Run {
   }
 };
 
-// How the runs of AmaxPath::Groups lie. Gapless: aligned, and one after the other in one contiguous piece, so that the data can be
-// asked for before anything else is known.
-enum class Runs : std::uint8_t { Any, Aligned, Gapless };
-
-// AmaxPath::Groups: the threads of a group hold its run in registers. kUnits: units a thread; 0 reads the run a second time
-// instead. kLanes: a group has 2^lanes_log2 lanes of a warp, not a block.
-template <class Fp8, class In, int kUnits, Runs kRuns, bool kLanes>
-__global__ void __launch_bounds__(1024)
-    quantize_groups(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scales,
-                    const float* __restrict__ upper_bound, const __grid_constant__ Walk walk, int lanes_log2) {
+// The threads of a group hold its run in registers. kUnits: units a thread; 0 reads the run a second time instead. kLanes: the
+// threads are a part of a warp, a power of two, and not the block. `works`: false for lanes beyond the last group.
+template <int kUnits, bool kLanes, class Fp8, class In, bool kAligned>
+__device__ __forceinline__ void quantize_group(const Run<Fp8, In, kAligned>& run, float* scale_out, const float* upper_bound,
+                                               bool works, std::uint32_t lane, std::uint32_t threads, std::uint32_t units) {
   using Op = device::QuantizeOp<Fp8>;
-  const std::uint32_t threads = kLanes ? 1u << lanes_log2 : blockDim.x;
-  const std::uint32_t lane = kLanes ? threadIdx.x & (threads - 1) : threadIdx.x;
-  std::uint32_t group = kLanes ? (blockIdx.x * blockDim.x + threadIdx.x) >> lanes_log2 : blockIdx.x;
-  const bool works = !kLanes || group < walk.count;
-  if constexpr (kLanes) group = min(group, walk.count - 1);  // whole warps take part in the maximum
-  const std::uint32_t units = works ? walk.units_per_run.divisor : 0;
-  device::overlap_neighbors();
-  Offsets at;
-  if constexpr (kRuns == Runs::Gapless)
-    at.in = at.out = group * walk.run;
-  else
-    at = walk.at<-1>(group);
-  const Run<Fp8, In, kRuns != Runs::Any> run{input + at.in, result + at.out, walk.run};
-
+  if (!works) units = 0;
   constexpr int kHeld = kUnits > 0 ? kUnits : 1;
   Unit<In> held[kHeld];
   std::uint32_t bits = 0;
@@ -85,7 +67,6 @@ __global__ void __launch_bounds__(1024)
       bits = max(bits, device::finite_max_bits(run.load(run.cut(unit))));
   }
   const float bound = device::bound_of(upper_bound);
-  if constexpr (kRuns == Runs::Gapless) at.scale = walk.at<-1>(group).scale;
   if constexpr (kLanes) {
     bits = device::lanes_max(bits, static_cast<int>(threads));
   } else {
@@ -95,7 +76,7 @@ __global__ void __launch_bounds__(1024)
 
   const float scale = device::scale_of<Fp8>(device::magnitude<In>(bits), bound);
   const auto prepared = Op::prepare(scale);
-  if (lane == 0 && works) scales[at.scale] = scale;
+  if (lane == 0 && works) *scale_out = scale;
   if constexpr (kUnits > 0) {
 #pragma unroll
     for (int k = 0; k < kUnits; ++k) {
@@ -111,6 +92,35 @@ __global__ void __launch_bounds__(1024)
       if (cut.range.begin < cut.range.end) quantize_unit(run.load(cut), run.out, cut, prepared);
     }
   }
+}
+
+// AmaxPath::Groups. A group has 2^lanes_log2 lanes of a warp, or the block.
+template <class Fp8, class In, int kUnits, bool kLanes, bool kAligned>
+__global__ void __launch_bounds__(1024)
+    quantize_groups(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scales,
+                    const float* __restrict__ upper_bound, const __grid_constant__ Walk walk, int lanes_log2) {
+  const std::uint32_t threads = kLanes ? 1u << lanes_log2 : blockDim.x;
+  const std::uint32_t group = kLanes ? (blockIdx.x * blockDim.x + threadIdx.x) >> lanes_log2 : blockIdx.x;
+  device::overlap_neighbors();
+  const Offsets at = walk.at<-1>(min(group, walk.count - 1));  // whole warps take part in the maximum
+  quantize_group<kUnits, kLanes>(Run<Fp8, In, kAligned>{input + at.in, result + at.out, walk.run}, scales + at.scale,
+                                 upper_bound, group < walk.count, kLanes ? threadIdx.x & (threads - 1) : threadIdx.x, threads,
+                                 walk.units_per_run.divisor);
+}
+
+// The same where aligned runs lie one after the other, as do their scales: few parameters, and nothing to compute before the
+// loads.
+template <class Fp8, class In, int kUnits, bool kLanes>
+__global__ void __launch_bounds__(1024)
+    quantize_groups_gapless(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scales,
+                            const float* __restrict__ upper_bound, std::uint32_t groups, std::uint32_t units, int lanes_log2) {
+  const std::uint32_t threads = kLanes ? 1u << lanes_log2 : blockDim.x;
+  const std::uint32_t group = kLanes ? (blockIdx.x * blockDim.x + threadIdx.x) >> lanes_log2 : blockIdx.x;
+  const std::uint32_t lane = kLanes ? threadIdx.x & (threads - 1) : threadIdx.x;
+  const std::int64_t first = std::int64_t{min(group, groups - 1)} * units * kUnit;
+  device::overlap_neighbors();
+  quantize_group<kUnits, kLanes>(Run<Fp8, In, true>{input + first, result + first, 0}, scales + group, upper_bound,
+                                 !kLanes || group < groups, lane, threads, units);
 }
 
 // AmaxPath::Repeated: one run, one scale. Every block finds the maximum of all of it, which takes less time than asking other
@@ -309,19 +319,27 @@ struct DynamicLauncher {
       if (plan.path == AmaxPath::Cluster) return launch_cluster<kUnits>(piece, plan);
       if (plan.path == AmaxPath::Repeated) return launch_repeated<kUnits>(piece, plan);
     }
-    const Layout& part = piece.layout;
-    const Walk walk = Walk::over(part, part.ndim - 1, plan.units_per_run, part.numel / part.run().size);
-    const auto kernel = plan.lanes_per_group > 0 ? groups_kernel<1, true>(plan) : groups_kernel<kUnits, false>(plan);
-    launch_dependent(kernel, static_cast<unsigned>(plan.blocks), plan.threads, stream, input + piece.in, result + piece.out,
-                     scale + piece.scale, upper_bound, walk, std::countr_zero(static_cast<unsigned>(plan.lanes_per_group)));
+    if (plan.lanes_per_group > 0)
+      launch_groups<1, true>(piece, plan);
+    else
+      launch_groups<kUnits, false>(piece, plan);
   }
 
   template <int kUnits, bool kLanes>
-  static auto groups_kernel(const DynamicPlan& plan) {
+  void launch_groups(const core::Piece& piece, const DynamicPlan& plan) const {
+    const Layout& part = piece.layout;
+    const std::int64_t groups = part.numel / part.run().size;
+    const int lanes_log2 = std::countr_zero(static_cast<unsigned>(plan.lanes_per_group));
+    const auto start = [&](auto kernel, const auto&... params) {
+      launch_dependent(kernel, static_cast<unsigned>(plan.blocks), plan.threads, stream, input + piece.in, result + piece.out,
+                       scale + piece.scale, upper_bound, params..., lanes_log2);
+    };
     if constexpr (kUnits == 1 || kUnits == 2)
-      if (plan.gapless) return quantize_groups<Fp8, In, kUnits, Runs::Gapless, kLanes>;
-    return plan.aligned ? quantize_groups<Fp8, In, kUnits, Runs::Aligned, kLanes>
-                        : quantize_groups<Fp8, In, kUnits, Runs::Any, kLanes>;
+      if (plan.gapless)
+        return start(quantize_groups_gapless<Fp8, In, kUnits, kLanes>, static_cast<std::uint32_t>(groups),
+                     static_cast<std::uint32_t>(plan.units_per_run));
+    const Walk walk = Walk::over(part, part.ndim - 1, plan.units_per_run, groups);
+    start(plan.aligned ? quantize_groups<Fp8, In, kUnits, kLanes, true> : quantize_groups<Fp8, In, kUnits, kLanes, false>, walk);
   }
 
   template <int kUnits>

@@ -116,6 +116,15 @@ TEST(PlanDynamic, RepeatedBlocksReadAllAndShareTheResult) {
   EXPECT_EQ(plan.blocks, 3);  // of 512 units
 }
 
+TEST(PlanDynamic, GaplessWhereDataAndScalesAre) {
+  EXPECT_TRUE(dynamic(problem(100, 4096, {1, -1})).gapless);
+  EXPECT_TRUE(dynamic(problem(100, 4096, {1, 128})).gapless);
+  EXPECT_FALSE(dynamic(problem(100, 4097, {1, -1})).gapless);
+  StaticQuantize p = problem(100, 64, {1, -1});
+  p.input.strides[0] = 128;
+  EXPECT_FALSE(dynamic(p).gapless);
+}
+
 TEST(PlanDynamic, OneUnitAThreadWhereAllRowsAreUnderWayAtOnce) {
   EXPECT_EQ(dynamic(problem(128, 4096, {1, -1})).units_per_thread, 1);
   EXPECT_EQ(dynamic(problem(128, 4096, {1, -1})).threads, 512);
