@@ -19,11 +19,12 @@ struct Walk {
     FastDiv block;
     std::int64_t in, out, scale;
   };
+  // In this order, as most kernels read few dimensions, and parameters that lie together arrive together.
   int ndim = 0;
-  Dim dims[Layout::kMaxLayoutDims];
-  FastDiv units_per_run;
   std::uint32_t count = 0;  // threads with work, or whatever the kernel counts
-  std::int64_t run = 0;     // elements
+  FastDiv units_per_run;
+  std::int64_t run = 0;  // elements
+  Dim dims[Layout::kMaxLayoutDims];
 
   // The first `ndim` dimensions of the layout.
   static Walk over(const Layout& layout, int ndim, std::int64_t units_per_run, std::int64_t count) {

@@ -70,7 +70,9 @@ def bench(
     ] = "quantize",
     device: Device = "auto",
     quick: Annotated[bool, typer.Option(help="Few shapes, few repetitions.")] = False,
-    only: Annotated[str, typer.Option(help='Only works whose "name SHAPE models" contains this.')] = "",
+    only: Annotated[
+        str, typer.Option(help='Only works whose "name SHAPE models" matches this regular expression.')
+    ] = "",
     peers: Annotated[
         bool, typer.Option(help="Also PyTorch eager, torch.compile and, if installed, vLLM.")
     ] = False,

@@ -47,6 +47,37 @@ def test_every_instruction_set_is_measured_and_the_one_in_use_stays() -> None:
     assert (fp8kv.build_info()["cpu_isa"], torch.get_num_threads()) == before
 
 
+def test_a_regular_expression_chooses_the_works() -> None:
+    report = bench.run("cpu", quick=True, only="^static (tensor|token) 16x", host=False)
+    assert {row.work for row in report.rows} == {"static tensor", "static token"}
+    with pytest.raises(ValueError, match=r"only must be a regular expression, got '\(': "):
+        bench.run("cpu", quick=True, only="(")
+
+
+def test_the_caches_of_the_cpu_can_not_be_kept_warm() -> None:
+    with pytest.raises(ValueError, match="warm buffers are measured on cuda only"):
+        bench.run("cpu", quick=True, warm=True)
+
+
+def test_warm_buffers_fit_a_quarter_of_the_cache(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    buffers = quantize.QuantizeCase.buffers
+    monkeypatch.setattr(
+        quantize.QuantizeCase, "buffers", lambda case, count: taken.append(count) or buffers(case, count)
+    )
+    monkeypatch.setattr(quantize, "QUICK_SHAPES", {"cuda": ((16, 4096), (65536, 8192))})
+    report = bench.run(cuda, quick=True, only="static tensor", warm=True, host=False)
+    assert report.warm
+    assert [row.shape for row in report.rows] == [[16, 4096]]
+    ((note, cases),) = report.notes.items()
+    assert note == "left out: too large for a quarter of the L2 cache of this device"
+    assert cases == ["static tensor 65536x8192"]
+    cache = torch.cuda.get_device_properties(cuda).L2_cache_size
+    assert len(taken) == 1
+    assert taken[0] >= 2
+    assert taken[0] * report.rows[0].gbps * report.rows[0].us * 1e3 <= cache / 4 * 1.01
+
+
 def test_a_row_of_a_cache_names_the_models_of_its_geometry(small_caches: None) -> None:
     report = bench.run("cpu", "cache", quick=True, only="append head HND 16x8x128 Llama-3.1-8B", host=False)
     for row in report.rows:

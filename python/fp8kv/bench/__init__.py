@@ -17,6 +17,7 @@ Example:
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -61,8 +62,8 @@ def run(
         device: "cpu", "cuda" or "cuda:N".
         what: "quantize", "cache" or "decode".
         quick: few shapes and few repetitions.
-        only: measures only works whose "name MxN" (for caches and steps "name TOKENSx... models") contains
-            this.
+        only: a regular expression; measures only works in whose "name MxN" (for caches and steps "name
+            TOKENSx... models") it is found.
         peers: also measures PyTorch eager, torch.compile and, when it is installed, vLLM. One that raises is
             left out, with a note in the report.
         warm: keeps all buffers within the L2 cache, on CUDA; leaves out works that don't fit.
@@ -70,8 +71,8 @@ def run(
         progress: is told what is measured next.
 
     Raises:
-        ValueError: there is no such benchmark or device, nothing matches `only` and fits into its memory, or
-            `warm` is asked for on the CPU.
+        ValueError: there is no such benchmark or device, `only` is no regular expression, nothing matches it
+            and fits into the memory, or `warm` is asked for on the CPU.
     """
     if what not in SUITES:
         *others, last = (f'"{name}"' for name in SUITES)
@@ -83,7 +84,11 @@ def run(
     if warm and device.type != "cuda":
         raise ValueError("fp8kv.bench: warm buffers are measured on cuda only")
     suite = SUITES[what]
-    cases = [case for case in suite.cases(device, quick, warm) if only in case.name]
+    try:
+        wanted = re.compile(only)
+    except re.error as error:
+        raise ValueError(f"fp8kv.bench: only must be a regular expression, got {only!r}: {error}") from error
+    cases = [case for case in suite.cases(device, quick, warm) if wanted.search(case.name)]
     if not cases:
         raise ValueError(f"fp8kv.bench: no work matches {only!r}")
     with torch.inference_mode():

@@ -5,18 +5,19 @@ from __future__ import annotations
 import datetime
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import fp8kv
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
     from rich.table import Table
 
 
@@ -134,67 +135,19 @@ def host_table(report: Report) -> Table:
 
 
 def plot(report: Report, path: Path, target: float = 0.95) -> None:
-    """Writes a picture (PNG) of the share of a copy by work, with a line at `target`.
+    """Writes a picture (PNG) of the share of a copy, with a panel for each work and a line at `target`.
 
-    A bar for each shape of quantization. For caches and steps a panel for each work, the share over the
-    number of tokens, with a line for each geometry.
+    Of quantization a bar for each shape. Of caches and steps the share over the number of tokens, with a line
+    for each geometry. Of the CPU's instruction sets the last only, which is the best.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    draw = _plot_bars if report.what == "quantize" else _plot_lines
-    figure = draw(report, target)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-
-
-def _plot_bars(report: Report, target: float) -> Figure:
-    from matplotlib import pyplot
-
-    works = list(dict.fromkeys(row.work for row in report.rows))
-    figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.22 * len(report.rows)), layout="constrained")
-    labels = [_label(row) for row in report.rows]
-    colors = dict(zip(dict.fromkeys(labels), _colors(len(set(labels))), strict=True))
-    y = 0.0
-    ticks: list[float] = []
-    for work in works:
-        first = y
-        for row, label in zip(report.rows, labels, strict=True):
-            if row.work != work:
-                continue
-            axes.barh(y, row.share * 100, height=0.9, color=colors[label])
-            axes.text(row.share * 100 + 0.5, y, f"{row.us:.2f} us", va="center", fontsize=7)
-            y += 1
-        ticks.append((first + y - 1) / 2)
-        y += 0.8
-    axes.set_yticks(ticks, works)
-    axes.margins(y=0.01)
-    axes.invert_yaxis()
-    axes.axvline(100, color="black", linewidth=0.8)
-    axes.axvline(target * 100, color="black", linewidth=0.8, linestyle="--", label=f"target {target:.0%}")
-    axes.set_xlabel("share of a copy of the same bytes, % (longer is faster)")
-    axes.set_title(report.title)
-    for label, color in colors.items():
-        axes.barh(0, 0, color=color, label=label)
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
-
-
-def _plot_lines(report: Report, target: float) -> Figure:
-    """Threads differ in the style of the lines; of the CPU's instruction sets only the best is shown."""
-    from matplotlib import pyplot
-    from matplotlib.lines import Line2D
-
     isa = report.rows[-1].isa
     rows = [row for row in report.rows if row.isa == isa]
     works = list(dict.fromkeys(row.work for row in rows))
-    geometries = {tuple(row.shape[1:]): row.models for row in rows}
-    colors = dict(zip(geometries, _colors(len(geometries)), strict=True))
-    styles: dict[int | None, Literal["-", ":"]] = dict(
-        zip(dict.fromkeys(row.threads for row in rows), ("-", ":"), strict=False)
-    )
     columns = min(3, len(works))
     lines = -(-len(works) // columns)
     figure, grid = pyplot.subplots(
@@ -208,46 +161,87 @@ def _plot_lines(report: Report, target: float) -> Figure:
     for axes in grid.flat[len(works) :]:
         axes.set_axis_off()
     for axes, work in zip(grid.flat, works, strict=False):
+        axes.set_title(work, fontsize=10)
+        axes.set_axisbelow(True)
+        axes.grid(alpha=0.3)
+    panels = {
+        work: (axes, [row for row in rows if row.work == work])
+        for axes, work in zip(grid.flat, works, strict=False)
+    }
+    legend, mark = (_draw_bars if report.what == "quantize" else _draw_lines)(panels, rows)
+    for axes, _ in panels.values():
+        mark(axes)(100, color="black", linewidth=0.8)
+        mark(axes)(target * 100, color="black", linewidth=0.8, linestyle="--")
+    legend.append(_line(f"target {target:.0%}", color="black", linestyle="--"))
+    figure.legend(handles=legend, fontsize=8, loc="outside lower center", ncols=columns + 1)
+    figure.suptitle(report.title + (f", {isa}" if isa else ""), fontsize=10)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+SHARE = "share of a copy of the same bytes, %"
+Panels = dict[str, tuple["Axes", list[Row]]]
+
+
+def _draw_bars(
+    panels: Panels, rows: Sequence[Row]
+) -> tuple[list[Line2D], Callable[[Axes], Callable[..., object]]]:
+    """A bar for each shape and number of threads."""
+    threads = list(dict.fromkeys(row.threads for row in rows))
+    shapes = list(dict.fromkeys(tuple(row.shape) for row in rows))
+    colors = dict(zip(threads, _colors(len(threads)), strict=True))
+    height = 0.9 / len(threads)
+    for axes, panel in panels.values():
+        for row in panel:
+            y = shapes.index(tuple(row.shape)) - 0.45 + height * (threads.index(row.threads) + 0.5)
+            axes.barh(y, row.share * 100, height=height, color=colors[row.threads], alpha=0.5)
+            axes.text(
+                2, y, f"{row.us:,.2f} us" if row.us < 100 else f"{row.us:,.0f} us", va="center", fontsize=7
+            )
+        axes.set_yticks(range(len(shapes)), [_times(shape) for shape in shapes], fontsize=8)
+        axes.set_xlim(0, max(110, 100 * max(row.share for row in rows)))
+        axes.set_xlabel(SHARE)
+    next(iter(panels.values()))[0].invert_yaxis()
+    legend = [_line(f"threads: {n}", color=colors[n], alpha=0.5, linewidth=5) for n in threads if n]
+    return legend, lambda axes: axes.axvline
+
+
+def _draw_lines(
+    panels: Panels, rows: Sequence[Row]
+) -> tuple[list[Line2D], Callable[[Axes], Callable[..., object]]]:
+    """A line over the number of tokens for each geometry, in a style for each number of threads."""
+    geometries = {tuple(row.shape[1:]): row.models for row in rows}
+    colors = dict(zip(geometries, _colors(len(geometries)), strict=True))
+    styles = dict(zip(dict.fromkeys(row.threads for row in rows), ("-", ":"), strict=False))
+    tokens = sorted({row.shape[0] for row in rows})
+    for axes, panel in panels.values():
         for geometry, threads in product(geometries, styles):
-            line = [
-                row
-                for row in rows
-                if (row.work, tuple(row.shape[1:]), row.threads) == (work, geometry, threads)
-            ]
+            line = [row for row in panel if (tuple(row.shape[1:]), row.threads) == (geometry, threads)]
             axes.plot(
                 [row.shape[0] for row in line],
                 [row.share * 100 for row in line],
-                styles[threads],
+                linestyle=styles[threads],
                 color=colors[geometry],
                 marker=".",
             )
-        axes.axhline(100, color="black", linewidth=0.8)
-        axes.axhline(target * 100, color="black", linewidth=0.8, linestyle="--")
         axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks := sorted({row.shape[0] for row in rows}), map(str, ticks))
+        axes.set_xticks(tokens, map(str, tokens))
         axes.set_xlabel("tokens")
-        axes.set_title(work, fontsize=10)
-        axes.grid(alpha=0.3)
-    grid[0][0].set_ylim(bottom=0)
+        axes.set_ylim(0, max(110, 103 * max(row.share for row in rows)))
+        axes.set_ylabel(SHARE)
     legend = [
-        Line2D([], [], color=colors[geometry], label=" ".join((_times(geometry), ", ".join(models))))
+        _line(" ".join((_times(geometry), ", ".join(models))), color=colors[geometry])
         for geometry, models in geometries.items()
     ]
-    legend += [
-        Line2D([], [], color="gray", linestyle=style, label=f"threads: {threads}")
-        for threads, style in styles.items()
-        if threads
-    ]
-    legend.append(Line2D([], [], color="black", linestyle="--", label=f"target {target:.0%}"))
-    figure.legend(handles=legend, fontsize=8, loc="outside lower center", ncols=columns + 1)
-    figure.supylabel("share of a copy of the same bytes, %", fontsize=10)
-    figure.suptitle(report.title + (f", {isa}" if isa else ""), fontsize=10)
-    return figure
+    legend += [_line(f"threads: {n}", color="gray", linestyle=style) for n, style in styles.items() if n]
+    return legend, lambda axes: axes.axhline
 
 
-def _label(row: Row) -> str:
-    name = _times(row.shape)
-    return f"{name}, {row.isa}, {row.threads} thr." if row.isa else name
+def _line(label: str, **style: Any) -> Line2D:
+    """An entry of a legend."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], label=label, **style)
 
 
 def _times(sizes: Sequence[int]) -> str:
