@@ -148,7 +148,8 @@ DynamicPlan plan_dynamic(const Layout& layout, const TensorView& input, const Te
     plan.blocks = ceil_div(groups, plan.threads / plan.lanes_per_group);
     return plan;
   }
-  // One unit a thread where all groups are under way at once, else two; misaligned runs have more to do for each, and like more.
+  // One unit a thread where all groups are under way at once, else two; misaligned runs have more to do for each, and like
+  // more.
   const bool few = groups * units <= 1024 * std::int64_t{multiprocessors};
   plan.units_per_thread = units_per_thread(kMaxThreads, !plan.aligned ? max_units_per_thread : few ? 1 : 2);
   plan.threads =

@@ -339,7 +339,8 @@ struct DynamicLauncher {
         return start(quantize_groups_gapless<Fp8, In, kUnits, kLanes>, static_cast<std::uint32_t>(groups),
                      static_cast<std::uint32_t>(plan.units_per_run));
     const Walk walk = Walk::over(part, part.ndim - 1, plan.units_per_run, groups);
-    start(plan.aligned ? quantize_groups<Fp8, In, kUnits, kLanes, true> : quantize_groups<Fp8, In, kUnits, kLanes, false>, walk);
+    start(plan.aligned ? quantize_groups<Fp8, In, kUnits, kLanes, true> : quantize_groups<Fp8, In, kUnits, kLanes, false>,
+          walk);
   }
 
   template <int kUnits>

@@ -7,8 +7,8 @@ namespace fp8kv::device {
 // Grids of more blocks don't take part: the instructions cost large grids of small blocks 15%.
 inline constexpr unsigned kMaxDependentBlocks = 2048;
 
-// What every kernel of cuda::launch_dependent does before its first access to global memory: lets the next kernel begin, if that
-// was launched so, and waits until the predecessor has ended and all it wrote can be read.
+// What every kernel of cuda::launch_dependent does before its first access to global memory: lets the next kernel begin, if
+// that was launched so, and waits until the predecessor has ended and all it wrote can be read.
 __device__ __forceinline__ void overlap_neighbors() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if (gridDim.x * gridDim.y > kMaxDependentBlocks) return;

@@ -62,10 +62,10 @@ constexpr const char* name(AmaxPath path) {
 struct DynamicPlan {
   AmaxPath path = AmaxPath::TwoPasses;
   bool aligned = false;
-  bool gapless = false;         // Groups: aligned; the input, the result and the scales are one contiguous piece each
-  int threads = 256;            // per block
-  int lanes_per_group = 0;      // Groups: a power of two up to 32; 0 for a block
-  int units_per_thread = 1;     // Groups, Repeated, Cluster: kept in registers; 0: the run is read twice
+  bool gapless = false;      // Groups: aligned; the input, the result and the scales are one contiguous piece each
+  int threads = 256;         // per block
+  int lanes_per_group = 0;   // Groups: a power of two up to 32; 0 for a block
+  int units_per_thread = 1;  // Groups, Repeated, Cluster: kept in registers; 0: the run is read twice
   std::int64_t units_per_run = 1;
   std::int64_t blocks = 0;
 };

@@ -7,6 +7,7 @@ import importlib
 import os
 import pkgutil
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,16 @@ def test_python_blocks_of_a_page(page: Path, tmp_path: Path, monkeypatch: pytest
     namespace: dict[str, object] = {"__name__": "__main__"}
     for number, block in enumerate(python_blocks(page), 1):
         exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "docs" / "performance.md"], ids=lambda page: page.name
+)
+def test_the_tables_of_a_page_hold_the_numbers_of_the_results(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    render = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))["render"]
+    assert "<!-- table " in text
+    assert render(text) == text, "run `python benchmarks/tables.py`"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,0 +1,262 @@
+"""Writes the tables of README.md and docs/performance.md anew, out of benchmarks/results.
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`. A test compares the pages with the files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", ROOT / "docs" / "performance.md"]
+
+Shape = tuple[int, ...]
+Row = dict[str, Any]
+Cell = Callable[[str, Shape], str]
+
+# What prototypes took on an H100, us: the time of a copy in their run, divided by the share they reached, %.
+_COPY = {
+    "1x4096": 1.15,
+    "16x4096": 1.86,
+    "128x4096": 2.29,
+    "1024x4096": 6.2,
+    "4096x1024": 6.2,
+    "32768x128": 6.2,
+    "8192x4096": 36.0,
+    "16384x8192": 136.0,
+    "4097x5137": 23.2,
+}
+_SHARES = {
+    "static tensor": (94, 97, 99, 100, 100, 100, 101, 101, 100),
+    "static channel": (79, 90, 90, 98, 98, 98, 99, 99, 93),
+    "static head 128": (88, 93, 93, 99, 99, 99, 102, 102, None),
+    "static token": (86, 95, 97, None, None, None, None, None, 97),
+    "dynamic token": (77, 86, 88, 98, None, None, 102, 102, None),
+    "dynamic tensor": (78, 65, 56, 73, None, None, 76, 64, None),
+}
+_APPEND_NHD = {1: 1.30, 16: 1.37, 128: 2.06, 8192: 20.4, 65536: 137.0}
+_APPEND_HND = {1: 1.30, 16: 1.37, 128: 2.06, 8192: 21.6, 65536: 142.0}
+_STEPS = (1, 16, 64, 256, 2048, 16384)
+
+
+def _targets() -> dict[tuple[str, Shape], float]:
+    targets = {
+        (work, _shape(name)): _COPY[name] / share * 100
+        for work, shares in _SHARES.items()
+        for name, share in zip(_COPY, shares, strict=True)
+        if share
+    }
+    for work, times in {
+        "append tensor NHD": _APPEND_NHD,
+        "append head NHD": _APPEND_NHD,
+        "append tensor HND": _APPEND_HND,
+        "append head HND": _APPEND_HND,
+        "append token-head NHD": {1: 1.43, 16: 1.50, 128: 2.27, 1024: 4.21, 8192: 21.6},
+        "gather head NHD": {1024: 4.88, 8192: 21.2, 65536: 142.0},
+    }.items():
+        targets |= {(work, (tokens, 8, 128)): us for tokens, us in times.items()}
+    for work, reached in {
+        "step NHD": (1.32, 1.73, 2.21, 3.36, 13.8, 101.0),
+        "step rope NHD": (1.55, 1.86, 2.31, 3.42, 15.2, 106.0),
+    }.items():
+        targets |= {(work, (tokens, 32, 8, 128)): us for tokens, us in zip(_STEPS, reached, strict=True)}
+    return targets
+
+
+def _shape(name: str) -> Shape:
+    return tuple(map(int, name.split("x")))
+
+
+class Results:
+    """The rows of a file of results by work and shape; of a CPU those of its best instruction set."""
+
+    def __init__(self, name: str, threads: int | None = None) -> None:
+        report = json.loads((RESULTS / f"{name}.json").read_text())
+        isa = report["rows"][-1]["isa"]
+        self.host: dict[str, float] = report["host"]
+        self.rows: dict[tuple[str, Shape], Row] = {
+            (row["work"], tuple(row["shape"])): row
+            for row in report["rows"]
+            if (row["isa"], row["threads"]) == (isa, threads)
+        }
+
+    def works(self) -> list[str]:
+        return list(dict.fromkeys(work for work, _ in self.rows))
+
+    def shapes(self, *geometry: int) -> list[Shape]:
+        """In the order measured; of caches and steps those of the geometry."""
+        return list(dict.fromkeys(shape for _, shape in self.rows if shape[1:] == geometry or not geometry))
+
+    def us(self, work: str, shape: Shape) -> str:
+        row = self.rows.get((work, shape))
+        return _number(row["us"]) if row else ""
+
+
+def _number(us: float) -> str:
+    return f"{us:.2f}" if us < 10 else f"{us:.1f}" if us < 100 else f"{us:,.0f}"
+
+
+def _table(first: str, columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    head = [f"| {' | '.join((first, *columns))} |", f"| --- |{' ---: |' * len(columns)}"]
+    return "\n".join([*head, *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def _matrix(works: Iterable[str], shapes: Sequence[Shape], cell: Cell, *before: Sequence[str]) -> str:
+    """Works by shapes; for caches and steps by the number of tokens."""
+    columns = [str(shape[0]) if len(shape) > 2 else "x".join(map(str, shape)) for shape in shapes]
+    lines = [[work, *(cell(work, shape) for shape in shapes)] for work in works]
+    return _table("us", columns, [*before, *lines])
+
+
+def times(name: str, *geometry: int, threads: int | None = None, targets: bool = False) -> str:
+    """Microseconds and share of a copy; in parentheses the target."""
+    results, wanted = Results(name, threads), _targets() if targets else {}
+    shapes = results.shapes(*geometry)
+
+    def cell(work: str, shape: Shape) -> str:
+        row = results.rows.get((work, shape))
+        if row is None:
+            return ""
+        target = wanted.get((work, shape))
+        return f"{_number(row['us'])}, {row['share']:.0%}" + (f" ({_number(target)})" if target else "")
+
+    copy = [
+        _number(next(row["floor_us"] for (_, s), row in results.rows.items() if s == shape))
+        for shape in shapes
+    ]
+    return _matrix(results.works(), shapes, cell, ["copy", *copy])
+
+
+def shares(name: str, works: dict[str, str], *geometry: int, shapes: Sequence[Shape] = ()) -> str:
+    """The share of a copy; works by what they are called here."""
+    results = Results(name)
+    return _matrix(
+        works,
+        shapes or results.shapes(*geometry),
+        lambda work, shape: f"{results.rows[works[work], shape]['share']:.0%}",
+    ).replace("| us |", "| share of a copy |", 1)
+
+
+def beside(names: Sequence[str], *geometry: int, shapes: Sequence[Shape] = ()) -> str:
+    """Microseconds of several runs: the first / the second / ..."""
+    runs = [Results(name) for name in names]
+    shapes = shapes or runs[-1].shapes(*geometry)
+    return _matrix(
+        runs[-1].works(), shapes, lambda work, shape: " / ".join(run.us(work, shape) or "-" for run in runs)
+    )
+
+
+def peers(name: str, others: Sequence[str], *geometry: int, shapes: Sequence[Shape] = ()) -> str:
+    """Microseconds: ours / those of others."""
+    results = Results(name)
+
+    def cell(work: str, shape: Shape) -> str:
+        row = results.rows.get((work, shape))
+        if row is None or not row["peers"]:
+            return ""
+        return " / ".join([_number(row["us"]), *(_number(row["peers"][other]) for other in others)])
+
+    works = [
+        work for work in results.works() if any(cell(work, shape) for shape in results.shapes(*geometry))
+    ]
+    return _matrix(works, shapes or results.shapes(*geometry), cell)
+
+
+def host(names: dict[str, str]) -> str:
+    """What an eager call costs the host: us, and of torch.zero_ in the same run."""
+    cells: dict[str, list[str]] = {}
+    for position, suffix in enumerate(names.values()):
+        for what in ("quantize", "cache", "decode"):
+            costs = Results(f"{what}_{suffix}", 1 if suffix == "cpu" else None).host
+            for call, us in costs.items():
+                key = f"`torch.zero_`, beside {what}" if call == "torch.zero_" else call
+                line = cells.setdefault(key, [""] * len(names))
+                line[position] = f"{us:.1f}, {us / costs['torch.zero_']:.2f}"
+    return _table("us, and of `torch.zero_`", list(names), [[call, *line] for call, line in cells.items()])
+
+
+def step_times() -> str:
+    """A decode step with RoPE by number of tokens."""
+    shapes = [(tokens, 32, 8, 128) for tokens in _STEPS]
+    compiled = Results("decode_h100_peers").rows
+    lines = [
+        [label, *(Results(name).us("step rope NHD", shape) for shape in shapes)]
+        for label, name in (("one launch", "decode_h100"), ("with `FP8KV_PDL=1`", "decode_h100_pdl"))
+    ]
+    lines.append(
+        [
+            "`torch.compile`",
+            *(_number(compiled["step rope NHD", shape]["peers"]["torch.compile"]) for shape in shapes),
+        ]
+    )
+    return _table("us, by number of tokens", list(map(str, _STEPS)), lines)
+
+
+SMALL = [(1, 4096), (16, 4096), (128, 4096), (1024, 4096)]
+TABLES: dict[str, Callable[[], str]] = {
+    "quantize shares": lambda: shares(
+        "quantize_h100",
+        {
+            "static, per tensor": "static tensor",
+            "static, per channel": "static channel",
+            "static, per head of 128": "static head 128",
+            "dynamic, per token": "dynamic token",
+            "dynamic, per tensor": "dynamic tensor",
+        },
+        shapes=[(1, 4096), (128, 4096), (1024, 4096), (8192, 4096), (16384, 8192)],
+    ),
+    "cache shares": lambda: shares(
+        "cache_h100",
+        {
+            "append, per head, NHD": "append head NHD",
+            "append, per head, HND": "append head HND",
+            "append, per token and head, NHD": "append token-head NHD",
+            "gather, per head, NHD": "gather head NHD",
+        },
+        8,
+        128,
+    ),
+    "step": step_times,
+    "quantize h100": lambda: times("quantize_h100", targets=True),
+    "quantize h200": lambda: times("quantize_h200"),
+    "quantize cpu": lambda: times("quantize_cpu", threads=1),
+    "quantize small h100": lambda: beside(
+        ["quantize_h100", "quantize_h100_pdl", "quantize_h100_warm"], shapes=SMALL
+    ),
+    "quantize peers h100": lambda: peers(
+        "quantize_h100_peers", ["torch.compile", "torch eager"], shapes=[*SMALL, (8192, 4096)]
+    ),
+    "cache h100": lambda: times("cache_h100", 8, 128, targets=True),
+    "cache 32 h100": lambda: times("cache_h100", 32, 128),
+    "cache h200": lambda: times("cache_h200", 8, 128),
+    "cache cpu": lambda: times("cache_cpu", 8, 128, threads=1),
+    "cache small h100": lambda: beside(["cache_h100", "cache_h100_pdl", "cache_h100_warm"], 8, 128),
+    "cache peers h100": lambda: peers("cache_h100_peers", ["torch.compile", "torch eager"], 8, 128),
+    "decode h100": lambda: times("decode_h100", 32, 8, 128, targets=True),
+    "decode h200": lambda: times("decode_h200", 32, 8, 128),
+    "decode cpu": lambda: times("decode_cpu", 32, 8, 128, threads=1),
+    "decode small h100": lambda: beside(["decode_h100", "decode_h100_pdl", "decode_h100_warm"], 32, 8, 128),
+    "decode peers h100": lambda: peers(
+        "decode_h100_peers", ["separate ops", "torch.compile", "torch eager"], 32, 8, 128
+    ),
+    "host": lambda: host({"H100": "h100", "H200": "h200", "CPU": "cpu"}),
+}
+
+
+def render(page: str) -> str:
+    """The page with every table anew."""
+
+    def table(match: re.Match[str]) -> str:
+        return f"<!-- table {match[1]} -->\n\n{TABLES[match[1]]()}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- table (.+?) -->\n.*?<!-- end -->", table, page, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    for path in PAGES:
+        path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
