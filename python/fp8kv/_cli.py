@@ -74,7 +74,7 @@ def bench(
         str, typer.Option(help='Only works whose "name SHAPE models" matches this regular expression.')
     ] = "",
     peers: Annotated[
-        bool, typer.Option(help="Also PyTorch eager, torch.compile and, if installed, vLLM.")
+        bool, typer.Option(help="Also PyTorch eager, torch.compile and, if installed, vLLM or FlashInfer.")
     ] = False,
     warm: Annotated[bool, typer.Option(help="Keep all buffers in the L2 cache of the GPU.")] = False,
     json: Annotated[OptionalPath, typer.Option(help="Write all numbers to this file.")] = None,

@@ -64,8 +64,8 @@ def run(
         quick: few shapes and few repetitions.
         only: a regular expression; measures only works in whose "name MxN" (for caches and steps "name
             TOKENSx... models") it is found.
-        peers: also measures PyTorch eager, torch.compile and, when it is installed, vLLM. One that raises is
-            left out, with a note in the report.
+        peers: also measures PyTorch eager, torch.compile and, when they are installed, vLLM (quantization and
+            appends) and FlashInfer (steps). One that raises is left out, with a note in the report.
         warm: keeps all buffers within the L2 cache, on CUDA; leaves out works that don't fit.
         host: also measures what an eager call costs the host.
         progress: is told what is measured next.
