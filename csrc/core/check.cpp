@@ -38,7 +38,7 @@ bool may_overlap(const Footprint& a, const Footprint& b, int dim, std::int64_t o
   return may_overlap(a, b, dim + 1, phase) || may_overlap(a, b, dim + 1, phase - pitch);
 }
 
-// From the first byte to the last.
+// From the first byte to the last; of an empty view anything.
 std::int64_t extent(const TensorView& view) {
   std::int64_t elements = 1;
   for (int i = 0; i < view.ndim; ++i) elements += view.strides[i] * (view.sizes[i] - 1);
@@ -48,10 +48,10 @@ std::int64_t extent(const TensorView& view) {
 }  // namespace
 
 bool may_overlap(const TensorView& a, const TensorView& b) {
-  if (a.numel() == 0 || b.numel() == 0) return false;
   const auto offset =
       static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(b.data) - reinterpret_cast<std::uintptr_t>(a.data));
-  if (offset >= extent(a) || -offset >= extent(b)) return false;
+  if (offset >= 0 ? offset >= extent(a) : -offset >= extent(b)) return false;  // the first ends before the other begins
+  if (a.numel() == 0 || b.numel() == 0) return false;
   return may_overlap(footprint(a), footprint(b), 0, offset);
 }
 
