@@ -60,6 +60,12 @@ def _targets() -> dict[tuple[str, Shape], float]:
         "gather head NHD": {1024: 4.88, 8192: 21.2, 65536: 142.0},
     }.items():
         targets |= {(work, (tokens, 8, 128)): us for tokens, us in times.items()}
+    for geometry, us in {(8, 64): 10.6, (32, 128): 70.4, (1, 128): 4.0}.items():
+        targets |= {
+            (f"append {scales} {layout}", (8192, *geometry)): us
+            for scales in ("tensor", "head")
+            for layout in ("NHD", "HND")
+        }
     for work, reached in {
         "step NHD": (1.32, 1.73, 2.21, 3.36, 13.8, 101.0),
         "step rope NHD": (1.55, 1.86, 2.31, 3.42, 15.2, 106.0),
@@ -108,15 +114,22 @@ def _table(first: str, columns: Sequence[str], lines: Iterable[Sequence[str]]) -
 
 def _matrix(works: Iterable[str], shapes: Sequence[Shape], cell: Cell, *before: Sequence[str]) -> str:
     """Works by shapes; for caches and steps by the number of tokens."""
-    columns = [str(shape[0]) if len(shape) > 2 else "x".join(map(str, shape)) for shape in shapes]
+    by_tokens = len({shape[1:] for shape in shapes}) == 1 and len(shapes[0]) > 2
+    columns = [str(shape[0]) if by_tokens else "x".join(map(str, shape)) for shape in shapes]
     lines = [[work, *(cell(work, shape) for shape in shapes)] for work in works]
     return _table("us", columns, [*before, *lines])
 
 
-def times(name: str, *geometry: int, threads: int | None = None, targets: bool = False) -> str:
+def times(
+    name: str,
+    *geometry: int,
+    shapes: Sequence[Shape] = (),
+    threads: int | None = None,
+    targets: bool = False,
+) -> str:
     """Microseconds and share of a copy; in parentheses the target."""
     results, wanted = Results(name, threads), _targets() if targets else {}
-    shapes = results.shapes(*geometry)
+    shapes = shapes or results.shapes(*geometry)
 
     def cell(work: str, shape: Shape) -> str:
         row = results.rows.get((work, shape))
@@ -233,6 +246,9 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "cache h100": lambda: times("cache_h100", 8, 128, targets=True),
     "cache 32 h100": lambda: times("cache_h100", 32, 128),
+    "cache geometries h100": lambda: times(
+        "cache_h100", shapes=[(8192, 8, 64), (8192, 1, 128), (8192, 4, 128), (8192, 32, 128)], targets=True
+    ),
     "cache h200": lambda: times("cache_h200", 8, 128),
     "cache cpu": lambda: times("cache_cpu", 8, 128, threads=1),
     "cache small h100": lambda: beside(["cache_h100", "cache_h100_pdl", "cache_h100_warm"], 8, 128),
