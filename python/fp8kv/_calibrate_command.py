@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from fp8kv._command import CommandError, reported, require
+from fp8kv._command import CommandError, chosen_device, reported, require
 from fp8kv._models import forget_kv_cache_scheme
 from fp8kv.calibration import calibrate, share, text_batches
 from fp8kv.checkpoint.source import Source
@@ -113,7 +112,8 @@ class Processes:
 
 @contextmanager
 def _processes(device: str) -> Iterator[Processes]:
-    own = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    kind, index = chosen_device(device)
+    own = torch.device(kind) if index is None else torch.device(kind, index)
     size, rank = _number_of_processes(), int(os.environ.get("RANK", "0"))
     if size == 1:
         yield Processes(0, 1, own)
@@ -157,19 +157,17 @@ def _check_options(options: Options) -> None:
 
 
 def _check_device(options: Options) -> None:
-    device = re.fullmatch(r"auto|cpu|cuda(:(?P<index>\d+))?", options.device)
-    if device is None:
-        raise CommandError(f'--device must be "auto", "cpu", "cuda" or "cuda:N", got {options.device!r}', 2)
+    kind, index = chosen_device(options.device)
     many = _number_of_processes() > 1
     if options.device_map is not None:
         require(options.device == "auto", "--device-map places the model itself and excludes --device")
         require(not many, "--device-map spreads a model over all GPUs and excludes torchrun")
-    if options.device.startswith("cuda") or (options.device == "auto" and torch.cuda.is_available()):
+    if kind == "cuda":
         require(
-            not (many and device["index"]),
+            not (many and index is not None),
             f"--device must be without a number under torchrun, got {options.device!r}",
         )
-        needs = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if many else int(device["index"] or 0) + 1
+        needs = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if many else (index or 0) + 1
         found = torch.cuda.device_count()
         require(needs <= found, f"--device={options.device} needs {needs} GPUs, PyTorch finds {found}")
 

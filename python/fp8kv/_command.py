@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 
 class CommandError(Exception):
@@ -24,11 +27,27 @@ def require(condition: bool, sentence: str) -> None:
 def reported(
     what: str, errors: tuple[type[Exception], ...] = (Exception,), status: int = 1
 ) -> Iterator[None]:
-    """Errors that are to be expected become one sentence."""
+    """Errors that are to be expected become one sentence; a `CommandError` has its own."""
     try:
         yield
+    except CommandError:
+        raise
     except errors as error:
         raise CommandError(f"{what}: {reason_of(error)}", status) from error
+
+
+def chosen_device(name: str) -> tuple[str, int | None]:
+    """What --device says: "cpu" or "cuda", and its number if it has one; "auto" is the GPU if there is one.
+
+    Raises:
+        CommandError: it says something else.
+    """
+    match = re.fullmatch(r"auto|cpu|cuda(:(?P<index>\d+))?", name)
+    if match is None:
+        raise CommandError(f'--device must be "auto", "cpu", "cuda" or "cuda:N", got {name!r}', 2)
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu", None
+    return name.partition(":")[0], None if match["index"] is None else int(match["index"])
 
 
 def reason_of(error: Exception) -> str:

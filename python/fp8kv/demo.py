@@ -75,14 +75,14 @@ class _Story:
 
     def tell(self, plot: Path | None, question: str) -> evaluation.Evaluation:
         from fp8kv import _eval_command as command
-        from fp8kv import inspection, load_kv_scales
+        from fp8kv import _models, inspection, load_kv_scales
 
         start = time.perf_counter()
         command.check(self.options)
-        device = command.device_of(self.options)
+        device = _models.device_of(self.options.device)
         with self.step("A language model"):
             folder = command.model_folder(self.options, self.console)
-            model = command.load(folder, device, self.options.dtype)
+            model = _models.load(folder, device, self.options.dtype)
             tokens = command.texts(self.options, model)
             self.say(
                 f"{model.name}: {model.model.num_parameters() / 1e6:.0f} million parameters, "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 import fp8kv
+import tiny_models
 from fp8kv import _introspect
 from helpers import torch_threads
 
@@ -50,3 +52,17 @@ def one_thread() -> Iterator[None]:
     """For models so small that threads only wait for each other."""
     with torch_threads(1):
         yield
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a language model with random weights, and of its tokenizer."""
+    return tiny_models.make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 of its tokens."""
+    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    path.write_text(tiny_models.random_text(400))
+    return path

@@ -13,23 +13,12 @@ from typer.testing import CliRunner
 
 import tiny_models
 from fp8kv import _cli, _models, demo, evaluation, load_kv_scales
+from fp8kv._command import CommandError
 
 pytest.importorskip("transformers")
 
 runner = CliRunner()
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.make_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("texts") / "text.txt"
-    path.write_text(tiny_models.random_text(200))
-    return path
 
 
 def command(*arguments: str | Path, status: int = 0) -> str:
@@ -60,10 +49,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def story(folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
-    out, before = tmp_path_factory.mktemp("story"), files_of(folder)
+def story(tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    out, before = tmp_path_factory.mktemp("story"), files_of(tiny_model)
     return Story(
-        command(*small(folder, text_file, out / "demo.png", "--device", "cpu", "--out", out)), out, before
+        command(*small(tiny_model, tiny_text, out / "demo.png", "--device", "cpu", "--out", out)), out, before
     )
 
 
@@ -87,17 +76,19 @@ def test_the_checkpoints_stay_where_the_user_wants_them(name: str, strategy: str
     assert len(scales) == tiny_models.LAYERS
 
 
-def test_the_model_stays_as_it_is(story: Story, folder: Path) -> None:
-    assert files_of(folder) == story.before
+def test_the_model_stays_as_it_is(story: Story, tiny_model: Path) -> None:
+    assert files_of(tiny_model) == story.before
 
 
-def test_the_demo_runs_on_a_gpu(folder: Path, text_file: Path, tmp_path: Path, cuda: torch.device) -> None:
-    output = command(*small(folder, text_file, tmp_path / "demo.png", "--device", str(cuda)))
+def test_the_demo_runs_on_a_gpu(
+    tiny_model: Path, tiny_text: Path, tmp_path: Path, cuda: torch.device
+) -> None:
+    output = command(*small(tiny_model, tiny_text, tmp_path / "demo.png", "--device", str(cuda)))
     assert torch.cuda.get_device_name() in output
 
 
-def test_an_answer_ends_where_the_model_ends_it(folder: Path) -> None:
-    model = _models.load(folder, "cpu")
+def test_an_answer_ends_where_the_model_ends_it(tiny_model: Path) -> None:
+    model = _models.load(tiny_model, "cpu")
     make = evaluation.caches(model.model.config, ["16-bit"], {})["16-bit"]
     whole = demo.answer(model, make, "w1 w2 w3")
     assert len(whole.tokens) == demo.ANSWER_TOKENS
@@ -148,18 +139,18 @@ def test_what_is_missing_is_one_sentence(
         ("--plot", "no/such/folder.png", "--plot must be a file in a directory that exists"),
     ],
 )
-def test_the_demo_refuses(option: str, value: str, sentence: str, folder: Path, text_file: Path) -> None:
-    output = command(*small(folder, text_file, folder.parent / "x.png", option, value), status=2)
+def test_the_demo_refuses(option: str, value: str, sentence: str, tiny_model: Path, tiny_text: Path) -> None:
+    output = command(*small(tiny_model, tiny_text, tiny_model.parent / "x.png", option, value), status=2)
     assert output.startswith("error: ")
     assert sentence in output
 
 
 def test_a_folder_for_checkpoints_that_holds_something_else_stays(
-    folder: Path, text_file: Path, tmp_path: Path
+    tiny_model: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "per_head").mkdir()
     (tmp_path / "per_head" / "letter.txt").write_text("dear")
-    arguments = small(folder, text_file, tmp_path / "demo.png", "--device", "cpu", "--out", tmp_path)
+    arguments = small(tiny_model, tiny_text, tmp_path / "demo.png", "--device", "cpu", "--out", tmp_path)
     output = command(*arguments, status=1)
     assert "error: a checkpoint cannot be written: " in output
     assert (tmp_path / "per_head" / "letter.txt").read_text() == "dear"
@@ -184,7 +175,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(_models, "require", lambda *packages: None)
     monkeypatch.setattr(_models, "_gguf_file", lambda: tmp_path / "model.gguf")
     monkeypatch.setattr(_models, "_convert", fail)
-    with pytest.raises(_models.ModelError, match=r"cannot be converted to .*: no space left"):
+    with pytest.raises(CommandError, match=r"cannot be converted to .*: no space left"):
         _models.small_model(tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 

@@ -27,20 +27,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.make_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("texts") / "text.txt"
-    path.write_text(tiny_models.random_text(400))
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Any:
-    return _models.load(folder, "cpu", "float32").model
+def model(tiny_model: Path) -> Any:
+    return _models.load(tiny_model, "cpu", "float32").model
 
 
 @pytest.fixture(scope="module")
@@ -275,9 +263,9 @@ def small(folder: Path, text: Path, *more: str | Path) -> list[str | Path]:
     ]  # fmt: skip
 
 
-def test_eval_writes_table_json_and_picture(folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_eval_writes_table_json_and_picture(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
     numbers, picture = tmp_path / "eval.json", tmp_path / "eval.png"
-    output = command(*small(folder, text_file, "--json", numbers, "--plot", picture))
+    output = command(*small(tiny_model, tiny_text, "--json", numbers, "--plot", picture))
     report = json.loads(numbers.read_text())
     assert [row["cache"] for row in report["rows"]] == list(evaluation.CACHES)
     assert (report["model"], report["num_windows"], report["window"]) == ("tiny", 2, WINDOW)
@@ -288,33 +276,33 @@ def test_eval_writes_table_json_and_picture(folder: Path, text_file: Path, tmp_p
     assert picture.read_bytes().startswith(PNG)
 
 
-def test_eval_of_some_caches_has_the_16_bit_one_beside_them(folder: Path, text_file: Path) -> None:
-    output = command(*small(folder, text_file, "--only", "e5m2"))
+def test_eval_of_some_caches_has_the_16_bit_one_beside_them(tiny_model: Path, tiny_text: Path) -> None:
+    output = command(*small(tiny_model, tiny_text, "--only", "e5m2"))
     assert "16-bit" in output
     assert "e5m2" in output
     assert "e4m3" not in output
 
 
 def test_the_scales_of_a_checkpoint_are_a_row(
-    folder: Path, text_file: Path, tmp_path: Path, model: Any
+    tiny_model: Path, tiny_text: Path, tmp_path: Path, model: Any
 ) -> None:
     ids = torch.arange(1, 60)[None]
-    calibrate(model, [ids], strategy="attn_head").save(tmp_path / "mine", source=folder)
+    calibrate(model, [ids], strategy="attn_head").save(tmp_path / "mine", source=tiny_model)
     numbers = tmp_path / "eval.json"
-    command(*small(folder, text_file, "--scales", tmp_path / "mine", "--only", "mine", "--json", numbers))
+    command(*small(tiny_model, tiny_text, "--scales", tmp_path / "mine", "--only", "mine", "--json", numbers))
     rows = json.loads(numbers.read_text())["rows"]
     assert [row["cache"] for row in rows] == ["16-bit", "mine"]
     assert 0 < rows[1]["kl"] < 0.1
 
 
 def test_a_model_with_scales_of_its_own_is_evaluated_like_without(
-    folder: Path, text_file: Path, tmp_path: Path, model: Any
+    tiny_model: Path, tiny_text: Path, tmp_path: Path, model: Any
 ) -> None:
-    calibrate(model, [torch.arange(1, 60)[None]], strategy="tensor").save(tmp_path / "own", source=folder)
+    calibrate(model, [torch.arange(1, 60)[None]], strategy="tensor").save(tmp_path / "own", source=tiny_model)
     reports = []
-    for name, place in (("without", folder), ("with", tmp_path / "own")):
+    for name, place in (("without", tiny_model), ("with", tmp_path / "own")):
         numbers = tmp_path / f"{name}.json"
-        command(*small(place, text_file, "--only", "16-bit", "--json", numbers))
+        command(*small(place, tiny_text, "--only", "16-bit", "--json", numbers))
         reports.append(json.loads(numbers.read_text())["rows"][0]["perplexity"])
     assert reports[0] == reports[1]
 
@@ -339,15 +327,15 @@ def test_a_model_with_scales_of_its_own_is_evaluated_like_without(
         ("--plot", "no/such/folder", "--plot must be a file in a directory that exists"),
     ],
 )
-def test_eval_refuses(option: str, value: str, sentence: str, folder: Path, text_file: Path) -> None:
-    output = command(*small(folder, text_file, option, value), status=2)
+def test_eval_refuses(option: str, value: str, sentence: str, tiny_model: Path, tiny_text: Path) -> None:
+    output = command(*small(tiny_model, tiny_text, option, value), status=2)
     assert output.startswith("error: ")
     assert sentence in output
 
 
-def test_eval_of_a_damaged_model_is_one_sentence(text_file: Path, tmp_path: Path) -> None:
+def test_eval_of_a_damaged_model_is_one_sentence(tiny_text: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
-    output = command(*small(tmp_path, text_file), status=1)
+    output = command(*small(tmp_path, tiny_text), status=1)
     assert output.startswith("error: the model ")
 
 

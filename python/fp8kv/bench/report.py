@@ -160,18 +160,14 @@ def plot(report: Report, path: Path, target: float = 0.95) -> None:
     )
     for axes in grid.flat[len(works) :]:
         axes.set_axis_off()
+    panels = []
     for axes, work in zip(grid.flat, works, strict=False):
         axes.set_title(work, fontsize=10)
         axes.set_axisbelow(True)
         axes.grid(alpha=0.3)
-    panels = {
-        work: (axes, [row for row in rows if row.work == work])
-        for axes, work in zip(grid.flat, works, strict=False)
-    }
-    legend, mark = (_draw_bars if report.what == "quantize" else _draw_lines)(panels, rows)
-    for axes, _ in panels.values():
-        mark(axes)(100, color="black", linewidth=0.8)
-        mark(axes)(target * 100, color="black", linewidth=0.8, linestyle="--")
+        panels.append((axes, [row for row in rows if row.work == work]))
+    draw = _draw_bars if report.what == "quantize" else _draw_lines
+    legend = draw(panels, rows, target)
     legend.append(_line(f"target {target:.0%}", color="black", linestyle="--"))
     figure.legend(handles=legend, fontsize=8, loc="outside lower center", ncols=columns + 1)
     figure.suptitle(report.title + (f", {isa}" if isa else ""), fontsize=10)
@@ -180,18 +176,16 @@ def plot(report: Report, path: Path, target: float = 0.95) -> None:
 
 
 SHARE = "share of a copy of the same bytes, %"
-Panels = dict[str, tuple["Axes", list[Row]]]
+Panels = Sequence[tuple["Axes", list[Row]]]  # one work each
 
 
-def _draw_bars(
-    panels: Panels, rows: Sequence[Row]
-) -> tuple[list[Line2D], Callable[[Axes], Callable[..., object]]]:
-    """A bar for each shape and number of threads."""
+def _draw_bars(panels: Panels, rows: Sequence[Row], target: float) -> list[Line2D]:
+    """A bar for each shape and number of threads. Returns the legend."""
     threads = list(dict.fromkeys(row.threads for row in rows))
     shapes = list(dict.fromkeys(tuple(row.shape) for row in rows))
     colors = dict(zip(threads, _colors(len(threads)), strict=True))
     height = 0.9 / len(threads)
-    for axes, panel in panels.values():
+    for axes, panel in panels:
         for row in panel:
             y = shapes.index(tuple(row.shape)) - 0.45 + height * (threads.index(row.threads) + 0.5)
             axes.barh(y, row.share * 100, height=height, color=colors[row.threads], alpha=0.5)
@@ -201,20 +195,18 @@ def _draw_bars(
         axes.set_yticks(range(len(shapes)), [_times(shape) for shape in shapes], fontsize=8)
         axes.set_xlim(0, max(110, 100 * max(row.share for row in rows)))
         axes.set_xlabel(SHARE)
-    next(iter(panels.values()))[0].invert_yaxis()
-    legend = [_line(f"threads: {n}", color=colors[n], alpha=0.5, linewidth=5) for n in threads if n]
-    return legend, lambda axes: axes.axvline
+        _mark(axes.axvline, target)
+    panels[0][0].invert_yaxis()
+    return [_line(f"threads: {n}", color=colors[n], alpha=0.5, linewidth=5) for n in threads if n]
 
 
-def _draw_lines(
-    panels: Panels, rows: Sequence[Row]
-) -> tuple[list[Line2D], Callable[[Axes], Callable[..., object]]]:
+def _draw_lines(panels: Panels, rows: Sequence[Row], target: float) -> list[Line2D]:
     """A line over the number of tokens for each geometry, in a style for each number of threads."""
     geometries = {tuple(row.shape[1:]): row.models for row in rows}
     colors = dict(zip(geometries, _colors(len(geometries)), strict=True))
     styles = dict(zip(dict.fromkeys(row.threads for row in rows), ("-", ":"), strict=False))
     tokens = sorted({row.shape[0] for row in rows})
-    for axes, panel in panels.values():
+    for axes, panel in panels:
         for geometry, threads in product(geometries, styles):
             line = [row for row in panel if (tuple(row.shape[1:]), row.threads) == (geometry, threads)]
             axes.plot(
@@ -229,12 +221,19 @@ def _draw_lines(
         axes.set_xlabel("tokens")
         axes.set_ylim(0, max(110, 103 * max(row.share for row in rows)))
         axes.set_ylabel(SHARE)
+        _mark(axes.axhline, target)
     legend = [
         _line(" ".join((_times(geometry), ", ".join(models))), color=colors[geometry])
         for geometry, models in geometries.items()
     ]
-    legend += [_line(f"threads: {n}", color="gray", linestyle=style) for n, style in styles.items() if n]
-    return legend, lambda axes: axes.axhline
+    return legend + [
+        _line(f"threads: {n}", color="gray", linestyle=style) for n, style in styles.items() if n
+    ]
+
+
+def _mark(line: Callable[..., object], target: float) -> None:
+    line(100, color="black", linewidth=0.8)
+    line(target * 100, color="black", linewidth=0.8, linestyle="--")
 
 
 def _line(label: str, **style: Any) -> Line2D:
