@@ -1,9 +1,9 @@
-// Work in pieces, each in the default floating-point environment.
+// Work in ranges, each in the default floating-point environment.
 #pragma once
 
 #include <cstdint>
 
-#include "fp8kv/quantize.h"
+#include "fp8kv/parallel.h"
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -38,17 +38,17 @@ class DefaultFloatEnvironment {
 // About as many elements as are worth waking a thread for.
 inline constexpr std::int64_t kGrain = 1 << 15;
 
-// body(begin, end) over pieces of [0, count); an item of the count stands for `item_size` elements.
+// body(begin, end) over spans of [0, count); an item of the count stands for `item_size` elements.
 template <class Body>
 void parallel(const ParallelFor& parallel_for, std::int64_t count, std::int64_t item_size, const Body& body) {
   if (count <= 0) return;
-  const auto piece = [&body](std::int64_t begin, std::int64_t end) {
+  const auto span = [&body](std::int64_t begin, std::int64_t end) {
     const DefaultFloatEnvironment environment;
     body(begin, end);
   };
   const std::int64_t grain = item_size >= kGrain ? 1 : kGrain / (item_size > 0 ? item_size : 1);
-  if (!parallel_for || count <= grain) return piece(0, count);
-  parallel_for(count, grain, piece);
+  if (!parallel_for || count <= grain) return span(0, count);
+  parallel_for(count, grain, span);
 }
 
 }  // namespace fp8kv::cpu

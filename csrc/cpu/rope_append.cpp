@@ -1,10 +1,15 @@
 // rope_quant_and_cache on the CPU: norm and RoPE of some heads of a token into a buffer, then the kernels that append.
 #include <vector>
 
-#include "cache.h"
+#include "core/dispatch.h"
+#include "core/rope_layout.h"
+#include "cpu/cache.h"
 
 namespace fp8kv::cpu {
 namespace {
+
+using core::RopeLayout;
+using core::VectorView;
 
 // The elements of a vector in fp32: where they are, or copied to `buffer`.
 const float* in_fp32(const VectorView& from, std::int64_t offset, std::int64_t count, std::vector<float>& buffer) {
@@ -17,15 +22,15 @@ const float* in_fp32(const VectorView& from, std::int64_t offset, std::int64_t c
   return buffer.data();
 }
 
-// Norm and RoPE of neighbouring heads of Q (side 0) or K (side 1), with the memory they need.
-class Transform {
+// Norm and RoPE of neighboring heads of Q (0) or K (1), with the memory they need.
+class HeadTransformer {
  public:
-  Transform(const RopeLayout& layout, int side)
+  HeadTransformer(const RopeLayout& layout, int which)
       : layout_(layout),
         columns_(layout.cache.head_size),
-        kernel_(kernels().transform[real_index(layout.cache.real)]),
+        kernel_(kernels().transform[core::real_index(layout.cache.real)]),
         scratch_(columns_) {
-    const VectorView& weight = layout.norm_weights[side];
+    const VectorView& weight = layout.norm_weights[which];
     if (weight.data) transform_.norm_weight = in_fp32(weight, 0, columns_, weight_);
     transform_.norm_eps = layout.norm_eps;
     transform_.pairs = layout.rotary_dim / 2;
@@ -38,7 +43,7 @@ class Transform {
   }
 
   // Heads `step` elements apart to heads that lie one after the other, which are valid until the next call.
-  Elements operator()(const Elements& heads, std::int64_t step, std::int64_t count) {
+  StridedSpan operator()(const StridedSpan& heads, std::int64_t step, std::int64_t count) {
     const std::int64_t bytes = count * columns_ * heads.size;
     result_.resize(bytes);
     const void* from = heads.data;
@@ -61,9 +66,9 @@ class Transform {
   std::vector<std::byte> staged_, result_;
 };
 
-// Where heads of Q (side 0), K (1) or V (2) come from and go to, and their scales.
-struct Side {
-  int number;
+// Where heads of Q (0), K (1) or V (2) come from and go to, and their scales.
+struct HeadRoute {
+  int which;
   HeadsView in;
   DType element;  // of the result
   std::int64_t out_head;
@@ -73,33 +78,34 @@ struct Side {
 
 // Heads [first, first + count) for all tokens, up to kMaxRows; place(token) is where head 0 of a token goes, if anywhere.
 template <class Place>
-void run_heads(const RopeQuantAppend& problem, const RopeLayout& layout, const Side& side, std::int64_t first,
+void run_heads(const RopeAppend& problem, const RopeLayout& layout, const HeadRoute& route, std::int64_t first,
                std::int64_t count, const Place& place) {
   const CacheLayout& cache = layout.cache;
-  const MapKernels map = row_kernels(cache.real, side.element);
+  const ElementwiseKernels map = kernels_for(cache.real, route.element);
   RowScales scales;
-  for (std::int64_t r = 0; r < count; ++r) scales.scale[r] = side.scale[(first + r) / side.heads_per_scale * side.scale_step];
+  for (std::int64_t r = 0; r < count; ++r)
+    scales.scale[r] = route.scale[(first + r) / route.heads_per_scale * route.scale_step];
   map.prepare_rows(scales, count);
-  std::optional<Transform> transform;
-  if (side.number < 2 && layout.transforms(side.number)) transform.emplace(layout, side.number);
+  std::optional<HeadTransformer> transform;
+  if (route.which < 2 && layout.transforms(route.which)) transform.emplace(layout, route.which);
 
-  const Elements in{static_cast<std::byte*>(side.in.data), size_of(cache.real), side.in.dim};
+  const StridedSpan in{static_cast<std::byte*>(route.in.data), size_of(cache.real), route.in.dim};
   for (std::int64_t token = 0; token < cache.num_tokens; ++token) {
-    const std::optional<Elements> to = place(token);
+    const std::optional<StridedSpan> to = place(token);
     if (!to) continue;
-    Elements from = in.at(token * side.in.token + first * side.in.head);
-    Rows rows{count, side.in.head, side.out_head, 1};
+    StridedSpan from = in.at(token * route.in.token + first * route.in.head);
+    Rows rows{count, route.in.head, route.out_head, 1};
     if (transform) {
       if (layout.rotary_dim > 0) transform->set_position(core::Indices(*problem.positions)[token]);
       from = (*transform)(from, rows.in, count);
       rows.in = cache.head_size;
     }
-    map_rows(map, from, to->at(first * side.out_head), cache.head_size, rows, scales);
+    convert_rows(map, from, to->at(first * route.out_head), cache.head_size, rows, scales);
   }
 }
 
 // Items [begin, end) of the heads of Q, then those of K, then those of V.
-void run_items(const RopeQuantAppend& problem, const RopeLayout& layout, std::int64_t begin, std::int64_t end) {
+void run_items(const RopeAppend& problem, const RopeLayout& layout, std::int64_t begin, std::int64_t end) {
   const CacheLayout& cache = layout.cache;
   const core::Indices slots(problem.slot_mapping);
   while (begin < end) {
@@ -110,18 +116,18 @@ void run_items(const RopeQuantAppend& problem, const RopeLayout& layout, std::in
     const std::int64_t count = std::min({end - begin, heads - first, kMaxRows});
     if (number == 0) {
       const HeadsView& out = layout.query_out;
-      const Side side{
+      const HeadRoute route{
           0, layout.query, layout.query_element, out.head, layout.q_scale, layout.q_scale_step, layout.heads_per_scale};
-      const Elements all{static_cast<std::byte*>(out.data), size_of(layout.query_element), out.dim};
-      run_heads(problem, layout, side, first, count,
+      const StridedSpan all{static_cast<std::byte*>(out.data), size_of(layout.query_element), out.dim};
+      run_heads(problem, layout, route, first, count,
                 [&](std::int64_t token) { return std::optional(all.at(token * out.token)); });
     } else {
-      const CacheSide& kv = number == 1 ? cache.key : cache.value;
-      const Side side{number, kv.heads, cache.element, kv.cache.head, kv.scales.data, kv.scales.head, 1};
-      run_heads(problem, layout, side, first, count, [&](std::int64_t token) -> std::optional<Elements> {
+      const KVViews& kv = number == 1 ? cache.k : cache.v;
+      const HeadRoute route{number, kv.rows, cache.element, kv.cache.head, kv.scales.data, kv.scales.head, 1};
+      run_heads(problem, layout, route, first, count, [&](std::int64_t token) -> std::optional<StridedSpan> {
         const std::int64_t slot = slots[token];
         if (slot < 0) return std::nullopt;
-        return in_cache(cache, Part{kv, 0, 1, 0, cache.head_size}, slot / cache.block_size, slot % cache.block_size);
+        return in_cache(cache, HeadSlice{kv, 0, 1, 0, cache.head_size}, slot / cache.block_size, slot % cache.block_size);
       });
     }
     begin += count;
@@ -131,9 +137,9 @@ void run_items(const RopeQuantAppend& problem, const RopeLayout& layout, std::in
 }  // namespace
 
 // A thread takes whole heads, with all their tokens in order: of several with one slot the last stays.
-void run(const RopeQuantAppend& problem, const ParallelFor& parallel_for) {
+void run(const RopeAppend& problem, const ParallelFor& parallel_for) {
   constexpr const char* op = "rope_quant_and_cache";
-  const RopeLayout layout = validate(problem);
+  const RopeLayout layout = core::lower(problem);
   const CacheLayout& cache = layout.cache;
   check_cpu(op, "query", problem.query);
   core::check_slots(op, problem.slot_mapping, cache);

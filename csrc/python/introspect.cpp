@@ -5,9 +5,8 @@
 
 #include <string>
 
-#include "fp8kv/error.h"
-#include "fp8kv/fp8.h"
-#include "fp8kv/plan.h"
+#include "core/dispatch.h"
+#include "core/plan.h"
 #include "fp8kv/runtime.h"
 
 namespace py = pybind11;
@@ -15,6 +14,7 @@ namespace py = pybind11;
 namespace {
 
 using fp8kv::DType;
+namespace core = fp8kv::core;
 
 DType format(const std::string& name) {
   if (name == "e4m3") return DType::E4M3;
@@ -23,17 +23,22 @@ DType format(const std::string& name) {
 }
 
 DType dtype(const std::string& name) {
-  for (DType d : {DType::Float32, DType::Float16, DType::BFloat16, DType::E4M3, DType::E5M2})
-    if (name == fp8kv::name(d)) return d;
-  throw py::value_error("dtype must be float32, float16, bfloat16, float8_e4m3fn or float8_e5m2, got '" + name + "'");
+  for (int i = 0; i <= static_cast<int>(DType::Other); ++i)
+    if (const auto d = static_cast<DType>(i); name == fp8kv::name(d) && (core::is_real(d) || core::is_quantized(d))) return d;
+  throw py::value_error("dtype must be " + core::names_of(core::RealTypes{}) + ", or " +
+                        core::names_of(core::QuantizedTypes{}) + ", got '" + name + "'");
 }
 
 std::uint8_t encode(float value, DType type) {
-  return type == DType::E4M3 ? fp8kv::encode<fp8kv::E4M3>(value).bits : fp8kv::encode<fp8kv::E5M2>(value).bits;
+  std::uint8_t bits = 0;
+  core::visit_quantized(type, [&]<class T>(core::Type<T>) { bits = fp8kv::encode<T>(value).bits; });
+  return bits;
 }
 
 float decode(std::uint8_t byte, DType type) {
-  return type == DType::E4M3 ? fp8kv::decode(fp8kv::E4M3{byte}) : fp8kv::decode(fp8kv::E5M2{byte});
+  float value = 0.0f;
+  core::visit_quantized(type, [&]<class T>(core::Type<T>) { value = fp8kv::decode(T{byte}); });
+  return value;
 }
 
 py::array_t<std::uint8_t> encode_array(const py::array_t<float, py::array::c_style>& values, const std::string& name) {
@@ -67,9 +72,11 @@ py::dict plan_quantize(std::int64_t rows, std::int64_t cols, std::pair<std::int6
       .scale = fp8kv::contiguous(at(3), DType::Float32, {count(rows, group_shape.first), count(cols, group_shape.second)}),
       .group_shape = fp8kv::GroupShape{group_shape.first, group_shape.second},
   };
-  const auto plan = fp8kv::plan_map(fp8kv::validate(problem), problem.input, problem.result, multiprocessors);
+  const core::Chunk whole{core::lower(problem)};
+  const core::ElementwisePlan plan =
+      core::plan_elementwise(whole, problem.input, problem.result, problem.scale, multiprocessors);
   py::dict d;
-  d["path"] = fp8kv::name(plan.path);
+  d["path"] = core::name(plan.path);
   d["aligned"] = plan.aligned;
   d["rows_per_thread"] = plan.rows_per_thread;
   d["threads"] = plan.threads;

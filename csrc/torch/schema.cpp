@@ -2,6 +2,10 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fp8kv, m) {
+  m.def("version() -> str");
+  m.def("compiler() -> str");
+  m.def("cpu_isa() -> str");
+  m.def("cpu_isas() -> str[]");
   m.def("static_scaled_fp8_quant(Tensor(a!) result, Tensor input, Tensor scale, int[]? group_shape=None) -> ()");
   m.def(
       "dynamic_scaled_fp8_quant(Tensor(a!) result, Tensor input, Tensor(b!) scale, Tensor? scale_ub=None, "

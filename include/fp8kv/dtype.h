@@ -1,7 +1,7 @@
 // Element types and their traits.
 //
 // Inputs and outputs of 16 and 32 bits are Float32, Float16 or BFloat16; FP8 elements are E4M3 or E5M2 (docs/numerics.md).
-// The other enumerators exist so that an error message can name what came.
+// The others are unsupported types, listed so that errors can name them.
 #pragma once
 
 #include <cstdint>
@@ -69,11 +69,6 @@ constexpr int size_of(DType dtype) {
     default: return 1;
   }
 }
-
-constexpr bool is_fp8(DType dtype) { return dtype == DType::E4M3 || dtype == DType::E5M2; }
-
-// A type the kernels read unquantized values from and write dequantized values to.
-constexpr bool is_real(DType dtype) { return dtype == DType::Float32 || dtype == DType::Float16 || dtype == DType::BFloat16; }
 
 // Element types as C++ types: the bit pattern, without arithmetic. Conversions are in fp8.h.
 struct Half {

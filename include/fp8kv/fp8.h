@@ -45,9 +45,6 @@ struct Fp8Traits<E5M2> {
 template <class Fp8>
 inline constexpr float kMinScale = 1.0f / (Fp8Traits<Fp8>::kMax * 512.0f);
 
-constexpr float fp8_max(DType dtype) { return dtype == DType::E4M3 ? Fp8Traits<E4M3>::kMax : Fp8Traits<E5M2>::kMax; }
-constexpr float min_scale(DType dtype) { return dtype == DType::E4M3 ? kMinScale<E4M3> : kMinScale<E5M2>; }
-
 FP8KV_HD constexpr bool is_nan(float x) { return (std::bit_cast<std::uint32_t>(x) & 0x7fffffffu) > 0x7f800000u; }
 FP8KV_HD constexpr bool is_finite(float x) { return (std::bit_cast<std::uint32_t>(x) & 0x7fffffffu) < 0x7f800000u; }
 

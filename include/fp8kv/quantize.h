@@ -1,8 +1,8 @@
 // FP8 quantization: one struct per operation, its validator, and its launchers. Formulas: fp8.h and docs/numerics.md.
 //
 // Scales. The input, whatever its number of dimensions, is seen as a matrix [prod(shape[:-1]), shape[-1]] = [M, N]. A
-// GroupShape (rows, cols) cuts that matrix into groups that share a scale, R = ceil(M / rows) by C = ceil(N / cols) of them; -1
-// means the whole extent, and a last group may be smaller than the others.
+// GroupShape (rows, cols) divides that matrix into groups that share a scale, R = ceil(M / rows) by C = ceil(N / cols) of them;
+// -1 means the whole extent, and a last group may be smaller than the others.
 //   per tensor   (-1, -1)         scale []  or [1]
 //   per token    (1, -1)          scale [M] or [M, 1]
 //   per channel  (-1, 1)          scale [N] or [1, N]
@@ -27,6 +27,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "fp8kv/cuda_stream.h"
 #include "fp8kv/error.h"
 #include "fp8kv/export.h"
 #include "fp8kv/parallel.h"
@@ -74,43 +75,11 @@ struct GroupAmax {
   GroupShape group_shape{};
 };
 
-// What every backend works from: the problem as one list of dimensions, outermost first, with neighbours merged where memory
-// and scales allow it. Element (i0, i1, ...) of the input lies at sum(i_d * in), of the result at sum(i_d * out), and its scale
-// at sum((i_d / block) * scale), all counted in elements. The last dimension is the `run`: where both sides have stride 1 there
-// and its scale stride is 0, runs are contiguous pieces with one scale.
-struct Layout {
-  struct Dim {
-    std::int64_t size = 1;
-    std::int64_t in = 0;
-    std::int64_t out = 0;
-    std::int64_t scale = 0;
-    std::int64_t block = 1;  // elements along this dimension that share a scale
-  };
-  static constexpr int kMaxLayoutDims = kMaxDims + 1;
-
-  std::int64_t numel = 0;
-  std::int64_t num_groups = 0;
-  int ndim = 1;  // at least 1
-  Dim dims[kMaxLayoutDims];
-
-  // The one case dimensions can't express: groups of several rows that cross the leading dimensions of a strided input. Then
-  // dims are the input's own, their scale strides but the last are 0, and flat row / flat_rows * flat_scale is added.
-  std::int64_t flat_rows = 0;  // 0: not used
-  std::int64_t flat_scale = 0;
-
-  // The scale tensor as a list of its own, for the ops that write it: group (g0, g1, ...) lies at sum(g_d * stride).
-  int scale_ndim = 0;
-  std::int64_t scale_sizes[kMaxDims] = {};
-  std::int64_t scale_strides[kMaxDims] = {};
-
-  constexpr const Dim& run() const { return dims[ndim - 1]; }
-};
-
 // Checks everything about a problem that can be checked without reading its elements. Throws Error.
-FP8KV_API Layout validate(const StaticQuantize& problem);
-FP8KV_API Layout validate(const DynamicQuantize& problem);
-FP8KV_API Layout validate(const Dequantize& problem);
-FP8KV_API Layout validate(const GroupAmax& problem);
+FP8KV_API void validate(const StaticQuantize& problem);
+FP8KV_API void validate(const DynamicQuantize& problem);
+FP8KV_API void validate(const Dequantize& problem);
+FP8KV_API void validate(const GroupAmax& problem);
 
 namespace cpu {
 
@@ -124,12 +93,12 @@ FP8KV_API void run(const GroupAmax& problem, const ParallelFor& parallel_for = {
 
 namespace cuda {
 
-// Enqueues on `stream` (a cudaStream_t; nullptr is the default stream) of the current device, on which all views must be.
-// Allocates nothing and waits for nothing, so it can be captured into a CUDA graph. Launch failures throw Error.
-FP8KV_API void run(const StaticQuantize& problem, void* stream = nullptr);
-FP8KV_API void run(const DynamicQuantize& problem, void* stream = nullptr);
-FP8KV_API void run(const Dequantize& problem, void* stream = nullptr);
-FP8KV_API void run(const GroupAmax& problem, void* stream = nullptr);
+// Enqueues on `stream` of the current device, on which all views must be. Allocates nothing and waits for nothing, so it can be
+// captured into a CUDA graph. Launch failures throw Error.
+FP8KV_API void run(const StaticQuantize& problem, Stream stream = nullptr);
+FP8KV_API void run(const DynamicQuantize& problem, Stream stream = nullptr);
+FP8KV_API void run(const Dequantize& problem, Stream stream = nullptr);
+FP8KV_API void run(const GroupAmax& problem, Stream stream = nullptr);
 
 }  // namespace cuda
 }  // namespace fp8kv

@@ -125,7 +125,7 @@ inline void fill(Tensor& t, unsigned seed) {
   std::normal_distribution<float> normal(0.0f, 20.0f);
   for (std::int64_t i = 0; i < t.numel(); ++i) {
     const std::uint32_t bits = random();
-    if (is_real(t.dtype()) && bits % 8 != 0) {
+    if (core::is_real(t.dtype()) && bits % 8 != 0) {
       t.set_real(i, normal(random));
     } else {
       const std::uint32_t any = random();

@@ -165,7 +165,7 @@ std::vector<Param> amax_params() {
 
 std::string case_name(const testing::TestParamInfo<Param>& info) {
   const std::string real = std::string(info.param.c.name) + "_" + name(info.param.real);
-  return is_fp8(info.param.fp8) ? real + "_" + name(info.param.fp8) : real;
+  return core::is_quantized(info.param.fp8) ? real + "_" + name(info.param.fp8) : real;
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, CudaQuantize, testing::ValuesIn(quantize_params()), case_name);

@@ -92,8 +92,8 @@ TEST(DTypes, NamesAndSizes) {
     EXPECT_EQ(size_of(row.dtype), row.size) << row.name;
     const bool fp8 = row.dtype == DType::E4M3 || row.dtype == DType::E5M2;
     const bool real = row.dtype == DType::Float32 || row.dtype == DType::Float16 || row.dtype == DType::BFloat16;
-    EXPECT_EQ(is_fp8(row.dtype), fp8) << row.name;
-    EXPECT_EQ(is_real(row.dtype), real) << row.name;
+    EXPECT_EQ(core::is_quantized(row.dtype), fp8) << row.name;
+    EXPECT_EQ(core::is_real(row.dtype), real) << row.name;
   }
 }
 

@@ -1,0 +1,57 @@
+// CacheLayout: the problems of the paged cache in the form that all backends work from.
+#pragma once
+
+#include <cstdint>
+
+#include "fp8kv/kv_cache.h"
+
+namespace fp8kv::core {
+
+// Views of K and V. Strides count elements.
+struct HeadsView {  // [token, head, dim]
+  void* data = nullptr;
+  std::int64_t token = 0;
+  std::int64_t head = 0;
+  std::int64_t dim = 1;
+};
+struct PagedView {  // [block, offset, head, dim]
+  void* data = nullptr;
+  std::int64_t block = 0;
+  std::int64_t offset = 0;
+  std::int64_t head = 0;
+  std::int64_t dim = 1;
+};
+struct PagedScales {  // per tensor: all strides 0; per head: only `head` is not
+  float* data = nullptr;
+  std::int64_t block = 0;
+  std::int64_t offset = 0;
+  std::int64_t head = 0;
+};
+struct KVViews {  // of K or V
+  HeadsView rows;
+  PagedView cache;
+  PagedScales scales;
+};
+
+struct CacheLayout {
+  // Heads that follow each other in memory on both sides and share a scale are merged into one.
+  std::int64_t num_tokens = 0;  // to append; for a gather, rows of key and value
+  std::int64_t num_heads = 0;
+  std::int64_t head_size = 0;
+  std::int64_t num_blocks = 0;
+  std::int64_t block_size = 0;
+  DType real = DType::Float32;     // of key and value
+  DType element = DType::Float32;  // of the caches; not quantized: a plain copy, rounded where the types differ
+  KVViews k;
+  KVViews v;
+
+  constexpr std::int64_t num_slots() const { return num_blocks * block_size; }
+  constexpr bool empty() const { return num_tokens == 0 || num_heads == 0 || head_size == 0; }
+};
+
+// Checks everything about a problem that can be checked without reading its elements, and normalizes it. Throws Error.
+FP8KV_API CacheLayout lower(const CacheAppend& problem);
+FP8KV_API CacheLayout lower(const CacheAppendDynamic& problem);
+FP8KV_API CacheLayout lower(const CacheGather& problem);
+
+}  // namespace fp8kv::core

@@ -1,0 +1,53 @@
+// The element types that kernels exist for. Dispatch, kernel tables, error messages and the names of cache formats are made
+// from the lists here, so that a new format is a row in this file and its codecs (docs/internals/add_a_format.md).
+#pragma once
+
+#include <string>
+#include <string_view>
+
+#include "fp8kv/fp8.h"
+
+namespace fp8kv::core {
+
+template <class... Ts>
+struct TypeList {
+  static constexpr int kSize = sizeof...(Ts);
+};
+
+// Types of unquantized values, and of quantized ones.
+using RealTypes = TypeList<float, Half, BFloat16>;
+using QuantizedTypes = TypeList<E4M3, E5M2>;
+
+// The names of the formats of a cache, in the order in which messages list them. Those of one format follow each other.
+struct CacheFormat {
+  std::string_view name;
+  DType dtype;
+};
+inline constexpr CacheFormat kCacheFormats[] = {
+    {"float16", DType::Float16}, {"bfloat16", DType::BFloat16}, {"float32", DType::Float32},
+    {"fp8", DType::E4M3},        {"fp8_e4m3", DType::E4M3},     {"fp8_e5m2", DType::E5M2},
+};
+
+// The place of a type in a list; -1 if it is not there.
+template <class... Ts>
+constexpr int index_in(TypeList<Ts...>, DType dtype) {
+  int index = -1, i = 0;
+  ((DTypeOf<Ts>::value == dtype ? void(index = i) : void(), ++i), ...);
+  return index;
+}
+
+constexpr int real_index(DType dtype) { return index_in(RealTypes{}, dtype); }
+constexpr int quantized_index(DType dtype) { return index_in(QuantizedTypes{}, dtype); }
+constexpr bool is_real(DType dtype) { return real_index(dtype) >= 0; }
+constexpr bool is_quantized(DType dtype) { return quantized_index(dtype) >= 0; }
+
+// "float32, float16 or bfloat16".
+template <class... Ts>
+std::string names_of(TypeList<Ts...>) {
+  std::string text;
+  int i = 0;
+  ((text += (i == 0 ? "" : i + 1 < int{sizeof...(Ts)} ? ", " : " or "), text += name(DTypeOf<Ts>::value), ++i), ...);
+  return text;
+}
+
+}  // namespace fp8kv::core

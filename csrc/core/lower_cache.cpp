@@ -1,0 +1,231 @@
+// Validation of the problems of the paged cache and their CacheLayout.
+#include "core/lower_cache.h"
+
+#include <algorithm>
+#include <string>
+
+#include "core/formats.h"
+
+namespace fp8kv {
+namespace core {
+namespace {
+
+void check_int32(const Argument& a) {
+  if (a.view.dtype != DType::Int32) fail(a.op, a.name, "be int32", name(a.view.dtype));
+}
+
+// What the elements of the caches are; `wanted` and the tensors must agree.
+DType cache_element(const Argument& key_cache, const Argument& value_cache, std::optional<DType> wanted, bool must_quantize) {
+  const DType actual = key_cache.view.dtype, element = wanted.value_or(actual);
+  const bool quantized = is_quantized(element);
+  if (!quantized && (must_quantize || !is_real(element))) {
+    const std::string types = (must_quantize ? "be " : "be " + names_of(RealTypes{}) + " or ") + names_of(QuantizedTypes{});
+    if (wanted) fail(key_cache.op, "kv_cache_dtype", types, name(element));
+    fail(key_cache.op, key_cache.name, types + ", as kv_cache_dtype is not given", name(element));
+  }
+  if (actual != element && !(quantized && actual == DType::UInt8))
+    fail(key_cache.op, key_cache.name,
+         std::string("be ") + name(element) + (quantized ? " or uint8" : "") + " as kv_cache_dtype is " + name(element),
+         name(actual));
+  if (value_cache.view.dtype != actual)
+    fail(value_cache.op, value_cache.name, std::string("be ") + name(actual) + " as key_cache is",
+         name(value_cache.view.dtype));
+  return element;
+}
+
+}  // namespace
+
+void check_ndim(const Argument& a, int ndim, const char* form) {
+  if (a.view.ndim != ndim) fail(a.op, a.name, std::string("have the shape ") + form, "shape " + shape_string(a.view));
+}
+
+void check_int32_or_int64(const Argument& a) {
+  if (a.view.dtype != DType::Int32 && a.view.dtype != DType::Int64) fail(a.op, a.name, "be int32 or int64", name(a.view.dtype));
+}
+
+void check_companion(const Argument& a, const Argument& key, void (*check_dtype)(const Argument&)) {
+  check_view(a);
+  check_dtype(a);
+  check_same_device(a, key);
+}
+
+CacheLayout lower_heads_and_caches(const Argument& key, const Argument& value, const Argument& key_cache,
+                                   const Argument& value_cache, std::optional<DType> kv_cache_dtype, bool must_quantize) {
+  for (const Argument* a : {&key, &value, &key_cache, &value_cache}) check_view(*a);
+  check_real(key);
+  if (value.view.dtype != key.view.dtype)
+    fail(value.op, value.name, std::string("be ") + name(key.view.dtype) + " as key is", name(value.view.dtype));
+  CacheLayout layout;
+  layout.real = key.view.dtype;
+  layout.element = cache_element(key_cache, value_cache, kv_cache_dtype, must_quantize);
+  for (const Argument* a : {&value, &key_cache, &value_cache}) check_same_device(*a, key);
+  check_ndim(key_cache, 4, "[num_blocks, block_size, num_kv_heads, head_size]");
+  check_same_shape(value_cache, key_cache);
+
+  const std::int64_t* sizes = key_cache.view.sizes;
+  layout.num_blocks = sizes[0], layout.block_size = sizes[1], layout.num_heads = sizes[2], layout.head_size = sizes[3];
+  for (const Argument* a : {&key, &value}) {
+    check_ndim(*a, 3, "[num_tokens, num_kv_heads, head_size]");
+    if (a->view.sizes[1] != sizes[2] || a->view.sizes[2] != sizes[3])
+      fail(a->op, a->name,
+           "have num_kv_heads=" + std::to_string(sizes[2]) + " and head_size=" + std::to_string(sizes[3]) + " as key_cache has",
+           "shape " + shape_string(a->view));
+  }
+  const auto views_of = [](const TensorView& rows, const TensorView& cache) {
+    const std::int64_t *r = rows.strides, *c = cache.strides;
+    return KVViews{{rows.data, r[0], r[1], r[2]}, {cache.data, c[0], c[1], c[2], c[3]}, {}};
+  };
+  layout.k = views_of(key.view, key_cache.view);
+  layout.v = views_of(value.view, value_cache.view);
+  return layout;
+}
+
+void check_rows(const Argument& a, std::int64_t count) {
+  if (a.view.sizes[0] < count)
+    fail(a.op, a.name, "have at least " + std::to_string(count) + " rows, one for each element of slot_mapping",
+         "shape " + shape_string(a.view));
+}
+
+std::int64_t count_tokens(const Argument& slot_mapping, const Argument& key, const Argument& value) {
+  check_companion(slot_mapping, key, check_int32_or_int64);
+  check_ndim(slot_mapping, 1, "[num_tokens]");
+  const std::int64_t count = slot_mapping.view.sizes[0];
+  for (const Argument* a : {&key, &value}) check_rows(*a, count);
+  return count;
+}
+
+namespace {
+
+bool is_scale_cache(const TensorView& scale, const CacheLayout& layout) {
+  return scale.ndim == 3 && scale.sizes[0] == layout.num_blocks && scale.sizes[1] == layout.block_size &&
+         scale.sizes[2] == layout.num_heads;
+}
+
+// Scales of the form [num_blocks, block_size, num_kv_heads].
+PagedScales scale_cache(const Argument& a, const CacheLayout& layout, const Argument& key) {
+  check_companion(a, key, check_float32);
+  if (!is_scale_cache(a.view, layout))
+    fail(a.op, a.name,
+         "have the shape [num_blocks=" + std::to_string(layout.num_blocks) +
+             ", block_size=" + std::to_string(layout.block_size) + ", num_kv_heads=" + std::to_string(layout.num_heads) + "]",
+         "shape " + shape_string(a.view));
+  return {static_cast<float*>(a.view.data), a.view.strides[0], a.view.strides[1], a.view.strides[2]};
+}
+
+// -1 where there are several.
+std::int64_t find_even_stride(const TensorView& view) {
+  std::int64_t step = 0, inner = 1;
+  for (int i = view.ndim - 1; i >= 0; --i) {
+    if (view.sizes[i] == 1) continue;
+    if (inner == 1) step = view.strides[i];
+    if (view.strides[i] != step * inner) return -1;
+    inner *= view.sizes[i];
+  }
+  return step;
+}
+
+}  // namespace
+
+std::int64_t even_stride(const Argument& a) {
+  const std::int64_t stride = find_even_stride(a.view);
+  if (stride < 0)
+    fail(a.op, a.name, "have even steps between its elements", "several strides in shape " + shape_string(a.view));
+  return stride;
+}
+
+PagedScales lower_scales(const Argument& a, const CacheLayout& layout, const Argument& key, bool or_cache) {
+  if (or_cache && a.view.numel() != 1 && is_scale_cache(a.view, layout)) return scale_cache(a, layout, key);
+  check_companion(a, key, check_float32);
+  const std::int64_t count = a.view.numel();
+  if (count != 1 && count != layout.num_heads)
+    fail(a.op, a.name,
+         "have 1 or num_kv_heads=" + std::to_string(layout.num_heads) + " elements" +
+             (or_cache ? ", or the shape [num_blocks=" + std::to_string(layout.num_blocks) +
+                             ", block_size=" + std::to_string(layout.block_size) + ", num_kv_heads]"
+                       : ""),
+         "shape " + shape_string(a.view));
+  return {static_cast<float*>(a.view.data), 0, 0, even_stride(a)};
+}
+
+namespace {
+
+void merge_heads(CacheLayout& layout) {
+  const bool copies = !is_quantized(layout.element);
+  for (const KVViews* kv : {&layout.k, &layout.v}) {
+    const PagedScales& scale = kv->scales;
+    if (!copies && (scale.block || scale.offset || scale.head)) return;
+    if (kv->rows.head != layout.head_size * kv->rows.dim || kv->cache.head != layout.head_size * kv->cache.dim) return;
+  }
+  layout.head_size *= layout.num_heads;
+  layout.num_heads = layout.num_heads > 0 ? 1 : 0;
+}
+
+}  // namespace
+
+CacheLayout lower(const CacheAppend& p) {
+  constexpr const char* op = "reshape_and_cache_flash";
+  const Argument key{op, "key", p.key}, value{op, "value", p.value}, key_cache{op, "key_cache", p.key_cache},
+      value_cache{op, "value_cache", p.value_cache}, slots{op, "slot_mapping", p.slot_mapping},
+      k_scale{op, "k_scale", p.k_scale}, v_scale{op, "v_scale", p.v_scale};
+  CacheLayout layout = lower_heads_and_caches(key, value, key_cache, value_cache, p.kv_cache_dtype, false);
+  layout.num_tokens = count_tokens(slots, key, value);
+  layout.k.scales = lower_scales(k_scale, layout, key);
+  layout.v.scales = lower_scales(v_scale, layout, key);
+  check_written({&key_cache, &value_cache}, {&key, &value, &slots, &k_scale, &v_scale});
+  merge_heads(layout);
+  return layout;
+}
+
+CacheLayout lower(const CacheAppendDynamic& p) {
+  constexpr const char* op = "reshape_and_cache_flash_dynamic";
+  const Argument key{op, "key", p.key}, value{op, "value", p.value}, key_cache{op, "key_cache", p.key_cache},
+      value_cache{op, "value_cache", p.value_cache}, slots{op, "slot_mapping", p.slot_mapping},
+      k_scales{op, "k_scale_cache", p.k_scale_cache}, v_scales{op, "v_scale_cache", p.v_scale_cache};
+  CacheLayout layout = lower_heads_and_caches(key, value, key_cache, value_cache, p.kv_cache_dtype, true);
+  layout.num_tokens = count_tokens(slots, key, value);
+  layout.k.scales = scale_cache(k_scales, layout, key);
+  layout.v.scales = scale_cache(v_scales, layout, key);
+  check_written({&key_cache, &value_cache, &k_scales, &v_scales}, {&key, &value, &slots});
+  return layout;
+}
+
+CacheLayout lower(const CacheGather& p) {
+  constexpr const char* op = "gather_and_dequant_cache";
+  const Argument key{op, "key", p.key}, value{op, "value", p.value}, key_cache{op, "key_cache", p.key_cache},
+      value_cache{op, "value_cache", p.value_cache}, table{op, "block_table", p.block_table},
+      sums{op, "cu_seq_lens", p.cu_seq_lens}, k_scale{op, "k_scale", p.k_scale}, v_scale{op, "v_scale", p.v_scale};
+  CacheLayout layout = lower_heads_and_caches(key, value, key_cache, value_cache, p.kv_cache_dtype, false);
+  if (p.value.sizes[0] != p.key.sizes[0])
+    fail(op, "value", "have as many rows as key, " + std::to_string(p.key.sizes[0]), "shape " + shape_string(p.value));
+  layout.num_tokens = p.key.sizes[0];
+  layout.k.scales = lower_scales(k_scale, layout, key, true);
+  layout.v.scales = lower_scales(v_scale, layout, key, true);
+  for (const Argument* a : {&table, &sums}) check_companion(*a, key, check_int32);
+  check_ndim(table, 2, "[num_seqs, max_blocks]");
+  check_ndim(sums, 1, "[num_seqs + 1]");
+  const std::int64_t num_seqs = p.block_table.sizes[0];
+  if (p.cu_seq_lens.sizes[0] != num_seqs + 1)
+    fail(op, "cu_seq_lens",
+         "have num_seqs + 1 = " + std::to_string(num_seqs + 1) + " elements, as block_table has num_seqs rows",
+         "shape " + shape_string(p.cu_seq_lens));
+  check_written({&key, &value}, {&key_cache, &value_cache, &k_scale, &v_scale, &table, &sums});
+  if (p.seq_starts) {
+    const Argument starts{op, "seq_starts", *p.seq_starts};
+    check_companion(starts, key, check_int32);
+    check_ndim(starts, 1, "[num_seqs]");
+    if (p.seq_starts->sizes[0] != num_seqs)
+      fail(op, "seq_starts", "have num_seqs=" + std::to_string(num_seqs) + " elements, as block_table has rows",
+           "shape " + shape_string(*p.seq_starts));
+    for (const Argument* a : {&key, &value}) check_no_overlap(*a, starts);
+  }
+  merge_heads(layout);
+  return layout;
+}
+
+}  // namespace core
+
+void validate(const CacheAppend& problem) { core::lower(problem); }
+void validate(const CacheAppendDynamic& problem) { core::lower(problem); }
+void validate(const CacheGather& problem) { core::lower(problem); }
+
+}  // namespace fp8kv

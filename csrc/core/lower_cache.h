@@ -1,0 +1,33 @@
+// Checks and conversions of cache arguments that several problems have: defined in lower_cache.cpp, used by lower_rope.cpp too.
+#pragma once
+
+#include <optional>
+
+#include "core/cache_layout.h"
+#include "core/check.h"
+
+namespace fp8kv::core {
+
+void check_ndim(const Argument& a, int ndim, const char* form);
+void check_int32_or_int64(const Argument& a);
+
+// A scale or an index tensor: a sound view, of a dtype, on the device of `key`.
+void check_companion(const Argument& a, const Argument& key, void (*check_dtype)(const Argument&));
+
+// At least `count` rows.
+void check_rows(const Argument& a, std::int64_t count);
+
+// Everything but the number of tokens and the scales. The caches give the sizes; key and value must fit them.
+CacheLayout lower_heads_and_caches(const Argument& key, const Argument& value, const Argument& key_cache,
+                                   const Argument& value_cache, std::optional<DType> kv_cache_dtype, bool must_quantize);
+
+// The number of tokens, which key and value must have at least.
+std::int64_t count_tokens(const Argument& slot_mapping, const Argument& key, const Argument& value);
+
+// The one stride between elements in row-major order.
+std::int64_t even_stride(const Argument& a);
+
+// Scales of 1 or num_kv_heads elements; with `or_cache`, also one per token and head.
+PagedScales lower_scales(const Argument& a, const CacheLayout& layout, const Argument& key, bool or_cache = false);
+
+}  // namespace fp8kv::core

@@ -1,0 +1,195 @@
+// Launch plans of the CUDA kernels: which kernel, how many threads, and what each of them does. Pure functions of a layout, the
+// alignment of the views and the size of the device, so that they are tested without a GPU. A plan is made once for a launch;
+// the .cu files map it to an instantiation.
+#pragma once
+
+#include <cstdint>
+
+#include "core/chunks.h"
+#include "core/rope_layout.h"
+
+namespace fp8kv::core {
+
+// Elements a thread handles at a time: one 8-byte access to FP8, one or two of 16 bytes to wider types.
+inline constexpr int kVecSize = 8;
+
+// The three ways through memory. Every operation has a kernel of the first kind, which takes anything.
+enum class KernelPath : std::uint8_t {
+  Scalar,      // one element per thread, all indices computed
+  Vectorized,  // stride 1 and one scale along a row: a vector of 8 elements per thread
+  PerColumn,   // stride 1 along a row, with scales that change along it: a thread owns 8 columns and loops over rows
+};
+
+constexpr const char* name(KernelPath path) {
+  switch (path) {
+    case KernelPath::Vectorized: return "vectorized";
+    case KernelPath::PerColumn: return "per column";
+    case KernelPath::Scalar: break;
+  }
+  return "scalar";
+}
+
+// Sizes of a device that plans depend on.
+struct DeviceLimits {
+  int multiprocessors = 0;
+  int shared_memory = 0;  // bytes per multiprocessor
+  bool has_clusters = false;
+  bool has_dependent_launch = false;
+};
+
+// Blocks of 256 threads that cover `count` items in a grid-stride loop.
+constexpr std::int64_t grid_stride_blocks(std::int64_t count, int multiprocessors) {
+  return std::min<std::int64_t>(ceil_div(count, 256), std::int64_t{multiprocessors} * 8);
+}
+
+// --- Elementwise: quantize with given scales, dequantize ---------------------
+
+// The kernels of csrc/cuda/quantize/elementwise.cuh. "Contiguous": the input and the result are one contiguous range each.
+enum class ElementwiseKernel : std::uint8_t {
+  Scalar,
+  VectorizedContiguous0,  // contiguous, one scale
+  VectorizedContiguous1,  // contiguous, one dimension outside the row
+  VectorizedContiguous2,  // contiguous, two
+  VectorizedContiguous,   // contiguous, any number
+  VectorizedStrided,
+  VectorizedUnaligned,
+  PerColumnContiguous,  // contiguous, one row per thread
+  PerColumn1,           // 1, 2 or 4 rows per thread
+  PerColumn2,
+  PerColumn4,
+  PerColumnUnaligned,
+};
+
+struct ElementwisePlan {
+  ElementwiseKernel kernel = ElementwiseKernel::Scalar;
+  KernelPath path = KernelPath::Scalar;
+  bool aligned = false;   // every vector is one aligned access to input and result; otherwise edges are handled inside
+  int threads = 256;      // per block
+  std::int64_t work = 0;  // threads that have something to do
+  std::int64_t blocks = 0;
+  int outer_dims = 0;             // dimensions that the kernel finds by their index; it knows the rest
+  std::int64_t vecs_per_row = 1;  // Vectorized, PerColumn
+  std::int64_t row_size = 0;      // elements; of merged rows where there are any
+
+  // PerColumn, aligned: the dimension before the row, if it shares its scales, so that a thread can loop over it.
+  std::int64_t rows = 1;
+  int rows_per_thread = 1;
+  std::int64_t rows_merged = 1;  // contiguous rows of odd length that are taken as one aligned row
+  std::int64_t row_in = 0;       // strides from one (merged) row to the next
+  std::int64_t row_out = 0;
+  std::int64_t last_row_size = 0;  // a last merged row may be incomplete
+  bool vector_scales = false;      // 8 scales are one aligned access
+};
+
+// The chunk must have elements, at most kMaxChunk of them.
+FP8KV_API ElementwisePlan plan_elementwise(const Chunk& chunk, const TensorView& input, const TensorView& result,
+                                           const TensorView& scale, int multiprocessors);
+
+// --- Largest magnitudes of groups of any form --------------------------------
+
+// The kernels of csrc/cuda/quantize/group_amax.cu. Where a path is not Scalar, a thread takes 8 neighboring elements and
+// reduces over a span of indices of one dimension, which does not cross a block of that dimension's scales. If the row itself
+// is reduced, it is seen as rows of kAmaxRowSize elements.
+struct AmaxPlan {
+  KernelPath path = KernelPath::Scalar;
+  bool aligned = false;
+  int threads = 256;  // per block
+  std::int64_t blocks = 0;
+  Layout outer;                 // the layout without the reduced dimension
+  Layout::Dim reduced;          // `block`: indices that share a scale
+  std::int64_t limit = 0;       // elements from the first index of the reduced dimension on that exist
+  std::int64_t span = 1;        // indices that a thread reduces over
+  std::int64_t num_spans = 1;   // over all of the reduced dimension
+  std::int64_t outer_rows = 1;  // rows of `outer`
+  std::int64_t vecs_per_row = 1;
+  std::int64_t work = 0;  // Vectorized: threads that have something to do
+
+  std::int64_t spans_per_block() const { return ceil_div(reduced.block, span); }
+  std::int64_t vec_groups_per_row() const { return ceil_div(vecs_per_row, 32); }  // PerColumn: what a warp takes
+};
+
+inline constexpr std::int64_t kAmaxRowSize = 2048;
+
+// The chunk must have elements, at most kMaxChunk / 8 of them.
+FP8KV_API AmaxPlan plan_amax(const Chunk& chunk, const TensorView& input, int multiprocessors);
+
+// --- Dynamic quantization ----------------------------------------------------
+
+// How the largest magnitude of each group is found (csrc/cuda/quantize/dynamic.cuh).
+enum class DynamicPath : std::uint8_t {
+  PerGroup,     // every row is a group: it stays in the registers of a few threads between maximum and division
+  Redundant,    // one group of one row, of a few blocks' size: every block finds the maximum of all of it
+  Cluster,      // one group of one row that fits the registers of one thread block cluster
+  Cooperative,  // one group of one row: a cooperative kernel keeps what it can on the chip
+  TwoPasses,    // anything: atomic maxima into the scales, then the elementwise kernel
+};
+
+constexpr const char* name(DynamicPath path) {
+  switch (path) {
+    case DynamicPath::PerGroup: return "per group";
+    case DynamicPath::Redundant: return "redundant";
+    case DynamicPath::Cluster: return "cluster";
+    case DynamicPath::Cooperative: return "cooperative";
+    case DynamicPath::TwoPasses: break;
+  }
+  return "two passes";
+}
+
+struct DynamicPlan {
+  DynamicPath path = DynamicPath::TwoPasses;
+  bool aligned = false;
+  bool contiguous = false;  // PerGroup: aligned; the input, the result and the scales are one contiguous range each
+  int threads = 256;        // per block
+  std::int64_t blocks = 0;
+  int lanes_per_group = 0;        // PerGroup: a power of two up to 32; 0 for a block
+  int vecs_per_thread = 1;        // PerGroup, Redundant, Cluster: kept in registers; 0: the row is read twice
+  int shared_vecs = 0;            // Cooperative: kept in shared memory, per thread
+  std::int64_t vecs_per_row = 1;  // what covers a row of any alignment
+};
+
+inline constexpr int kRedundantThreads = 1024;
+inline constexpr int kRedundantVecs = 512;  // a block quantizes
+inline constexpr int kCooperativeThreads = 512;
+inline constexpr int kCooperativeBlocks = 2;  // per multiprocessor
+
+// Vectors of a type that the registers of a thread hold between two passes: 32 registers.
+constexpr int vecs_in_registers(DType real) { return 16 / size_of(real); }
+
+// The most vectors per thread that the shared memory of a cooperative kernel holds.
+FP8KV_API int max_shared_vecs(DType real, const DeviceLimits& limits);
+
+// Whether all parts of the layout (for_each_uniform_part) have a path other than TwoPasses.
+FP8KV_API bool fits_one_pass(const Layout& layout);
+
+// `max_cluster`: thread blocks of 1024 threads in the largest cluster, 0 where there are none.
+FP8KV_API DynamicPlan plan_dynamic(const Chunk& chunk, const TensorView& input, const TensorView& result,
+                                   const DeviceLimits& limits, int max_cluster);
+
+// --- The paged cache ---------------------------------------------------------
+
+struct CachePlan {
+  KernelPath path = KernelPath::Scalar;  // or Vectorized
+  bool aligned = false;                  // Vectorized: every vector is one aligned access to rows and cache
+  int threads = 256;                     // per block
+  std::int64_t vecs_per_head = 1;        // Vectorized
+  std::int64_t tokens = 0;               // of one launch
+  // With dynamic scales, neighboring threads hold a head in registers.
+  int threads_per_head = 1;  // a power of two up to 32
+  int vecs_per_thread = 1;
+};
+
+FP8KV_API CachePlan plan_append(const CacheLayout& layout);
+FP8KV_API CachePlan plan_append_dynamic(const CacheLayout& layout);
+FP8KV_API CachePlan plan_gather(const CacheLayout& layout);
+
+struct RopeAppendPlan {
+  KernelPath path = KernelPath::Scalar;  // one warp per head; or Vectorized: one vector per thread, every access aligned
+  int threads = 256;                     // per block
+  int threads_per_head = 32;             // Vectorized with a norm: a power of two
+  int heads_per_thread = 1;              // Vectorized: 1 or 2
+  std::int64_t tokens = 0;               // of one launch
+};
+
+FP8KV_API RopeAppendPlan plan_rope_append(const RopeLayout& layout);
+
+}  // namespace fp8kv::core

@@ -1,0 +1,67 @@
+#include <algorithm>
+#include <bit>
+
+#include "core/alignment.h"
+
+namespace fp8kv::core {
+namespace {
+
+constexpr int kWarp = 32;
+
+bool contiguous_heads(const CacheLayout& layout) {
+  for (const KVViews* kv : {&layout.k, &layout.v})
+    if ((kv->rows.dim != 1 || kv->cache.dim != 1) && layout.head_size > 1) return false;
+  return true;
+}
+
+bool vecs_aligned(const CacheLayout& layout) {
+  const auto fits = [](std::int64_t stride, std::int64_t size) { return stride % kVecSize == 0 || size == 1; };
+  for (const KVViews* kv : {&layout.k, &layout.v}) {
+    const HeadsView& rows = kv->rows;
+    const PagedView& cache = kv->cache;
+    if (!base_aligned(rows.data, layout.real) || !base_aligned(cache.data, layout.element)) return false;
+    if (!fits(rows.token, layout.num_tokens) || !fits(rows.head, layout.num_heads)) return false;
+    if (!fits(cache.block, layout.num_blocks) || !fits(cache.offset, layout.block_size) || !fits(cache.head, layout.num_heads))
+      return false;
+  }
+  return layout.head_size % kVecSize == 0;
+}
+
+// With given scales. `max_slot`: the last that a token may be at.
+CachePlan plan_given_scales(const CacheLayout& layout, std::int64_t max_slot) {
+  CachePlan plan;
+  plan.tokens = layout.num_tokens;
+  if (!contiguous_heads(layout) || max_slot >= kMaxChunk || layout.num_heads * layout.head_size >= kMaxChunk) return plan;
+  plan.path = KernelPath::Vectorized;
+  plan.aligned = vecs_aligned(layout);
+  plan.vecs_per_head = vecs_covering(layout.head_size, plan.aligned);
+  plan.tokens = std::min(plan.tokens, (kMaxChunk - 1) / (layout.num_heads * plan.vecs_per_head));
+  return plan;
+}
+
+}  // namespace
+
+CachePlan plan_append(const CacheLayout& layout) {
+  CachePlan plan = plan_given_scales(layout, layout.num_slots() - 1);
+  constexpr std::int64_t kMany = 1 << 20;
+  if (plan.aligned && plan.tokens * layout.num_heads * plan.vecs_per_head >= kMany) plan.threads = 128;
+  return plan;
+}
+
+CachePlan plan_append_dynamic(const CacheLayout& layout) {
+  CachePlan plan = plan_given_scales(layout, layout.num_slots() - 1);
+  for (int vecs : {2, 4}) {
+    if (plan.path == KernelPath::Scalar || plan.vecs_per_head > kWarp * vecs) continue;
+    plan.vecs_per_thread = vecs;
+    plan.threads_per_head = static_cast<int>(std::bit_ceil(static_cast<std::uint64_t>(ceil_div(plan.vecs_per_head, vecs))));
+    plan.tokens = std::min(plan.tokens, (kMaxChunk - 1) / (layout.num_heads * plan.threads_per_head));
+    return plan;
+  }
+  // One warp per head, whatever its size.
+  return {.tokens = layout.num_tokens, .threads_per_head = kWarp};
+}
+
+// Positions are int32 by themselves.
+CachePlan plan_gather(const CacheLayout& layout) { return plan_given_scales(layout, 0); }
+
+}  // namespace fp8kv::core

@@ -1,0 +1,38 @@
+// RopeLayout: the attention step (fp8kv/rope.h) in the form that all backends work from.
+#pragma once
+
+#include "core/cache_layout.h"
+#include "fp8kv/rope.h"
+
+namespace fp8kv::core {
+
+struct VectorView {  // Float32 or the type of query; nullptr: none
+  const void* data = nullptr;
+  std::int64_t step = 1;
+  DType dtype = DType::Float32;
+};
+struct RopeLayout {
+  CacheLayout cache;  // heads are never merged
+  std::int64_t num_heads = 0;
+  HeadsView query;
+  HeadsView query_out;
+  DType query_element = DType::Float32;  // of query_out
+  const float* q_scale = nullptr;
+  std::int64_t q_scale_step = 0;     // from one scale to the next
+  std::int64_t heads_per_scale = 1;  // neighboring query heads that share one
+  std::int64_t rotary_dim = 0;       // 0 without positions
+  std::int64_t max_position = 0;
+  VectorView cos_sin;  // row 0
+  std::int64_t cos_sin_row = 0;
+  bool is_neox = true;
+  VectorView norm_weights[2];  // of Q and K
+  float norm_eps = 0.0f;
+
+  constexpr bool empty() const { return cache.num_tokens == 0 || cache.head_size == 0 || num_heads + cache.num_heads == 0; }
+  constexpr bool transforms(int which) const { return rotary_dim > 0 || norm_weights[which].data; }  // 0: Q, 1: K
+};
+
+// Checks everything about a problem that can be checked without reading its elements, and normalizes it. Throws Error.
+FP8KV_API RopeLayout lower(const RopeAppend& problem);
+
+}  // namespace fp8kv::core

@@ -1,0 +1,228 @@
+// Quantize and dequantize rows with given scales.
+#pragma once
+
+#include "cpu/kernels/codec.h"
+#include "cpu/kernels/table.h"
+
+namespace fp8kv::cpu::FP8KV_ISA_NAMESPACE {
+namespace {
+
+constexpr int kTile = 4 * kLanes;  // elements handled per step
+
+// --- The two operations on a tile ----------
+
+// x / s without dividing: 1 / s = high + low with high rounded down and low > 0, so that both terms of x * high + x * low have
+// the sign of x. It isn't always the fp32 quotient, but on the same side of every boundary between FP8 values, for the scales
+// that are `ordinary` (docs/numerics.md); the others take the division. With a `high` further below 1 / s, more scales would go
+// wrong.
+struct Reciprocal {
+  // Lanes of -1 for ordinary scales.
+  FP8KV_INLINE I32 ordinary(F32 scale) {
+    constexpr std::int32_t kFirst = 0x00800000, kLast = 0x6f800000;  // 2^-126, 2^96
+    const I32 bits = bits_of(scale);
+    if constexpr (!kHasFma) return I32{};
+    return (bits >= kFirst) & (bits <= kLast) & (((bits + 4) & 0xfffff) >= 4);
+  }
+  FP8KV_INLINE F32 high(F32 scale) {
+    const F32 nearest = 1.0f / scale;
+    return float_of(bits_of(nearest) - (remainder(nearest, scale) > 0.0f ? I32{} : splat(1)));
+  }
+  FP8KV_INLINE F32 low(F32 scale, F32 high) { return remainder(high, scale) * high; }
+
+  // Of rows.
+  FP8KV_INLINE void prepare(RowScales& scales, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; i += kLanes) {
+      for (std::int64_t rest = count; rest < i + kLanes; ++rest) scales.scale[rest] = 1.0f;
+      const F32 scale = load(scales.scale + i), high_of_scale = high(scale);
+      store_vector(scales.high + i, high_of_scale);
+      store_vector(scales.low + i, low(scale, high_of_scale));
+      store_vector(scales.ordinary + i, ordinary(scale));
+    }
+  }
+  FP8KV_INLINE bool ordinary(const RowScales& scales, std::int64_t i) { return scales.ordinary[i] != 0; }
+  FP8KV_INLINE float high(const RowScales& scales, std::int64_t i) { return scales.high[i]; }
+  FP8KV_INLINE float low(const RowScales& scales, std::int64_t i) { return scales.low[i]; }
+
+ private:
+  FP8KV_INLINE F32 remainder(F32 reciprocal, F32 scale) { return multiply_add(-reciprocal, scale, splat(1.0f)); }
+};
+
+template <class Real, class Fp8>
+struct Quantize {
+  using In = Real;
+  using Out = Fp8;
+  using Split = Reciprocal;
+
+  FP8KV_INLINE_MEMBER void plain(const In* in, Out* out, const F32 (&scale)[4]) const {
+    F32 x[4];
+    for (int k = 0; k < 4; ++k) x[k] = load(in + k * kLanes) / scale[k];
+    store(out, x, encoder);
+  }
+
+  // False, and nothing done, when there is a NaN.
+  FP8KV_INLINE_MEMBER bool fast(const In* in, Out* out, const F32 (&high)[4], const F32 (&low)[4]) const {
+    F32 x[4];
+    for (int k = 0; k < 4; ++k) {
+      const F32 value = load(in + k * kLanes);
+      x[k] = multiply_add(value, high[k], value * low[k]);
+    }
+    if (any_nan(x)) return false;
+    store_numbers(out, x, encoder);
+    return true;
+  }
+
+  const Encoder<Fp8> encoder;
+};
+
+// Nothing to prepare: finite scales leave finite elements free of NaN.
+struct Factor {
+  FP8KV_INLINE I32 ordinary(F32 scale) { return (bits_of(scale) & kMagnitude) < kInfinity; }
+  FP8KV_INLINE F32 high(F32 scale) { return scale; }
+  FP8KV_INLINE F32 low(F32, F32) { return F32{}; }
+
+  FP8KV_INLINE void prepare(RowScales&, std::int64_t) {}
+  FP8KV_INLINE bool ordinary(const RowScales& scales, std::int64_t i) {
+    return (__builtin_bit_cast(std::int32_t, scales.scale[i]) & kMagnitude) < kInfinity;
+  }
+  FP8KV_INLINE float high(const RowScales& scales, std::int64_t i) { return scales.scale[i]; }
+  FP8KV_INLINE float low(const RowScales&, std::int64_t) { return 0.0f; }
+};
+
+template <class Fp8, class Real>
+struct Dequantize {
+  using In = Fp8;
+  using Out = Real;
+  using Split = Factor;
+
+  FP8KV_INLINE_MEMBER void plain(const In* in, Out* out, const F32 (&scale)[4]) const {
+    F32 x[4];
+    for (int k = 0; k < 4; ++k) x[k] = float_of(quiet(load(in + k * kLanes) * scale[k]));
+    store(out, x);
+  }
+
+  FP8KV_INLINE_MEMBER bool fast(const In* in, Out* out, const F32 (&scale)[4], const F32 (&)[4]) const {
+    if (any_magnitude_above(load_vector<Bytes>(in), Fp8Traits<Fp8>::kMaxBits)) return false;
+    F32 x[4];
+    for (int k = 0; k < 4; ++k) x[k] = load_number(in + k * kLanes) * scale[k];
+    store(out, x);
+    return true;
+  }
+};
+
+// --- Rows and columns ----------
+
+FP8KV_INLINE void splat4(F32 (&to)[4], float x) {
+  for (int k = 0; k < 4; ++k) to[k] = splat(x);
+}
+FP8KV_INLINE void load4(F32 (&to)[4], const float* from) {
+  for (int k = 0; k < 4; ++k) to[k] = load(from + k * kLanes);
+}
+
+// step(i) for tiles that cover [0, count), count >= kTile. The last may overlap the one before: the same bytes again.
+template <class Step>
+FP8KV_INLINE void for_each_tile(std::int64_t count, const Step& step) {
+  std::int64_t i = 0;
+  for (; i + kTile <= count; i += kTile) step(i);
+  if (i < count) step(count - kTile);
+}
+
+// What the fast path leaves over, out of its way. `stride` is 0 where all elements have one scale.
+template <class Op>
+[[gnu::noinline, gnu::cold]] void convert_plain(const typename Op::In* in, typename Op::Out* out, std::int64_t count,
+                                                const float* scale, std::int64_t stride) {
+  const Op op;
+  for_each_tile(count, [&](std::int64_t i) __attribute__((always_inline)) {
+    F32 scales[4];
+    stride == 0 ? splat4(scales, *scale) : load4(scales, scale + i);
+    op.plain(in + i, out + i, scales);
+  });
+}
+
+template <class Op>
+FP8KV_INLINE void convert_row(const Op& op, const typename Op::In* in, typename Op::Out* out, std::int64_t count,
+                              const RowScales& scales, std::int64_t number) {
+  const float* scale = scales.scale + number;
+  if (!Op::Split::ordinary(scales, number)) [[unlikely]]
+    return convert_plain<Op>(in, out, count, scale, 0);
+  F32 high[4], low[4];
+  splat4(high, Op::Split::high(scales, number)), splat4(low, Op::Split::low(scales, number));
+  for_each_tile(count, [&](std::int64_t i) __attribute__((always_inline)) {
+    prefetch<typename Op::In, kTile>(in + i);
+    if (!op.fast(in + i, out + i, high, low)) [[unlikely]]
+      convert_plain<Op>(in + i, out + i, kTile, scale, 0);
+  });
+}
+
+// Less than a tile: through a tile on the stack.
+template <class Op, class ConvertTile>
+FP8KV_INLINE void convert_short(const typename Op::In* in, typename Op::Out* out, std::int64_t count,
+                                const ConvertTile& convert_tile) {
+  typename Op::In x[kTile] = {};
+  typename Op::Out y[kTile];
+  for (int i = 0; i < count; ++i) x[i] = in[i];
+  convert_tile(x, y);
+  for (int i = 0; i < count; ++i) out[i] = y[i];
+}
+
+template <class Op>
+void prepare_rows(RowScales& scales, std::int64_t count) {
+  Op::Split::prepare(scales, count);
+}
+
+template <class Op>
+void convert_rows(const void* in_data, void* out_data, std::int64_t columns, const Rows& rows, const RowScales& scales,
+                  std::int64_t first) {
+  const auto* in = static_cast<const typename Op::In*>(in_data);
+  auto* out = static_cast<typename Op::Out*>(out_data);
+  const Op op;
+  for (std::int64_t r = 0; r < rows.count; ++r, in += rows.in, out += rows.out, first += rows.scale) {
+    if (columns >= kTile) {
+      convert_row(op, in, out, columns, scales, first);
+    } else {
+      convert_short<Op>(in, out, columns, [&](auto* x, auto* y) { convert_row(op, x, y, kTile, scales, first); });
+    }
+  }
+}
+
+template <class Op>
+void prepare_columns(ColumnScales& scales, std::int64_t count) {
+  for (std::int64_t i = count; i < count + kTile; ++i) scales.scale[i] = 1.0f;
+  I32 ordinary = splat(-1);
+  for (std::int64_t i = 0; i < count + kTile - kLanes + 1; i += kLanes) {
+    const F32 scale = load(scales.scale + i);
+    const F32 high = Op::Split::high(scale);
+    ordinary &= Op::Split::ordinary(scale);
+    store_vector(scales.high + i, high);
+    store_vector(scales.low + i, Op::Split::low(scale, high));
+  }
+  scales.ordinary = true;
+  for (int i = 0; i < kLanes; ++i) scales.ordinary &= ordinary[i] != 0;
+}
+
+template <class Op>
+FP8KV_INLINE void convert_row_of_columns(const Op& op, const typename Op::In* in, typename Op::Out* out, std::int64_t count,
+                                         const ColumnScales& scales, std::int64_t first) {
+  if (!scales.ordinary) [[unlikely]]
+    return convert_plain<Op>(in, out, count, scales.scale + first, 1);
+  for_each_tile(count, [&](std::int64_t i) __attribute__((always_inline)) {
+    F32 high[4], low[4];
+    load4(high, scales.high + first + i);
+    load4(low, scales.low + first + i);
+    prefetch<typename Op::In, kTile>(in + i);
+    if (!op.fast(in + i, out + i, high, low)) [[unlikely]]
+      convert_plain<Op>(in + i, out + i, kTile, scales.scale + first + i, 1);
+  });
+}
+
+template <class Op>
+void convert_columns(const void* in_data, void* out_data, std::int64_t columns, const ColumnScales& scales,
+                     std::int64_t first) {
+  const auto* in = static_cast<const typename Op::In*>(in_data);
+  auto* out = static_cast<typename Op::Out*>(out_data);
+  const Op op;
+  if (columns >= kTile) return convert_row_of_columns(op, in, out, columns, scales, first);
+  convert_short<Op>(in, out, columns, [&](auto* x, auto* y) { convert_row_of_columns(op, x, y, kTile, scales, first); });
+}
+
+}  // namespace
+}  // namespace fp8kv::cpu::FP8KV_ISA_NAMESPACE

@@ -1,0 +1,93 @@
+// The kernels as every instruction set exports them.
+//
+// A kernel handles rows of contiguous elements. Neither input nor output is aligned beyond its elements, and they don't
+// overlap.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "core/formats.h"
+
+namespace fp8kv::cpu {
+
+// How many rows, and the step from one to the next in elements of each view.
+struct Rows {
+  std::int64_t count = 1;
+  std::int64_t in = 0;
+  std::int64_t out = 0;
+  std::int64_t scale = 0;
+};
+
+// The scales of some rows, made ready by a kernel of the same ElementwiseKernels. What the rest means is up to it.
+struct RowScales {
+  static constexpr std::int64_t kMaxCount = 64;
+  alignas(64) float scale[kMaxCount];
+  alignas(64) float high[kMaxCount];
+  alignas(64) float low[kMaxCount];
+  alignas(64) std::int32_t ordinary[kMaxCount];  // not 0: the fast path is exact
+};
+
+// The scales of neighbouring columns, made ready by a kernel of the same ElementwiseKernels. What the rest means is up to it.
+struct ColumnScales {
+  static constexpr std::int64_t kMaxCount = 4096;
+  static constexpr std::int64_t kCapacity = kMaxCount + 64;  // a last vector may reach beyond
+  bool ordinary = false;                                     // all scales are such that the fast path is exact
+  alignas(64) float scale[kCapacity];
+  alignas(64) float high[kCapacity];
+  alignas(64) float low[kCapacity];
+};
+
+struct ElementwiseKernels {
+  // `scale` is set for this many rows.
+  void (*prepare_rows)(RowScales& scales, std::int64_t count);
+  // Row r has the scale number first + r * rows.scale.
+  void (*rows)(const void* in, void* out, std::int64_t columns, const Rows& rows, const RowScales& scales, std::int64_t first);
+  // `scale` is set for this many columns.
+  void (*prepare_columns)(ColumnScales& scales, std::int64_t columns);
+  // A row in which element i has the scale number first + i.
+  void (*columns)(const void* in, void* out, std::int64_t columns, const ColumnScales& scales, std::int64_t first);
+};
+
+struct AmaxKernels {
+  // amax[r] = the largest finite magnitude of row r, as the bit pattern of an fp32: these compare like the values.
+  void (*rows)(const void* in, std::int32_t* amax, std::int64_t columns, const Rows& rows);
+  // The same for each column of a row: amax[i] = max(amax[i], |element i| if finite).
+  void (*columns)(const void* in, std::int32_t* amax, std::int64_t columns);
+};
+
+// Norm and RoPE of a head, in fp32 with one rounding; fp8kv/rope.h has the formulas.
+struct HeadTransform {
+  const float* norm_weight = nullptr;  // nullptr: no norm
+  float norm_eps = 0.0f;
+  const float* cos = nullptr;
+  const float* sin = nullptr;
+  std::int64_t pairs = 0;  // rotated
+  bool is_neox = true;
+};
+
+// `scratch` has room for a row.
+using TransformRows = void (*)(const void* in, void* out, std::int64_t columns, const Rows& rows,
+                               const HeadTransform& transform, float* scratch);
+
+using QuantizeRow = std::array<ElementwiseKernels, core::QuantizedTypes::kSize>;
+using DequantizeRow = std::array<ElementwiseKernels, core::RealTypes::kSize>;
+
+struct KernelTable {
+  std::array<QuantizeRow, core::RealTypes::kSize> quantize;           // [real_index(input)][quantized_index(result)]
+  std::array<DequantizeRow, core::QuantizedTypes::kSize> dequantize;  // [quantized_index(input)][real_index(result)]
+  std::array<AmaxKernels, core::RealTypes::kSize> amax;               // [real_index(input)]
+  std::array<TransformRows, core::RealTypes::kSize> transform;        // [real_index(input)]
+};
+
+namespace generic {
+extern const KernelTable kernel_table;
+}
+namespace avx2 {
+extern const KernelTable kernel_table;
+}
+namespace avx512 {
+extern const KernelTable kernel_table;
+}
+
+}  // namespace fp8kv::cpu

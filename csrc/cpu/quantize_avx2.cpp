@@ -1,3 +1,0 @@
-// Quantization for AVX2, FMA and F16C.
-#define FP8KV_ISA_NAMESPACE avx2
-#include "quantize_kernels.h"

@@ -1,3 +1,0 @@
-// Quantization for AVX-512 F, BW, DQ and VL.
-#define FP8KV_ISA_NAMESPACE avx512
-#include "quantize_kernels.h"

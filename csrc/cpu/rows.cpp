@@ -1,0 +1,115 @@
+#include "cpu/rows.h"
+
+#include <cstring>
+#include <type_traits>
+
+#include "core/check.h"
+#include "core/dispatch.h"
+#include "cpu/isa.h"
+
+namespace fp8kv::cpu {
+namespace {
+
+template <class T>
+void copy_sized(const StridedSpan& from, const StridedSpan& to, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i)
+    std::memcpy(to.data + i * to.stride * sizeof(T), from.data + i * from.stride * sizeof(T), sizeof(T));
+}
+
+// A plain copy: the bits where the types are the same, otherwise rounded. It uses no scales.
+template <class In, class Out>
+void copy_rows(const void* in_data, void* out_data, std::int64_t columns, const Rows& rows, const RowScales&, std::int64_t) {
+  const auto* in = static_cast<const In*>(in_data);
+  auto* out = static_cast<Out*>(out_data);
+  for (std::int64_t r = 0; r < rows.count; ++r, in += rows.in, out += rows.out) {
+    if constexpr (std::is_same_v<In, Out>) {
+      std::memcpy(out, in, columns * sizeof(In));
+    } else {
+      for (std::int64_t i = 0; i < columns; ++i) out[i] = from_float<Out>(decode(in[i]));
+    }
+  }
+}
+
+void prepare_nothing(RowScales&, std::int64_t) {}
+
+}  // namespace
+
+void check_cpu(const char* op, const char* argument, const TensorView& view) {
+  if (view.device.type != Device::Type::CPU) core::fail(op, argument, "be on the cpu", device_string(view.device));
+}
+
+const KernelTable& kernels() {
+#if defined(FP8KV_X86)
+  return pick(generic::kernel_table, avx2::kernel_table, avx512::kernel_table);
+#else
+  return pick(generic::kernel_table, generic::kernel_table, generic::kernel_table);
+#endif
+}
+
+ElementwiseKernels kernels_for(DType in, DType out) {
+  if (core::is_quantized(out)) return kernels().quantize[core::real_index(in)][core::quantized_index(out)];
+  if (core::is_quantized(in)) return kernels().dequantize[core::quantized_index(in)][core::real_index(out)];
+  ElementwiseKernels copy{.prepare_rows = prepare_nothing, .rows = nullptr, .prepare_columns = nullptr, .columns = nullptr};
+  core::visit_real(in, [&]<class In>(core::Type<In>) {
+    core::visit_real(out, [&]<class Out>(core::Type<Out>) { copy.rows = copy_rows<In, Out>; });
+  });
+  return copy;
+}
+
+// Not inlined or analysed: its division must stay where the floating-point environment is set.
+[[gnu::noipa]] float dynamic_scale_of(DType quantized, float amax, float upper_bound) {
+  float scale = 0.0f;
+  core::visit_quantized(quantized, [&]<class T>(core::Type<T>) { scale = dynamic_scale<T>(amax, upper_bound); });
+  return scale;
+}
+
+void copy_elements(const StridedSpan& from, const StridedSpan& to, std::int64_t count) {
+  switch (from.size) {
+    case 1: return copy_sized<std::uint8_t>(from, to, count);
+    case 2: return copy_sized<std::uint16_t>(from, to, count);
+    default: return copy_sized<std::uint32_t>(from, to, count);
+  }
+}
+
+void prepare_rows(const ElementwiseKernels& kernels, RowScales& scales, const float* from, std::int64_t step,
+                  std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) scales.scale[i] = from[i * step];
+  kernels.prepare_rows(scales, count);
+}
+
+void convert_rows(const ElementwiseKernels& kernels, const StridedSpan& in, const StridedSpan& out, std::int64_t columns,
+                  const Rows& rows, const RowScales& scales) {
+  if (in.stride == 1 && out.stride == 1) return kernels.rows(in.data, out.data, columns, rows, scales, 0);
+  for (std::int64_t r = 0; r < rows.count; ++r)
+    convert_staged(in.at(r * rows.in), out.at(r * rows.out), columns,
+                   [&](const void* from, void* to, std::int64_t n, std::int64_t) {
+                     kernels.rows(from, to, n, Rows{}, scales, r * rows.scale);
+                   });
+}
+
+void convert_rows(const ElementwiseKernels& kernels, const StridedSpan& in, const StridedSpan& out, std::int64_t columns,
+                  const Rows& rows, const float* scale) {
+  const bool one_scale = rows.scale == 0;
+  RowScales scales;
+  for (std::int64_t r = 0; r < rows.count;) {
+    const std::int64_t count = one_scale ? rows.count : std::min(kMaxRows, rows.count - r);
+    prepare_rows(kernels, scales, scale + r * rows.scale, rows.scale, one_scale ? 1 : count);
+    convert_rows(kernels, in.at(r * rows.in), out.at(r * rows.out), columns, {count, rows.in, rows.out, one_scale ? 0 : 1},
+                 scales);
+    r += count;
+  }
+}
+
+void amax_rows(const AmaxKernels& kernels, const StridedSpan& in, std::int32_t* amax, std::int64_t columns, const Rows& rows) {
+  if (in.stride == 1) return kernels.rows(in.data, amax, columns, rows);
+  for (std::int64_t r = 0; r < rows.count; ++r) {
+    amax[r] = 0;
+    read_staged(in.at(r * rows.in), columns, [&](const void* from, std::int64_t n, std::int64_t) {
+      std::int32_t part;
+      kernels.rows(from, &part, n, Rows{});
+      amax[r] = std::max(amax[r], part);
+    });
+  }
+}
+
+}  // namespace fp8kv::cpu

@@ -1,0 +1,100 @@
+// reshape_and_cache_flash: key and value into the slots of their tokens, with given scales.
+#include "cuda/cache/cache.cuh"
+
+namespace fp8kv::cuda {
+namespace {
+
+struct AppendArgs {
+  KVViews kv[2];
+  TokenIndices slots;
+  std::uint32_t count;  // threads with work
+  std::uint32_t head_size;
+  FastDiv vecs_per_token;
+  FastDiv vecs_per_head;
+  FastDiv block_size;
+};
+
+// One vector per thread.
+template <class Op, class In, class Out, bool kAligned>
+__global__ void __launch_bounds__(256) append_vectorized(const __grid_constant__ AppendArgs p) {
+  const KVViews& kv = p.kv[blockIdx.y];
+  const std::uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
+  if (thread >= p.count) return;
+  device::wait_then_release();
+  const auto [token, vec_in_token] = p.vecs_per_token.divmod(thread);
+  const std::int64_t slot = p.slots[token];
+  const auto [head, vec] = p.vecs_per_head.divmod(vec_in_token);
+  const In* from = row<const In>(kv.rows, token, head);
+  const auto scale = Op::prepare(__ldg(kv.scales.data + head * kv.scales.head));
+  Vec<Out> out;
+  if constexpr (kAligned)  // neither the loads nor the arithmetic wait for the slot
+    out = device::convert_vec<Op, Out>(device::load_aligned(from + vec * kVecSize), scale);
+  if (!p.slots.contains(slot)) return;
+  const auto [block, offset] = p.block_size.divmod(static_cast<std::uint32_t>(slot));
+  Out* to = row<Out>(kv.cache, block, offset, head);
+  if constexpr (kAligned) {
+    device::store_aligned(to + vec * kVecSize, out);
+  } else {
+    const Slice slice = slice_of(to, vec, p.head_size);
+    if (slice.range.begin >= slice.range.end) return;
+    const Vec<In> raw = device::load_any(from, slice.first, p.head_size, slice.range);
+    device::store_range(to + slice.first, device::convert_vec<Op, Out>(raw, scale), slice.range);
+  }
+}
+
+// Anything: one element per thread.
+template <class Op, class In, class Out>
+__global__ void __launch_bounds__(256) append_scalar(const __grid_constant__ ScalarAppendArgs p) {
+  const KVViews& kv = p.kv[blockIdx.y];
+  const std::int64_t element = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (element >= p.count) return;
+  device::wait_then_release();
+  const std::int64_t dim = element % p.head_size;
+  const std::int64_t head = element / p.head_size % p.num_heads;
+  const std::int64_t token = element / p.head_size / p.num_heads;
+  const std::int64_t slot = p.slots[token];
+  if (!p.slots.contains(slot)) return;
+  const auto scale = Op::prepare(__ldg(kv.scales.data + head * kv.scales.head));
+  const In raw = row<const In>(kv.rows, token, head)[dim * kv.rows.dim];
+  Out* to = row<Out>(kv.cache, slot / p.block_size, slot % p.block_size, head);
+  to[dim * kv.cache.dim] = device::convert_element<Op, Out>(raw, scale);
+}
+
+template <class Op, class In, class Out>
+void launch_append(const CacheLayout& layout, const TokenIndices& slots, const CachePlan& plan, cudaStream_t stream) {
+  if (plan.path == KernelPath::Scalar) {
+    const ScalarAppendArgs params(layout, slots, layout.num_tokens * layout.num_heads * layout.head_size);
+    launch_dependent(append_scalar<Op, In, Out>, grid_of(params.count, plan), plan.threads, stream, params);
+    return;
+  }
+  const std::int64_t vecs_per_token = layout.num_heads * plan.vecs_per_head;
+  const AppendArgs params{.kv = {layout.k, layout.v},
+                          .slots = slots,
+                          .count = static_cast<std::uint32_t>(layout.num_tokens * vecs_per_token),
+                          .head_size = static_cast<std::uint32_t>(layout.head_size),
+                          .vecs_per_token = FastDiv(vecs_per_token),
+                          .vecs_per_head = FastDiv(plan.vecs_per_head),
+                          .block_size = FastDiv(layout.block_size)};
+  const auto kernel = plan.aligned ? append_vectorized<Op, In, Out, true> : append_vectorized<Op, In, Out, false>;
+  launch_dependent(kernel, grid_of(params.count, plan), plan.threads, stream, params);
+}
+
+}  // namespace
+
+void run(const CacheAppend& problem, Stream stream) {
+  constexpr const char* op = "reshape_and_cache_flash";
+  const CacheLayout layout = core::lower(problem);
+  check_current_device({op, "key", problem.key});
+  if (layout.empty()) return;
+  if (debugging(stream)) debug_check_slots(op, problem.slot_mapping, layout, stream);
+  if (layout.num_slots() == 0) return;
+  const CachePlan plan = core::plan_append(layout);
+  visit_append(layout.real, layout.element, [&]<class Op, class In, class Out>() {
+    for_each_token_chunk(layout, plan.tokens, problem.slot_mapping, [&](const CacheLayout& chunk, const TokenIndices& slots) {
+      launch_append<Op, In, Out>(chunk, slots, plan, stream);
+      check_launch(op);
+    });
+  });
+}
+
+}  // namespace fp8kv::cuda

@@ -1,0 +1,150 @@
+// reshape_and_cache_flash_dynamic: as reshape_and_cache_flash, with one scale per token and head, found and stored on the way.
+#include <bit>
+#include <utility>
+
+#include "cuda/cache/cache.cuh"
+#include "device/reduce.cuh"
+
+namespace fp8kv::cuda {
+namespace {
+
+struct AppendDynamicArgs {
+  KVViews kv[2];
+  TokenIndices slots;
+  std::uint32_t count;  // heads of all tokens
+  std::uint32_t head_size;
+  std::uint32_t vecs_per_head;
+  std::uint32_t threads_log2;  // threads of a head
+  FastDiv num_heads;
+  FastDiv block_size;
+};
+
+// A head stays in the registers of its threads, up to a warp, between the maximum and the division.
+template <class Fp8, class In, int kVecs, bool kAligned>
+__global__ void __launch_bounds__(256) append_dynamic_vectorized(const __grid_constant__ AppendDynamicArgs p) {
+  using Op = device::QuantizeOp<Fp8>;
+  const KVViews& kv = p.kv[blockIdx.y];
+  const std::uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
+  const std::uint32_t threads = 1u << p.threads_log2, lane = thread & (threads - 1);
+  const std::uint32_t index = thread >> p.threads_log2;
+  const auto [token, head] = p.num_heads.divmod(min(index, p.count - 1));  // whole warps take part in the maximum
+  device::wait_then_release();
+  const std::int64_t slot = p.slots[token];
+  const In* from = row<const In>(kv.rows, token, head);
+  const auto to = [&, head = head] {
+    const auto [block, offset] = p.block_size.divmod(static_cast<std::uint32_t>(slot));
+    return std::pair(row<Fp8>(kv.cache, block, offset, head), kv.scales.data + at(kv.scales, block, offset, head));
+  };
+
+  Vec<In> raw[kVecs];
+  Slice slices[kVecs];
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+    const std::uint32_t vec = lane + i * threads;
+    raw[i] = Vec<In>{};
+    if constexpr (kAligned) {  // does not wait for the slot
+      if (vec < p.vecs_per_head) raw[i] = device::load_aligned(from + vec * kVecSize);
+    } else {
+      slices[i] = slice_of(to().first, vec, p.head_size);
+      if (slices[i].range.begin < slices[i].range.end)
+        raw[i] = device::load_any(from, slices[i].first, p.head_size, slices[i].range);
+    }
+  }
+  std::uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) bits = max(bits, device::max_bits(raw[i]));
+  bits = device::lanes_max(bits, static_cast<int>(threads));
+  if (__any_sync(0xffffffffu, bits >= device::kInfinityBits<In>)) {
+    bits = 0;
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) bits = max(bits, device::finite_max_bits(raw[i]));
+    bits = device::lanes_max(bits, static_cast<int>(threads));
+  }
+  const float scale = device::fast_dynamic_scale<Fp8>(device::magnitude<In>(bits));
+  const auto prepared = Op::prepare(scale);
+  if (index >= p.count || !p.slots.contains(slot)) return;
+  const auto [result, stored_scale] = to();
+  if (lane == 0) *stored_scale = scale;
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+    const std::uint32_t vec = lane + i * threads;
+    if constexpr (kAligned) {
+      if (vec < p.vecs_per_head) device::store_aligned(result + vec * kVecSize, device::convert_vec<Op, Fp8>(raw[i], prepared));
+    } else if (slices[i].range.begin < slices[i].range.end) {
+      device::store_range(result + slices[i].first, device::convert_vec<Op, Fp8>(raw[i], prepared), slices[i].range);
+    }
+  }
+}
+
+// Anything: one warp per head, which is read twice.
+template <class Fp8, class In>
+__global__ void __launch_bounds__(256) append_dynamic_scalar(const __grid_constant__ ScalarAppendArgs p) {
+  using Op = device::QuantizeOp<Fp8>;
+  constexpr int kWarp = 32;
+  const KVViews& kv = p.kv[blockIdx.y];
+  const std::int64_t index = (std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarp;
+  if (index >= p.count) return;
+  device::wait_then_release();
+  const std::int64_t head = index % p.num_heads, token = index / p.num_heads, slot = p.slots[token];
+  if (!p.slots.contains(slot)) return;
+  const std::int64_t block = slot / p.block_size, offset = slot % p.block_size;
+  const unsigned lane = threadIdx.x % kWarp;
+  const In* from = row<const In>(kv.rows, token, head);
+  Fp8* to = row<Fp8>(kv.cache, block, offset, head);
+
+  std::uint32_t bits = 0;  // of fp32
+  for (std::int64_t i = lane; i < p.head_size; i += kWarp) {
+    const float x = decode(from[i * kv.rows.dim]);
+    if (is_finite(x)) bits = max(bits, __float_as_uint(x) & 0x7fffffffu);
+  }
+  const float scale = device::fast_dynamic_scale<Fp8>(__uint_as_float(__reduce_max_sync(0xffffffffu, bits)));
+  const auto prepared = Op::prepare(scale);
+  if (lane == 0) kv.scales.data[at(kv.scales, block, offset, head)] = scale;
+  for (std::int64_t i = lane; i < p.head_size; i += kWarp)
+    to[i * kv.cache.dim] = device::convert_element<Op, Fp8>(from[i * kv.rows.dim], prepared);
+}
+
+template <class Fp8, class In>
+void launch_append_dynamic(const CacheLayout& layout, const TokenIndices& slots, const CachePlan& plan, cudaStream_t stream) {
+  const std::int64_t heads = layout.num_tokens * layout.num_heads;
+  const dim3 grid = grid_of(heads * plan.threads_per_head, plan);
+  if (plan.path == KernelPath::Scalar) {
+    launch_dependent(append_dynamic_scalar<Fp8, In>, grid, plan.threads, stream, ScalarAppendArgs(layout, slots, heads));
+    return;
+  }
+  const AppendDynamicArgs params{
+      .kv = {layout.k, layout.v},
+      .slots = slots,
+      .count = static_cast<std::uint32_t>(heads),
+      .head_size = static_cast<std::uint32_t>(layout.head_size),
+      .vecs_per_head = static_cast<std::uint32_t>(plan.vecs_per_head),
+      .threads_log2 = static_cast<std::uint32_t>(std::countr_zero(static_cast<unsigned>(plan.threads_per_head))),
+      .num_heads = FastDiv(layout.num_heads),
+      .block_size = FastDiv(layout.block_size)};
+  auto kernel = plan.aligned ? append_dynamic_vectorized<Fp8, In, 2, true> : append_dynamic_vectorized<Fp8, In, 2, false>;
+  if (plan.vecs_per_thread == 4)
+    kernel = plan.aligned ? append_dynamic_vectorized<Fp8, In, 4, true> : append_dynamic_vectorized<Fp8, In, 4, false>;
+  launch_dependent(kernel, grid, plan.threads, stream, params);
+}
+
+}  // namespace
+
+void run(const CacheAppendDynamic& problem, Stream stream) {
+  constexpr const char* op = "reshape_and_cache_flash_dynamic";
+  const CacheLayout layout = core::lower(problem);
+  check_current_device({op, "key", problem.key});
+  if (layout.empty()) return;
+  if (debugging(stream)) debug_check_slots(op, problem.slot_mapping, layout, stream);
+  if (layout.num_slots() == 0) return;
+  const CachePlan plan = core::plan_append_dynamic(layout);
+  core::visit_real(layout.real, [&]<class In>(core::Type<In>) {
+    core::visit_quantized(layout.element, [&]<class Out>(core::Type<Out>) {
+      for_each_token_chunk(layout, plan.tokens, problem.slot_mapping, [&](const CacheLayout& chunk, const TokenIndices& slots) {
+        launch_append_dynamic<Out, In>(chunk, slots, plan, stream);
+        check_launch(op);
+      });
+    });
+  });
+}
+
+}  // namespace fp8kv::cuda

@@ -1,0 +1,128 @@
+// What the kernels of the paged cache share: indices of tokens, places in views, launches in chunks of tokens.
+#pragma once
+
+#include <algorithm>
+
+#include "core/dispatch.h"
+#include "core/plan.h"
+#include "cuda/common/debug.h"
+#include "cuda/common/launch.h"
+#include "device/convert.cuh"
+#include "device/fastdiv.cuh"
+#include "device/pdl.cuh"
+#include "device/vec.cuh"
+
+namespace fp8kv::cuda {
+
+using core::CachePlan;
+using core::HeadsView;
+using core::KernelPath;
+using core::kVecSize;
+using core::KVViews;
+using core::PagedView;
+using device::FastDiv;
+using device::Slice;
+using device::slice_of;
+using device::Vec;
+
+// --- Places ----------
+
+// The elements of slot_mapping, or of other indices of tokens, from some token on.
+struct TokenIndices {
+  const void* data = nullptr;
+  std::int64_t step = 1;
+  std::int64_t limit = 0;  // slots of the cache
+  bool wide = false;       // Int64
+
+  static TokenIndices of(const TensorView& indices, std::int64_t limit) {
+    return {indices.data, indices.strides[0], limit, indices.dtype == DType::Int64};
+  }
+  TokenIndices after(std::int64_t count) const {
+    return {static_cast<const char*>(data) + count * step * (wide ? 8 : 4), step, limit, wide};
+  }
+
+  __device__ __forceinline__ std::int64_t operator[](std::int64_t token) const {
+    const std::int64_t at = token * step;
+    return wide ? __ldg(static_cast<const long long*>(data) + at) : __ldg(static_cast<const int*>(data) + at);
+  }
+
+  // False for negative ones too.
+  __device__ __forceinline__ bool contains(std::int64_t slot) const {
+    return static_cast<std::uint64_t>(slot) < static_cast<std::uint64_t>(limit);
+  }
+};
+
+// The offset of a place in a PagedView or PagedScales.
+template <class View, class Index>
+__device__ __forceinline__ std::int64_t at(const View& view, Index block, Index offset, Index head) {
+  return block * view.block + offset * view.offset + head * view.head;
+}
+
+template <class T, class Index>
+__device__ __forceinline__ T* row(const HeadsView& view, Index token, Index head) {
+  return static_cast<T*>(view.data) + token * view.token + head * view.head;
+}
+
+template <class T, class Index>
+__device__ __forceinline__ T* row(const PagedView& view, Index block, Index offset, Index head) {
+  return static_cast<T*>(view.data) + at(view, block, offset, head);
+}
+
+// --- Launches ----------
+
+// Parameters of the kernels that append anything, counting in 64 bits.
+struct ScalarAppendArgs {
+  KVViews kv[2];
+  TokenIndices slots;
+  std::int64_t count;  // of threads with work, or of warps
+  std::int64_t num_heads;
+  std::int64_t head_size;
+  std::int64_t block_size;
+
+  ScalarAppendArgs(const CacheLayout& layout, const TokenIndices& slots, std::int64_t count)
+      : kv{layout.k, layout.v},
+        slots(slots),
+        count(count),
+        num_heads(layout.num_heads),
+        head_size(layout.head_size),
+        block_size(layout.block_size) {}
+};
+
+// The view of rows from its token `count` on.
+inline HeadsView after(HeadsView view, std::int64_t count, DType dtype) {
+  view.data = static_cast<char*>(view.data) + count * view.token * size_of(dtype);
+  return view;
+}
+
+// launch(layout, slots) for chunks of at most `tokens` tokens.
+template <class Launch>
+void for_each_token_chunk(const CacheLayout& layout, std::int64_t tokens, const TensorView& slot_mapping,
+                          const Launch& launch) {
+  CacheLayout chunk = layout;
+  TokenIndices slots = TokenIndices::of(slot_mapping, layout.num_slots());
+  for (std::int64_t left = layout.num_tokens; left > 0; left -= chunk.num_tokens) {
+    chunk.num_tokens = std::min(tokens, left);
+    launch(chunk, slots);
+    for (KVViews* kv : {&chunk.k, &chunk.v}) kv->rows = after(kv->rows, chunk.num_tokens, layout.real);
+    slots = slots.after(chunk.num_tokens);
+  }
+}
+
+// Blocks for so many threads; K and V in the second dimension of the grid.
+inline dim3 grid_of(std::int64_t threads, const CachePlan& plan) {
+  return {static_cast<unsigned>(core::ceil_div(threads, plan.threads)), 2};
+}
+
+// Calls f.operator()<Op, In, Out>() for an append of values of type `real` to a cache of type `element`.
+template <class F>
+void visit_append(DType real, DType element, const F& f) {
+  core::visit_real(real, [&]<class In>(core::Type<In>) {
+    if (core::is_quantized(element))
+      core::visit_quantized(element,
+                            [&]<class Out>(core::Type<Out>) { f.template operator()<device::QuantizeOp<Out>, In, Out>(); });
+    else
+      core::visit_real(element, [&]<class Out>(core::Type<Out>) { f.template operator()<device::CopyOp, In, Out>(); });
+  });
+}
+
+}  // namespace fp8kv::cuda

@@ -1,0 +1,222 @@
+// gather_and_dequant_cache: rows of any sequences out of the blocks they lie in.
+#include "cuda/cache/cache.cuh"
+
+namespace fp8kv::cuda {
+namespace {
+
+// Sequences, and where their positions lie. Whatever the index tensors hold, nothing outside of them or of the cache is read.
+// Tokens, positions and blocks count in 32 bits, as the index tensors do; a negative one says that there is none.
+struct Sequences {
+  const int* sums;
+  std::int64_t sums_step;
+  const int* starts;  // nullptr: all 0
+  std::int64_t starts_step;
+  const int* table;
+  std::int64_t table_row;
+  std::int64_t table_step;
+  std::uint32_t max_blocks;
+  std::uint32_t num_blocks;
+  std::uint32_t count;
+
+  static Sequences of(const CacheGather& p) {
+    const auto data = [](const TensorView& view) { return static_cast<const int*>(view.data); };
+    const auto count = [](std::int64_t n) { return static_cast<std::uint32_t>(std::min<std::int64_t>(n, INT32_MAX)); };
+    return {.sums = data(p.cu_seq_lens),
+            .sums_step = p.cu_seq_lens.strides[0],
+            .starts = p.seq_starts ? data(*p.seq_starts) : nullptr,
+            .starts_step = p.seq_starts ? p.seq_starts->strides[0] : 0,
+            .table = data(p.block_table),
+            .table_row = p.block_table.strides[0],
+            .table_step = p.block_table.strides[1],
+            .max_blocks = count(p.block_table.sizes[1]),
+            .num_blocks = count(p.key_cache.sizes[0]),
+            .count = count(p.block_table.sizes[0])};
+  }
+
+  __device__ __forceinline__ int sum(std::uint32_t i) const { return __ldg(sums + i * sums_step); }
+
+  // The first sequence from `first` on that ends after the token; `count` if there is none.
+  __device__ __forceinline__ std::uint32_t find(int token, std::uint32_t first) const {
+    std::uint32_t end = count;
+    while (first < end) {
+      const std::uint32_t middle = first + (end - first) / 2;
+      if (sum(middle + 1) > token)
+        end = middle;
+      else
+        first = middle + 1;
+    }
+    return first;
+  }
+
+  // The same from 0 on, by a whole warp with one token: in each round every lane looks at one of 32 parts.
+  __device__ __forceinline__ std::uint32_t find_together(int token) const {
+    constexpr std::uint32_t kWarp = 32;
+    std::uint32_t first = 0, end = count;
+    while (first < end) {
+      const std::uint32_t part = (end - first + kWarp - 1) / kWarp;
+      const std::uint32_t last = first + (threadIdx.x % kWarp + 1) * part - 1;
+      const unsigned after = __ballot_sync(0xffffffffu, last >= end || sum(last + 1) > token);
+      if (after == 0) return end;
+      first += (__ffs(after) - 1) * part;
+      end = min(end, first + part - 1);
+    }
+    return first;
+  }
+
+  __device__ __forceinline__ int position(int token, std::uint32_t sequence) const {
+    if (sequence >= count) return -1;
+    const int start = starts ? __ldg(starts + sequence * starts_step) : 0;
+    const int within = static_cast<int>(static_cast<unsigned>(token) - static_cast<unsigned>(sum(sequence)));
+    return (start | within) < 0 ? -1 : static_cast<int>(static_cast<unsigned>(start) + static_cast<unsigned>(within));
+  }
+
+  // The block of number `index` of a sequence.
+  __device__ __forceinline__ int block(std::uint32_t sequence, std::uint32_t index) const {
+    if (index >= max_blocks) return -1;
+    const int block = __ldg(table + sequence * table_row + index * table_step);
+    return static_cast<std::uint32_t>(block) < num_blocks ? block : -1;
+  }
+};
+
+struct GatherArgs {
+  KVViews kv[2];
+  Sequences sequences;
+  std::uint32_t first_token;
+  std::uint32_t num_tokens;
+  std::uint32_t head_size;
+  FastDiv vecs_per_token;
+  FastDiv vecs_per_head;
+  FastDiv block_size;
+};
+
+// One vector of K and one of V per thread. A warp searches for the sequence of its first token; lanes that are further along,
+// each for itself.
+template <class Op, class In, class Out, bool kAligned>
+__global__ void __launch_bounds__(256) gather_vectorized(const __grid_constant__ GatherArgs p) {
+  const std::uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
+  const std::uint32_t warp_token = p.first_token + p.vecs_per_token.div(thread & ~31u);
+  const auto [token_in_chunk, vec_in_token] = p.vecs_per_token.divmod(thread);
+  const std::uint32_t token = p.first_token + token_in_chunk;
+  device::wait_then_release();
+  std::uint32_t sequence = p.sequences.find_together(static_cast<int>(warp_token));
+  if (token_in_chunk >= p.num_tokens) return;
+  if (token != warp_token) sequence = p.sequences.find(static_cast<int>(token), sequence);
+  const int position = p.sequences.position(static_cast<int>(token), sequence);
+  if (position < 0) return;
+  const auto [index, offset] = p.block_size.divmod(static_cast<std::uint32_t>(position));
+  const int entry = p.sequences.block(sequence, index);
+  if (entry < 0) return;
+  const auto block = static_cast<std::uint32_t>(entry);
+  const auto [head, vec] = p.vecs_per_head.divmod(vec_in_token);
+
+  const In* from[2];
+  float scales[2];
+  Vec<In> raw[2];
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+    from[s] = row<const In>(p.kv[s].cache, block, offset, head);
+    if constexpr (kAligned) raw[s] = device::load_aligned(from[s] + vec * kVecSize);
+    scales[s] = __ldg(p.kv[s].scales.data + at(p.kv[s].scales, block, offset, head));
+  }
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+    const auto scale = Op::prepare(scales[s]);
+    Out* to = row<Out>(p.kv[s].rows, token, head);
+    if constexpr (kAligned) {
+      device::store_aligned(to + vec * kVecSize, device::convert_vec<Op, Out>(raw[s], scale));
+    } else {
+      const Slice slice = slice_of(to, vec, p.head_size);
+      if (slice.range.begin >= slice.range.end) continue;
+      raw[s] = device::load_any(from[s], slice.first, p.head_size, slice.range);
+      device::store_range(to + slice.first, device::convert_vec<Op, Out>(raw[s], scale), slice.range);
+    }
+  }
+}
+
+struct ScalarGatherArgs {
+  KVViews kv[2];
+  Sequences sequences;
+  std::int64_t count;
+  std::int64_t num_heads;
+  std::int64_t head_size;
+  std::int64_t block_size;
+};
+
+// Anything: one element of K and one of V per thread.
+template <class Op, class In, class Out>
+__global__ void __launch_bounds__(256) gather_scalar(const __grid_constant__ ScalarGatherArgs p) {
+  const std::int64_t element = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (element >= p.count) return;
+  device::wait_then_release();
+  const std::int64_t dim = element % p.head_size;
+  const std::int64_t head = element / p.head_size % p.num_heads;
+  const std::int64_t token = element / p.head_size / p.num_heads;
+  const std::uint32_t sequence = p.sequences.find(static_cast<int>(token), 0);
+  const std::int64_t position = p.sequences.position(static_cast<int>(token), sequence);
+  if (position < 0) return;
+  const std::int64_t offset = position % p.block_size;
+  const std::int64_t block = p.sequences.block(sequence, static_cast<std::uint32_t>(position / p.block_size));
+  if (block < 0) return;
+  for (const KVViews& kv : p.kv) {
+    const auto scale = Op::prepare(__ldg(kv.scales.data + at(kv.scales, block, offset, head)));
+    const In raw = row<const In>(kv.cache, block, offset, head)[dim * kv.cache.dim];
+    row<Out>(kv.rows, token, head)[dim * kv.rows.dim] = device::convert_element<Op, Out>(raw, scale);
+  }
+}
+
+template <class Op, class In, class Out>
+void launch_gather(const char* op, const CacheLayout& layout, const Sequences& sequences, const CachePlan& plan,
+                   cudaStream_t stream) {
+  const auto blocks = [&](std::int64_t threads) { return static_cast<unsigned>(core::ceil_div(threads, plan.threads)); };
+  if (plan.path == KernelPath::Scalar) {
+    const ScalarGatherArgs params{.kv = {layout.k, layout.v},
+                                  .sequences = sequences,
+                                  .count = layout.num_tokens * layout.num_heads * layout.head_size,
+                                  .num_heads = layout.num_heads,
+                                  .head_size = layout.head_size,
+                                  .block_size = layout.block_size};
+    launch_dependent(gather_scalar<Op, In, Out>, blocks(params.count), plan.threads, stream, params);
+    return check_launch(op);
+  }
+  const std::int64_t vecs_per_token = layout.num_heads * plan.vecs_per_head;
+  GatherArgs params{.kv = {layout.k, layout.v},
+                    .sequences = sequences,
+                    .first_token = 0,
+                    .num_tokens = 0,
+                    .head_size = static_cast<std::uint32_t>(layout.head_size),
+                    .vecs_per_token = FastDiv(vecs_per_token),
+                    .vecs_per_head = FastDiv(plan.vecs_per_head),
+                    .block_size = FastDiv(layout.block_size)};
+  const auto kernel = plan.aligned ? gather_vectorized<Op, In, Out, true> : gather_vectorized<Op, In, Out, false>;
+  for (; params.first_token < layout.num_tokens; params.first_token += params.num_tokens) {
+    params.num_tokens = static_cast<std::uint32_t>(std::min(plan.tokens, layout.num_tokens - params.first_token));
+    launch_dependent(kernel, blocks(params.num_tokens * vecs_per_token), plan.threads, stream, params);
+    check_launch(op);
+  }
+}
+
+}  // namespace
+
+void run(const CacheGather& problem, Stream stream) {
+  constexpr const char* op = "gather_and_dequant_cache";
+  CacheLayout layout = core::lower(problem);
+  check_current_device({op, "key_cache", problem.key_cache});
+  if (layout.empty()) return;
+  if (debugging(stream)) debug_check_sequences(problem, layout, stream);
+  if (layout.num_slots() == 0) return;
+  layout.num_tokens = std::min<std::int64_t>(layout.num_tokens, INT32_MAX);  // no sequence reaches beyond
+  const CachePlan plan = core::plan_gather(layout);
+  const Sequences sequences = Sequences::of(problem);
+  core::visit_real(layout.real, [&]<class Out>(core::Type<Out>) {
+    if (core::is_quantized(layout.element))
+      core::visit_quantized(layout.element, [&]<class In>(core::Type<In>) {
+        launch_gather<device::DequantizeOp, In, Out>(op, layout, sequences, plan, stream);
+      });
+    else
+      core::visit_real(layout.element, [&]<class In>(core::Type<In>) {
+        launch_gather<device::CopyOp, In, Out>(op, layout, sequences, plan, stream);
+      });
+  });
+}
+
+}  // namespace fp8kv::cuda

@@ -1,0 +1,406 @@
+// rope_quant_and_cache: norm, RoPE and quantization of Q and K, quantization of V, and the append, in one launch.
+#include <algorithm>
+
+#include "cuda/cache/cache.cuh"
+
+namespace fp8kv::cuda {
+namespace {
+
+using core::CacheLayout;
+using core::RopeAppendPlan;
+using core::RopeLayout;
+using core::VectorView;
+
+constexpr int kHalf = kVecSize / 2;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+enum class Rope { None, Neox, Interleaved };
+
+// Q, K or V, in blocks of its own.
+struct Segment {
+  const void* in;
+  std::int64_t in_token, in_head;
+  void* out;
+  std::int64_t out_block, out_offset, out_head;  // of query_out: out_offset is that of the token
+  const float* scales;
+  std::int64_t scale_step;
+  const void* norm_weight;  // nullptr: none
+  FastDiv heads_per_scale;
+  FastDiv threads_per_token;
+  std::uint32_t heads;
+  std::uint32_t threads;      // with work
+  std::uint32_t first_block;  // of the grid
+};
+
+struct RopeAppendArgs {
+  Segment segments[3];
+  TokenIndices slots;
+  TokenIndices positions;  // with the rows of the table as their limit
+  const void* cos_sin;
+  std::int64_t cos_sin_row;
+  FastDiv block_size;
+  FastDiv threads_per_head;  // with a norm a power of two up to 32; some of them may hold no elements
+  std::uint32_t vecs_per_head;
+  std::uint32_t rotary_vecs;
+  float norm_eps;
+  float per_element;  // 1 / head_size
+  bool wide_cos_sin;  // Float32
+  bool wide_weights[2];
+  bool quantizes_query;
+};
+
+// Half a vector as fp32, from an address aligned to it.
+template <class T>
+__device__ __forceinline__ void load_half(const T* p, float (&to)[kHalf]) {
+  if constexpr (sizeof(T) == 4) {
+    std::uint32_t words[4];
+    device::load16(words, p);
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) to[i] = __uint_as_float(words[i]);
+  } else {
+    Vec<T> vec{};
+    device::load8(vec.words, p);
+    float values[kVecSize];
+    device::unpack(vec, values);
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) to[i] = values[i];
+  }
+}
+
+// The same from fp32, if it is `wide`, or In.
+template <class In>
+__device__ __forceinline__ void load_half(const void* data, bool wide, std::int64_t offset, float (&to)[kHalf]) {
+  if (wide)
+    load_half(static_cast<const float*>(data) + offset, to);
+  else
+    load_half(static_cast<const In*>(data) + offset, to);
+}
+
+// (a, b) rotated; no contraction.
+__device__ __forceinline__ void rotate(float& a, float& b, float cos, float sin) {
+  const float first = __fsub_rn(__fmul_rn(a, cos), __fmul_rn(b, sin));
+  b = __fadd_rn(__fmul_rn(b, cos), __fmul_rn(a, sin));
+  a = first;
+}
+
+// The elements of a thread: two halves of a vector, `second` elements apart.
+template <class T>
+__device__ __forceinline__ void store_halves(T* p, std::uint32_t second, const Vec<T>& vec) {
+  using Bits = std::conditional_t<sizeof(T) == 1, std::uint32_t, uint2>;
+  const auto* halves = reinterpret_cast<const Bits*>(vec.words);
+  *reinterpret_cast<Bits*>(p) = halves[0];
+  *reinterpret_cast<Bits*>(p + second) = halves[1];
+}
+
+template <Rope kRope, class T>
+__device__ __forceinline__ void store(T* p, std::uint32_t second, const Vec<T>& vec) {
+  if constexpr (kRope == Rope::Neox)
+    store_halves(p, second, vec);
+  else
+    device::store_aligned(p, vec);
+}
+
+// A thread takes one vector of kHeads neighboring heads, so that it reads cosines, sines and weights once.
+template <class In, class Fp8, Rope kRope, bool kNorm, int kHeads>
+__global__ void __launch_bounds__(256) rope_append_vectorized(const __grid_constant__ RopeAppendArgs p) {
+  using Op = device::QuantizeOp<Fp8>;
+  const int which = blockIdx.x >= p.segments[2].first_block ? 2 : blockIdx.x >= p.segments[1].first_block ? 1 : 0;
+  const Segment& s = p.segments[which];
+  const bool is_query = which == 0, transforms = which < 2 && (kRope != Rope::None || kNorm);
+  std::uint32_t thread = (blockIdx.x - s.first_block) * blockDim.x + threadIdx.x;
+  const bool works = thread < s.threads;
+  if constexpr (kNorm)
+    thread = min(thread, s.threads - 1);  // whole warps take part in the sum
+  else if (!works)
+    return;
+  const auto [token, thread_in_token] = s.threads_per_token.divmod(thread);
+  const auto [head_group, vec] = p.threads_per_head.divmod(thread_in_token);
+  const std::uint32_t first_head = head_group * kHeads;
+
+  device::wait_then_release();
+  const std::int64_t position = kRope == Rope::None ? 0 : p.positions[token];
+  const std::int64_t slot = is_query ? 0 : p.slots[token];
+  const bool rotates = kRope != Rope::None && transforms && vec < p.rotary_vecs;
+  const bool apart = kRope == Rope::Neox && rotates;
+  const std::uint32_t begin = apart ? vec * kHalf : vec * kVecSize, second = apart ? p.rotary_vecs * kHalf : kHalf;
+  const bool holds = !kNorm || vec < p.vecs_per_head;
+  const In* from = static_cast<const In*>(s.in) + token * s.in_token + first_head * s.in_head + begin;
+  Vec<In> raw[kHeads];
+  float scale_values[kHeads];
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) {
+    raw[h] = Vec<In>{};
+    scale_values[h] = 1.0f;
+    if (first_head + h >= s.heads) continue;
+    scale_values[h] = __ldg(s.scales + s.heads_per_scale.div(first_head + h) * s.scale_step);
+    if (!holds) continue;
+    if constexpr (kRope == Rope::Neox) {
+      device::load8(raw[h].words, from + h * s.in_head);
+      device::load8(raw[h].words + 2, from + h * s.in_head + second);
+    } else {
+      raw[h] = device::load_aligned(from + h * s.in_head);
+    }
+  }
+  const bool in_table = kRope == Rope::None || p.positions.contains(position);
+
+  if (transforms) {
+    float cos[kHalf], sin[kHalf], weights[2][kHalf];
+    if (rotates && in_table) {
+      const std::int64_t at = position * p.cos_sin_row + vec * kHalf;
+      load_half<In>(p.cos_sin, p.wide_cos_sin, at, cos);
+      load_half<In>(p.cos_sin, p.wide_cos_sin, at + p.rotary_vecs * kHalf, sin);
+    }
+    const bool normalizes = kNorm && s.norm_weight != nullptr;
+    if (normalizes && holds) {
+      load_half<In>(s.norm_weight, p.wide_weights[which], begin, weights[0]);
+      load_half<In>(s.norm_weight, p.wide_weights[which], begin + second, weights[1]);
+    }
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      float x[kVecSize];
+      device::unpack(raw[h], x);
+      if (normalizes) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kVecSize; ++i) sum = __fmaf_rn(x[i], x[i], sum);
+        for (std::uint32_t lanes = p.threads_per_head.divisor / 2; lanes > 0; lanes /= 2)
+          sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, lanes));
+        const float factor = rsqrtf(__fmaf_rn(sum, p.per_element, p.norm_eps));
+#pragma unroll
+        for (int i = 0; i < kVecSize; ++i) x[i] = __fmul_rn(__fmul_rn(x[i], factor), weights[i / kHalf][i % kHalf]);
+      }
+      if (rotates) {
+#pragma unroll
+        for (int i = 0; i < kHalf; ++i) {
+          if constexpr (kRope == Rope::Neox)
+            rotate(x[i], x[i + kHalf], cos[i], sin[i]);
+          else
+            rotate(x[2 * i], x[2 * i + 1], cos[i], sin[i]);
+        }
+      }
+      raw[h] = device::pack_any_nan<In>(x);
+      if (is_query && !p.quantizes_query) device::make_nan_canonical(raw[h]);
+    }
+  }
+
+  if (!works || !holds || !in_table) return;
+  std::int64_t place = token * s.out_offset;
+  if (!is_query) {
+    if (!p.slots.contains(slot)) return;
+    const auto [block, offset] = p.block_size.divmod(static_cast<std::uint32_t>(slot));
+    place = block * s.out_block + offset * s.out_offset;
+  }
+  place += first_head * s.out_head + begin;
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) {
+    if (first_head + h >= s.heads) break;
+    if (is_query && !p.quantizes_query)
+      store<kRope>(static_cast<In*>(s.out) + place + h * s.out_head, second, raw[h]);
+    else
+      store<kRope>(static_cast<Fp8*>(s.out) + place + h * s.out_head, second,
+                   device::convert_vec<Op, Fp8>(raw[h], Op::prepare(scale_values[h])));
+  }
+}
+
+struct ScalarRopeAppendArgs {
+  RopeLayout layout;
+  TokenIndices slots;
+  TokenIndices positions;
+  std::int64_t heads;  // of Q, K and V together
+};
+
+template <class In>
+__device__ __forceinline__ float load(const VectorView& v, std::int64_t offset) {
+  return v.dtype == DType::Float32 ? __ldg(static_cast<const float*>(v.data) + offset)
+                                   : decode(static_cast<const In*>(v.data)[offset]);
+}
+
+// Norm and RoPE of a head, element by element; a warp calls it.
+template <class In>
+struct ScalarTransform {
+  const RopeLayout& layout;
+  const In* head;
+  std::int64_t dim;  // from one element of the head to the next
+  VectorView weight;
+  std::int64_t cos_sin;  // of the position
+  float factor = 1.0f;
+
+  __device__ void find_factor(unsigned lane) {
+    if (!weight.data) return;
+    float sum = 0.0f;
+    for (std::int64_t d = lane; d < layout.cache.head_size; d += 32) {
+      const float x = decode(head[d * dim]);
+      sum = __fmaf_rn(x, x, sum);
+    }
+    for (int lanes = 16; lanes > 0; lanes /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, lanes));
+    factor = rsqrtf(__fmaf_rn(sum, 1.0f / static_cast<float>(layout.cache.head_size), layout.norm_eps));
+  }
+
+  __device__ float normalized(std::int64_t d) const {
+    const float x = decode(head[d * dim]);
+    return weight.data ? __fmul_rn(__fmul_rn(x, factor), load<In>(weight, d * weight.step)) : x;
+  }
+
+  __device__ In operator()(std::int64_t d) const {
+    if (d >= layout.rotary_dim) return from_float<In>(normalized(d));
+    const std::int64_t half = layout.rotary_dim / 2, pair = layout.is_neox ? d % half : d / 2;
+    const bool is_second = layout.is_neox ? d >= half : d % 2 != 0;
+    float a = normalized(layout.is_neox ? pair : 2 * pair), b = normalized(layout.is_neox ? pair + half : 2 * pair + 1);
+    const VectorView& table = layout.cos_sin;
+    rotate(a, b, load<In>(table, cos_sin + pair * table.step), load<In>(table, cos_sin + (half + pair) * table.step));
+    return from_float<In>(is_second ? b : a);
+  }
+};
+
+// An element of query_out, which may be of any type.
+template <class Op, class Out, class In>
+__device__ __forceinline__ void store_query(const HeadsView& out, DType element, std::int64_t token, std::int64_t head,
+                                            std::int64_t d, In x, const typename Op::Prepared& scale) {
+  const std::int64_t at = token * out.token + head * out.head + d * out.dim;
+  const auto put = [&]<class T>(T* to, T value) { to[at] = value; };
+  switch (element) {
+    case DType::Float32: return put(static_cast<float*>(out.data), device::convert_element<device::CopyOp, float>(x, {}));
+    case DType::Float16: return put(static_cast<Half*>(out.data), device::convert_element<device::CopyOp, Half>(x, {}));
+    case DType::BFloat16:
+      return put(static_cast<BFloat16*>(out.data), device::convert_element<device::CopyOp, BFloat16>(x, {}));
+    default:
+      if constexpr (sizeof(Out) == 1) put(static_cast<Out*>(out.data), device::convert_element<Op, Out>(x, scale));
+  }
+}
+
+// Anything: one warp per head.
+template <class Op, class In, class Out>
+__global__ void __launch_bounds__(256) rope_append_scalar(const __grid_constant__ ScalarRopeAppendArgs p) {
+  const RopeLayout& l = p.layout;
+  const std::int64_t warp = (std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32, token = warp / p.heads;
+  if (token >= l.cache.num_tokens) return;
+  device::wait_then_release();
+  const unsigned lane = threadIdx.x % 32;
+  const std::int64_t index = warp % p.heads;
+  const bool is_query = index < l.num_heads;
+  const int which = is_query ? 0 : static_cast<int>(1 + (index - l.num_heads) / l.cache.num_heads);  // Q, K or V
+  const std::int64_t head = is_query ? index : (index - l.num_heads) % l.cache.num_heads;
+  const std::int64_t slot = is_query ? 0 : p.slots[token];
+  if (!is_query && !p.slots.contains(slot)) return;
+  const std::int64_t position = l.rotary_dim > 0 ? p.positions[token] : 0;
+  if (l.rotary_dim > 0 && !p.positions.contains(position)) return;
+
+  const KVViews& kv = which < 2 ? l.cache.k : l.cache.v;
+  const HeadsView& in = is_query ? l.query : kv.rows;
+  const In* from = row<const In>(in, token, head);
+  const float* scales =
+      is_query ? l.q_scale + head / l.heads_per_scale * l.q_scale_step : kv.scales.data + head * kv.scales.head;
+  const auto scale = Op::prepare(__ldg(scales));
+  ScalarTransform<In> transform{l, from, in.dim, which < 2 ? l.norm_weights[which] : VectorView{}, position * l.cos_sin_row};
+  transform.find_factor(lane);
+  const bool transforms = which < 2 && (l.rotary_dim > 0 || transform.weight.data);
+  Out* to = is_query ? nullptr : row<Out>(kv.cache, slot / l.cache.block_size, slot % l.cache.block_size, head);
+  for (std::int64_t d = lane; d < l.cache.head_size; d += 32) {
+    const In x = transforms ? transform(d) : from[d * in.dim];
+    if (is_query)
+      store_query<Op, Out>(l.query_out, l.query_element, token, head, d, x, scale);
+    else
+      to[d * kv.cache.dim] = device::convert_element<Op, Out>(x, scale);
+  }
+}
+
+template <class In, class Fp8, int kHeads>
+void launch_vectorized(const RopeLayout& l, const TokenIndices& slots, const TokenIndices& positions,
+                       const RopeAppendPlan& plan, cudaStream_t stream) {
+  const CacheLayout& cache = l.cache;
+  std::uint32_t blocks = 0;
+  const auto segment = [&](const HeadsView& in, std::int64_t heads, const float* scales, std::int64_t scale_step) {
+    const std::int64_t per_token = core::ceil_div(heads, kHeads) * plan.threads_per_head,
+                       threads = per_token * cache.num_tokens;
+    Segment s{.in = in.data,
+              .in_token = in.token,
+              .in_head = in.head,
+              .scales = scales,
+              .scale_step = scale_step,
+              .threads_per_token = FastDiv(std::max<std::int64_t>(1, per_token)),
+              .heads = static_cast<std::uint32_t>(heads),
+              .threads = static_cast<std::uint32_t>(threads),
+              .first_block = blocks};
+    blocks += static_cast<std::uint32_t>(core::ceil_div(threads, plan.threads));
+    return s;
+  };
+  RopeAppendArgs params{.slots = slots,
+                        .positions = positions,
+                        .cos_sin = l.cos_sin.data,
+                        .cos_sin_row = l.cos_sin_row,
+                        .block_size = FastDiv(std::max<std::int64_t>(1, cache.block_size)),
+                        .threads_per_head = FastDiv(plan.threads_per_head),
+                        .vecs_per_head = static_cast<std::uint32_t>(cache.head_size / kVecSize),
+                        .rotary_vecs = static_cast<std::uint32_t>(l.rotary_dim / kVecSize),
+                        .norm_eps = l.norm_eps,
+                        .per_element = 1.0f / static_cast<float>(cache.head_size),
+                        .wide_cos_sin = l.cos_sin.dtype == DType::Float32,
+                        .quantizes_query = core::is_quantized(l.query_element)};
+  Segment& query = params.segments[0] = segment(l.query, l.num_heads, l.q_scale, l.q_scale_step);
+  query.out = l.query_out.data;
+  query.out_offset = l.query_out.token;
+  query.out_head = l.query_out.head;
+  query.heads_per_scale = FastDiv(l.heads_per_scale);
+  const std::int64_t kv_heads = cache.num_slots() > 0 ? cache.num_heads : 0;
+  for (int i = 0; i < 2; ++i) {
+    const KVViews& from = i == 0 ? cache.k : cache.v;
+    Segment& s = params.segments[1 + i] = segment(from.rows, kv_heads, from.scales.data, from.scales.head);
+    s.out = from.cache.data;
+    s.out_block = from.cache.block;
+    s.out_offset = from.cache.offset;
+    s.out_head = from.cache.head;
+    params.segments[i].norm_weight = l.norm_weights[i].data;
+    params.wide_weights[i] = l.norm_weights[i].dtype == DType::Float32;
+  }
+  if (blocks == 0) return;  // no query heads, and no slots
+  const bool norm = l.norm_weights[0].data || l.norm_weights[1].data;
+  const auto choose = [&]<Rope kRope>() {
+    return norm ? rope_append_vectorized<In, Fp8, kRope, true, kHeads> : rope_append_vectorized<In, Fp8, kRope, false, kHeads>;
+  };
+  const auto kernel = l.rotary_dim == 0 ? choose.template operator()<Rope::None>()
+                      : l.is_neox       ? choose.template operator()<Rope::Neox>()
+                                        : choose.template operator()<Rope::Interleaved>();
+  launch_dependent(kernel, blocks, plan.threads, stream, params);
+}
+
+template <class Op, class In, class Out>
+void launch_rope_append(const RopeLayout& layout, const TokenIndices& slots, const TokenIndices& positions,
+                        const RopeAppendPlan& plan, cudaStream_t stream) {
+  if constexpr (sizeof(In) == 2 && sizeof(Out) == 1)
+    if (plan.path == KernelPath::Vectorized)
+      return plan.heads_per_thread == 2 ? launch_vectorized<In, Out, 2>(layout, slots, positions, plan, stream)
+                                        : launch_vectorized<In, Out, 1>(layout, slots, positions, plan, stream);
+  const std::int64_t heads = layout.num_heads + 2 * layout.cache.num_heads;
+  const auto blocks = static_cast<unsigned>(core::ceil_div(32 * heads * layout.cache.num_tokens, plan.threads));
+  launch_dependent(rope_append_scalar<Op, In, Out>, blocks, plan.threads, stream,
+                   ScalarRopeAppendArgs{layout, slots, positions, heads});
+}
+
+}  // namespace
+
+void run(const RopeAppend& problem, Stream stream) {
+  constexpr const char* op = "rope_quant_and_cache";
+  const RopeLayout layout = core::lower(problem);
+  const CacheLayout& cache = layout.cache;
+  check_current_device({op, "query", problem.query});
+  if (layout.empty()) return;
+  if (debugging(stream)) {
+    debug_check_slots(op, problem.slot_mapping, cache, stream);
+    if (problem.positions) debug_check_positions(op, *problem.positions, layout, stream);
+  }
+  const RopeAppendPlan plan = core::plan_rope_append(layout);
+  visit_append(cache.real, cache.element, [&]<class Op, class In, class Out>() {
+    RopeLayout part = layout;
+    TokenIndices positions = problem.positions ? TokenIndices::of(*problem.positions, layout.max_position) : TokenIndices{};
+    for_each_token_chunk(cache, plan.tokens, problem.slot_mapping, [&](const CacheLayout& chunk, const TokenIndices& slots) {
+      part.cache = chunk;
+      launch_rope_append<Op, In, Out>(part, slots, positions, plan, stream);
+      check_launch(op);
+      part.query = after(part.query, chunk.num_tokens, cache.real);
+      part.query_out = after(part.query_out, chunk.num_tokens, layout.query_element);
+      positions = positions.after(chunk.num_tokens);
+    });
+  });
+}
+
+}  // namespace fp8kv::cuda

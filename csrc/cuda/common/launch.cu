@@ -1,0 +1,58 @@
+#include "cuda/common/launch.h"
+
+#include "core/environment.h"
+#include "device/pdl.cuh"
+
+namespace fp8kv::cuda {
+namespace {
+
+DeviceLimits find_limits() {
+  const int device = current_device();
+  const auto attribute = [device](cudaDeviceAttr which) {
+    int value = 0;
+    check_query(cudaDeviceGetAttribute(&value, which, device));
+    return value;
+  };
+  DeviceLimits limits;
+  limits.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
+  limits.shared_memory = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  limits.has_clusters = limits.has_dependent_launch = attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+  return limits;
+}
+
+}  // namespace
+
+void check_query(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();
+  throw Error(std::string("fp8kv: the CUDA device can't be queried: ") + cudaGetErrorString(error));
+}
+
+int current_device() {
+  int device = 0;
+  check_query(cudaGetDevice(&device));
+  if (device < 0 || device >= PerDevice<int>::kMaxDevices)
+    throw Error("fp8kv: CUDA devices are supported up to number " + std::to_string(PerDevice<int>::kMaxDevices - 1) + ", got " +
+                std::to_string(device));
+  return device;
+}
+
+void check_current_device(const core::Argument& a) {
+  const Device device = a.view.device;
+  if (device.type != Device::Type::CUDA) core::fail(a.op, a.name, "be on a CUDA device", device_string(device));
+  const Device current{Device::Type::CUDA, current_device()};
+  if (!(device == current))
+    core::fail(a.op, a.name, "be on the current device, " + device_string(current), device_string(device));
+}
+
+const DeviceLimits& device_limits() {
+  static PerDevice<DeviceLimits> limits;
+  return limits.get(find_limits);
+}
+
+bool launches_dependent(unsigned blocks) {
+  static const bool wanted = core::environment_flag("FP8KV_PDL");
+  return wanted && blocks <= device::kMaxDependentBlocks && device_limits().has_dependent_launch;
+}
+
+}  // namespace fp8kv::cuda

@@ -1,3 +1,0 @@
-#include "dynamic_quantize.cuh"
-
-template void fp8kv::cuda::launch_dynamic<fp8kv::Half>(const DynamicQuantize&, const Layout&, cudaStream_t);

@@ -1,3 +1,0 @@
-#include "dynamic_quantize.cuh"
-
-template void fp8kv::cuda::launch_dynamic<float>(const DynamicQuantize&, const Layout&, cudaStream_t);

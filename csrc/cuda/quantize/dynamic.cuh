@@ -1,0 +1,434 @@
+// The kernels of dynamic quantization, one per core::DynamicPath, and their launches. Instantiated for one input type per
+// source file.
+#pragma once
+
+#include <cooperative_groups.h>
+
+#include <bit>
+#include <type_traits>
+#include <utility>
+
+#include "cuda/quantize/dynamic.h"
+#include "cuda/quantize/elementwise.cuh"
+#include "cuda/quantize/group_amax.h"
+#include "cuda/quantize/static.h"
+#include "device/reduce.cuh"
+
+namespace fp8kv::cuda {
+
+namespace cg = cooperative_groups;
+using core::DynamicPath;
+using core::kCooperativeBlocks;
+using core::kCooperativeThreads;
+using core::kRedundantThreads;
+using core::kRedundantVecs;
+using core::vecs_in_registers;
+
+template <class Fp8, class In>
+__device__ __forceinline__ void quantize_vec(const Vec<In>& raw, Fp8* out, const Slice& slice,
+                                             const typename device::QuantizeOp<Fp8>::Prepared& scale) {
+  device::store_range(out + slice.first, device::convert_vec<device::QuantizeOp<Fp8>, Fp8>(raw, scale), slice.range);
+}
+
+// A row of the input and its place in the result.
+template <class Fp8, class In, bool kAligned>
+struct Row {
+  const In* in;
+  Fp8* out;
+  std::int64_t size;
+
+  __device__ __forceinline__ Slice slice(std::uint32_t vec) const {
+    if constexpr (kAligned) return {std::int64_t{vec} * kVecSize, {}};
+    return slice_of(out, vec, size);
+  }
+  __device__ __forceinline__ Vec<In> load(const Slice& slice) const {
+    if constexpr (kAligned) return device::load_aligned(in + slice.first);
+    if (slice.range.begin >= slice.range.end) return {};
+    return device::load_any(in, slice.first, size, slice.range);
+  }
+};
+
+// The threads of a group hold its row in registers. kVecs: vectors per thread; 0 reads the row a second time instead. kSubwarp:
+// the threads are a part of a warp, a power of two, and not the block. `works`: false for lanes beyond the last group.
+template <int kVecs, bool kSubwarp, class Fp8, class In, bool kAligned>
+__device__ __forceinline__ void quantize_group(const Row<Fp8, In, kAligned>& row, float* scale_out, const float* upper_bound,
+                                               bool works, std::uint32_t lane, std::uint32_t threads, std::uint32_t vecs) {
+  using Op = device::QuantizeOp<Fp8>;
+  if (!works) vecs = 0;
+  constexpr int kHeld = kVecs > 0 ? kVecs : 1;
+  Vec<In> held[kHeld];
+  std::uint32_t bits = 0;
+  if constexpr (kVecs > 0) {
+#pragma unroll
+    for (int k = 0; k < kVecs; ++k) {
+      const std::uint32_t vec = lane + k * threads;
+      held[k] = vec < vecs ? row.load(row.slice(vec)) : Vec<In>{};
+    }
+#pragma unroll
+    for (int k = 0; k < kVecs; ++k) bits = max(bits, device::finite_max_bits(held[k]));
+  } else {
+#pragma unroll 4
+    for (std::uint32_t vec = lane; vec < vecs; vec += threads)
+      bits = max(bits, device::finite_max_bits(row.load(row.slice(vec))));
+  }
+  const float bound = device::bound_of(upper_bound);
+  if constexpr (kSubwarp) {
+    bits = device::lanes_max(bits, static_cast<int>(threads));
+  } else {
+    __shared__ std::uint32_t scratch[32];
+    bits = device::block_max(bits, scratch);
+  }
+
+  const float scale = device::fast_dynamic_scale<Fp8>(device::magnitude<In>(bits), bound);
+  const auto prepared = Op::prepare(scale);
+  if (lane == 0 && works) *scale_out = scale;
+  if constexpr (kVecs > 0) {
+#pragma unroll
+    for (int k = 0; k < kVecs; ++k) {
+      const std::uint32_t vec = lane + k * threads;
+      if (vec >= vecs) break;
+      const Slice slice = row.slice(vec);
+      if (slice.range.begin < slice.range.end) quantize_vec(held[k], row.out, slice, prepared);
+    }
+  } else {
+#pragma unroll 4
+    for (std::uint32_t vec = lane; vec < vecs; vec += threads) {
+      const Slice slice = row.slice(vec);
+      if (slice.range.begin < slice.range.end) quantize_vec(row.load(slice), row.out, slice, prepared);
+    }
+  }
+}
+
+// DynamicPath::PerGroup. A group has 2^lanes_log2 lanes of a warp, or the block.
+template <class Fp8, class In, int kVecs, bool kSubwarp, bool kAligned>
+__global__ void __launch_bounds__(1024)
+    quantize_groups(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scales,
+                    const float* __restrict__ upper_bound, const __grid_constant__ IndexMap map, int lanes_log2) {
+  const std::uint32_t threads = kSubwarp ? 1u << lanes_log2 : blockDim.x;
+  const std::uint32_t group = kSubwarp ? (blockIdx.x * blockDim.x + threadIdx.x) >> lanes_log2 : blockIdx.x;
+  device::wait_then_release();
+  const Offsets at = map.at<-1>(min(group, map.count - 1));  // whole warps take part in the maximum
+  quantize_group<kVecs, kSubwarp>(Row<Fp8, In, kAligned>{input + at.in, result + at.out, map.row_size}, scales + at.scale,
+                                  upper_bound, group < map.count, kSubwarp ? threadIdx.x & (threads - 1) : threadIdx.x, threads,
+                                  map.vecs_per_row.divisor);
+}
+
+// The same where aligned rows are contiguous, as are their scales: few parameters, and nothing to compute before the loads.
+template <class Fp8, class In, int kVecs, bool kSubwarp>
+__global__ void __launch_bounds__(1024)
+    quantize_groups_contiguous(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scales,
+                               const float* __restrict__ upper_bound, std::uint32_t groups, std::uint32_t vecs,
+                               int lanes_log2) {
+  const std::uint32_t threads = kSubwarp ? 1u << lanes_log2 : blockDim.x;
+  const std::uint32_t group = kSubwarp ? (blockIdx.x * blockDim.x + threadIdx.x) >> lanes_log2 : blockIdx.x;
+  const std::uint32_t lane = kSubwarp ? threadIdx.x & (threads - 1) : threadIdx.x;
+  const std::int64_t first = std::int64_t{min(group, groups - 1)} * vecs * kVecSize;
+  device::wait_then_release();
+  quantize_group<kVecs, kSubwarp>(Row<Fp8, In, true>{input + first, result + first, 0}, scales + group, upper_bound,
+                                  !kSubwarp || group < groups, lane, threads, vecs);
+}
+
+// DynamicPath::Redundant: one row, one scale. Every block finds the maximum of all of it, which takes less time than asking
+// other blocks, and quantizes its own kRedundantVecs vectors.
+template <class Fp8, class In, int kVecs, bool kAligned>
+__global__ void __launch_bounds__(kRedundantThreads)
+    quantize_redundant(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scale_out,
+                       const float* __restrict__ upper_bound, std::int64_t size, std::uint32_t vecs) {
+  using Op = device::QuantizeOp<Fp8>;
+  __shared__ std::uint32_t scratch[32];
+  device::wait_then_release();
+  const Row<Fp8, In, kAligned> row{input, result, size};
+  const std::uint32_t own_vec = blockIdx.x * kRedundantVecs + threadIdx.x;
+  const bool quantizes = threadIdx.x < kRedundantVecs && own_vec < vecs;
+  const Slice slice = row.slice(own_vec);
+  const Vec<In> own = quantizes ? row.load(slice) : Vec<In>{};
+  Vec<In> held[kVecs];
+#pragma unroll
+  for (int k = 0; k < kVecs; ++k) {
+    const std::uint32_t vec = threadIdx.x + k * kRedundantThreads;
+    held[k] = vec < vecs ? row.load(row.slice(vec)) : Vec<In>{};
+  }
+  const float bound = device::bound_of(upper_bound);
+  std::uint32_t bits = 0;
+#pragma unroll
+  for (int k = 0; k < kVecs; ++k) bits = max(bits, device::finite_max_bits(held[k]));
+  bits = device::block_max(bits, scratch);
+  const float scale = device::fast_dynamic_scale<Fp8>(device::magnitude<In>(bits), bound);
+  if (own_vec == 0) *scale_out = scale;
+  if (quantizes && slice.range.begin < slice.range.end) quantize_vec(own, result, slice, Op::prepare(scale));
+}
+
+constexpr int kMaxClusterBlocks = 16;
+
+// DynamicPath::Cluster: one row, one scale, one thread block cluster. Every block sends its maximum to all others.
+template <class Fp8, class In, int kVecs, bool kAligned>
+__global__ void __launch_bounds__(1024)
+    quantize_cluster(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scale_out,
+                     const float* __restrict__ upper_bound, std::int64_t size, std::uint32_t vecs) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  using Op = device::QuantizeOp<Fp8>;
+  __shared__ std::uint32_t scratch[32];
+  __shared__ std::uint32_t maxima[kMaxClusterBlocks];
+  cg::cluster_group cluster = cg::this_cluster();
+  auto started = cluster.barrier_arrive();
+  const std::uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
+  const std::uint32_t stride = gridDim.x * blockDim.x;
+  const Row<Fp8, In, kAligned> row{input, result, size};
+  const float bound = device::bound_of(upper_bound);
+
+  Vec<In> held[kVecs];
+#pragma unroll
+  for (int k = 0; k < kVecs; ++k) {
+    const std::uint32_t vec = thread + k * stride;
+    held[k] = vec < vecs ? row.load(row.slice(vec)) : Vec<In>{};
+  }
+  std::uint32_t bits = 0;
+#pragma unroll
+  for (int k = 0; k < kVecs; ++k) bits = max(bits, device::finite_max_bits(held[k]));
+  bits = device::block_max(bits, scratch);
+  cluster.barrier_wait(std::move(started));  // the shared memory of all blocks is there
+  if (threadIdx.x < gridDim.x) *cluster.map_shared_rank(&maxima[blockIdx.x], threadIdx.x) = bits;
+  cluster.sync();
+  const unsigned lane = threadIdx.x % 32;
+  bits = __reduce_max_sync(0xffffffffu, lane < gridDim.x ? maxima[lane] : 0u);
+
+  const float scale = device::fast_dynamic_scale<Fp8>(device::magnitude<In>(bits), bound);
+  if (thread == 0) *scale_out = scale;
+  const auto prepared = Op::prepare(scale);
+#pragma unroll
+  for (int k = 0; k < kVecs; ++k) {
+    const std::uint32_t vec = thread + k * stride;
+    if (vec >= vecs) break;
+    const Slice slice = row.slice(vec);
+    if (slice.range.begin < slice.range.end) quantize_vec(held[k], result, slice, prepared);
+  }
+#endif
+}
+
+// DynamicPath::Cooperative: one row, one scale, all multiprocessors. Between the two passes a thread keeps its first vectors in
+// registers and the next `shared_vecs` in shared memory; the rest is read again, last first, while the L2 cache still has it.
+// The scale itself collects the maximum: dynamic_scale never decreases, so the largest scale of the blocks is the scale of all.
+template <class Fp8, class In, bool kAligned>
+__global__ void __launch_bounds__(kCooperativeThreads, kCooperativeBlocks)
+    quantize_cooperative(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scale_out,
+                         const float* __restrict__ upper_bound, std::int64_t size, std::uint32_t vecs, int shared_vecs) {
+  using Op = device::QuantizeOp<Fp8>;
+  constexpr int kHeld = vecs_in_registers(DTypeOf<In>::value);
+  extern __shared__ __align__(16) char shared[];
+  __shared__ std::uint32_t scratch[32];
+  Vec<In>* kept = reinterpret_cast<Vec<In>*>(shared) + threadIdx.x;  // number k at kept[k * kCooperativeThreads]
+  const cg::grid_group grid = cg::this_grid();
+  const std::uint32_t thread = blockIdx.x * kCooperativeThreads + threadIdx.x;
+  const std::uint32_t stride = gridDim.x * kCooperativeThreads;
+  const std::uint32_t first_kept = thread + kHeld * stride;
+  const std::uint32_t first_rest = first_kept + shared_vecs * stride;
+  const Row<Fp8, In, kAligned> row{input, result, size};
+
+  if (thread == 0) *scale_out = 0.0f;
+  auto zeroed = grid.barrier_arrive();
+  Vec<In> held[kHeld];
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    const std::uint32_t vec = thread + k * stride;
+    held[k] = vec < vecs ? row.load(row.slice(vec)) : Vec<In>{};
+  }
+  std::uint32_t bits = 0;
+  int number = 0;
+#pragma unroll 4
+  for (std::uint32_t vec = first_kept; vec < min(vecs, first_rest); vec += stride, ++number) {
+    const Vec<In> raw = row.load(row.slice(vec));
+    kept[number * kCooperativeThreads] = raw;
+    bits = max(bits, device::finite_max_bits(raw));
+  }
+#pragma unroll 8
+  for (std::uint32_t vec = first_rest; vec < vecs; vec += stride)
+    bits = max(bits, device::finite_max_bits(row.load(row.slice(vec))));
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) bits = max(bits, device::finite_max_bits(held[k]));
+  bits = device::block_max(bits, scratch);
+  grid.barrier_wait(std::move(zeroed));
+  if (threadIdx.x == 0)
+    device::atomic_max(scale_out, device::fast_dynamic_scale<Fp8>(device::magnitude<In>(bits), device::bound_of(upper_bound)));
+  grid.sync();  // the scale is final
+
+  const auto prepared = Op::prepare(__ldcg(scale_out));
+  const auto finish = [&](std::uint32_t vec, const Vec<In>& raw, const Slice& slice) {
+    if (slice.range.begin < slice.range.end) quantize_vec(raw, result, slice, prepared);
+  };
+  if (vecs > first_rest) {
+    const std::uint32_t last = first_rest + (vecs - 1 - first_rest) / stride * stride;
+#pragma unroll 4
+    for (std::uint32_t vec = last; vec >= first_rest; vec -= stride) {
+      const Slice slice = row.slice(vec);
+      finish(vec, row.load(slice), slice);
+    }
+  }
+  number = 0;
+#pragma unroll 2
+  for (std::uint32_t vec = first_kept; vec < min(vecs, first_rest); vec += stride, ++number)
+    finish(vec, kept[number * kCooperativeThreads], row.slice(vec));
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    const std::uint32_t vec = thread + k * stride;
+    if (vec < vecs) finish(vec, held[k], row.slice(vec));
+  }
+}
+
+// --- Launches ----------
+
+// Calls f(std::integral_constant<int, vecs>{}) for a power of two from kFirst to kMost.
+template <int kFirst, int kMost, class F>
+void visit_vecs(int vecs, const F& f) {
+  if (vecs == kFirst) return f(std::integral_constant<int, kFirst>{});
+  if constexpr (2 * kFirst <= kMost) visit_vecs<2 * kFirst, kMost>(vecs, f);
+}
+
+template <class Fp8, class In>
+struct DynamicLauncher {
+  static constexpr int kMostVecs = vecs_in_registers(DTypeOf<In>::value);
+
+  const DynamicQuantize& problem;
+  const Layout& layout;
+  cudaStream_t stream;
+  const In* input = static_cast<const In*>(problem.input.data);
+  Fp8* result = static_cast<Fp8*>(problem.result.data);
+  float* scale = static_cast<float*>(problem.scale.data);
+  const float* upper_bound = problem.scale_ub ? static_cast<const float*>(problem.scale_ub->data) : nullptr;
+
+  void run() const {
+    if (layout.numel == 0 || !core::fits_one_pass(layout)) return two_passes();
+    const core::DeviceLimits& limits = device_limits();
+    core::for_each_uniform_part(layout, [&](const core::Chunk& part) {
+      core::for_each_chunk(part, core::kMaxChunk, [&](const core::Chunk& chunk) {
+        launch(chunk, core::plan_dynamic(chunk, problem.input, problem.result, limits, max_cluster()));
+        check_launch(kOp);
+      });
+    });
+  }
+
+ private:
+  static constexpr const char* kOp = "dynamic_scaled_fp8_quant";
+
+  void two_passes() const {
+    fill_groups(kOp, layout, scale, kMinScale<Fp8>, stream);
+    if (layout.numel == 0) return;
+    raise_to_amax(kOp, layout, problem.input, scale, DTypeOf<Fp8>::value, upper_bound, stream);
+    quantize_with(kOp, layout, problem.input, problem.result, problem.scale, stream);
+  }
+
+  void launch(const core::Chunk& chunk, const core::DynamicPlan& plan) const {
+    switch (plan.path) {
+      case DynamicPath::PerGroup: return launch_groups(chunk, plan);
+      case DynamicPath::Redundant: return launch_redundant(chunk, plan);
+      case DynamicPath::Cluster: return launch_cluster(chunk, plan);
+      case DynamicPath::Cooperative: return launch_cooperative(chunk, plan);
+      case DynamicPath::TwoPasses: return two_passes();
+    }
+  }
+
+  void launch_groups(const core::Chunk& chunk, const core::DynamicPlan& plan) const {
+    if (plan.lanes_per_group > 0) return launch_groups<1, true>(chunk, plan);
+    if (plan.vecs_per_thread == 0) return launch_groups<0, false>(chunk, plan);
+    visit_vecs<1, kMostVecs>(plan.vecs_per_thread, [&](auto vecs) { launch_groups<vecs, false>(chunk, plan); });
+  }
+
+  template <int kVecs, bool kSubwarp>
+  void launch_groups(const core::Chunk& chunk, const core::DynamicPlan& plan) const {
+    const Layout& part = chunk.layout;
+    const std::int64_t groups = part.numel / part.inner().size;
+    const int lanes_log2 = std::countr_zero(static_cast<unsigned>(plan.lanes_per_group));
+    const auto start = [&](auto kernel, const auto&... arguments) {
+      launch_dependent(kernel, static_cast<unsigned>(plan.blocks), plan.threads, stream, input + chunk.in, result + chunk.out,
+                       scale + chunk.scale, upper_bound, arguments..., lanes_log2);
+    };
+    if constexpr (kVecs == 1 || kVecs == 2)
+      if (plan.contiguous)
+        return start(quantize_groups_contiguous<Fp8, In, kVecs, kSubwarp>, static_cast<std::uint32_t>(groups),
+                     static_cast<std::uint32_t>(plan.vecs_per_row));
+    const IndexMap map = IndexMap::over(part, part.ndim - 1, plan.vecs_per_row, groups);
+    start(plan.aligned ? quantize_groups<Fp8, In, kVecs, kSubwarp, true> : quantize_groups<Fp8, In, kVecs, kSubwarp, false>,
+          map);
+  }
+
+  void launch_redundant(const core::Chunk& chunk, const core::DynamicPlan& plan) const {
+    visit_vecs<2, kMostVecs>(plan.vecs_per_thread, [&](auto vecs) {
+      const auto kernel = plan.aligned ? quantize_redundant<Fp8, In, vecs, true> : quantize_redundant<Fp8, In, vecs, false>;
+      launch_dependent(kernel, static_cast<unsigned>(plan.blocks), plan.threads, stream, input + chunk.in, result + chunk.out,
+                       scale + chunk.scale, upper_bound, chunk.layout.inner().size,
+                       static_cast<std::uint32_t>(plan.vecs_per_row));
+    });
+  }
+
+  // Blocks of 1024 threads in the largest cluster of the kernel that needs most registers; 0 where there are no clusters.
+  static int max_cluster() {
+    static PerDevice<int> sizes;
+    return sizes.get([] {
+      if (!device_limits().has_clusters) return 0;
+      const auto kernel = quantize_cluster<Fp8, In, kMostVecs, false>;
+      check_query(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+      cudaLaunchConfig_t config{};
+      config.gridDim = kMaxClusterBlocks;
+      config.blockDim = 1024;
+      int size = 0;
+      check_query(cudaOccupancyMaxPotentialClusterSize(&size, kernel, &config));
+      return size < kMaxClusterBlocks ? size : kMaxClusterBlocks;
+    });
+  }
+
+  void launch_cluster(const core::Chunk& chunk, const core::DynamicPlan& plan) const {
+    visit_vecs<1, kMostVecs>(plan.vecs_per_thread, [&](auto vecs) {
+      const auto kernel = plan.aligned ? quantize_cluster<Fp8, In, vecs, true> : quantize_cluster<Fp8, In, vecs, false>;
+      static PerDevice<bool> allowed[2];
+      allowed[plan.aligned].get([&] {
+        check_query(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+        return true;
+      });
+      cudaLaunchAttribute cluster_size{};
+      cluster_size.id = cudaLaunchAttributeClusterDimension;
+      cluster_size.val.clusterDim = {static_cast<unsigned>(plan.blocks), 1, 1};
+      cudaLaunchConfig_t config{};
+      config.gridDim = static_cast<unsigned>(plan.blocks);
+      config.blockDim = plan.threads;
+      config.stream = stream;
+      config.attrs = &cluster_size;
+      config.numAttrs = 1;
+      cudaLaunchKernelEx(&config, kernel, input + chunk.in, result + chunk.out, scale + chunk.scale, upper_bound,
+                         chunk.layout.inner().size, static_cast<std::uint32_t>(plan.vecs_per_row));
+    });
+  }
+
+  void launch_cooperative(const core::Chunk& chunk, const core::DynamicPlan& plan) const {
+    const auto kernel = plan.aligned ? quantize_cooperative<Fp8, In, true> : quantize_cooperative<Fp8, In, false>;
+    // The limit is the kernel's, not the launch's: set once, to the most that any plan asks for, it can't fall below what
+    // another thread is about to launch with.
+    static PerDevice<bool> raised[2];
+    constexpr int kVecBytes = kCooperativeThreads * sizeof(Vec<In>);
+    raised[plan.aligned].get([&] {
+      const int most = core::max_shared_vecs(DTypeOf<In>::value, device_limits()) * kVecBytes;
+      check_query(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+      return true;
+    });
+    const In* in = input + chunk.in;
+    Fp8* out = result + chunk.out;
+    float* scale_out = scale + chunk.scale;
+    const float* bound = upper_bound;
+    std::int64_t size = chunk.layout.inner().size;
+    auto vecs = static_cast<std::uint32_t>(plan.vecs_per_row);
+    int shared_vecs = plan.shared_vecs;
+    void* arguments[] = {&in, &out, &scale_out, &bound, &size, &vecs, &shared_vecs};
+    const cudaError_t error = cudaLaunchCooperativeKernel(reinterpret_cast<void*>(kernel), static_cast<unsigned>(plan.blocks),
+                                                          plan.threads, arguments, shared_vecs * kVecBytes, stream);
+    // Blocks are counted for the whole device; a context that owns a part of it can't hold them at once.
+    if (error == cudaErrorCooperativeLaunchTooLarge) {
+      (void)cudaGetLastError();
+      two_passes();
+    }
+  }
+};
+
+template <class In>
+void launch_dynamic(const DynamicQuantize& problem, const Layout& layout, cudaStream_t stream) {
+  core::visit_quantized(problem.result.dtype,
+                        [&]<class Fp8>(core::Type<Fp8>) { DynamicLauncher<Fp8, In>{problem, layout, stream}.run(); });
+}
+}  // namespace fp8kv::cuda

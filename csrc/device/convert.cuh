@@ -1,0 +1,286 @@
+// From one format to another: packed conversions between a Vec and 8 fp32 values, one instruction per function, and the
+// operations on these values with scales. Architectures before 8.9, which have no FP8 instructions, use the scalar codec and
+// give the same bytes.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+#include "device/vec.cuh"
+#include "fp8kv/fp8.h"
+
+namespace fp8kv::device {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#define FP8KV_HAS_FP8_CVT 1
+#else
+#define FP8KV_HAS_FP8_CVT 0
+#endif
+
+// Two fp32 values to two FP8 bytes, `low` in the lower byte; to nearest even, saturating, NaN to 0x7F.
+template <class Fp8>
+__device__ __forceinline__ std::uint32_t encode2(float low, float high) {
+#if FP8KV_HAS_FP8_CVT
+  std::uint16_t pair;
+  if constexpr (Fp8Traits<Fp8>::kMantissaBits == 3)
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return encode<Fp8>(low).bits | static_cast<std::uint32_t>(encode<Fp8>(high).bits) << 8;
+#endif
+}
+
+// Two FP8 bytes to two fp32 values, exactly.
+template <class Fp8>
+__device__ __forceinline__ float2 decode2(std::uint32_t pair) {
+#if FP8KV_HAS_FP8_CVT
+  std::uint32_t halves;
+  if constexpr (Fp8Traits<Fp8>::kMantissaBits == 3)
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<std::uint16_t>(pair)));
+  else
+    asm("cvt.rn.f16x2.e5m2x2 %0, %1;" : "=r"(halves) : "h"(static_cast<std::uint16_t>(pair)));
+  return __half22float2(*reinterpret_cast<const __half2*>(&halves));
+#else
+  return {decode_bits<Fp8>(pair & 0xff), decode_bits<Fp8>(pair >> 8 & 0xff)};
+#endif
+}
+
+__device__ __forceinline__ std::uint32_t half2_of(float low, float high) {
+  std::uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+__device__ __forceinline__ std::uint32_t bfloat2_of(float low, float high) {
+  std::uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// The conversions above write NaN as 0x7fff; the library writes `canonical`.
+__device__ __forceinline__ std::uint32_t canonical_nan2(std::uint32_t pair, std::uint32_t canonical) {
+  const std::uint32_t is_nan = __vcmpeq2(pair, 0x7fff7fffu);
+  return (pair & ~is_nan) | (canonical & is_nan);
+}
+
+template <class T>
+__device__ __forceinline__ void unpack(const Vec<T>& vec, float (&values)[kVecSize]);
+
+template <>
+__device__ __forceinline__ void unpack(const Vec<float>& vec, float (&values)[kVecSize]) {
+#pragma unroll
+  for (int i = 0; i < kVecSize; ++i) values[i] = __uint_as_float(vec.words[i]);
+}
+
+template <>
+__device__ __forceinline__ void unpack(const Vec<BFloat16>& vec, float (&values)[kVecSize]) {
+#pragma unroll
+  for (int i = 0; i < kVecSize / 2; ++i) {
+    values[2 * i] = __uint_as_float(vec.words[i] << 16);
+    values[2 * i + 1] = __uint_as_float(vec.words[i] & 0xffff0000u);
+  }
+}
+
+template <>
+__device__ __forceinline__ void unpack(const Vec<Half>& vec, float (&values)[kVecSize]) {
+#pragma unroll
+  for (int i = 0; i < kVecSize / 2; ++i) {
+    const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&vec.words[i]));
+    values[2 * i] = pair.x;
+    values[2 * i + 1] = pair.y;
+  }
+}
+
+template <class Fp8>
+__device__ __forceinline__ void unpack_fp8(const Vec<Fp8>& vec, float (&values)[kVecSize]) {
+#pragma unroll
+  for (int i = 0; i < kVecSize / 2; ++i) {
+    const float2 pair = decode2<Fp8>(vec.words[i / 2] >> (16 * (i % 2)) & 0xffffu);
+    values[2 * i] = pair.x;
+    values[2 * i + 1] = pair.y;
+  }
+}
+
+template <>
+__device__ __forceinline__ void unpack(const Vec<E4M3>& vec, float (&values)[kVecSize]) {
+  unpack_fp8(vec, values);
+}
+
+template <>
+__device__ __forceinline__ void unpack(const Vec<E5M2>& vec, float (&values)[kVecSize]) {
+  unpack_fp8(vec, values);
+}
+
+// NaN as the library writes it, in what the conversions above gave.
+template <class T>
+__device__ __forceinline__ void make_nan_canonical(Vec<T>& vec) {
+  static_assert(sizeof(T) == 2);
+  constexpr std::uint32_t kNaN = DTypeOf<T>::value == DType::Float16 ? 0x7e007e00u : 0x7fc07fc0u;
+#pragma unroll
+  for (int i = 0; i < kVecSize / 2; ++i) vec.words[i] = canonical_nan2(vec.words[i], kNaN);
+}
+
+// Of 16 bits, with NaN as the conversions give it: for values that are not stored.
+template <class T>
+__device__ __forceinline__ Vec<T> pack_any_nan(const float (&values)[kVecSize]) {
+  static_assert(sizeof(T) == 2);
+  Vec<T> vec;
+#pragma unroll
+  for (int i = 0; i < kVecSize / 2; ++i) {
+    if constexpr (DTypeOf<T>::value == DType::Float16)
+      vec.words[i] = half2_of(values[2 * i], values[2 * i + 1]);
+    else
+      vec.words[i] = bfloat2_of(values[2 * i], values[2 * i + 1]);
+  }
+  return vec;
+}
+
+template <class T>
+__device__ __forceinline__ Vec<T> pack(const float (&values)[kVecSize]) {
+  Vec<T> vec;
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < kVecSize; ++i) vec.words[i] = __float_as_uint(from_float<float>(values[i]));
+  } else if constexpr (sizeof(T) == 1) {
+#pragma unroll
+    for (int i = 0; i < kVecSize / 4; ++i)
+      vec.words[i] = encode2<T>(values[4 * i], values[4 * i + 1]) | encode2<T>(values[4 * i + 2], values[4 * i + 3]) << 16;
+  } else {
+    vec = pack_any_nan<T>(values);
+    make_nan_canonical(vec);
+  }
+  return vec;
+}
+
+// --- Scales, prepared for use: the exact quotient x / scale without a division per element ----------
+
+__device__ __forceinline__ float reciprocal_approximation(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Quantizes by a split reciprocal: 1 / scale = hi + lo, with hi strictly below it and so lo > 0, and the quotient is
+// fma(x, hi, x * lo). Both terms have the sign of x, so infinities, NaN, signed zero and overflow come out right. The quotient
+// lies on the same side of every FP8 rounding boundary as the IEEE division for scales from 2^-126 to 2^96, unless the 24-bit
+// significand of the scale is 1 to 4 below a multiple of 2^20 (docs/numerics.md; a test proves it over all significands). Those
+// scales, and all outside the window, divide.
+template <class Fp8>
+struct QuantizeOp {
+  struct Prepared {
+    float hi;
+    float lo;
+    float scale;
+    bool divide;
+  };
+
+  static __device__ __forceinline__ Prepared prepare(float scale) {
+    constexpr std::uint32_t kLowest = 0x00800000u, kHighest = 0x6f800000u;  // 2^-126, 2^96
+    const std::uint32_t bits = __float_as_uint(scale);
+    // Within the window one Newton step gives the reciprocal rounded to nearest; hi is that or the next one below. With a hi
+    // further below, more scales would have to divide.
+    const float guess = reciprocal_approximation(scale);
+    const float nearest = __fmaf_rn(guess, __fmaf_rn(-scale, guess, 1.0f), guess);
+    const bool below = __fmaf_rn(-nearest, scale, 1.0f) > 0.0f;
+    const float hi = below ? nearest : __uint_as_float(__float_as_uint(nearest) - 1u);
+    const float lo = __fmul_rn(__fmaf_rn(-hi, scale, 1.0f), hi);
+    return {hi, lo, scale, bits - kLowest > kHighest - kLowest || ((bits + 4u) & 0xfffffu) < 4u};
+  }
+
+  static __device__ __forceinline__ float apply(const Prepared& p, float x) { return __fmaf_rn(x, p.hi, __fmul_rn(x, p.lo)); }
+  static __device__ __forceinline__ float divide(const Prepared& p, float x) { return __fdiv_rn(x, p.scale); }
+};
+
+// Infinity where there is none.
+__device__ __forceinline__ float bound_of(const float* upper_bound) {
+  return upper_bound ? __ldg(upper_bound) : __int_as_float(0x7f800000);
+}
+
+// dynamic_scale() of a finite amax. One correction makes the product with 1 / max the quotient wherever that is above the
+// smallest scale; a test compares all values.
+template <class Fp8>
+__device__ __forceinline__ float fast_dynamic_scale(float amax, float upper_bound = std::bit_cast<float>(0x7f800000u)) {
+  constexpr float kMax = Fp8Traits<Fp8>::kMax, kReciprocal = 1.0f / kMax;
+  const float bounded = amax > upper_bound ? upper_bound : amax;
+  const float guess = __fmul_rn(bounded, kReciprocal);
+  const float scale = __fmaf_rn(__fmaf_rn(-kMax, guess, bounded), kReciprocal, guess);
+  return fmaxf(scale, kMinScale<Fp8>);
+}
+
+struct DequantizeOp {
+  struct Prepared {
+    float scale;
+    static constexpr bool divide = false;
+  };
+  static __device__ __forceinline__ Prepared prepare(float scale) { return {scale}; }
+  static __device__ __forceinline__ float apply(const Prepared& p, float x) { return __fmul_rn(x, p.scale); }
+  static __device__ __forceinline__ float divide(const Prepared& p, float x) { return apply(p, x); }
+};
+
+// Each of 8 values with its own scale, or all with one.
+template <class Op>
+__device__ __forceinline__ void apply(const typename Op::Prepared (&scales)[kVecSize], float (&values)[kVecSize]) {
+  bool divide = false;
+#pragma unroll
+  for (int i = 0; i < kVecSize; ++i) divide |= scales[i].divide;
+  if (divide) {
+#pragma unroll
+    for (int i = 0; i < kVecSize; ++i) values[i] = Op::divide(scales[i], values[i]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kVecSize; ++i) values[i] = Op::apply(scales[i], values[i]);
+}
+
+template <class Op>
+__device__ __forceinline__ void apply(const typename Op::Prepared& scale, float (&values)[kVecSize]) {
+  if (scale.divide) {
+#pragma unroll
+    for (int i = 0; i < kVecSize; ++i) values[i] = Op::divide(scale, values[i]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kVecSize; ++i) values[i] = Op::apply(scale, values[i]);
+}
+
+// A plain copy, rounded where the types differ.
+struct CopyOp {
+  struct Prepared {
+    static constexpr bool divide = false;
+  };
+  static __device__ __forceinline__ Prepared prepare(float) { return {}; }
+  static __device__ __forceinline__ float apply(const Prepared&, float x) { return x; }
+  static __device__ __forceinline__ float divide(const Prepared&, float x) { return x; }
+};
+
+// From the input to the output type: a vector with one scale, or an element. A copy within a type keeps all bits.
+template <class Op, class Out, class In>
+__device__ __forceinline__ Vec<Out> convert_vec(const Vec<In>& raw, const typename Op::Prepared& scale) {
+  if constexpr (std::is_same_v<In, Out>) {
+    return raw;
+  } else {
+    float values[kVecSize];
+    unpack(raw, values);
+    apply<Op>(scale, values);
+    return pack<Out>(values);
+  }
+}
+
+template <class Op, class Out, class In>
+__device__ __forceinline__ Out convert_element(In raw, const typename Op::Prepared& scale) {
+  if constexpr (std::is_same_v<In, Out>) {
+    return raw;
+  } else {
+    const float x = decode(raw);
+    const float y = scale.divide ? Op::divide(scale, x) : Op::apply(scale, x);
+    if constexpr (sizeof(Out) == 1)
+      return {static_cast<std::uint8_t>(encode2<Out>(y, 0.0f))};
+    else
+      return from_float<Out>(y);
+  }
+}
+
+}  // namespace fp8kv::device

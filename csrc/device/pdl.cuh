@@ -1,0 +1,21 @@
+// Programmatic dependent launch (compute capability 9.0 and higher): a kernel that begins before its predecessor in the stream
+// has ended. Without the launch attribute this does nothing.
+#pragma once
+
+namespace fp8kv::device {
+
+// Grids of more blocks don't take part: the instructions cost large grids of small blocks 15%.
+inline constexpr unsigned kMaxDependentBlocks = 2048;
+
+// What every kernel of cuda::launch_dependent does before its first access to global memory: waits until the predecessor has
+// ended and all it wrote can be read, then lets the next kernel begin, if that was launched so. In this order no kernel begins
+// before the one before its predecessor has ended, so that at most two overlap.
+__device__ __forceinline__ void wait_then_release() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (gridDim.x * gridDim.y > kMaxDependentBlocks) return;
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+}  // namespace fp8kv::device

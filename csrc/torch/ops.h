@@ -1,0 +1,199 @@
+// From the arguments of the ops to problems: the only place that knows torch::stable::Tensor and TensorView. Each maker has the
+// arguments of its schema (schema.cpp), in order.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/check.h"
+#include "core/formats.h"
+#include "fp8kv/kv_cache.h"
+#include "fp8kv/quantize.h"
+#include "fp8kv/rope.h"
+
+namespace fp8kv::torch_ops {
+
+using Tensor = torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using IntList = std::optional<std::vector<std::int64_t>>;
+
+inline DType dtype_of(const Tensor& tensor) {
+  std::int32_t code = -1;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  using torch::headeronly::ScalarType;
+  switch (static_cast<ScalarType>(code)) {
+    case ScalarType::Float: return DType::Float32;
+    case ScalarType::Half: return DType::Float16;
+    case ScalarType::BFloat16: return DType::BFloat16;
+    case ScalarType::Float8_e4m3fn: return DType::E4M3;
+    case ScalarType::Float8_e5m2: return DType::E5M2;
+    case ScalarType::Double: return DType::Float64;
+    case ScalarType::Float8_e4m3fnuz: return DType::E4M3Fnuz;
+    case ScalarType::Float8_e5m2fnuz: return DType::E5M2Fnuz;
+    case ScalarType::Byte: return DType::UInt8;
+    case ScalarType::Char: return DType::Int8;
+    case ScalarType::Short: return DType::Int16;
+    case ScalarType::Int: return DType::Int32;
+    case ScalarType::Long: return DType::Int64;
+    case ScalarType::Bool: return DType::Bool;
+    default: return DType::Other;
+  }
+}
+
+inline TensorView view(const Tensor& tensor) {
+  static const std::int32_t cpu = aoti_torch_device_type_cpu(), cuda = aoti_torch_device_type_cuda();
+  TensorView v{.data = tensor.data_ptr(), .dtype = dtype_of(tensor)};
+  std::int32_t type = 0;
+  std::int64_t *sizes = nullptr, *strides = nullptr;  // owned by the tensor; sizes() and strides() would each ask for ndim too
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
+  v.device.type = type == cpu ? Device::Type::CPU : type == cuda ? Device::Type::CUDA : Device::Type::Other;
+  v.device.index = tensor.get_device_index();
+  v.ndim = static_cast<int>(tensor.dim());
+  for (int i = 0; i < v.ndim && i < kMaxDims; ++i) {
+    v.sizes[i] = sizes[i];
+    v.strides[i] = strides[i];
+  }
+  return v;
+}
+
+inline std::optional<TensorView> view(const OptionalTensor& tensor) {
+  return tensor ? std::optional(view(*tensor)) : std::nullopt;
+}
+
+inline std::optional<GroupShape> group_shape(const char* op, const IntList& extents) {
+  if (!extents) return std::nullopt;
+  if (extents->size() != 2)
+    core::fail(op, "group_shape", "have two extents, rows and columns", std::to_string(extents->size()));
+  return GroupShape{(*extents)[0], (*extents)[1]};
+}
+
+// The format that kv_cache_dtype names. "auto" is a plain copy to whatever unquantized type the cache has.
+inline DType cache_dtype(const char* op, const std::string& text, const Tensor& key_cache, bool must_quantize = false) {
+  if (text == "auto" && !must_quantize) {
+    const DType actual = dtype_of(key_cache);
+    if (!core::is_real(actual))
+      core::fail(op, "key_cache", "be " + core::names_of(core::RealTypes{}) + " as kv_cache_dtype is \"auto\"", name(actual));
+    return actual;
+  }
+  std::vector<std::string> names;
+  if (!must_quantize) names.emplace_back("auto");
+  for (const core::CacheFormat& format : core::kCacheFormats) {
+    if (must_quantize && !core::is_quantized(format.dtype)) continue;
+    if (format.name == text) return format.dtype;
+    names.emplace_back(format.name);
+  }
+  std::string expected = "be ";
+  for (std::size_t i = 0; i < names.size(); ++i)
+    expected += (i == 0 ? "\"" : i + 1 < names.size() ? ", \"" : " or \"") + names[i] + "\"";
+  core::fail(op, "kv_cache_dtype", expected, "\"" + text + "\"");
+}
+
+// --- quantize.h ----------
+
+inline StaticQuantize static_scaled_fp8_quant(const Tensor& result, const Tensor& input, const Tensor& scale,
+                                              const IntList& shape) {
+  return {.result = view(result),
+          .input = view(input),
+          .scale = view(scale),
+          .group_shape = group_shape("static_scaled_fp8_quant", shape)};
+}
+
+inline DynamicQuantize dynamic_scaled_fp8_quant(const Tensor& result, const Tensor& input, const Tensor& scale,
+                                                const OptionalTensor& scale_ub, const IntList& shape) {
+  return {.result = view(result),
+          .input = view(input),
+          .scale = view(scale),
+          .scale_ub = view(scale_ub),
+          .group_shape = group_shape("dynamic_scaled_fp8_quant", shape)};
+}
+
+inline Dequantize scaled_fp8_dequant(const Tensor& result, const Tensor& input, const Tensor& scale, const IntList& shape) {
+  return {.result = view(result),
+          .input = view(input),
+          .scale = view(scale),
+          .group_shape = group_shape("scaled_fp8_dequant", shape)};
+}
+
+inline GroupAmax group_amax(const Tensor& amax, const Tensor& input, const std::vector<std::int64_t>& shape) {
+  return {.amax = view(amax), .input = view(input), .group_shape = *group_shape("group_amax", shape)};
+}
+
+// --- kv_cache.h ----------
+
+inline CacheAppend reshape_and_cache_flash(const Tensor& key, const Tensor& value, const Tensor& key_cache,
+                                           const Tensor& value_cache, const Tensor& slot_mapping,
+                                           const std::string& kv_cache_dtype, const Tensor& k_scale, const Tensor& v_scale) {
+  return {.key = view(key),
+          .value = view(value),
+          .key_cache = view(key_cache),
+          .value_cache = view(value_cache),
+          .slot_mapping = view(slot_mapping),
+          .kv_cache_dtype = cache_dtype("reshape_and_cache_flash", kv_cache_dtype, key_cache),
+          .k_scale = view(k_scale),
+          .v_scale = view(v_scale)};
+}
+
+inline CacheAppendDynamic reshape_and_cache_flash_dynamic(const Tensor& key, const Tensor& value, const Tensor& key_cache,
+                                                          const Tensor& value_cache, const Tensor& k_scale_cache,
+                                                          const Tensor& v_scale_cache, const Tensor& slot_mapping,
+                                                          const std::string& kv_cache_dtype) {
+  return {.key = view(key),
+          .value = view(value),
+          .key_cache = view(key_cache),
+          .value_cache = view(value_cache),
+          .k_scale_cache = view(k_scale_cache),
+          .v_scale_cache = view(v_scale_cache),
+          .slot_mapping = view(slot_mapping),
+          .kv_cache_dtype = cache_dtype("reshape_and_cache_flash_dynamic", kv_cache_dtype, key_cache, true)};
+}
+
+inline CacheGather gather_and_dequant_cache(const Tensor& key_cache, const Tensor& value_cache, const Tensor& key,
+                                            const Tensor& value, const Tensor& block_table, const Tensor& cu_seq_lens,
+                                            const std::string& kv_cache_dtype, const Tensor& k_scale, const Tensor& v_scale,
+                                            const OptionalTensor& seq_starts) {
+  return {.key_cache = view(key_cache),
+          .value_cache = view(value_cache),
+          .key = view(key),
+          .value = view(value),
+          .block_table = view(block_table),
+          .cu_seq_lens = view(cu_seq_lens),
+          .kv_cache_dtype = cache_dtype("gather_and_dequant_cache", kv_cache_dtype, key_cache),
+          .k_scale = view(k_scale),
+          .v_scale = view(v_scale),
+          .seq_starts = view(seq_starts)};
+}
+
+// --- rope.h ----------
+
+inline RopeAppend rope_quant_and_cache(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_out,
+                                       const Tensor& key_cache, const Tensor& value_cache, const Tensor& slot_mapping,
+                                       const std::string& kv_cache_dtype, const Tensor& q_scale, const Tensor& k_scale,
+                                       const Tensor& v_scale, const OptionalTensor& positions,
+                                       const OptionalTensor& cos_sin_cache, bool is_neox, const OptionalTensor& q_norm_weight,
+                                       const OptionalTensor& k_norm_weight, double norm_eps) {
+  return {.query = view(query),
+          .key = view(key),
+          .value = view(value),
+          .query_out = view(query_out),
+          .key_cache = view(key_cache),
+          .value_cache = view(value_cache),
+          .slot_mapping = view(slot_mapping),
+          .kv_cache_dtype = cache_dtype("rope_quant_and_cache", kv_cache_dtype, key_cache),
+          .q_scale = view(q_scale),
+          .k_scale = view(k_scale),
+          .v_scale = view(v_scale),
+          .positions = view(positions),
+          .cos_sin_cache = view(cos_sin_cache),
+          .is_neox = is_neox,
+          .q_norm_weight = view(q_norm_weight),
+          .k_norm_weight = view(k_norm_weight),
+          .norm_eps = static_cast<float>(norm_eps)};
+}
+
+}  // namespace fp8kv::torch_ops

@@ -1,0 +1,784 @@
+// The paged KV cache on the CPU, one instruction set after the other, against the scalar rules of fp8.h applied element by
+// element. Places in a cache are found here from slots and block tables, not from a CacheLayout.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <functional>
+#include <optional>
+#include <random>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "cpu_support.h"
+#include "fp8kv/fp8.h"
+#include "fp8kv/kv_cache.h"
+#include "fp8kv/runtime.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace fp8kv {
+namespace {
+
+using namespace testing_support;
+
+INSTANTIATE_TEST_SUITE_P(, CpuIsa, testing::ValuesIn(cpu::available()), isa_name);
+
+// --- K and V --------------------------------
+
+// K and V as two slices of one allocation. `order` names its dimensions from the outermost to the innermost: those of `letters`
+// and 2, that of K and V, which has one slice more on either side. '.' leaves a gap, ':' takes every second place.
+class Pair {
+ public:
+  Pair(DType dtype, std::string_view order, std::string_view letters, const Sizes& sizes, std::int64_t skip)
+      : dtype_(dtype),
+        sizes_(sizes),
+        skip_(skip),
+        slice_(stride(order, letters, '2')),
+        storage_(dtype, {skip + stride(order, letters, '\0') + 3}) {
+    for (char letter : letters) strides_.push_back(stride(order, letters, letter));
+  }
+
+  DType dtype() const { return dtype_; }
+  Tensor& storage() { return storage_; }
+
+  // The number within the storage of an element of K (side 0) or V (1).
+  std::int64_t index(int side, const Sizes& at) const {
+    std::int64_t index = skip_ + (side + 1) * slice_;
+    for (std::size_t d = 0; d < at.size(); ++d) index += at[d] * strides_[d];
+    return index;
+  }
+
+  TensorView view(int side) {
+    TensorView v{.data = storage_.at(index(side, {})), .dtype = dtype_, .ndim = static_cast<int>(sizes_.size())};
+    std::copy(sizes_.begin(), sizes_.end(), v.sizes);
+    std::copy(strides_.begin(), strides_.end(), v.strides);
+    return v;
+  }
+  TensorView key() { return view(0); }
+  TensorView value() { return view(1); }
+
+ private:
+  // The number of elements within one step of a dimension; of no dimension: within all.
+  std::int64_t stride(std::string_view order, std::string_view letters, char dimension) const {
+    std::int64_t stride = 1;
+    for (auto at = order.rbegin(); at != order.rend() && *at != dimension; ++at) {
+      if (*at == '.') {
+        stride += 3;
+      } else {
+        stride *= *at == ':' ? 2 : *at == '2' ? 4 : std::max<std::int64_t>(1, sizes_[letters.find(*at)]);
+      }
+    }
+    return stride;
+  }
+
+  DType dtype_;
+  Sizes sizes_, strides_;
+  std::int64_t skip_, slice_;
+  Tensor storage_;
+};
+
+struct Case {
+  const char* name;
+  std::int64_t heads, head_size;
+  const char* cache = "2nshd";
+  const char* rows = "2thd";  // of key and value
+  const char* scales = "2nsh";
+  std::int64_t tokens = 19, blocks = 6, block_size = 5;
+
+  std::int64_t slots() const { return blocks * block_size; }
+  Pair make_rows(DType real, std::int64_t extra = 2) const {
+    return {real, rows, "thd", {tokens + extra, heads, head_size}, 3};
+  }
+  Pair make_cache(DType element) const { return {element, cache, "nshd", {blocks, block_size, heads, head_size}, 5}; }
+  Pair make_scale_cache() const { return {DType::Float32, scales, "nsh", {blocks, block_size, heads}, 1}; }
+};
+
+void PrintTo(const Case& c, std::ostream* os) { *os << c.name; }
+
+const Case kCases[] = {
+    {.name = "nhd", .heads = 8, .head_size = 128},
+    {.name = "hnd", .heads = 8, .head_size = 128, .cache = "2nhsd"},
+    {.name = "blocks_of_both", .heads = 4, .head_size = 64, .cache = "n2shd", .rows = "t2hd"},
+    {.name = "blocks_of_both_hnd", .heads = 4, .head_size = 64, .cache = "n2hsd", .rows = "t2hd", .scales = "2nhs"},
+    {.name = "slots_of_both", .heads = 4, .head_size = 80, .cache = "ns2hd", .rows = "t.2hd"},
+    {.name = "halves_of_heads", .heads = 3, .head_size = 96, .cache = "nsh2d", .rows = "th2d", .scales = "nsh2"},
+    {.name = "neighbours", .heads = 2, .head_size = 20, .cache = "nshd2", .rows = "thd2", .scales = "n2sh"},
+    {.name = "head_size_1", .heads = 5, .head_size = 1},
+    {.name = "head_size_1_hnd", .heads = 5, .head_size = 1, .cache = "2nhsd", .rows = "2htd"},
+    {.name = "head_size_20", .heads = 3, .head_size = 20, .cache = "2nhsd"},
+    {.name = "head_size_64", .heads = 1, .head_size = 64},
+    {.name = "head_size_112", .heads = 3, .head_size = 112, .cache = "2nhsd", .rows = "2th.d"},
+    {.name = "head_size_120", .heads = 2, .head_size = 120, .cache = "2ns.hd", .rows = "2t.hd"},
+    {.name = "head_size_256", .heads = 2, .head_size = 256, .cache = "n2hsd"},
+    {.name = "head_size_576", .heads = 1, .head_size = 576, .cache = "2nshd", .rows = "t2hd"},
+    {.name = "head_size_577", .heads = 2, .head_size = 577, .cache = "2nsh.d"},
+    {.name = "sparse_cache", .heads = 3, .head_size = 80, .cache = "2nshd:", .scales = "2nsh:"},
+    {.name = "sparse_rows", .heads = 3, .head_size = 80, .rows = "2thd:"},
+    {.name = "sparse_long", .heads = 1, .head_size = 1100, .cache = "2nshd:", .rows = "2thd:"},
+    {.name = "dims_outside_slots", .heads = 3, .head_size = 20, .cache = "2nhds", .rows = "2hdt", .scales = "h2sn"},
+    {.name = "all_reversed", .heads = 3, .head_size = 20, .cache = "dhsn2", .rows = "dht2", .scales = "hsn2"},
+    {.name = "heads_first", .heads = 3, .head_size = 64, .cache = "h2nsd", .rows = "h2td", .scales = "h.2ns"},
+    {.name = "many_heads", .heads = 70, .head_size = 20, .scales = "2nhs"},
+    {.name = "one_slot", .heads = 2, .head_size = 64, .tokens = 7, .blocks = 1, .block_size = 1},
+    {.name = "no_tokens", .heads = 2, .head_size = 64, .tokens = 0},
+    {.name = "no_heads", .heads = 0, .head_size = 64},
+    {.name = "no_head_size", .heads = 2, .head_size = 0},
+    {.name = "no_blocks", .heads = 2, .head_size = 64, .blocks = 0},
+    {.name = "no_block_size", .heads = 2, .head_size = 64, .block_size = 0},
+};
+
+using CaseParam = std::tuple<cpu::Isa, Case>;
+
+class CpuCache : public Forced<testing::TestWithParam<CaseParam>> {
+ protected:
+  void SetUp() override {
+    Forced::SetUp();
+    cpu::force(std::get<0>(GetParam()));
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(, CpuCache, testing::Combine(testing::ValuesIn(cpu::available()), testing::ValuesIn(kCases)),
+                         [](const testing::TestParamInfo<CaseParam>& info) {
+                           return std::string(cpu::name(std::get<0>(info.param))) + "_" + std::get<1>(info.param).name;
+                         });
+
+// --- The reference --------------------------------
+
+using Slots = std::vector<std::int64_t>;
+
+template <class T>
+Tensor make_indices(DType dtype, const std::vector<std::int64_t>& values, Memory memory = Memory::Sparse) {
+  Tensor t(dtype, {static_cast<std::int64_t>(values.size())}, memory, 1);
+  for (std::int64_t i = 0; i < t.numel(); ++i) t.set(i, static_cast<T>(values[i]));
+  return t;
+}
+Tensor int64s(const std::vector<std::int64_t>& values) { return make_indices<std::int64_t>(DType::Int64, values); }
+Tensor int32s(const std::vector<std::int64_t>& values) { return make_indices<std::int32_t>(DType::Int32, values); }
+
+// Any slots, many of them more than once; some are negative.
+Slots random_slots(std::int64_t tokens, std::int64_t slots, unsigned seed) {
+  std::mt19937 random(seed);
+  Slots found;
+  for (std::int64_t t = 0; t < tokens; ++t)
+    found.push_back(slots == 0 || random() % 6 == 0 ? -1 - static_cast<std::int64_t>(random() % 100) : random() % slots);
+  return found;
+}
+
+// Scales of K or V: the number of one, given the head.
+std::int64_t scale_index(const Tensor& scale, std::int64_t head) { return scale.numel() == 1 ? 0 : head; }
+
+// One element from a storage of floating-point numbers to any other, by the rules.
+void convert(Tensor& to, std::int64_t to_index, Tensor& from, std::int64_t from_index, float scale) {
+  if (core::is_quantized(from.dtype())) return to.set_real(to_index, from.get_real(from_index) * scale);
+  const float x = from.get_real(from_index);
+  if (to.dtype() == DType::E4M3) return to.set(to_index, quantize<E4M3>(x, scale));
+  if (to.dtype() == DType::E5M2) return to.set(to_index, quantize<E5M2>(x, scale));
+  if (to.dtype() != from.dtype()) return to.set_real(to_index, x);
+  std::memcpy(to.at(to_index), from.at(from_index), size_of(to.dtype()));
+}
+
+void reference_append(const Case& c, Pair& rows, Pair& cache, const Slots& slots, Tensor (&scales)[2]) {
+  for (int side = 0; side < 2; ++side)
+    for (std::size_t t = 0; t < slots.size(); ++t)
+      for (std::int64_t h = 0; h < c.heads && slots[t] >= 0; ++h)
+        for (std::int64_t d = 0; d < c.head_size; ++d) {
+          const std::int64_t token = static_cast<std::int64_t>(t), block = slots[t] / c.block_size;
+          convert(cache.storage(), cache.index(side, {block, slots[t] % c.block_size, h, d}), rows.storage(),
+                  rows.index(side, {token, h, d}), scales[side].get<float>(scale_index(scales[side], h)));
+        }
+}
+
+void reference_append_dynamic(const Case& c, Pair& rows, Pair& cache, Pair& scales, const Slots& slots) {
+  if (c.head_size == 0) return;
+  for (int side = 0; side < 2; ++side)
+    for (std::size_t t = 0; t < slots.size(); ++t)
+      for (std::int64_t h = 0; h < c.heads && slots[t] >= 0; ++h) {
+        const std::int64_t token = static_cast<std::int64_t>(t);
+        const std::int64_t block = slots[t] / c.block_size, offset = slots[t] % c.block_size;
+        float amax = 0.0f;
+        for (std::int64_t d = 0; d < c.head_size; ++d) {
+          const float x = rows.storage().get_real(rows.index(side, {token, h, d}));
+          if (is_finite(x)) amax = std::max(amax, x < 0 ? -x : x);
+        }
+        const float scale = cache.dtype() == DType::E4M3 ? dynamic_scale<E4M3>(amax, kInf) : dynamic_scale<E5M2>(amax, kInf);
+        scales.storage().set(scales.index(side, {block, offset, h}), scale);
+        for (std::int64_t d = 0; d < c.head_size; ++d)
+          convert(cache.storage(), cache.index(side, {block, offset, h, d}), rows.storage(), rows.index(side, {token, h, d}),
+                  scale);
+      }
+}
+
+// Sequences over any blocks, some of them in several, some empty.
+struct Sequences {
+  std::vector<std::int64_t> sums{0}, starts;
+  std::int64_t max_blocks;
+  Tensor table;
+
+  Sequences(const Case& c, unsigned seed) : max_blocks(4), table(DType::Int32, {4, 4}, Memory::Padded, 2) {
+    std::mt19937 random(seed);
+    for (std::int64_t i = 0; i < table.numel(); ++i)
+      table.set(i, static_cast<std::int32_t>(c.blocks > 0 ? random() % c.blocks : 77));
+    const bool empty = c.tokens == 0 || c.slots() == 0;
+    const std::int64_t positions = max_blocks * c.block_size;
+    const std::int64_t lengths[] = {c.tokens / 3, 0, c.tokens - c.tokens / 3 - c.tokens / 2, c.tokens / 2};
+    for (std::int64_t length : lengths) {
+      length = empty ? 0 : std::min(length, positions);
+      sums.push_back(sums.back() + length);
+      starts.push_back(empty ? 0 : static_cast<std::int64_t>(random() % (positions - length + 1)));
+    }
+  }
+};
+
+// scale(side, block, offset, head)
+void reference_gather(const Case& c, Pair& cache, Pair& rows, Sequences& sequences, bool from_start,
+                      const std::function<float(int, std::int64_t, std::int64_t, std::int64_t)>& scale) {
+  for (int side = 0; side < 2; ++side)
+    for (std::size_t s = 0; s + 1 < sequences.sums.size(); ++s)
+      for (std::int64_t row = sequences.sums[s]; row < sequences.sums[s + 1]; ++row) {
+        const std::int64_t position = row - sequences.sums[s] + (from_start ? 0 : sequences.starts[s]);
+        const std::int64_t entry = static_cast<std::int64_t>(s) * sequences.max_blocks + position / c.block_size;
+        const std::int64_t block = sequences.table.get<std::int32_t>(entry), offset = position % c.block_size;
+        for (std::int64_t h = 0; h < c.heads; ++h)
+          for (std::int64_t d = 0; d < c.head_size; ++d)
+            convert(rows.storage(), rows.index(side, {row, h, d}), cache.storage(), cache.index(side, {block, offset, h, d}),
+                    scale(side, block, offset, h));
+      }
+}
+
+std::string_view format_of(DType element) {
+  return element == DType::E4M3 ? "fp8" : element == DType::E5M2 ? "fp8_e5m2" : "auto";
+}
+
+// As the caller may pass it: FP8 bytes as bytes.
+TensorView as_bytes(TensorView view) {
+  view.dtype = DType::UInt8;
+  return view;
+}
+
+Tensor make_scales(std::int64_t count, unsigned seed) {
+  Tensor scale(DType::Float32, {count, 1}, Memory::Padded, 1);
+  fill_scales(scale, seed);
+  return scale;
+}
+
+// --- Every layout --------------------------------
+
+TEST_P(CpuCache, Append) {
+  const Case& c = std::get<1>(GetParam());
+  const Slots slots = random_slots(c.tokens, c.slots(), 1);
+  for (DType real : kReals)
+    for (DType fp8 : kFp8s)
+      for (std::int64_t count : {std::int64_t{1}, c.heads}) {
+        SCOPED_TRACE(pair_name(real, fp8) + ", scales: " + std::to_string(count));
+        Pair rows = c.make_rows(real), cache = c.make_cache(fp8);
+        fill(rows.storage(), 2);
+        Tensor scales[] = {make_scales(count, 3), make_scales(count, 4)}, mapping = int64s(slots);
+        Pair expected = cache;
+        reference_append(c, rows, expected, slots, scales);
+        cpu::run(CacheAppend{rows.key(), rows.value(), as_bytes(cache.key()), as_bytes(cache.value()), mapping.view(),
+                             format_of(fp8), scales[0].view(), scales[1].view()});
+        EXPECT_EQ(difference(cache.storage(), expected.storage()), "");
+      }
+}
+
+TEST_P(CpuCache, AppendDynamic) {
+  const Case& c = std::get<1>(GetParam());
+  const Slots slots = random_slots(c.tokens, c.slots(), 5);
+  for (DType real : kReals)
+    for (DType fp8 : kFp8s) {
+      SCOPED_TRACE(pair_name(real, fp8));
+      Pair rows = c.make_rows(real), cache = c.make_cache(fp8), scales = c.make_scale_cache();
+      fill(rows.storage(), 6);
+      Tensor mapping = int32s(slots);
+      Pair expected = cache, expected_scales = scales;
+      reference_append_dynamic(c, rows, expected, expected_scales, slots);
+      cpu::run(CacheAppendDynamic{rows.key(), rows.value(), cache.key(), cache.value(), scales.key(), scales.value(),
+                                  mapping.view(), format_of(fp8)});
+      EXPECT_EQ(difference(scales.storage(), expected_scales.storage()), "") << "scales";
+      EXPECT_EQ(difference(cache.storage(), expected.storage()), "");
+    }
+}
+
+TEST_P(CpuCache, Gather) {
+  const Case& c = std::get<1>(GetParam());
+  Sequences sequences(c, 7);
+  Tensor sums = int32s(sequences.sums), starts = int32s(sequences.starts);
+  for (DType real : kReals)
+    for (DType fp8 : kFp8s) {
+      Pair rows = c.make_rows(real), cache = c.make_cache(fp8), slot_scales = c.make_scale_cache();
+      fill(cache.storage(), 8);
+      fill_scales(slot_scales.storage(), 9);
+      for (std::int64_t count : {std::int64_t{1}, c.heads, std::int64_t{-1}}) {
+        SCOPED_TRACE(pair_name(fp8, real) + ", scales: " + std::to_string(count));
+        Tensor scales[] = {make_scales(std::max<std::int64_t>(0, count), 10),
+                           make_scales(std::max<std::int64_t>(0, count), 11)};
+        const bool from_start = count == 1, by_slot = count == -1;
+        Pair expected = rows;
+        reference_gather(c, cache, expected, sequences, from_start,
+                         [&](int side, std::int64_t block, std::int64_t offset, std::int64_t h) {
+                           return by_slot ? slot_scales.storage().get<float>(slot_scales.index(side, {block, offset, h}))
+                                          : scales[side].get<float>(scale_index(scales[side], h));
+                         });
+        cpu::run(CacheGather{cache.key(), cache.value(), rows.key(), rows.value(), sequences.table.view(), sums.view(),
+                             format_of(fp8), by_slot ? slot_scales.key() : scales[0].view(),
+                             by_slot ? slot_scales.value() : scales[1].view(),
+                             from_start ? std::nullopt : std::optional(starts.view())});
+        EXPECT_EQ(difference(rows.storage(), expected.storage()), "");
+        rows = c.make_rows(real);
+      }
+    }
+}
+
+TEST_P(CpuCache, PlainCopies) {
+  const Case& c = std::get<1>(GetParam());
+  const Slots slots = random_slots(c.tokens, c.slots(), 12);
+  Sequences sequences(c, 13);
+  Tensor mapping = int64s(slots), sums = int32s(sequences.sums), starts = int32s(sequences.starts);
+  for (DType real : kReals)
+    for (DType element : kReals) {
+      SCOPED_TRACE(pair_name(real, element));
+      Pair rows = c.make_rows(real), cache = c.make_cache(element);
+      fill(rows.storage(), 14);
+      Tensor scales[] = {make_scales(c.heads, 15), make_scales(1, 16)};
+      Pair expected = cache;
+      reference_append(c, rows, expected, slots, scales);
+      cpu::run(CacheAppend{rows.key(), rows.value(), cache.key(), cache.value(), mapping.view(), name(element),
+                           scales[0].view(), scales[1].view()});
+      EXPECT_EQ(difference(cache.storage(), expected.storage()), "") << "append";
+
+      fill(cache.storage(), 17);
+      rows = c.make_rows(real);
+      Pair expected_rows = rows;
+      reference_gather(c, cache, expected_rows, sequences, false, [](auto...) { return kNaN; });
+      cpu::run(CacheGather{cache.key(), cache.value(), rows.key(), rows.value(), sequences.table.view(), sums.view(), "auto",
+                           scales[0].view(), scales[1].view(), starts.view()});
+      EXPECT_EQ(difference(rows.storage(), expected_rows.storage()), "") << "gather";
+    }
+}
+
+// --- Threads --------------------------------
+
+INSTANTIATE_TEST_SUITE_P(, CpuThreads, testing::Combine(testing::ValuesIn(cpu::available()), testing::ValuesIn(kSpreads)),
+                         spread_name);
+
+// Large enough to be divided, with every slot written by many tokens.
+const Case kLarge[] = {
+    {.name = "nhd", .heads = 8, .head_size = 72, .tokens = 500},
+    {.name = "hnd", .heads = 8, .head_size = 72, .cache = "2nhsd", .tokens = 500},
+    {.name = "one_head", .heads = 1, .head_size = 520, .tokens = 500},
+    {.name = "sparse", .heads = 5, .head_size = 72, .cache = "nshd2", .rows = "2thd:", .tokens = 500},
+    {.name = "many_heads", .heads = 150, .head_size = 72, .tokens = 60},
+};
+
+TEST_P(CpuThreads, OfSeveralTokensWithOneSlotTheLastStays) {
+  const cpu::ParallelFor& spread = std::get<1>(GetParam()).parallel_for;
+  for (const Case& c : kLarge) {
+    const Slots slots = random_slots(c.tokens, c.slots(), 18);
+    Tensor mapping = int64s(slots);
+    for (std::int64_t count : {std::int64_t{1}, c.heads}) {
+      SCOPED_TRACE(std::string(c.name) + ", scales: " + std::to_string(count));
+      Pair rows = c.make_rows(DType::BFloat16), cache = c.make_cache(DType::E4M3), scale_cache = c.make_scale_cache();
+      fill(rows.storage(), 19);
+      Tensor scales[] = {make_scales(count, 20), make_scales(count, 21)};
+      Pair expected = cache, expected_scales = scale_cache;
+      reference_append(c, rows, expected, slots, scales);
+      cpu::run(CacheAppend{rows.key(), rows.value(), cache.key(), cache.value(), mapping.view(), "fp8", scales[0].view(),
+                           scales[1].view()},
+               spread);
+      EXPECT_EQ(difference(cache.storage(), expected.storage()), "");
+
+      reference_append_dynamic(c, rows, expected, expected_scales, slots);
+      cpu::run(CacheAppendDynamic{rows.key(), rows.value(), cache.key(), cache.value(), scale_cache.key(), scale_cache.value(),
+                                  mapping.view(), "fp8"},
+               spread);
+      EXPECT_EQ(difference(scale_cache.storage(), expected_scales.storage()), "") << "dynamic scales";
+      EXPECT_EQ(difference(cache.storage(), expected.storage()), "") << "dynamic";
+
+      Pair plain = c.make_cache(DType::BFloat16), expected_plain = plain;
+      reference_append(c, rows, expected_plain, slots, scales);
+      cpu::run(CacheAppend{rows.key(), rows.value(), plain.key(), plain.value(), mapping.view(), "auto", scales[0].view(),
+                           scales[1].view()},
+               spread);
+      EXPECT_EQ(difference(plain.storage(), expected_plain.storage()), "") << "plain";
+    }
+  }
+}
+
+TEST_P(CpuThreads, GatheredPiecesGiveTheSameBytesAsTheWhole) {
+  const cpu::ParallelFor& spread = std::get<1>(GetParam()).parallel_for;
+  for (Case c : kLarge) {
+    SCOPED_TRACE(c.name);
+    c.block_size = 150;  // for sequences of hundreds
+    Sequences sequences(c, 22);
+    Tensor sums = int32s(sequences.sums), starts = int32s(sequences.starts);
+    Pair rows = c.make_rows(DType::BFloat16), cache = c.make_cache(DType::E5M2), scales = c.make_scale_cache();
+    fill(cache.storage(), 23);
+    fill_scales(scales.storage(), 24);
+    Pair expected = rows;
+    reference_gather(c, cache, expected, sequences, false,
+                     [&](int side, std::int64_t block, std::int64_t offset, std::int64_t h) {
+                       return scales.storage().get<float>(scales.index(side, {block, offset, h}));
+                     });
+    cpu::run(CacheGather{cache.key(), cache.value(), rows.key(), rows.value(), sequences.table.view(), sums.view(), "fp8_e5m2",
+                         scales.key(), scales.value(), starts.view()},
+             spread);
+    EXPECT_EQ(difference(rows.storage(), expected.storage()), "");
+  }
+}
+
+TEST(CpuCacheThreads, OneLongHeadIsDivided) {
+  const Case c{.name = "", .heads = 1, .head_size = 512, .tokens = 600};
+  Pair rows = c.make_rows(DType::Float16), cache = c.make_cache(DType::E4M3);
+  Tensor mapping = int64s(Slots(600, 3)), scale = make_scales(1, 25);
+  std::int64_t count = 0;
+  cpu::run(CacheAppend{rows.key(), rows.value(), cache.key(), cache.value(), mapping.view(), "fp8", scale.view(), scale.view()},
+           [&](std::int64_t items, std::int64_t, const auto& body) { count = items, body(0, items); });
+  EXPECT_EQ(count, 2 * 512 / 64);
+}
+
+// --- Numbers --------------------------------
+
+TEST_P(CpuIsa, AppendsEveryPatternWithHostileScales) {
+  const std::vector<float> hostile = hostile_scales();
+  const auto heads = static_cast<std::int64_t>(hostile.size());
+  const Case c{.name = "", .heads = heads, .head_size = 128, .tokens = 512, .blocks = 32, .block_size = 16};
+  Slots slots;
+  for (std::int64_t t = 0; t < c.tokens; ++t) slots.push_back((t * 5 + 3) % c.slots());  // each once
+  Tensor mapping = int64s(slots);
+  Tensor scales[] = {make_scales(heads, 0), make_scales(heads, 0)};
+  for (std::int64_t h = 0; h < heads; ++h) scales[0].set(h, hostile[h]), scales[1].set(h, hostile[heads - 1 - h]);
+  Tensor patterns = every_pattern(DType::BFloat16, 26);
+  Pair rows = c.make_rows(DType::BFloat16);
+  for (int side = 0; side < 2; ++side)
+    for (std::int64_t t = 0; t < c.tokens; ++t)
+      for (std::int64_t h = 0; h < heads; ++h)
+        std::memcpy(rows.storage().at(rows.index(side, {t, h, 0})), patterns.at(t * c.head_size), c.head_size * 2);
+  for (DType fp8 : kFp8s) {
+    SCOPED_TRACE(name(fp8));
+    Pair cache = c.make_cache(fp8);
+    Pair expected = cache;
+    reference_append(c, rows, expected, slots, scales);
+    cpu::run(CacheAppend{rows.key(), rows.value(), cache.key(), cache.value(), mapping.view(), format_of(fp8), scales[0].view(),
+                         scales[1].view()});
+    EXPECT_EQ(difference(cache.storage(), expected.storage()), "");
+  }
+}
+
+TEST_P(CpuIsa, HeadsWithoutFiniteElementsGetTheSmallestScale) {
+  for (float value : {0.0f, kNaN, kInf, -kInf}) {
+    const Case c{.name = "", .heads = 2, .head_size = 40, .tokens = 1, .blocks = 1, .block_size = 1};
+    Pair rows = c.make_rows(DType::Float32), cache = c.make_cache(DType::E5M2), scales = c.make_scale_cache();
+    for (std::int64_t i = 0; i < rows.storage().numel(); ++i) rows.storage().set(i, value);
+    Tensor mapping = int32s({0});
+    cpu::run(CacheAppendDynamic{rows.key(), rows.value(), cache.key(), cache.value(), scales.key(), scales.value(),
+                                mapping.view(), "fp8_e5m2"});
+    const std::uint8_t byte = is_nan(value) ? 0x7F : value == 0.0f ? 0x00 : value > 0 ? 0x7B : 0xFB;
+    for (int side = 0; side < 2; ++side)
+      for (std::int64_t h = 0; h < c.heads; ++h) {
+        EXPECT_EQ(scales.storage().get<float>(scales.index(side, {0, 0, h})), kMinScale<E5M2>) << value;
+        for (std::int64_t d = 0; d < c.head_size; ++d)
+          ASSERT_EQ(cache.storage().get<std::uint8_t>(cache.index(side, {0, 0, h, d})), byte) << value;
+      }
+  }
+}
+
+TEST(CpuCachePlain, NanKeepsItsBitsInItsTypeAndBecomesTheQuietOneInAnother) {
+  const Case c{.name = "", .heads = 1, .head_size = 2, .tokens = 1, .blocks = 1, .block_size = 1};
+  struct Row {
+    DType type;
+    std::uint32_t nans[2], quiet;
+  };
+  const Row kRows[] = {{DType::Float32, {0xffc12345, 0x7f800001}, 0x7fc00000},
+                       {DType::Float16, {0xfe01, 0x7c01}, 0x7e00},
+                       {DType::BFloat16, {0xffc1, 0x7f81}, 0x7fc0}};
+  Tensor mapping = int32s({0}), scale = make_scales(1, 27);
+  for (const Row& from : kRows)
+    for (const Row& to : kRows) {
+      Pair rows = c.make_rows(from.type), cache = c.make_cache(to.type);
+      for (std::int64_t d = 0; d < 2; ++d)
+        std::memcpy(rows.storage().at(rows.index(0, {0, 0, d})), &from.nans[d], size_of(from.type));
+      cpu::run(CacheAppend{rows.key(), rows.value(), cache.key(), cache.value(), mapping.view(), "auto", scale.view(),
+                           scale.view()});
+      for (std::int64_t d = 0; d < 2; ++d) {
+        std::uint32_t found = 0;
+        std::memcpy(&found, cache.storage().at(cache.index(0, {0, 0, 0, d})), size_of(to.type));
+        EXPECT_EQ(found, from.type == to.type ? from.nans[d] : to.quiet) << pair_name(from.type, to.type);
+      }
+    }
+}
+
+#if defined(__x86_64__)
+TEST_P(CpuIsa, IgnoresFlushToZeroAndRoundingOfTheThread) {
+  constexpr unsigned kFlushToZero = 0x8000, kDenormalsAreZero = 0x0040, kTowardsZero = 0x6000;
+  const Case c{.name = "", .heads = 3, .head_size = 64};
+  const Slots slots = random_slots(c.tokens, c.slots(), 28);
+  Sequences sequences(c, 29);
+  Tensor mapping = int64s(slots), sums = int32s(sequences.sums);
+  Tensor scales[] = {make_scales(3, 0), make_scales(1, 0)};
+  for (std::int64_t h = 0; h < 3; ++h) scales[0].set(h, float_of(h % 2 ? 0x00012345u : 0x01000001u));
+  scales[1].set(0, float_of(0x00000003u));
+  Pair rows = c.make_rows(DType::Float32);
+  std::mt19937 random(30);
+  for (std::int64_t i = 0; i < rows.storage().numel(); ++i) rows.storage().set(i, random() & 0x80ffffffu);  // subnormals
+  Pair cache = c.make_cache(DType::E4M3), dynamic = c.make_cache(DType::E5M2), found = c.make_scale_cache();
+  Pair back = c.make_rows(DType::Float32), half = c.make_cache(DType::BFloat16);
+  Pair expected = cache, expected_dynamic = dynamic, expected_found = found, expected_back = back, expected_half = half;
+  reference_append(c, rows, expected, slots, scales);
+  reference_append_dynamic(c, rows, expected_dynamic, expected_found, slots);
+  reference_append(c, rows, expected_half, slots, scales);
+  reference_gather(c, expected, expected_back, sequences, true, [&](int side, std::int64_t, std::int64_t, std::int64_t h) {
+    return scales[side].get<float>(scale_index(scales[side], h));
+  });
+  unsigned after = 0;
+  {
+    const Mxcsr set(kFlushToZero | kDenormalsAreZero | kTowardsZero);
+    cpu::run(CacheAppend{rows.key(), rows.value(), cache.key(), cache.value(), mapping.view(), "fp8", scales[0].view(),
+                         scales[1].view()});
+    cpu::run(CacheAppendDynamic{rows.key(), rows.value(), dynamic.key(), dynamic.value(), found.key(), found.value(),
+                                mapping.view(), "fp8_e5m2"});
+    cpu::run(CacheAppend{rows.key(), rows.value(), half.key(), half.value(), mapping.view(), "auto", scales[0].view(),
+                         scales[1].view()});
+    cpu::run(CacheGather{cache.key(), cache.value(), back.key(), back.value(), sequences.table.view(), sums.view(), "fp8",
+                         scales[0].view(), scales[1].view()});
+    after = _mm_getcsr();
+  }
+  EXPECT_EQ(after & 0xffc0u, (kFlushToZero | kDenormalsAreZero | kTowardsZero | 0x1f80u)) << "not restored";
+  EXPECT_EQ(difference(cache.storage(), expected.storage()), "");
+  EXPECT_EQ(difference(found.storage(), expected_found.storage()), "");
+  EXPECT_EQ(difference(dynamic.storage(), expected_dynamic.storage()), "");
+  EXPECT_EQ(difference(half.storage(), expected_half.storage()), "");
+  EXPECT_EQ(difference(back.storage(), expected_back.storage()), "");
+}
+#endif
+
+// --- Slots and sizes --------------------------------
+
+TEST(CpuCacheSlots, NegativeOnesOfAnySizeAreSkipped) {
+  const Case c{.name = "", .heads = 1, .head_size = 4, .tokens = 5};
+  const Slots slots = {INT64_MIN, -(std::int64_t{1} << 32), -(std::int64_t{1} << 32) + 2, -1, 2};
+  Pair rows = c.make_rows(DType::Float32), cache = c.make_cache(DType::Float32);
+  fill(rows.storage(), 31);
+  Tensor scales[] = {make_scales(1, 32), make_scales(1, 33)}, mapping = int64s(slots);
+  Pair expected = cache;
+  reference_append(c, rows, expected, slots, scales);
+  cpu::run(CacheAppend{rows.key(), rows.value(), cache.key(), cache.value(), mapping.view(), "auto", scales[0].view(),
+                       scales[1].view()});
+  EXPECT_EQ(difference(cache.storage(), expected.storage()), "");
+}
+
+#if defined(__linux__)
+// Memory that is there only where it is touched.
+class Reserved {
+ public:
+  explicit Reserved(std::size_t bytes)
+      : data_(mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)),
+        bytes_(bytes) {}
+  ~Reserved() {
+    if (*this) munmap(data_, bytes_);
+  }
+  Reserved(const Reserved&) = delete;
+  Reserved& operator=(const Reserved&) = delete;
+  explicit operator bool() const { return data_ != MAP_FAILED; }
+  std::uint8_t* data() const { return static_cast<std::uint8_t*>(data_); }
+
+ private:
+  void* data_;
+  std::size_t bytes_;
+};
+
+TEST(CpuCacheSlots, OffsetsBeyond32BitsAreReached) {
+  constexpr std::int64_t kBlocks = 40, kBlock = std::int64_t{1} << 28, kSlots = kBlock / 2;
+  const Reserved memory(kBlocks * kBlock);
+  if (!memory) GTEST_SKIP() << "no address space";
+  // Blocks of K, then V, with 2^27 slots of 1 byte each: slots and offsets both exceed 2^32.
+  const std::int64_t slots[] = {(std::int64_t{1} << 32) + 5, 5, kBlocks * kSlots - 1};
+  const float key[] = {1.0f, 2.0f, 3.0f}, value[] = {-1.0f, -2.0f, -3.0f}, scale = 1.0f;
+  TensorView key_cache{
+      .data = memory.data(), .dtype = DType::E4M3, .ndim = 4, .sizes = {kBlocks, kSlots, 1, 1}, .strides = {kBlock, 1, 1, 1}};
+  TensorView value_cache = key_cache;
+  value_cache.data = memory.data() + kSlots;
+  const TensorView scales = contiguous(&scale, DType::Float32, {1});
+  cpu::run(CacheAppend{contiguous(key, DType::Float32, {3, 1, 1}), contiguous(value, DType::Float32, {3, 1, 1}), key_cache,
+                       value_cache, contiguous(slots, DType::Int64, {3}), "fp8", scales, scales});
+  for (int t = 0; t < 3; ++t) {
+    const std::uint8_t* at = memory.data() + slots[t] / kSlots * kBlock + slots[t] % kSlots;
+    EXPECT_EQ(at[0], encode<E4M3>(key[t]).bits) << t;
+    EXPECT_EQ(at[kSlots], encode<E4M3>(value[t]).bits) << t;
+  }
+
+  const std::int32_t table[] = {32, 0, 39}, sums[] = {0, 1, 2, 3}, starts[] = {5, 5, kSlots - 1};
+  float key_back[3], value_back[3];
+  cpu::run(CacheGather{key_cache, value_cache, contiguous(key_back, DType::Float32, {3, 1, 1}),
+                       contiguous(value_back, DType::Float32, {3, 1, 1}), contiguous(table, DType::Int32, {3, 1}),
+                       contiguous(sums, DType::Int32, {4}), "fp8", scales, scales, contiguous(starts, DType::Int32, {3})});
+  for (int t = 0; t < 3; ++t) {
+    EXPECT_EQ(key_back[t], key[t]);
+    EXPECT_EQ(value_back[t], value[t]);
+  }
+}
+#endif
+
+// --- Errors --------------------------------
+
+const Case kSmall{.name = "", .heads = 2, .head_size = 8, .tokens = 4, .blocks = 3, .block_size = 5};
+
+// One problem of each kind, and all that they might write.
+class CpuCacheErrors : public testing::Test {
+ protected:
+  CpuCacheErrors() { fill(rows.storage(), 34), fill(cache.storage(), 35), fill_scales(scale_cache.storage(), 36); }
+
+  CacheAppend append() {
+    return {rows.key(), rows.value(), cache.key(), cache.value(), slots.view(), "fp8", scale.view(), scale.view()};
+  }
+  CacheAppendDynamic append_dynamic() {
+    return {rows.key(), rows.value(), cache.key(), cache.value(), scale_cache.key(), scale_cache.value(), slots.view(), "fp8"};
+  }
+  CacheGather gather() {
+    return {cache.key(), cache.value(), rows.key(),   rows.value(), table.view(),
+            sums.view(), "fp8",         scale.view(), scale.view(), starts.view()};
+  }
+
+  // The sentence of the error; nothing may be written before it.
+  template <class Problem>
+  std::string sentence(const Problem& problem) {
+    const Tensor before[] = {rows.storage(), cache.storage(), scale_cache.storage()};
+    const std::string text = error_of([&] { cpu::run(problem); });
+    EXPECT_EQ(difference(rows.storage(), before[0]), "");
+    EXPECT_EQ(difference(cache.storage(), before[1]), "");
+    EXPECT_EQ(difference(scale_cache.storage(), before[2]), "");
+    return text;
+  }
+
+  void set_table(const std::vector<std::int32_t>& blocks) {
+    for (std::size_t i = 0; i < blocks.size(); ++i) table.set(static_cast<std::int64_t>(i), blocks[i]);
+  }
+
+  Pair rows = kSmall.make_rows(DType::BFloat16), cache = kSmall.make_cache(DType::E4M3),
+       scale_cache = kSmall.make_scale_cache();
+  Tensor scale = make_scales(1, 37), slots = int64s({0, 1, -1, 14});
+  Tensor table{DType::Int32, {2, 2}, Memory::Padded}, sums = int32s({0, 2, 6}), starts = int32s({8, 3});
+};
+
+TEST_F(CpuCacheErrors, OtherDevices) {
+  constexpr Device kCuda{Device::Type::CUDA, 1};
+  CacheAppend a = append();
+  for (TensorView* v : {&a.key, &a.value, &a.key_cache, &a.value_cache, &a.slot_mapping, &a.k_scale, &a.v_scale})
+    v->device = kCuda;
+  EXPECT_EQ(sentence(a), "fp8kv::reshape_and_cache_flash: key must be on the cpu, got cuda:1");
+  CacheAppendDynamic d = append_dynamic();
+  for (TensorView* v : {&d.key, &d.value, &d.key_cache, &d.value_cache, &d.slot_mapping, &d.k_scale_cache, &d.v_scale_cache})
+    v->device = kCuda;
+  EXPECT_EQ(sentence(d), "fp8kv::reshape_and_cache_flash_dynamic: key must be on the cpu, got cuda:1");
+  CacheGather g = gather();
+  for (TensorView* v :
+       {&g.key, &g.value, &g.key_cache, &g.value_cache, &g.block_table, &g.cu_seq_lens, &g.k_scale, &g.v_scale, &*g.seq_starts})
+    v->device = kCuda;
+  EXPECT_EQ(sentence(g), "fp8kv::gather_and_dequant_cache: key_cache must be on the cpu, got cuda:1");
+}
+
+TEST_F(CpuCacheErrors, RefusedProblems) {
+  CacheAppend a = append();
+  a.kv_cache_dtype = "int8";
+  EXPECT_NE(sentence(a), "");
+  CacheAppendDynamic d = append_dynamic();
+  d.kv_cache_dtype = "auto";
+  EXPECT_NE(sentence(d), "");
+  CacheGather g = gather();
+  g.kv_cache_dtype = "fp8_e5m2";
+  EXPECT_NE(sentence(g), "");
+}
+
+TEST_F(CpuCacheErrors, SlotsBeyondTheCache) {
+  const std::string expected = ": slot_mapping must have slots below num_blocks * block_size = 15, got ";
+  for (std::int64_t beyond : {std::int64_t{15}, std::int64_t{1} << 32, INT64_MAX}) {
+    slots = int64s({0, 1, -1, beyond});
+    EXPECT_EQ(sentence(append()), "fp8kv::reshape_and_cache_flash" + expected + std::to_string(beyond) + " for token 3");
+    EXPECT_EQ(sentence(append_dynamic()),
+              "fp8kv::reshape_and_cache_flash_dynamic" + expected + std::to_string(beyond) + " for token 3");
+  }
+  slots = int32s({0, 16, -1, 15});
+  EXPECT_EQ(sentence(append()), "fp8kv::reshape_and_cache_flash" + expected + "16 for token 1");
+}
+
+TEST_F(CpuCacheErrors, SlotsOfNoElements) {
+  const Case c{.name = "", .heads = 0, .head_size = 8, .tokens = 4, .blocks = 3, .block_size = 5};
+  Pair no_rows = c.make_rows(DType::BFloat16), no_cache = c.make_cache(DType::E4M3);
+  slots = int64s({15});
+  EXPECT_EQ(
+      sentence(CacheAppend{no_rows.key(), no_rows.value(), no_cache.key(), no_cache.value(), slots.view(), "fp8", scale.view(),
+                           scale.view()}),
+      "fp8kv::reshape_and_cache_flash: slot_mapping must have slots below num_blocks * block_size = 15, got 15 for token 0");
+}
+
+const std::string kGather = "fp8kv::gather_and_dequant_cache: ";
+
+TEST_F(CpuCacheErrors, Sums) {
+  set_table({0, 1, 2, 0});
+  sums = int32s({1, 2, 3});
+  EXPECT_EQ(sentence(gather()), kGather + "cu_seq_lens must begin with 0, got 1");
+  sums = int32s({0, 3, 2});
+  EXPECT_EQ(sentence(gather()), kGather + "cu_seq_lens must never fall, got 2 after 3");
+  sums = int32s({0, -1, 2});
+  EXPECT_EQ(sentence(gather()), kGather + "cu_seq_lens must never fall, got -1 after 0");
+  sums = int32s({0, 2, 7});
+  EXPECT_EQ(sentence(gather()), kGather + "key must have at least cu_seq_lens[-1]=7 rows, got shape [6, 2, 8]");
+}
+
+TEST_F(CpuCacheErrors, SumsBeyondARowlessKey) {
+  set_table({0, 1, 2, 0});
+  CacheGather g = gather();
+  g.key.sizes[0] = g.value.sizes[0] = 0;
+  EXPECT_EQ(sentence(g), kGather + "key must have at least cu_seq_lens[-1]=6 rows, got shape [0, 2, 8]");
+}
+
+TEST_F(CpuCacheErrors, Starts) {
+  set_table({0, 1, 2, 0});
+  starts = int32s({0, -2});
+  EXPECT_EQ(sentence(gather()), kGather + "seq_starts must be at least 0, got -2 in sequence 1");
+  starts = int32s({9, 0});
+  EXPECT_EQ(sentence(gather()), kGather +
+                                    "block_table must have blocks for all positions, max_blocks * block_size = 10, got a "
+                                    "last position of 10 in sequence 0");
+  starts = int32s({0, INT32_MAX});
+  EXPECT_EQ(sentence(gather()), kGather +
+                                    "block_table must have blocks for all positions, max_blocks * block_size = 10, got a "
+                                    "last position of 2147483650 in sequence 1");
+}
+
+TEST_F(CpuCacheErrors, StartsOfEmptySequencesAreNotLookedAt) {
+  set_table({0, 1, -1, -1});
+  sums = int32s({0, 2, 2});
+  starts = int32s({8, -5});
+  EXPECT_EQ(error_of([&] { cpu::run(gather()); }), "");
+}
+
+TEST_F(CpuCacheErrors, BlocksOutsideTheCache) {
+  set_table({-1, 3, 2, 1});  // of the first row only the second entry is needed
+  EXPECT_EQ(sentence(gather()),
+            kGather + "block_table must have blocks from 0 to num_blocks - 1 = 2, got 3 at 1 in sequence 0");
+  set_table({-1, 2, 1, -1});
+  EXPECT_EQ(sentence(gather()),
+            kGather + "block_table must have blocks from 0 to num_blocks - 1 = 2, got -1 at 1 in sequence 1");
+  set_table({-1, 2, 1, 0});
+  EXPECT_EQ(error_of([&] { cpu::run(gather()); }), "");
+}
+
+TEST_F(CpuCacheErrors, NoBlocksToGatherFrom) {
+  set_table({0, 0, 0, 0});
+  CacheGather g = gather();
+  g.key_cache.sizes[1] = g.value_cache.sizes[1] = 0;
+  EXPECT_EQ(sentence(g), kGather +
+                             "block_table must have blocks for all positions, max_blocks * block_size = 0, got a last "
+                             "position of 9 in sequence 0");
+  g = gather();
+  g.key_cache.sizes[0] = g.value_cache.sizes[0] = 0;
+  EXPECT_EQ(sentence(g), kGather + "block_table must have blocks from 0 to num_blocks - 1 = -1, got 0 at 1 in sequence 0");
+}
+
+}  // namespace
+}  // namespace fp8kv

@@ -1,0 +1,334 @@
+// The paged cache on CUDA without torch, against the CPU backend, on allocations of exactly the size the views need: a memory
+// checker sees every byte read or written beside them.
+#include <cuda_runtime.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "cuda_support.h"
+#include "fp8kv/kv_cache.h"
+#include "fp8kv/rope.h"
+#include "support.h"
+
+namespace fp8kv {
+namespace {
+
+using testing_support::Cuda;
+using testing_support::error_of;
+using testing_support::Sizes;
+using testing_support::Tensor;
+
+// Where K and V lie in the one tensor of both.
+enum class Store { Nhd, Hnd, HalvesOfBlocks, HalvesOfHeads };
+
+struct Case {
+  const char* name;
+  std::int64_t tokens, heads, head_size, blocks, block_size;
+  Store store = Store::Nhd;
+  bool per_head = true;
+  std::int64_t skip = 0;   // elements before the first of each tensor
+  std::int64_t gap = 0;    // elements between the rows of key and value, as in a fused QKV tensor
+  std::int64_t space = 1;  // stride of head_size in key and value
+};
+
+const Case kCases[] = {
+    {"one_token", 1, 8, 128, 4, 16},
+    {"nhd", 37, 8, 128, 6, 16},
+    {"nhd_tensor", 37, 8, 128, 6, 16, Store::Nhd, false},
+    {"hnd", 37, 8, 128, 6, 16, Store::Hnd},
+    {"fused", 37, 4, 64, 6, 16, Store::HalvesOfBlocks, true, 0, 512},
+    {"halves_of_heads", 37, 4, 64, 6, 16, Store::HalvesOfHeads, true, 8, 64},
+    {"head_1", 20, 3, 1, 5, 7},
+    {"head_20", 20, 3, 20, 5, 7, Store::Hnd, true, 3},
+    {"head_20_folded", 20, 2, 20, 5, 7, Store::Nhd, false},
+    {"head_80", 20, 3, 80, 5, 7, Store::HalvesOfBlocks},
+    {"head_120_misaligned", 20, 3, 120, 5, 7, Store::Nhd, true, 5, 3},
+    {"head_256", 9, 2, 256, 5, 4, Store::Hnd},
+    {"head_576", 9, 1, 576, 5, 4},
+    {"head_577", 9, 2, 577, 5, 4, Store::Hnd, true, 1},
+    {"head_1032", 9, 2, 1032, 5, 4},
+    {"spaced", 9, 2, 40, 5, 4, Store::Nhd, true, 1, 0, 3},
+    {"no_tokens", 0, 2, 64, 5, 4},
+    {"no_blocks", 9, 2, 64, 0, 4},
+};
+
+struct Formats {
+  DType real, element;
+  const char* name;  // kv_cache_dtype
+};
+
+struct Param {
+  Case c;
+  Formats formats;
+};
+
+class CudaCache : public Cuda, public testing::WithParamInterface<Param> {
+ protected:
+  // The caches of K and V in one tensor.
+  static Tensor make_caches(const Case& c, DType element) {
+    const std::int64_t n = c.blocks, s = c.block_size, h = c.heads, d = c.head_size;
+    Sizes sizes{2, n, s, h, d}, strides;
+    switch (c.store) {
+      case Store::Nhd: strides = {n * s * h * d, s * h * d, h * d, d, 1}; break;
+      case Store::Hnd: strides = {n * s * h * d, s * h * d, d, s * d, 1}; break;
+      case Store::HalvesOfBlocks: strides = {s * h * d, 2 * s * h * d, h * d, d, 1}; break;
+      case Store::HalvesOfHeads: strides = {d, 2 * s * h * d, 2 * h * d, 2 * d, 1}; break;
+    }
+    return Tensor(element, sizes, strides, c.skip);
+  }
+
+  static Tensor make_rows(const Case& c, DType real) {
+    return Tensor(real, {c.tokens, c.heads, c.head_size},
+                  {c.heads * c.head_size * c.space + c.gap, c.head_size * c.space, c.space}, c.skip);
+  }
+
+  // Distinct slots in any order, some of them negative. `beyond`: in place of these.
+  Tensor make_slots(const Case& c, std::int64_t beyond = -1) {
+    Tensor slots(DType::Int64, {c.tokens}, {2}, 0);
+    std::vector<std::int64_t> all(std::max(c.tokens, c.blocks * c.block_size));
+    std::iota(all.begin(), all.end(), 0);
+    for (auto& slot : all)
+      if (slot >= c.blocks * c.block_size) slot = -1;
+    std::shuffle(all.begin(), all.end(), random);
+    auto* values = reinterpret_cast<std::int64_t*>(slots.bytes().data());
+    for (std::int64_t t = 0; t < c.tokens; ++t) values[2 * t] = t % 5 == 3 || all[t] < 0 ? beyond : all[t];
+    return slots;
+  }
+
+  static TensorView half(TensorView view, std::int64_t which) {
+    view.data = static_cast<char*>(view.data) + which * view.strides[0] * size_of(view.dtype);
+    --view.ndim;
+    for (int i = 0; i < view.ndim; ++i) view.sizes[i] = view.sizes[i + 1], view.strides[i] = view.strides[i + 1];
+    return view;
+  }
+};
+
+TEST_P(CudaCache, AppendGivesTheBytesOfTheCpu) {
+  const auto& [c, formats] = GetParam();
+  Tensor key = make_rows(c, formats.real), value = make_rows(c, formats.real), caches = make_caches(c, formats.element);
+  Tensor slots = make_slots(c);
+  const std::int64_t scales = c.per_head ? c.heads : 1;
+  Tensor k_scale(DType::Float32, {scales, 1}, {2, 1}, 0), v_scale(DType::Float32, {scales}, {1}, 0);
+  fill_reals(key), fill_reals(value), fill_scales(k_scale), fill_scales(v_scale);
+  for (Tensor* t : {&key, &value, &caches, &slots, &k_scale, &v_scale}) t->upload();
+  cuda::run(CacheAppend{key.on_device(), value.on_device(), half(caches.on_device(), 0), half(caches.on_device(), 1),
+                        slots.on_device(), formats.name, k_scale.on_device(), v_scale.on_device()});
+  cpu::run(CacheAppend{key.on_host(), value.on_host(), half(caches.on_host(), 0), half(caches.on_host(), 1), slots.on_host(),
+                       formats.name, k_scale.on_host(), v_scale.on_host()});
+  expect_same(caches, "cache");
+}
+
+TEST_P(CudaCache, SlotsBeyondTheCacheAreSkipped) {
+  const auto& [c, formats] = GetParam();
+  Tensor key = make_rows(c, formats.real), value = make_rows(c, formats.real), caches = make_caches(c, formats.element);
+  Tensor scale(DType::Float32, {1}, {1}, 0);
+  fill_reals(key), fill_reals(value), fill_scales(scale);
+  for (std::int64_t beyond : {c.blocks * c.block_size, c.blocks * c.block_size + (std::int64_t{1} << 32), INT64_MAX}) {
+    const auto before = random;
+    Tensor slots = make_slots(c, beyond);
+    for (Tensor* t : {&key, &value, &caches, &slots, &scale}) t->upload();
+    cuda::run(CacheAppend{key.on_device(), value.on_device(), half(caches.on_device(), 0), half(caches.on_device(), 1),
+                          slots.on_device(), formats.name, scale.on_device(), scale.on_device()});
+    random = before;
+    Tensor valid = make_slots(c);
+    cpu::run(CacheAppend{key.on_host(), value.on_host(), half(caches.on_host(), 0), half(caches.on_host(), 1), valid.on_host(),
+                         formats.name, scale.on_host(), scale.on_host()});
+    expect_same(caches, "cache");
+  }
+}
+
+TEST_P(CudaCache, DynamicAppendGivesTheBytesOfTheCpu) {
+  const auto& [c, formats] = GetParam();
+  if (!core::is_quantized(formats.element)) return;  // it quantizes
+  Tensor key = make_rows(c, formats.real), value = make_rows(c, formats.real), caches = make_caches(c, formats.element);
+  Tensor slots = make_slots(c);
+  Tensor scales(DType::Float32, {2, c.blocks, c.block_size, c.heads},
+                {c.blocks * c.block_size * c.heads, c.block_size * c.heads, 1, c.block_size}, 1);
+  fill_reals(key), fill_reals(value);
+  for (Tensor* t : {&key, &value, &caches, &slots, &scales}) t->upload();
+  cuda::run(CacheAppendDynamic{key.on_device(), value.on_device(), half(caches.on_device(), 0), half(caches.on_device(), 1),
+                               half(scales.on_device(), 0), half(scales.on_device(), 1), slots.on_device(), formats.name});
+  cpu::run(CacheAppendDynamic{key.on_host(), value.on_host(), half(caches.on_host(), 0), half(caches.on_host(), 1),
+                              half(scales.on_host(), 0), half(scales.on_host(), 1), slots.on_host(), formats.name});
+  expect_same(scales, "scales");
+  expect_same(caches, "cache");
+}
+
+// Without a norm, whose sum has no fixed order.
+TEST_P(CudaCache, RopeGivesTheBytesOfTheCpu) {
+  const auto& [c, formats] = GetParam();
+  const std::int64_t positions = 23, groups = 2;
+  for (int mode : {0, 1, 2}) {
+    const std::int64_t rotary_dim = c.head_size % 16 ? c.head_size / 2 * 2 : c.head_size / 2;
+    if (mode > 0 && rotary_dim < 2) continue;
+    Tensor key = make_rows(c, formats.real), value = make_rows(c, formats.real), caches = make_caches(c, formats.element);
+    Case of_query = c;
+    of_query.heads = groups * c.heads;
+    Tensor query = make_rows(of_query, formats.real);
+    Tensor out = make_rows(of_query, core::is_quantized(formats.element) ? formats.element : formats.real);
+    Tensor slots = make_slots(c), table(DType::Float32, {positions, rotary_dim}, {rotary_dim + c.gap, 1}, c.skip);
+    Tensor where(DType::Int32, {c.tokens}, {1}, 0);
+    auto* position = reinterpret_cast<std::int32_t*>(where.bytes().data());
+    for (std::int64_t t = 0; t < c.tokens; ++t) position[t] = static_cast<std::int32_t>(random() % positions);
+    Tensor scales(DType::Float32, {c.heads}, {1}, 0);
+    fill_reals(key), fill_reals(value), fill_reals(query), fill_reals(table), fill_scales(scales);
+    for (Tensor* t : {&key, &value, &query, &out, &caches, &slots, &table, &where, &scales}) t->upload();
+    const auto problem = [&](const auto& at) {
+      RopeAppend p{at(query), at(key),      at(value),  at(out),    half(at(caches), 0), half(at(caches), 1),
+                   at(slots), formats.name, at(scales), at(scales), at(scales)};
+      if (mode > 0) p.positions = at(where), p.cos_sin_cache = at(table), p.is_neox = mode == 1;
+      return p;
+    };
+    cuda::run(problem([](Tensor& t) { return t.on_device(); }));
+    cpu::run(problem([](Tensor& t) { return t.on_host(); }));
+    expect_same(out, "query_out");
+    expect_same(caches, "cache");
+  }
+}
+
+// Positions and slots at random, with norms: whatever they say, nothing else is touched.
+TEST_P(CudaCache, RopeSurvivesNonsense) {
+  const auto& [c, formats] = GetParam();
+  if (c.head_size < 2) return;
+  Tensor key = make_rows(c, formats.real), value = make_rows(c, formats.real), caches = make_caches(c, formats.element);
+  Tensor out = make_rows(c, core::is_quantized(formats.element) ? formats.element : formats.real);
+  Tensor slots(DType::Int64, {c.tokens}, {1}, 0), where(DType::Int64, {c.tokens}, {1}, 0), scale(DType::Float32, {1}, {1}, 0);
+  Tensor table(DType::Float32, {5, 2}, {2, 1}, 0), weight(DType::Float32, {c.head_size}, {1}, 0);
+  fill_reals(key), fill_reals(value), fill_reals(table), fill_reals(weight), fill_scales(scale);
+  for (Tensor* t : {&slots, &where}) {
+    auto* values = reinterpret_cast<std::int64_t*>(t->bytes().data());
+    for (std::int64_t i = 0; i < c.tokens; ++i)  // far too large, or negative
+      values[i] =
+          random() % 2 == 0 ? (static_cast<std::int64_t>(random()) + 1) << 16 : -1 - static_cast<std::int64_t>(random());
+  }
+  for (Tensor* t : {&key, &value, &out, &caches, &slots, &table, &where, &scale, &weight}) t->upload();
+  RopeAppend p{key.on_device(),
+               key.on_device(),
+               value.on_device(),
+               out.on_device(),
+               half(caches.on_device(), 0),
+               half(caches.on_device(), 1),
+               slots.on_device(),
+               formats.name,
+               scale.on_device(),
+               scale.on_device(),
+               scale.on_device()};
+  p.positions = where.on_device(), p.cos_sin_cache = table.on_device();
+  p.q_norm_weight = p.k_norm_weight = weight.on_device();
+  cuda::run(p);
+  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  expect_same(out, "query_out");
+  expect_same(caches, "cache");
+}
+
+// Sequences of uneven lengths, some empty; `wrong` writes nonsense into the entries of the table that are not needed.
+TEST_P(CudaCache, GatherGivesTheBytesOfTheCpu) {
+  const auto& [c, formats] = GetParam();
+  if (c.blocks == 0) return;  // nothing to gather from
+  for (bool of_slots : {false, true}) {
+    Tensor key = make_rows(c, formats.real), value = make_rows(c, formats.real), caches = make_caches(c, formats.element);
+    const std::int64_t sequences = 11, max_blocks = c.blocks + 1;
+    Tensor table(DType::Int32, {sequences, max_blocks}, {max_blocks + 3, 1}, 0), sums(DType::Int32, {sequences + 1}, {1}, 0),
+        starts(DType::Int32, {sequences}, {1}, 0);
+    Tensor scale = of_slots ? Tensor(DType::Float32, {c.blocks, c.block_size, c.heads}, {c.block_size * c.heads, c.heads, 1}, 0)
+                            : Tensor(DType::Float32, {c.per_head ? c.heads : 1}, {1}, 0);
+    fill_reals(caches), fill_scales(scale);
+    auto* table_data = reinterpret_cast<std::int32_t*>(table.bytes().data());
+    auto* sum = reinterpret_cast<std::int32_t*>(sums.bytes().data());
+    auto* start = reinterpret_cast<std::int32_t*>(starts.bytes().data());
+    sum[0] = 0;
+    for (std::int64_t s = 0; s < sequences; ++s) {
+      start[s] = static_cast<std::int32_t>(random() % c.block_size);
+      const std::int64_t room = std::min(c.tokens - sum[s], (c.blocks - 1) * c.block_size);
+      const std::int64_t length = s % 3 == 1 || room <= 0 ? 0 : random() % (std::min<std::int64_t>(room, 9) + 1);
+      sum[s + 1] = sum[s] + static_cast<std::int32_t>(length);
+      for (std::int64_t b = 0; b < max_blocks; ++b)
+        table_data[s * (max_blocks + 3) + b] = b * c.block_size < start[s] + length ? random() % c.blocks : 0x7fffffff - b;
+    }
+    for (Tensor* t : {&key, &value, &caches, &table, &sums, &starts, &scale}) t->upload();
+    cuda::run(CacheGather{half(caches.on_device(), 0), half(caches.on_device(), 1), key.on_device(), value.on_device(),
+                          table.on_device(), sums.on_device(), formats.name, scale.on_device(), scale.on_device(),
+                          starts.on_device()});
+    cpu::run(CacheGather{half(caches.on_host(), 0), half(caches.on_host(), 1), key.on_host(), value.on_host(), table.on_host(),
+                         sums.on_host(), formats.name, scale.on_host(), scale.on_host(), starts.on_host()});
+    expect_same(key, "key");
+    expect_same(value, "value");
+  }
+}
+
+// Indices at random: whatever they say, rows come from the cache or stay.
+TEST_P(CudaCache, GatherSurvivesNonsense) {
+  const auto& [c, formats] = GetParam();
+  Tensor key = make_rows(c, formats.real), value = make_rows(c, formats.real), caches = make_caches(c, formats.element);
+  const std::int64_t sequences = 70, max_blocks = 3;
+  Tensor table(DType::Int32, {sequences, max_blocks}, {max_blocks, 1}, 0), sums(DType::Int32, {sequences + 1}, {1}, 0),
+      starts(DType::Int32, {sequences}, {1}, 0), scale(DType::Float32, {1}, {1}, 0);
+  fill_reals(caches), fill_scales(scale);
+  for (int round = 0; round < 3; ++round) {
+    for (Tensor* t : {&table, &sums, &starts}) {
+      auto* values = reinterpret_cast<std::int32_t*>(t->bytes().data());
+      for (std::size_t i = 0; i < t->bytes().size() / 4; ++i)
+        values[i] = static_cast<std::int32_t>(random() % 2 ? random() : random() % 40);
+    }
+    for (Tensor* t : {&key, &value, &caches, &table, &sums, &starts, &scale}) t->upload();
+    cuda::run(CacheGather{half(caches.on_device(), 0), half(caches.on_device(), 1), key.on_device(), value.on_device(),
+                          table.on_device(), sums.on_device(), formats.name, scale.on_device(), scale.on_device(),
+                          starts.on_device()});
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    expect_same(caches, "cache");
+  }
+}
+
+std::vector<Param> params() {
+  const Formats formats[] = {{DType::Float32, DType::E4M3, "fp8"},          {DType::Float16, DType::E4M3, "fp8_e4m3"},
+                             {DType::BFloat16, DType::E4M3, "fp8"},         {DType::Float32, DType::E5M2, "fp8_e5m2"},
+                             {DType::Float16, DType::E5M2, "fp8_e5m2"},     {DType::BFloat16, DType::E5M2, "fp8_e5m2"},
+                             {DType::BFloat16, DType::BFloat16, "auto"},    {DType::Float32, DType::BFloat16, "bfloat16"},
+                             {DType::Float16, DType::Float32, "float32"},   {DType::BFloat16, DType::Float16, "float16"},
+                             {DType::Float32, DType::Float32, "auto"},      {DType::Float32, DType::Float16, "auto"},
+                             {DType::Float16, DType::BFloat16, "bfloat16"}, {DType::BFloat16, DType::Float32, "auto"},
+                             {DType::Float16, DType::Float16, "float16"}};
+  std::vector<Param> all;
+  for (const Case& c : kCases)
+    for (const Formats& f : formats) all.push_back({c, f});
+  return all;
+}
+
+std::string case_name(const testing::TestParamInfo<Param>& info) {
+  const Formats& f = info.param.formats;
+  return std::string(info.param.c.name) + "_" + name(f.real) + "_" + name(f.element);
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, CudaCache, testing::ValuesIn(params()), case_name);
+
+TEST_F(Cuda, DebugRaisesBeforeAnythingIsWritten) {
+  Tensor rows(DType::Float32, {2, 1, 8}, {8, 8, 1}, 0), scale(DType::Float32, {1}, {1}, 0);
+  Tensor caches(DType::E4M3, {2, 3, 4, 1, 8}, {96, 32, 8, 8, 1}, 0), slots(DType::Int32, {2}, {1}, 0);
+  fill_reals(rows), fill_scales(scale);
+  const std::int32_t numbers[] = {5, 12};
+  std::memcpy(slots.bytes().data(), numbers, sizeof numbers);
+  for (Tensor* t : {&rows, &caches, &slots, &scale}) t->upload();
+  TensorView key_cache = caches.on_device(), value_cache = caches.on_device();
+  for (TensorView* view : {&key_cache, &value_cache}) {
+    view->ndim = 4;
+    for (int i = 0; i < 4; ++i) view->sizes[i] = view->sizes[i + 1], view->strides[i] = view->strides[i + 1];
+  }
+  value_cache.data = static_cast<char*>(value_cache.data) + 96;
+  const CacheAppend problem{rows.on_device(),  rows.on_device(), key_cache, value_cache, slots.on_device(), "fp8",
+                            scale.on_device(), scale.on_device()};
+  setenv("FP8KV_DEBUG", "1", 1);
+  const std::string sentence = error_of([&] { cuda::run(problem); });
+  unsetenv("FP8KV_DEBUG");
+  EXPECT_EQ(
+      sentence,
+      "fp8kv::reshape_and_cache_flash: slot_mapping must have slots below num_blocks * block_size = 12, got 12 for token 1");
+  expect_same(caches, "cache");
+}
+
+}  // namespace
+}  // namespace fp8kv

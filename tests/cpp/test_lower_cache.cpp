@@ -1,0 +1,715 @@
+// Validation of the problems of the paged cache: every sentence, and the CacheLayout that backends work from. Nothing here
+// reads or writes an element, so addresses are made up.
+#include <gtest/gtest.h>
+
+#include <random>
+#include <set>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "fp8kv/kv_cache.h"
+#include "support.h"
+
+namespace fp8kv {
+namespace {
+
+using testing_support::error_of;
+using testing_support::Sizes;
+using testing_support::view_at;
+
+constexpr std::uintptr_t kKey = 0x10000000, kValue = 0x20000000, kKeyCache = 0x30000000, kValueCache = 0x40000000,
+                         kSlots = 0x50000000, kKeyScale = 0x60000000, kValueScale = 0x70000000, kTable = 0x80000000,
+                         kSums = 0x90000000, kStarts = 0xa0000000;
+constexpr Device kCuda{Device::Type::CUDA, 0};
+
+// 10 blocks of 16 slots, 4 heads of 64.
+const Sizes kCacheSizes = {10, 16, 4, 64};
+const Sizes kHnd = {16 * 4 * 64, 64, 16 * 64, 1};
+
+TensorView key(const Sizes& sizes, const Sizes& strides = {}) { return view_at(kKey, DType::BFloat16, sizes, strides); }
+TensorView value(const Sizes& sizes, const Sizes& strides = {}) { return view_at(kValue, DType::BFloat16, sizes, strides); }
+TensorView key_cache(const Sizes& sizes, const Sizes& strides = {}) { return view_at(kKeyCache, DType::E4M3, sizes, strides); }
+TensorView value_cache(const Sizes& sizes, const Sizes& strides = {}) {
+  return view_at(kValueCache, DType::E4M3, sizes, strides);
+}
+TensorView k_scale(const Sizes& sizes, const Sizes& strides = {}) { return view_at(kKeyScale, DType::Float32, sizes, strides); }
+TensorView v_scale(const Sizes& sizes, const Sizes& strides = {}) {
+  return view_at(kValueScale, DType::Float32, sizes, strides);
+}
+
+CacheAppend append(const Sizes& cache = kCacheSizes, std::int64_t tokens = 5) {
+  return {.key = key({tokens, cache[2], cache[3]}),
+          .value = value({tokens, cache[2], cache[3]}),
+          .key_cache = key_cache(cache),
+          .value_cache = value_cache(cache),
+          .slot_mapping = view_at(kSlots, DType::Int64, {tokens}),
+          .kv_cache_dtype = "fp8",
+          .k_scale = k_scale({1}),
+          .v_scale = v_scale({1})};
+}
+
+CacheAppendDynamic append_dynamic() {
+  const CacheAppend p = append();
+  return {.key = p.key,
+          .value = p.value,
+          .key_cache = p.key_cache,
+          .value_cache = p.value_cache,
+          .k_scale_cache = k_scale({10, 16, 4}),
+          .v_scale_cache = v_scale({10, 16, 4}),
+          .slot_mapping = p.slot_mapping};
+}
+
+CacheGather gather() {
+  const CacheAppend p = append();
+  return {.key_cache = p.key_cache,
+          .value_cache = p.value_cache,
+          .key = p.key,
+          .value = p.value,
+          .block_table = view_at(kTable, DType::Int32, {3, 7}),
+          .cu_seq_lens = view_at(kSums, DType::Int32, {4}),
+          .kv_cache_dtype = "fp8",
+          .k_scale = p.k_scale,
+          .v_scale = p.v_scale,
+          .seq_starts = view_at(kStarts, DType::Int32, {3})};
+}
+
+template <class Problem>
+std::string sentence(const Problem& problem) {
+  return error_of([&] { validate(problem); });
+}
+
+const std::string kAppend = "fp8kv::reshape_and_cache_flash: ";
+const std::string kDynamic = "fp8kv::reshape_and_cache_flash_dynamic: ";
+const std::string kGather = "fp8kv::gather_and_dequant_cache: ";
+
+TEST(CacheErrors, NoneWithoutAMistake) {
+  EXPECT_EQ(sentence(append()), "");
+  EXPECT_EQ(sentence(append_dynamic()), "");
+  EXPECT_EQ(sentence(gather()), "");
+}
+
+// --- Sentences about key, value and the caches --------------------------------
+
+TEST(CacheErrors, DtypeOfKeyAndValue) {
+  CacheAppend p = append();
+  p.key.dtype = DType::E4M3;
+  EXPECT_EQ(sentence(p), kAppend + "key must be float32, float16 or bfloat16, got float8_e4m3fn");
+  p = append();
+  p.value.dtype = DType::Float16;
+  EXPECT_EQ(sentence(p), kAppend + "value must be bfloat16 as key is, got float16");
+}
+
+TEST(CacheErrors, UnknownFormat) {
+  for (const char* text : {"", "fp16", "int8", "FP8", "fp8_e4m3fn"}) {
+    CacheAppend p = append();
+    p.kv_cache_dtype = text;
+    EXPECT_EQ(sentence(p),
+              kAppend +
+                  "kv_cache_dtype must be \"auto\", \"float16\", \"bfloat16\", \"float32\", \"fp8\", \"fp8_e4m3\" or "
+                  "\"fp8_e5m2\", got \"" +
+                  text + "\"");
+  }
+}
+
+TEST(CacheErrors, FormatOfADynamicAppend) {
+  for (const char* text : {"auto", "bfloat16", "float32", "int8"}) {
+    CacheAppendDynamic p = append_dynamic();
+    p.kv_cache_dtype = text;
+    EXPECT_EQ(sentence(p),
+              kDynamic + "kv_cache_dtype must be \"fp8\", \"fp8_e4m3\" or \"fp8_e5m2\", got \"" + std::string(text) + "\"");
+  }
+}
+
+struct Format {
+  const char* text;
+  DType cache;
+  DType element;         // Other: refused
+  const char* expected;  // after "be "
+};
+
+TEST(CacheErrors, FormatAndDtypeOfTheCacheMustSayTheSame) {
+  const Format kFormats[] = {
+      {"fp8", DType::E4M3, DType::E4M3, ""},
+      {"fp8", DType::UInt8, DType::E4M3, ""},
+      {"fp8_e4m3", DType::E4M3, DType::E4M3, ""},
+      {"fp8_e4m3", DType::UInt8, DType::E4M3, ""},
+      {"fp8_e5m2", DType::E5M2, DType::E5M2, ""},
+      {"fp8_e5m2", DType::UInt8, DType::E5M2, ""},
+      {"auto", DType::Float32, DType::Float32, ""},
+      {"auto", DType::Float16, DType::Float16, ""},
+      {"auto", DType::BFloat16, DType::BFloat16, ""},
+      {"float32", DType::Float32, DType::Float32, ""},
+      {"float16", DType::Float16, DType::Float16, ""},
+      {"bfloat16", DType::BFloat16, DType::BFloat16, ""},
+      {"fp8", DType::E5M2, DType::Other, "float8_e4m3fn or uint8 as kv_cache_dtype is \"fp8\", got float8_e5m2"},
+      {"fp8_e4m3", DType::Int8, DType::Other, "float8_e4m3fn or uint8 as kv_cache_dtype is \"fp8_e4m3\", got int8"},
+      {"fp8_e5m2", DType::E4M3, DType::Other, "float8_e5m2 or uint8 as kv_cache_dtype is \"fp8_e5m2\", got float8_e4m3fn"},
+      {"fp8", DType::BFloat16, DType::Other, "float8_e4m3fn or uint8 as kv_cache_dtype is \"fp8\", got bfloat16"},
+      {"auto", DType::E4M3, DType::Other, "float32, float16 or bfloat16 as kv_cache_dtype is \"auto\", got float8_e4m3fn"},
+      {"auto", DType::UInt8, DType::Other, "float32, float16 or bfloat16 as kv_cache_dtype is \"auto\", got uint8"},
+      {"float16", DType::BFloat16, DType::Other, "float16 as kv_cache_dtype is \"float16\", got bfloat16"},
+      {"bfloat16", DType::UInt8, DType::Other, "bfloat16 as kv_cache_dtype is \"bfloat16\", got uint8"},
+      {"float32", DType::Float64, DType::Other, "float32 as kv_cache_dtype is \"float32\", got float64"},
+  };
+  for (const Format& f : kFormats) {
+    SCOPED_TRACE(std::string(f.text) + " " + name(f.cache));
+    CacheAppend p = append();
+    p.kv_cache_dtype = f.text;
+    p.key_cache.dtype = p.value_cache.dtype = f.cache;
+    EXPECT_EQ(sentence(p), *f.expected ? kAppend + "key_cache must be " + f.expected : "");
+    if (f.element == DType::Other) continue;
+    EXPECT_EQ(validate(p).element, f.element);
+  }
+}
+
+TEST(CacheErrors, CachesOfTwoDtypes) {
+  CacheAppend p = append();
+  p.value_cache.dtype = DType::UInt8;
+  EXPECT_EQ(sentence(p), kAppend + "value_cache must be float8_e4m3fn as key_cache is, got uint8");
+}
+
+TEST(CacheErrors, TooManyDimensions) {
+  const Sizes nine(9, 1);
+  const std::string expected = " must have at most 8 dimensions, got 9";
+  CacheAppend a = append();
+  a.key = key(nine);
+  EXPECT_EQ(sentence(a), kAppend + "key" + expected);
+  a = append(), a.value = value(nine);
+  EXPECT_EQ(sentence(a), kAppend + "value" + expected);
+  a = append(), a.key_cache = key_cache(nine);
+  EXPECT_EQ(sentence(a), kAppend + "key_cache" + expected);
+  a = append(), a.value_cache = value_cache(nine);
+  EXPECT_EQ(sentence(a), kAppend + "value_cache" + expected);
+  a = append(), a.slot_mapping = view_at(kSlots, DType::Int64, nine);
+  EXPECT_EQ(sentence(a), kAppend + "slot_mapping" + expected);
+  a = append(), a.v_scale = v_scale(nine);
+  EXPECT_EQ(sentence(a), kAppend + "v_scale" + expected);
+  CacheAppendDynamic d = append_dynamic();
+  d.v_scale_cache = v_scale(nine);
+  EXPECT_EQ(sentence(d), kDynamic + "v_scale_cache" + expected);
+  CacheGather g = gather();
+  g.block_table = view_at(kTable, DType::Int32, nine);
+  EXPECT_EQ(sentence(g), kGather + "block_table" + expected);
+  g = gather(), g.cu_seq_lens = view_at(kSums, DType::Int32, nine);
+  EXPECT_EQ(sentence(g), kGather + "cu_seq_lens" + expected);
+  g = gather(), g.seq_starts = view_at(kStarts, DType::Int32, nine);
+  EXPECT_EQ(sentence(g), kGather + "seq_starts" + expected);
+}
+
+TEST(CacheErrors, Alignment) {
+  const auto expected = [](int size, int rest) {
+    return " must be aligned to its elements of " + std::to_string(size) + " bytes, got an address with remainder " +
+           std::to_string(rest);
+  };
+  const auto move = [](TensorView& view, int bytes) { view.data = static_cast<char*>(view.data) + bytes; };
+  CacheAppend a = append();
+  move(a.key, 1);
+  EXPECT_EQ(sentence(a), kAppend + "key" + expected(2, 1));
+  a = append(), move(a.value, 1);
+  EXPECT_EQ(sentence(a), kAppend + "value" + expected(2, 1));
+  a = append(), move(a.slot_mapping, 4);
+  EXPECT_EQ(sentence(a), kAppend + "slot_mapping" + expected(8, 4));
+  a = append(), move(a.k_scale, 2);
+  EXPECT_EQ(sentence(a), kAppend + "k_scale" + expected(4, 2));
+  a = append(), move(a.key_cache, 1), move(a.value_cache, 3);
+  EXPECT_EQ(sentence(a), "") << "bytes lie anywhere";
+  a.kv_cache_dtype = "auto", a.key_cache.dtype = a.value_cache.dtype = DType::Float32;
+  EXPECT_EQ(sentence(a), kAppend + "key_cache" + expected(4, 1));
+  CacheAppendDynamic d = append_dynamic();
+  move(d.k_scale_cache, 1);
+  EXPECT_EQ(sentence(d), kDynamic + "k_scale_cache" + expected(4, 1));
+  CacheGather g = gather();
+  move(g.block_table, 2);
+  EXPECT_EQ(sentence(g), kGather + "block_table" + expected(4, 2));
+  g = gather(), move(g.cu_seq_lens, 1);
+  EXPECT_EQ(sentence(g), kGather + "cu_seq_lens" + expected(4, 1));
+  g = gather(), move(*g.seq_starts, 3);
+  EXPECT_EQ(sentence(g), kGather + "seq_starts" + expected(4, 3));
+}
+
+TEST(CacheErrors, Devices) {
+  const std::string expected = " must be on the device of key, cpu, got cuda:0";
+  CacheAppend a = append();
+  a.value.device = kCuda;
+  EXPECT_EQ(sentence(a), kAppend + "value" + expected);
+  a = append(), a.key_cache.device = kCuda;
+  EXPECT_EQ(sentence(a), kAppend + "key_cache" + expected);
+  a = append(), a.value_cache.device = kCuda;
+  EXPECT_EQ(sentence(a), kAppend + "value_cache" + expected);
+  a = append(), a.slot_mapping.device = kCuda;
+  EXPECT_EQ(sentence(a), kAppend + "slot_mapping" + expected);
+  a = append(), a.v_scale.device = kCuda;
+  EXPECT_EQ(sentence(a), kAppend + "v_scale" + expected);
+  CacheAppendDynamic d = append_dynamic();
+  d.v_scale_cache.device = kCuda;
+  EXPECT_EQ(sentence(d), kDynamic + "v_scale_cache" + expected);
+  CacheGather g = gather();
+  g.block_table.device = kCuda;
+  EXPECT_EQ(sentence(g), kGather + "block_table" + expected);
+  g = gather(), g.cu_seq_lens.device = kCuda;
+  EXPECT_EQ(sentence(g), kGather + "cu_seq_lens" + expected);
+  g = gather(), g.seq_starts->device = kCuda;
+  EXPECT_EQ(sentence(g), kGather + "seq_starts" + expected);
+}
+
+TEST(CacheErrors, ShapesOfTheCaches) {
+  CacheAppend p = append();
+  p.key_cache = key_cache({10, 16, 256});
+  EXPECT_EQ(
+      sentence(p),
+      kAppend + "key_cache must have the shape [num_blocks, block_size, num_kv_heads, head_size], got shape [10, 16, 256]");
+  p = append(), p.value_cache = value_cache({10, 4, 16, 64});
+  EXPECT_EQ(sentence(p), kAppend + "value_cache must have the shape of key_cache, [10, 16, 4, 64], got shape [10, 4, 16, 64]");
+}
+
+TEST(CacheErrors, ShapesOfKeyAndValue) {
+  CacheAppend p = append();
+  p.key = key({5, 256});
+  EXPECT_EQ(sentence(p), kAppend + "key must have the shape [num_tokens, num_kv_heads, head_size], got shape [5, 256]");
+  p = append(), p.value = value({5, 4, 64, 1});
+  EXPECT_EQ(sentence(p), kAppend + "value must have the shape [num_tokens, num_kv_heads, head_size], got shape [5, 4, 64, 1]");
+  p = append(), p.key = key({5, 8, 64});
+  EXPECT_EQ(sentence(p), kAppend + "key must have num_kv_heads=4 and head_size=64 as key_cache has, got shape [5, 8, 64]");
+  p = append(), p.value = value({5, 4, 128});
+  EXPECT_EQ(sentence(p), kAppend + "value must have num_kv_heads=4 and head_size=64 as key_cache has, got shape [5, 4, 128]");
+}
+
+// --- Sentences about slots and scales --------------------------------
+
+TEST(CacheErrors, Slots) {
+  CacheAppend a = append();
+  a.slot_mapping.dtype = DType::Int16;
+  EXPECT_EQ(sentence(a), kAppend + "slot_mapping must be int32 or int64, got int16");
+  a.slot_mapping.dtype = DType::Int32;
+  EXPECT_EQ(sentence(a), "");
+  a.slot_mapping = view_at(kSlots, DType::Int64, {5, 1});
+  EXPECT_EQ(sentence(a), kAppend + "slot_mapping must have the shape [num_tokens], got shape [5, 1]");
+  CacheAppendDynamic d = append_dynamic();
+  d.slot_mapping.dtype = DType::Float32;
+  EXPECT_EQ(sentence(d), kDynamic + "slot_mapping must be int32 or int64, got float32");
+}
+
+TEST(CacheErrors, FewerRowsThanSlots) {
+  CacheAppend p = append();
+  p.key = key({4, 4, 64});
+  EXPECT_EQ(sentence(p), kAppend + "key must have at least 5 rows, one for each element of slot_mapping, got shape [4, 4, 64]");
+  p = append(), p.value = value({0, 4, 64});
+  EXPECT_EQ(sentence(p),
+            kAppend + "value must have at least 5 rows, one for each element of slot_mapping, got shape [0, 4, 64]");
+}
+
+TEST(CacheErrors, Scales) {
+  CacheAppend p = append();
+  p.k_scale.dtype = DType::BFloat16;
+  EXPECT_EQ(sentence(p), kAppend + "k_scale must be float32, got bfloat16");
+  p = append(), p.v_scale.dtype = DType::Float64;
+  EXPECT_EQ(sentence(p), kAppend + "v_scale must be float32, got float64");
+  p = append(), p.k_scale = k_scale({3});
+  EXPECT_EQ(sentence(p), kAppend + "k_scale must have 1 or num_kv_heads=4 elements, got shape [3]");
+  p = append(), p.v_scale = v_scale({0});
+  EXPECT_EQ(sentence(p), kAppend + "v_scale must have 1 or num_kv_heads=4 elements, got shape [0]");
+  p = append(), p.k_scale = k_scale({10, 16, 4});
+  EXPECT_EQ(sentence(p), kAppend + "k_scale must have 1 or num_kv_heads=4 elements, got shape [10, 16, 4]");
+  p = append(), p.k_scale = k_scale({2, 2}, {5, 1});
+  EXPECT_EQ(sentence(p), kAppend + "k_scale must have even steps between its elements, got several strides in shape [2, 2]");
+  p = append(), p.v_scale = v_scale({2, 2}, {1, 2});
+  EXPECT_EQ(sentence(p), kAppend + "v_scale must have even steps between its elements, got several strides in shape [2, 2]");
+}
+
+TEST(CacheErrors, ScalesAreCheckedForPlainCopiesToo) {
+  CacheAppend p = append();
+  p.kv_cache_dtype = "auto", p.key_cache.dtype = p.value_cache.dtype = DType::BFloat16;
+  p.k_scale = k_scale({3});
+  EXPECT_EQ(sentence(p), kAppend + "k_scale must have 1 or num_kv_heads=4 elements, got shape [3]");
+}
+
+TEST(CacheErrors, ScalesOfAGather) {
+  const std::string expected =
+      " must have 1 or num_kv_heads=4 elements, or the shape [num_blocks=10, block_size=16, "
+      "num_kv_heads], got shape ";
+  CacheGather p = gather();
+  p.k_scale = k_scale({10, 16, 1});
+  EXPECT_EQ(sentence(p), kGather + "k_scale" + expected + "[10, 16, 1]");
+  p = gather(), p.v_scale = v_scale({10, 4, 16});
+  EXPECT_EQ(sentence(p), kGather + "v_scale" + expected + "[10, 4, 16]");
+  p = gather(), p.v_scale = v_scale({10, 16, 4});
+  EXPECT_EQ(sentence(p), "");
+  p.v_scale.dtype = DType::Float16;
+  EXPECT_EQ(sentence(p), kGather + "v_scale must be float32, got float16");
+}
+
+TEST(CacheErrors, ScaleCaches) {
+  CacheAppendDynamic p = append_dynamic();
+  const std::string expected = " must have the shape [num_blocks=10, block_size=16, num_kv_heads=4], got shape ";
+  p.k_scale_cache = k_scale({1});
+  EXPECT_EQ(sentence(p), kDynamic + "k_scale_cache" + expected + "[1]");
+  p = append_dynamic(), p.v_scale_cache = v_scale({10, 4, 16});
+  EXPECT_EQ(sentence(p), kDynamic + "v_scale_cache" + expected + "[10, 4, 16]");
+  p = append_dynamic(), p.v_scale_cache.dtype = DType::Float16;
+  EXPECT_EQ(sentence(p), kDynamic + "v_scale_cache must be float32, got float16");
+}
+
+// --- Sentences about gathers --------------------------------
+
+TEST(CacheErrors, RowsOfKeyAndValueDiffer) {
+  CacheGather p = gather();
+  p.value = value({6, 4, 64});
+  EXPECT_EQ(sentence(p), kGather + "value must have as many rows as key, 5, got shape [6, 4, 64]");
+}
+
+TEST(CacheErrors, BlockTable) {
+  CacheGather p = gather();
+  p.block_table.dtype = DType::Int64;
+  EXPECT_EQ(sentence(p), kGather + "block_table must be int32, got int64");
+  p.block_table = view_at(kTable, DType::Int32, {3});
+  EXPECT_EQ(sentence(p), kGather + "block_table must have the shape [num_seqs, max_blocks], got shape [3]");
+}
+
+TEST(CacheErrors, Sums) {
+  CacheGather p = gather();
+  p.cu_seq_lens.dtype = DType::Int64;
+  EXPECT_EQ(sentence(p), kGather + "cu_seq_lens must be int32, got int64");
+  p.cu_seq_lens = view_at(kSums, DType::Int32, {1, 4});
+  EXPECT_EQ(sentence(p), kGather + "cu_seq_lens must have the shape [num_seqs + 1], got shape [1, 4]");
+  p.cu_seq_lens = view_at(kSums, DType::Int32, {3});
+  EXPECT_EQ(sentence(p),
+            kGather + "cu_seq_lens must have num_seqs + 1 = 4 elements, as block_table has num_seqs rows, got shape [3]");
+}
+
+TEST(CacheErrors, Starts) {
+  CacheGather p = gather();
+  p.seq_starts->dtype = DType::Int64;
+  EXPECT_EQ(sentence(p), kGather + "seq_starts must be int32, got int64");
+  p.seq_starts = view_at(kStarts, DType::Int32, {3, 1});
+  EXPECT_EQ(sentence(p), kGather + "seq_starts must have the shape [num_seqs], got shape [3, 1]");
+  p.seq_starts = view_at(kStarts, DType::Int32, {4});
+  EXPECT_EQ(sentence(p), kGather + "seq_starts must have num_seqs=3 elements, as block_table has rows, got shape [4]");
+  p.seq_starts.reset();
+  EXPECT_EQ(sentence(p), "");
+}
+
+// --- Overlap --------------------------------
+
+TEST(CacheOverlap, WrittenTensorsMayNotBeExpanded) {
+  const std::string expected = " must not overlap itself, as it is written, got stride 0 in dimension 0 of size ";
+  CacheAppend a = append();
+  a.value_cache = value_cache(kCacheSizes, {0, 256, 64, 1});
+  EXPECT_EQ(sentence(a), kAppend + "value_cache" + expected + "10");
+  CacheAppendDynamic d = append_dynamic();
+  d.v_scale_cache = v_scale({10, 16, 4}, {0, 4, 1});
+  EXPECT_EQ(sentence(d), kDynamic + "v_scale_cache" + expected + "10");
+  CacheGather g = gather();
+  g.key = key({5, 4, 64}, {0, 64, 1});
+  EXPECT_EQ(sentence(g), kGather + "key" + expected + "5");
+}
+
+TEST(CacheOverlap, ReadTensorsMayBeExpanded) {
+  CacheAppend a = append();
+  a.key = key({5, 4, 64}, {0, 0, 1});
+  a.slot_mapping = view_at(kSlots, DType::Int64, {5}, {0});
+  a.k_scale = k_scale({4}, {0});
+  EXPECT_EQ(sentence(a), "");
+  CacheGather g = gather();
+  g.key_cache = key_cache(kCacheSizes, {0, 0, 64, 1});
+  g.block_table = view_at(kTable, DType::Int32, {3, 7}, {0, 1});
+  EXPECT_EQ(sentence(g), "");
+}
+
+TEST(CacheOverlap, EveryWrittenTensorWithEveryOther) {
+  const auto expected = [](const std::string& start, const char* a, const char* b) {
+    return start + a + " must not overlap " + b + ", got views that share memory";
+  };
+  CacheAppend a = append();
+  a.value_cache.data = a.key_cache.data;
+  EXPECT_EQ(sentence(a), expected(kAppend, "key_cache", "value_cache"));
+  const std::pair<const char*, TensorView CacheAppend::*> kRead[] = {{"key", &CacheAppend::key},
+                                                                     {"value", &CacheAppend::value},
+                                                                     {"slot_mapping", &CacheAppend::slot_mapping},
+                                                                     {"k_scale", &CacheAppend::k_scale},
+                                                                     {"v_scale", &CacheAppend::v_scale}};
+  for (const auto& [name, member] : kRead) {
+    a = append(), (a.*member).data = a.key_cache.data;
+    EXPECT_EQ(sentence(a), expected(kAppend, "key_cache", name));
+    a = append(), (a.*member).data = a.value_cache.data;
+    EXPECT_EQ(sentence(a), expected(kAppend, "value_cache", name));
+  }
+  CacheAppendDynamic d = append_dynamic();
+  d.v_scale_cache.data = d.k_scale_cache.data;
+  EXPECT_EQ(sentence(d), expected(kDynamic, "k_scale_cache", "v_scale_cache"));
+  d = append_dynamic(), d.k_scale_cache.data = d.value_cache.data;
+  EXPECT_EQ(sentence(d), expected(kDynamic, "value_cache", "k_scale_cache"));
+  d = append_dynamic(), d.slot_mapping.data = d.v_scale_cache.data;
+  EXPECT_EQ(sentence(d), expected(kDynamic, "v_scale_cache", "slot_mapping"));
+  CacheGather g = gather();
+  g.value.data = g.key.data;
+  EXPECT_EQ(sentence(g), expected(kGather, "key", "value"));
+  const std::pair<const char*, TensorView CacheGather::*> kReadByGather[] = {
+      {"key_cache", &CacheGather::key_cache},     {"value_cache", &CacheGather::value_cache},
+      {"k_scale", &CacheGather::k_scale},         {"v_scale", &CacheGather::v_scale},
+      {"block_table", &CacheGather::block_table}, {"cu_seq_lens", &CacheGather::cu_seq_lens}};
+  for (const auto& [name, member] : kReadByGather) {
+    g = gather(), (g.*member).data = g.value.data;
+    EXPECT_EQ(sentence(g), expected(kGather, "value", name));
+  }
+  g = gather(), g.seq_starts->data = g.key.data;
+  EXPECT_EQ(sentence(g), expected(kGather, "key", "seq_starts"));
+}
+
+TEST(CacheOverlap, WhatIsOnlyReadMayOverlap) {
+  CacheAppend a = append();
+  a.value.data = a.key.data, a.v_scale.data = a.k_scale.data;
+  EXPECT_EQ(sentence(a), "");
+  CacheGather g = gather();
+  g.value_cache.data = g.key_cache.data, g.v_scale.data = g.k_scale.data, g.seq_starts->data = g.cu_seq_lens.data;
+  EXPECT_EQ(sentence(g), "");
+}
+
+// K and V caches of [3, 5, 2, 8] at the byte offsets 0 and `offset`.
+bool apart(const Sizes& k_strides, const Sizes& v_strides, std::int64_t offset, const Sizes& sizes = {3, 5, 2, 8}) {
+  CacheAppend p = append(sizes);
+  p.key_cache = key_cache(sizes, k_strides);
+  p.value_cache = view_at(kKeyCache + offset, DType::E4M3, sizes, v_strides);
+  const std::string text = sentence(p);
+  EXPECT_TRUE(text.empty() || text == kAppend + "key_cache must not overlap value_cache, got views that share memory") << text;
+  return text.empty();
+}
+bool apart(const Sizes& strides, std::int64_t offset) { return apart(strides, strides, offset); }
+
+TEST(CacheOverlap, SlicesOfOneTensor) {
+  EXPECT_TRUE(apart({80, 16, 8, 1}, 240)) << "[2, blocks, slots, heads, size]";
+  EXPECT_TRUE(apart({160, 16, 8, 1}, 80)) << "[blocks, 2, slots, heads, size]";
+  EXPECT_TRUE(apart({160, 32, 8, 1}, 16)) << "[blocks, slots, 2, heads, size]";
+  EXPECT_TRUE(apart({160, 32, 16, 1}, 8)) << "[blocks, slots, heads, 2 * size]";
+  EXPECT_TRUE(apart({160, 32, 16, 2}, 1)) << "[blocks, slots, heads, size, 2]";
+  EXPECT_TRUE(apart({160, 8, 40, 1}, 80)) << "[blocks, 2, heads, slots, size]";
+  EXPECT_TRUE(apart({160, 8, 80, 1}, 40)) << "[blocks, heads, 2, slots, size]";
+  EXPECT_TRUE(apart({1, 3, 240, 15}, 480)) << "[2, heads, size, slots, blocks]";
+  EXPECT_TRUE(apart({1, 3, 240, 30}, 15)) << "[heads, size, 2, slots, blocks]";
+}
+
+TEST(CacheOverlap, SlicesInReverse) {
+  for (const auto& [strides, offset] : std::vector<std::pair<Sizes, std::int64_t>>{
+           {{80, 16, 8, 1}, 240}, {{160, 16, 8, 1}, 80}, {{160, 32, 8, 1}, 16}, {{160, 32, 16, 1}, 8}, {{160, 32, 16, 2}, 1}})
+    EXPECT_TRUE(apart(strides, -offset)) << offset;
+}
+
+TEST(CacheOverlap, SlicesShiftedByOneElementMeet) {
+  for (const auto& [strides, offset] : std::vector<std::pair<Sizes, std::int64_t>>{
+           {{80, 16, 8, 1}, 240}, {{160, 16, 8, 1}, 80}, {{160, 32, 8, 1}, 16}, {{160, 32, 16, 1}, 8}, {{160, 32, 16, 2}, 1}}) {
+    EXPECT_FALSE(apart(strides, offset - 1)) << offset;
+    EXPECT_FALSE(apart(strides, 1 - offset)) << offset;
+  }
+  // The other way they run into the next slice of K.
+  EXPECT_FALSE(apart({160, 16, 8, 1}, 81));
+  EXPECT_FALSE(apart({160, 32, 8, 1}, 17));
+  EXPECT_FALSE(apart({160, 32, 16, 1}, 9));
+  EXPECT_FALSE(apart({160, 32, 16, 2}, 2));
+}
+
+TEST(CacheOverlap, SlicesWithGapsMayBeShiftedWithinThem) {
+  // 10 bytes for 8 elements of K, as many for V.
+  for (std::int64_t offset = -14; offset <= 14; ++offset)
+    EXPECT_EQ(apart({200, 40, 20, 1}, offset), offset >= 8 ? offset <= 12 : offset <= -8 && offset >= -12) << offset;
+}
+
+TEST(CacheOverlap, DifferentPitchesAreRefusedUnlessTheRangesAreApart) {
+  EXPECT_FALSE(apart({160, 32, 16, 1}, {160, 16, 8, 1}, 8));
+  EXPECT_FALSE(apart({160, 32, 16, 1}, {320, 64, 32, 1}, 8));
+  EXPECT_TRUE(apart({160, 32, 16, 1}, {320, 64, 32, 1}, 160 * 3));
+  EXPECT_TRUE(apart({160, 32, 16, 1}, {80, 16, 8, 1}, -240));
+}
+
+TEST(CacheOverlap, EmptyCachesNeverOverlap) {
+  EXPECT_TRUE(apart({80, 16, 8, 1}, {80, 16, 8, 1}, 0, {0, 5, 2, 8}));
+  EXPECT_TRUE(apart({80, 16, 8, 1}, {80, 16, 8, 1}, 0, {3, 5, 2, 0}));
+  EXPECT_FALSE(apart({80, 16, 8, 1}, {80, 16, 8, 1}, 0, {1, 1, 1, 1}));
+}
+
+TEST(CacheOverlap, DimensionsOfOneElementDoNotCount) {
+  EXPECT_TRUE(apart({7, 2, 99, 1}, {1000, 2, 3, 5}, 1, {1, 8, 1, 1}));
+  EXPECT_FALSE(apart({7, 2, 99, 1}, {1000, 2, 3, 5}, 2, {1, 8, 1, 1}));
+}
+
+// Whatever is accepted shares no byte, by looking at every byte.
+TEST(CacheOverlap, AcceptedViewsShareNoByte) {
+  std::mt19937 random(1);
+  const auto any = [&](std::int64_t below) { return static_cast<std::int64_t>(random() % below); };
+  const auto bytes = [](const Sizes& sizes, const Sizes& strides, std::int64_t offset) {
+    std::set<std::int64_t> found;
+    for (std::int64_t a = 0; a < sizes[0]; ++a)
+      for (std::int64_t b = 0; b < sizes[1]; ++b)
+        for (std::int64_t c = 0; c < sizes[2]; ++c)
+          for (std::int64_t d = 0; d < sizes[3]; ++d)
+            found.insert(offset + a * strides[0] + b * strides[1] + c * strides[2] + d * strides[3]);
+    return found;
+  };
+  int accepted = 0;
+  for (int i = 0; i < 20000; ++i) {
+    const Sizes sizes = {1 + any(3), 1 + any(3), 1 + any(3), 1 + any(4)};
+    Sizes k = {1 + any(60), 1 + any(30), 1 + any(12), 1 + any(4)}, v = k;
+    if (any(3) == 0) v[any(4)] = 1 + any(60);
+    std::shuffle(k.begin(), k.end(), random);
+    if (any(3) != 0) v = k;
+    const std::int64_t offset = any(81) - 40;
+    if (!apart(k, v, offset, sizes)) continue;
+    ++accepted;
+    const std::set<std::int64_t> of_k = bytes(sizes, k, 0);
+    for (std::int64_t byte : bytes(sizes, v, offset)) ASSERT_EQ(of_k.count(byte), 0u) << "case " << i;
+  }
+  EXPECT_GT(accepted, 1000);
+}
+
+// --- Layouts --------------------------------
+
+std::string text(const KVViews& kv) {
+  std::ostringstream all;
+  all << kv.rows.token << "," << kv.rows.head << "," << kv.rows.dim << " " << kv.cache.block << "," << kv.cache.offset << ","
+      << kv.cache.head << "," << kv.cache.dim << " " << kv.scales.block << "," << kv.scales.offset << "," << kv.scales.head;
+  return all.str();
+}
+
+// Sizes; then for K: strides of the rows, the cache and the scales.
+std::string text(const CacheLayout& layout) {
+  std::ostringstream all;
+  all << layout.num_tokens << "x" << layout.num_heads << "x" << layout.head_size << " in " << layout.num_blocks << "x"
+      << layout.block_size << ": " << text(layout.k);
+  return all.str();
+}
+
+template <class Problem>
+std::string layout_text(const Problem& problem) {
+  return text(validate(problem));
+}
+
+TEST(CacheLayout, HeadsThatShareAScaleAreOne) {
+  EXPECT_EQ(layout_text(append()), "5x1x256 in 10x16: 256,64,1 4096,256,64,1 0,0,0");
+  EXPECT_EQ(layout_text(gather()), "5x1x256 in 10x16: 256,64,1 4096,256,64,1 0,0,0");
+}
+
+TEST(CacheLayout, HeadsWithScalesOfTheirOwnAreNot) {
+  CacheAppend p = append();
+  p.v_scale = v_scale({4});
+  EXPECT_EQ(layout_text(p), "5x4x64 in 10x16: 256,64,1 4096,256,64,1 0,0,0");
+  EXPECT_EQ(text(validate(p).value), "256,64,1 4096,256,64,1 0,0,1");
+}
+
+TEST(CacheLayout, DynamicScalesKeepTheHeads) {
+  EXPECT_EQ(layout_text(append_dynamic()), "5x4x64 in 10x16: 256,64,1 4096,256,64,1 64,4,1");
+}
+
+TEST(CacheLayout, ScaleCachesKeepTheHeadsOfAGather) {
+  CacheGather p = gather();
+  p.k_scale = k_scale({10, 16, 4}, {64, 1, 16});
+  EXPECT_EQ(layout_text(p), "5x4x64 in 10x16: 256,64,1 4096,256,64,1 64,1,16");
+  EXPECT_EQ(text(validate(p).value), "256,64,1 4096,256,64,1 0,0,0");
+}
+
+TEST(CacheLayout, PlainCopiesDoNotNeedTheScales) {
+  CacheAppend p = append();
+  p.kv_cache_dtype = "auto", p.key_cache.dtype = p.value_cache.dtype = DType::BFloat16;
+  p.k_scale = k_scale({4});
+  EXPECT_EQ(layout_text(p), "5x1x256 in 10x16: 256,64,1 4096,256,64,1 0,0,1");
+}
+
+TEST(CacheLayout, HeadsThatAreApartOnAnySideAreNotOne) {
+  CacheAppend p = append();
+  p.key_cache = key_cache(kCacheSizes, kHnd);
+  EXPECT_EQ(layout_text(p), "5x4x64 in 10x16: 256,64,1 4096,64,1024,1 0,0,0");
+  p = append(), p.value_cache = value_cache(kCacheSizes, kHnd);
+  EXPECT_EQ(layout_text(p), "5x4x64 in 10x16: 256,64,1 4096,256,64,1 0,0,0");
+  EXPECT_EQ(text(validate(p).value), "256,64,1 4096,64,1024,1 0,0,0");
+  p = append(), p.key = key({5, 4, 64}, {320, 80, 1});
+  EXPECT_EQ(layout_text(p), "5x4x64 in 10x16: 320,80,1 4096,256,64,1 0,0,0");
+  p = append(), p.value = value({5, 4, 64}, {320, 80, 1});
+  EXPECT_EQ(layout_text(p), "5x4x64 in 10x16: 256,64,1 4096,256,64,1 0,0,0");
+}
+
+TEST(CacheLayout, StridedElementsCanBeOneRowToo) {
+  CacheAppend p = append();
+  p.key = key({5, 4, 64}, {512, 128, 2});
+  EXPECT_EQ(layout_text(p), "5x1x256 in 10x16: 512,128,2 4096,256,64,1 0,0,0");
+}
+
+TEST(CacheLayout, SlicesOfAFusedTensorKeepTheirPitch) {
+  CacheAppend p = append();
+  p.key = key({5, 4, 64}, {1536, 64, 1});
+  p.key_cache = key_cache(kCacheSizes, {8192, 256, 64, 1});
+  p.value_cache = view_at(kKeyCache + 4096, DType::E4M3, kCacheSizes, {8192, 256, 64, 1});
+  EXPECT_EQ(layout_text(p), "5x1x256 in 10x16: 1536,64,1 8192,256,64,1 0,0,0");
+}
+
+TEST(CacheLayout, ScalesOfOneOrOfEachHeadInAnyShape) {
+  const auto step = [](const Sizes& sizes, const Sizes& strides = {}) {
+    CacheAppend p = append();
+    p.k_scale = k_scale(sizes, strides);
+    return validate(p).key.scales.head;
+  };
+  EXPECT_EQ(step({}), 0);
+  EXPECT_EQ(step({1, 1}, {7, 9}), 0);
+  EXPECT_EQ(step({4}), 1);
+  EXPECT_EQ(step({4}, {3}), 3);
+  EXPECT_EQ(step({4}, {0}), 0);
+  EXPECT_EQ(step({4, 1, 1}, {5, 7, 7}), 5);
+  EXPECT_EQ(step({1, 4}, {99, 1}), 1);
+  EXPECT_EQ(step({2, 2}), 1);
+  EXPECT_EQ(step({2, 1, 2}, {6, 1, 3}), 3);
+}
+
+TEST(CacheLayout, TheStepOfAnExpandedScaleLetsHeadsBeOne) {
+  CacheAppend p = append();
+  p.k_scale = k_scale({4}, {0});
+  EXPECT_EQ(layout_text(p), "5x1x256 in 10x16: 256,64,1 4096,256,64,1 0,0,0");
+}
+
+TEST(CacheLayout, AScaleOfOneElementIsPerTensorEvenInACacheOfOneSlot) {
+  CacheGather p = gather();
+  p.key_cache = key_cache({1, 1, 1, 64}), p.value_cache = value_cache({1, 1, 1, 64});
+  p.key = key({5, 1, 64}), p.value = value({5, 1, 64});
+  p.k_scale = k_scale({1, 1, 1}, {3, 3, 3});
+  EXPECT_EQ(layout_text(p), "5x1x64 in 1x1: 64,64,1 64,64,64,1 0,0,0");
+}
+
+TEST(CacheLayout, TokensAreCountedBySlotsAndByRowsOfAGather) {
+  CacheAppend a = append();
+  a.key = key({9, 4, 64}), a.value = value({7, 4, 64});
+  EXPECT_EQ(validate(a).num_tokens, 5);
+  EXPECT_EQ(validate(gather()).num_tokens, 5);
+}
+
+TEST(CacheLayout, TypesAndAddresses) {
+  CacheAppend p = append();
+  p.kv_cache_dtype = "fp8_e5m2", p.key_cache.dtype = p.value_cache.dtype = DType::UInt8;
+  const CacheLayout layout = validate(p);
+  EXPECT_EQ(layout.real, DType::BFloat16);
+  EXPECT_EQ(layout.element, DType::E5M2);
+  EXPECT_EQ(layout.k.heads.data, p.key.data);
+  EXPECT_EQ(layout.v.heads.data, p.value.data);
+  EXPECT_EQ(layout.k.cache.data, p.key_cache.data);
+  EXPECT_EQ(layout.v.cache.data, p.value_cache.data);
+  EXPECT_EQ(layout.k.scales.data, p.k_scale.data);
+  EXPECT_EQ(layout.v.scales.data, p.v_scale.data);
+}
+
+TEST(CacheLayout, EmptyProblems) {
+  EXPECT_FALSE(validate(append()).empty());
+  EXPECT_TRUE(validate(append(kCacheSizes, 0)).empty());
+  EXPECT_TRUE(validate(append({10, 16, 0, 64})).empty());
+  EXPECT_TRUE(validate(append({10, 16, 4, 0})).empty());
+  const CacheLayout no_blocks = validate(append({0, 16, 4, 64}));
+  EXPECT_FALSE(no_blocks.empty()) << "there are tokens, whose slots may be negative";
+  EXPECT_EQ(no_blocks.num_slots(), 0);
+}
+
+TEST(CacheLayout, HugeCachesDoNotOverflow) {
+  const Sizes sizes = {std::int64_t{1} << 30, 16, 8, 128};
+  CacheAppend p = append(sizes);
+  p.key_cache.data = reinterpret_cast<void*>(std::uintptr_t{1} << 45);
+  p.value_cache.data = reinterpret_cast<void*>(std::uintptr_t{1} << 46);
+  const CacheLayout layout = validate(p);
+  EXPECT_EQ(layout.num_slots(), std::int64_t{1} << 34);
+  EXPECT_EQ(text(layout), "5x1x1024 in 1073741824x16: 1024,128,1 16384,1024,128,1 0,0,0");
+}
+
+}  // namespace
+}  // namespace fp8kv
