@@ -12,13 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from fp8kv.kv_cache import (
-    PagedKVCache,
-    gather_and_dequant_cache,
-    reshape_and_cache_flash,
-    reshape_and_cache_flash_dynamic,
-)
-from fp8kv.quantize import dequantize, quantize
+from fp8kv.kv_cache import PagedKVCache
+from fp8kv.quantization import dequantize, quantize
 
 
 class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -100,13 +95,7 @@ class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         step = self.block_size
         places = positions + positions // step * ((self.num_rows - 1) * step)
         slots = places + torch.arange(0, len(key) * step, step, device=places.device)[:, None]
-        key_cache, value_cache = _sides(storage)
-        k, v, slots = _packed(key), _packed(value), slots.flatten()
-        k_scale, v_scale, name = storage.k_scale, storage.v_scale, storage.kv_cache_dtype
-        if storage.dynamic:
-            reshape_and_cache_flash_dynamic(k, v, key_cache, value_cache, k_scale, v_scale, slots, name)
-        else:
-            reshape_and_cache_flash(k, v, key_cache, value_cache, slots, name, k_scale, v_scale)
+        storage.append(_packed(key), _packed(value), slots.flatten())
 
     def _read(
         self, table: Tensor, num_tokens: int, dtype: torch.dtype, seq_starts: Tensor | None = None
@@ -117,11 +106,7 @@ class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         shape = (len(table), num_tokens, storage.num_kv_heads, storage.head_size)
         key, value = (torch.empty(shape, dtype=dtype, device=storage.device) for _ in range(2))
         sums = torch.arange(len(table) + 1, dtype=torch.int32, device=storage.device) * num_tokens
-        key_cache, value_cache = _sides(storage)
-        gather_and_dequant_cache(
-            key_cache, value_cache, key.flatten(0, 1), value.flatten(0, 1), table, sums,
-            storage.kv_cache_dtype, storage.k_scale, storage.v_scale, seq_starts,
-        )  # fmt: skip
+        storage.gather_rows(key.flatten(0, 1), value.flatten(0, 1), table, sums, seq_starts)
         return key.transpose(1, 2), value.transpose(1, 2)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -535,15 +520,6 @@ class StaticWindowFp8Layer(StaticFp8Layer):  # type: ignore[no-untyped-call]
     def reset(self) -> None:
         super().reset()
         self.length = self.num_lost = 0
-
-
-def _sides(storage: PagedKVCache) -> tuple[Tensor, Tensor]:
-    """Its key_cache and value_cache, made anew from the tensor that both are views of.
-
-    Compiled code must be given that one: PyTorch captures no CUDA graph that writes to inputs that overlap.
-    """
-    key, value = storage.storage.unbind(1)
-    return (key, value) if storage.layout == "NHD" else (key.transpose(1, 2), value.transpose(1, 2))
 
 
 def _packed(x: Tensor) -> Tensor:
