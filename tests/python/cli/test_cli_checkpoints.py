@@ -21,7 +21,9 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import checkpoint_files as files
-from fp8kv import KVCacheScheme, Problem, _cli, inspection
+from fp8kv import KVCacheScheme, Problem
+from fp8kv.cli import _app
+from fp8kv.evaluation import inspection
 
 runner = CliRunner()
 LAYERS = files.SIZES["num_hidden_layers"]
@@ -30,7 +32,7 @@ RED, PINK, GRAY = (214, 39, 40), (255, 95, 210), (207, 216, 227)
 
 def invoke(*arguments: str | Path, status: int = 0) -> str:
     """The output, on one line."""
-    result = runner.invoke(_cli.app, [str(argument) for argument in arguments])
+    result = runner.invoke(_app.app, [str(argument) for argument in arguments])
     assert result.exit_code == status, result.output
     assert result.exception is None or isinstance(result.exception, SystemExit)
     return " ".join(result.output.split())
@@ -671,7 +673,9 @@ def test_calibrate_says_what_to_install(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     output = invoke(*arguments(model_folder, tmp_path / "out", text_file), status=1)
-    assert output == "error: transformers is not installed; pip install 'fp8kv[transformers]' installs it"
+    assert (
+        output == "error: transformers is not installed; this installs it: pip install 'fp8kv[transformers]'"
+    )
 
 
 @pytest.mark.parametrize(

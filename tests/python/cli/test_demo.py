@@ -12,8 +12,9 @@ import torch
 from typer.testing import CliRunner
 
 import tiny_models
-from fp8kv import _cli, _models, demo, evaluation, load_kv_scales
-from fp8kv._command import CommandError
+from fp8kv import evaluation, load_kv_scales
+from fp8kv.cli import _app, _models, demo
+from fp8kv.cli._command import CommandError
 
 pytest.importorskip("transformers")
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def command(*arguments: str | Path, status: int = 0) -> str:
     """The output, on one line."""
-    result = runner.invoke(_cli.app, ["demo", *map(str, arguments)])
+    result = runner.invoke(_app.app, ["demo", *map(str, arguments)])
     assert result.exit_code == status, result.output
     return " ".join(result.output.split())
 
@@ -122,7 +123,7 @@ def test_what_is_missing_is_one_sentence(
     find = importlib.util.find_spec
 
     def find_spec(name: str, *more: Any) -> Any:
-        if name in _models._NEEDS:
+        if name in _models._INSTALL:
             return None if name == missing else True
         return find(name, *more)
 
@@ -172,7 +173,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyt
         (folder / "config.json").write_text("{}")
         raise RuntimeError("no space left")
 
-    monkeypatch.setattr(_models, "require", lambda *packages: None)
+    monkeypatch.setattr(_models, "check_installed", lambda *packages: None)
     monkeypatch.setattr(_models, "_gguf_file", lambda: tmp_path / "model.gguf")
     monkeypatch.setattr(_models, "_convert", fail)
     with pytest.raises(CommandError, match=r"cannot be converted to .*: no space left"):

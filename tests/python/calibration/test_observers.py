@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8kv.observers import MinMaxObserver, MSEObserver, PercentileObserver, make_observer
+from fp8kv.calibration.observers import MinMaxObserver, MSEObserver, PercentileObserver, make_observer
 from helpers import assert_same_bytes, each_layout, each_real, placed, values
 
 NAMES = ["static_minmax", "percentile", "mse"]

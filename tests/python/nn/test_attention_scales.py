@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fp8kv import AttentionScales, LayerScales, PagedKVCache, observations, reference
-from fp8kv.observations import Observations, Observed
+from fp8kv import AttentionScales, LayerScales, PagedKVCache, reference
+from fp8kv.nn import Observations, Observed, statistics
 from helpers import (
     assert_same_bytes,
     each_fp8,
@@ -961,7 +961,7 @@ def test_many_tokens_are_observed_in_pieces(
     slots = torch.arange(tokens, device=device) % 3 - 1 if padded else None
     whole, pieces = make(device=device), make(device=device)
     whole.observe(query, key, value, slots)
-    monkeypatch.setattr(observations, "_PIECE", 7 * SIZE)  # three tokens of K and V, one of Q
+    monkeypatch.setattr(statistics, "_CHUNK", 7 * SIZE)  # three tokens of K and V, one of Q
     pieces.observe(query, key, value, slots)
     assert_unchanged(pieces, snapshot(whole))
 
