@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from fp8kv._checks import require
 from fp8kv._dtypes import E4M3
 from fp8kv._machine import cpu_name
 from fp8kv._ops import each_cpu_isa
@@ -266,6 +267,7 @@ def _run_cpu(
     peers: Sequence[str],
     progress: Callable[[str], None],
 ) -> Report:
+    require("numpy", "cli", "fp8kv.bench on the CPU")
     samples = 3 if quick else 7
     report = Report.begin(
         what,

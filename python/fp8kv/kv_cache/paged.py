@@ -12,6 +12,7 @@ from torch import Tensor
 from fp8kv._checks import LAYOUTS, check_choice, check_scale_values, quoted
 from fp8kv._dtypes import CACHE_DTYPES, CACHE_NAMES, FORMATS, dtype_name
 from fp8kv.kv_cache import ops
+from fp8kv.quantization import dequantize, quantize
 
 _INT32 = torch.iinfo(torch.int32)
 
@@ -254,43 +255,8 @@ class PagedKVCache:
             )
         table, cu_seq_lens = self._int32("block_table", block_table), self._int32("seq_lens", sums)
         starts = None if seq_starts is None else self._int32("seq_starts", seq_starts)
-        self.gather_rows(*out, table, cu_seq_lens, starts)
+        gather_rows(self, *out, table, cu_seq_lens, starts)
         return out
-
-    def gather_rows(
-        self,
-        key: Tensor,
-        value: Tensor,
-        block_table: Tensor,
-        cu_seq_lens: Tensor,
-        seq_starts: Tensor | None = None,
-    ) -> None:
-        """`gather` where all is at hand: the tensors to write into, and the index tensors of the operator.
-
-        Args:
-            key: as for `gather_and_dequant_cache`, as are the rest.
-            value: likewise.
-            block_table: likewise.
-            cu_seq_lens: likewise.
-            seq_starts: likewise.
-
-        Raises:
-            RuntimeError: as `gather_and_dequant_cache`.
-
-        Example:
-            >>> import torch, fp8kv
-            >>> cache = fp8kv.PagedKVCache(4, 2, 1, 1)
-            >>> cache.append(torch.ones(1, 1, 1), torch.ones(1, 1, 1), torch.tensor([6]))
-            >>> key, value = torch.empty(2, 1, 1, 1)
-            >>> table, sums = torch.tensor([[3]], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
-            >>> cache.gather_rows(key, value, table, sums)
-            >>> key.item()
-            1.0
-        """
-        ops.gather(
-            *self._caches(), key, value, block_table, cu_seq_lens, self.kv_cache_dtype, self.k_scale,
-            self.v_scale, seq_starts,
-        )  # fmt: skip
 
     def _caches(self) -> tuple[Tensor, Tensor]:
         """`key_cache` and `value_cache`; in compiled code made again from the tensor that both are views of.
@@ -451,6 +417,46 @@ class PagedKVCache:
             f"layout={self.layout!r}, scales={scales!r}, device='{self.device}', "
             f"{self.nbytes / 2**20:.4g} MiB)"
         )
+
+
+def gather_rows(
+    cache: PagedKVCache,
+    key: Tensor,
+    value: Tensor,
+    block_table: Tensor,
+    cu_seq_lens: Tensor,
+    seq_starts: Tensor | None = None,
+) -> None:
+    """`PagedKVCache.gather` with the arguments of `gather_and_dequant_cache`, which are not converted."""
+    ops.gather(
+        *cache._caches(), key, value, block_table, cu_seq_lens, cache.kv_cache_dtype, cache.k_scale,
+        cache.v_scale, seq_starts,
+    )  # fmt: skip
+
+
+def as_stored(cache: PagedKVCache, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """What an FP8 cache would give back of tokens, of those too that it has no room for.
+
+    Args:
+        cache: whose scales and dtype count.
+        key: float32, float16 or bfloat16 ``[num_seqs, num_kv_heads, num_tokens, head_size]``.
+        value: likewise.
+
+    Example:
+        >>> import torch, fp8kv
+        >>> from fp8kv.kv_cache.paged import as_stored
+        >>> x = torch.full((1, 2, 3, 64), 0.3)
+        >>> key, value = as_stored(fp8kv.PagedKVCache(4, 16, 2, 64), x, x)
+        >>> key.unique().tolist()
+        [0.3125]
+    """
+    group = (1, -1) if cache.dynamic else None
+    result = []
+    for x, own in ((key, cache.k_scale), (value, cache.v_scale)):
+        given = None if cache.dynamic else own.view(1, -1, 1, 1)
+        q, scale = quantize(x, given, group_shape=group, dtype=cache.dtype)
+        result.append(dequantize(q, scale, group_shape=group, dtype=x.dtype))
+    return result[0], result[1]
 
 
 def _cache_dtype(dtype: str | torch.dtype) -> tuple[str, torch.dtype]:

@@ -319,7 +319,7 @@ def test_a_model_with_scales_of_its_own_is_evaluated_like_without(
         ("--calibration-tokens", "0", "--calibration-tokens must be at least 1, got 0"),
         ("--first-tokens", "33", "--first-tokens must be from 1 to --window=32, got 33"),
         ("--layout", "HDN", "--layout must be NHD or HND, got 'HDN'"),
-        ("--dtype", "int8", "--dtype must be auto or bfloat16 or float16 or float32, got 'int8'"),
+        ("--dtype", "int8", "--dtype must be auto, bfloat16, float16 or float32, got 'int8'"),
         ("--device", "tpu", '--device must be "auto", "cpu", "cuda" or "cuda:N", got \'tpu\''),
         ("--device", "cuda:99", "--device must be one that PyTorch finds, got 'cuda:99'"),
         ("--text", "no such file", "--text must be a file, got no such file"),
