@@ -31,7 +31,7 @@ __all__ = ["SUITES", "Report", "Row", "Suite", "host_table", "plot", "run", "tab
 
 
 class Suite(NamedTuple):
-    """What one benchmark measures, from a device and, for the cases, whether they shall be few, and warm."""
+    """One benchmark: ``cases(device, quick, warm)`` yields its cases."""
 
     cases: Callable[[torch.device, bool, bool], Iterable[Case[Any]]]
     host_calls: Callable[[torch.device], dict[str, Call]]

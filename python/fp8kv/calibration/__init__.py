@@ -104,7 +104,7 @@ def text_batches(
     seq_len: int = 1024,
     batch_size: int = 1,
 ) -> list[Tensor]:
-    """Cuts a text into windows for `calibrate`, always the same ones, spread evenly over the text.
+    """Splits a text into windows for `calibrate`: always the same ones, spread evenly over the text.
 
     Args:
         tokenizer: of `transformers`. If it begins a text with a special token, every window begins with it.
