@@ -39,7 +39,7 @@ class Suite(NamedTuple):
 
 
 SUITES = {
-    "quantize": Suite(quantize.cases, quantize.host_calls),
+    "quantize": Suite(lambda device, quick, warm: quantize.cases(device, quick), quantize.host_calls),
     "cache": Suite(kv_cache.cases, kv_cache.host_calls),
     "decode": Suite(decode.cases, decode.host_calls, decode.PEERS),
 }

@@ -20,7 +20,8 @@ from fp8kv.calibration._model_reader import read
 from fp8kv.calibration._recorder import Recorder, all_ranks, is_first_rank
 from fp8kv.calibration.observers import check_observer, make_observer
 from fp8kv.calibration.texts import beginning, token_ids, windows_at
-from fp8kv.checkpoint import KVCacheScheme, KVScales
+from fp8kv.checkpoint.scales import KVScales
+from fp8kv.checkpoint.scheme import KVCacheScheme
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed
 
 from fp8kv.calibration.observers import Observer
-from fp8kv.checkpoint import LayerScales
+from fp8kv.checkpoint.scales import LayerScales
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -165,7 +165,7 @@ def eval_(
     json: Annotated[OptionalPath, typer.Option(help="Write all numbers to this file.")] = None,
     plot: Annotated[OptionalPath, typer.Option(help="Write a picture (PNG) to this file.")] = None,
 ) -> None:
-    """Measures what FP8 KV caches cost a model in accuracy, and what they take, compared with the 16-bit cache."""
+    """Compares FP8 KV caches with the 16-bit cache: accuracy of the model, memory and speed."""
     from fp8kv import evaluation
     from fp8kv.cli import evaluate as command
     from fp8kv.cli._command import CommandError

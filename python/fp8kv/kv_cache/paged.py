@@ -407,9 +407,14 @@ class PagedKVCache:
 
     def __repr__(self) -> str:
         per_head = self.k_scale.numel() > 1 or self.v_scale.numel() > 1
-        quantized = self.dtype.itemsize == 1
         scales = (
-            "dynamic" if self.dynamic else "per head" if per_head else "per tensor" if quantized else None
+            "dynamic"
+            if self.dynamic
+            else "per head"
+            if per_head
+            else "per tensor"
+            if self.dtype in FORMATS
+            else None
         )
         return (
             f"PagedKVCache(num_blocks={self.num_blocks}, block_size={self.block_size}, "

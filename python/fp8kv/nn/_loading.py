@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fp8kv._checks import check_scale_values
 from fp8kv._dtypes import dtype_name
-from fp8kv.checkpoint import reduce_query_scale
 from fp8kv.checkpoint.names import parse_scale_name
+from fp8kv.checkpoint.scales import reduce_query_scale
 
 
 class LayerShape:

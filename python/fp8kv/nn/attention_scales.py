@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fp8kv._checks import STRATEGIES, check_choice, listed
 from fp8kv._dtypes import CACHE_NAMES, FORMATS, REAL_DTYPES, dtype_name
-from fp8kv.checkpoint import LayerScales
+from fp8kv.checkpoint.scales import LayerScales
 from fp8kv.kv_cache import PagedKVCache, reshape_and_cache_flash, rope_quant_and_cache
 from fp8kv.nn._loading import LayerShape, LayerState, name_below_owner, parse_relative_name
 from fp8kv.nn.statistics import Observations, Observed, observe_groups, reduced
