@@ -18,7 +18,7 @@ from torch import distributed as dist
 from fp8kv._command import CommandError, chosen_device, reported, require
 from fp8kv._models import forget_kv_cache_scheme
 from fp8kv.calibration import calibrate, share, text_batches
-from fp8kv.checkpoint.source import Source
+from fp8kv.checkpoint._write.source import Source
 from fp8kv.inspection import Inspection, inspect_checkpoint
 from fp8kv.observers import OBSERVERS
 from fp8kv.texts import reference_text

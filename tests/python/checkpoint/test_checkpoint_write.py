@@ -25,8 +25,9 @@ from torch import Tensor
 import fp8kv
 from checkpoint_files import SIZES, config, make_checkpoint, weights, write_checkpoint
 from fp8kv import CheckpointError, KVCacheScheme, KVScales, LayerScales
-from fp8kv.checkpoint import replace
-from fp8kv.checkpoint.write import round_up
+from fp8kv.checkpoint._read.safetensors import StoredTensor
+from fp8kv.checkpoint._write import replace
+from fp8kv.checkpoint._write.scales import round_up
 
 LAYERS, HEADS, KV_HEADS = (
     SIZES[name] for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -1110,8 +1111,7 @@ def test_a_full_disk_in_the_middle_of_a_file_leaves_what_was_there(
 ) -> None:
     folder = plain_checkpoint(tmp_path / "model")
     before = state(tmp_path)
-    chunks = fp8kv.checkpoint.tensor_file.StoredTensor.chunks
-    monkeypatch.setattr(fp8kv.checkpoint.tensor_file.StoredTensor, "chunks", fails_at(2, chunks))
+    monkeypatch.setattr(StoredTensor, "chunks", fails_at(2, StoredTensor.chunks))
     with pytest.raises(OSError, match="No space left"):
         some_scales().save(folder)
     assert state(tmp_path) == before
@@ -1153,7 +1153,7 @@ import os, shutil, signal, sys
 from pathlib import Path
 import torch
 from fp8kv import KVCacheScheme, KVScales, LayerScales
-from fp8kv.checkpoint import replace, tensor_file, write
+from fp8kv.checkpoint._write import checkpoint, replace
 
 folder, layers = Path(sys.argv[1]), int(sys.argv[2])
 layer = LayerScales(q=None, k=torch.tensor([2.0]), v=torch.tensor([2.0]))
@@ -1172,7 +1172,7 @@ def save_and_crash(destination, crash):
             return result
         return step
     for module, name in [(os, "fsync"), (os, "link"), (os, "rename"), (shutil, "copy2"), (shutil, "rmtree"),
-                         (replace, "_exchange"), (write, "write_tensor_file"), (write, "_write_json")]:
+                         (replace, "_exchange"), (checkpoint, "write_tensors"), (checkpoint, "_write_json")]:
         setattr(module, name, before_and_after(getattr(module, name)))
     scales.save(destination, folder / "source" if destination.name.startswith("copy") else None)
 

@@ -26,11 +26,11 @@ from checkpoint_files import (
 from fp8kv import CheckpointError, KVCacheScheme, KVScales, LayerScales, Problem, load_kv_scales
 
 each_strategy = pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
-K, V, Q = (f"{ATTENTION.format(layer=1)}.{side}_scale" for side in "kvq")
+K, V, Q = (f"{ATTENTION.format(layer=1)}.{letter}_scale" for letter in "kvq")
 
 
-def flat(tensors: dict[str, Tensor], layer: int, side: str) -> Tensor:
-    return tensors[f"{ATTENTION.format(layer=layer)}.{side}_scale"].float().flatten()
+def flat(tensors: dict[str, Tensor], layer: int, letter: str) -> Tensor:
+    return tensors[f"{ATTENTION.format(layer=layer)}.{letter}_scale"].float().flatten()
 
 
 def groups_of_query(tensors: dict[str, Tensor], layer: int) -> Tensor:
@@ -189,8 +189,8 @@ def test_fnuz_doubles_every_scale(tmp_path: Path, strategy: str) -> None:
     make_checkpoint(tmp_path, strategy, query=True)
     plain, doubled = load_kv_scales(tmp_path), load_kv_scales(tmp_path, fnuz=True)
     for layer in range(3):
-        for side in "qkv":
-            once, twice = getattr(plain[layer], side), getattr(doubled[layer], side)
+        for letter in "qkv":
+            once, twice = getattr(plain[layer], letter), getattr(doubled[layer], letter)
             assert twice.tolist() == [2 * x for x in once.tolist()]
 
 
@@ -213,9 +213,9 @@ def sized(**changes: Any) -> dict[str, Any]:
 def kv(counts: dict[int, int], stem: str = ATTENTION) -> dict[str, Tensor]:
     """Scales of K and V per head: as many as given for each layer."""
     return {
-        f"{stem.format(layer=layer)}.{side}_scale": torch.linspace(0.02, 0.04, count).reshape(count, 1, 1)
+        f"{stem.format(layer=layer)}.{letter}_scale": torch.linspace(0.02, 0.04, count).reshape(count, 1, 1)
         for layer, count in counts.items()
-        for side in "kv"
+        for letter in "kv"
     }
 
 
@@ -314,8 +314,8 @@ def test_heads_of_a_rank(tmp_path: Path, tp_size: int, heads: list[list[int]]) -
 def test_scales_per_tensor_are_those_of_every_rank(tmp_path: Path, rank: int, size: int) -> None:
     make_checkpoint(tmp_path, "tensor", query=True)
     found = load_kv_scales(tmp_path, tp_rank=rank, tp_size=size)[0]
-    for side in "qkv":
-        assert same(getattr(found, side), flat(scales("tensor", query=True), 0, side))
+    for letter in "qkv":
+        assert same(getattr(found, letter), flat(scales("tensor", query=True), 0, letter))
 
 
 @pytest.mark.parametrize("size", [3, 6, 7])
@@ -357,8 +357,8 @@ def test_slices_of_all_ranks_together_are_the_scales(
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for layer, (of_kv, of_query) in enumerate(zip(kv_heads, query_heads, strict=True)):
-        for side, count in (("k", of_kv), ("v", of_kv), ("q", of_query)):
-            name = f"{ATTENTION.format(layer=layer)}.{side}_scale"
+        for letter, count in (("k", of_kv), ("v", of_kv), ("q", of_query)):
+            name = f"{ATTENTION.format(layer=layer)}.{letter}_scale"
             tensors[name] = 0.02 + 0.06 * torch.rand(count, 1, 1, generator=generator)
     given_config = config(query=True) | {
         "num_hidden_layers": len(kv_heads),
@@ -376,8 +376,8 @@ def test_slices_of_all_ranks_together_are_the_scales(
             "q": [max(q[g * group : (g + 1) * group]) for g in range(of_kv)],
         }
         copies = max(1, size // of_kv)  # of each head, on neighboring ranks
-        for side, expected in whole.items():
-            parts = [getattr(scales[layer], side).tolist() for scales in ranks]
+        for letter, expected in whole.items():
+            parts = [getattr(scales[layer], letter).tolist() for scales in ranks]
             assert [x for part in parts[::copies] for x in part] == expected
             assert all(parts[rank] == parts[rank - rank % copies] for rank in range(size))
 
@@ -388,10 +388,10 @@ def test_slices_of_all_ranks_together_are_the_scales(
 def huge_checkpoint(folder: Path, gigabytes: int) -> Path:
     """One whose weight is a hole in the file, between scales."""
     size = gigabytes << 30
-    sides = scales(dtype=torch.float32)
+    by_name = scales(dtype=torch.float32)
     header: dict[str, Any] = {}
     end = 0
-    for name, tensor in sides.items():
+    for name, tensor in by_name.items():
         header[name] = {
             "dtype": "F32",
             "shape": list(tensor.shape),
@@ -404,7 +404,7 @@ def huge_checkpoint(folder: Path, gigabytes: int) -> Path:
     text = json.dumps(header).encode()
     with open(folder / "model.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in sides.items():
+        for name, tensor in by_name.items():
             file.seek(8 + len(text) + header[name]["data_offsets"][0])
             file.write(tensor.numpy().tobytes())
         file.truncate(8 + len(text) + end)
@@ -458,7 +458,7 @@ def test_an_error_names_layer_tensor_value_and_remedy(tmp_path: Path) -> None:
 
 
 def test_many_errors_are_listed_up_to_a_handful(tmp_path: Path) -> None:
-    names = [f"{ATTENTION.format(layer=layer)}.{side}_scale" for layer in range(12) for side in "kv"]
+    names = [f"{ATTENTION.format(layer=layer)}.{letter}_scale" for layer in range(12) for letter in "kv"]
     write_checkpoint(
         tmp_path, {name: torch.zeros(4, 1, 1) for name in names}, config() | {"num_hidden_layers": 12}
     )

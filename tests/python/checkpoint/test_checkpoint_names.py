@@ -77,5 +77,5 @@ def test_what_is_no_scale_of_the_model(name: str) -> None:
 
 
 def test_names_of_its_own_stay_as_they_are() -> None:
-    for name in (f"{ATTENTION}.{side}_{kind}" for side in "qkv" for kind in ("scale", "zero_point")):
+    for name in (f"{ATTENTION}.{letter}_{kind}" for letter in "qkv" for kind in ("scale", "zero_point")):
         assert remap_scale_name(name) == name

@@ -24,11 +24,11 @@ from checkpoint_files import (
     write_checkpoint,
 )
 from fp8kv import Problem, audit_checkpoint
-from fp8kv.checkpoint.findings import KINDS
+from fp8kv.checkpoint.problems import KINDS
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 STEM = ATTENTION.format(layer=1)
-Q, K, V = (f"{STEM}.{side}_scale" for side in "qkv")
+Q, K, V = (f"{STEM}.{letter}_scale" for letter in "qkv")
 NAN, INF = float("nan"), float("inf")
 MIN_SCALE = 1 / (448 * 512)
 
@@ -242,7 +242,7 @@ def test_only_one_of_keys_and_values(tmp_path: Path, absent: str, present: str) 
 
 
 def test_a_layer_that_the_config_does_not_have(tmp_path: Path) -> None:
-    more = {f"model.layers.3.self_attn.{side}_scale": per_head(*[0.05] * 4) for side in "kv"}
+    more = {f"model.layers.3.self_attn.{letter}_scale": per_head(*[0.05] * 4) for letter in "kv"}
     (problem,) = audit(tmp_path, dict(more))
     assert (problem.kind, problem.severity, problem.layer) == ("unexpected-layer", "note", 3)
 
@@ -309,10 +309,10 @@ def test_scales_of_another_dtype(tmp_path: Path, dtype: torch.dtype, shown: str)
     assert problem.value == shown
 
 
-@pytest.mark.parametrize("side", ["q", "k", "v"])
+@pytest.mark.parametrize("letter", ["q", "k", "v"])
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.int8], ids=str)
-def test_zero_points_that_are_not_zero(tmp_path: Path, side: str, dtype: torch.dtype) -> None:
-    name = f"{STEM}.{side}_zero_point"
+def test_zero_points_that_are_not_zero(tmp_path: Path, letter: str, dtype: torch.dtype) -> None:
+    name = f"{STEM}.{letter}_zero_point"
     (problem,) = audit(tmp_path, {name: per_head(0, -2, 0, 1).to(dtype)}, query=True)
     assert (problem.kind, problem.severity, problem.layer) == ("zero-point", "error", 1)
     assert (problem.tensor, problem.value) == (name, "-2")
@@ -407,7 +407,7 @@ def test_a_corrupt_file(tmp_path: Path, damage: Damage) -> None:
 
 def test_a_scale_with_fewer_bytes_than_its_shape_needs(tmp_path: Path) -> None:
     entries = {
-        f"{STEM}.{side}_scale": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]} for side in "kv"
+        f"{STEM}.{letter}_scale": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]} for letter in "kv"
     }
     (tmp_path / "model.safetensors").write_bytes(header(entries) + b"\0" * 8)
     sizes = SIZES | {"layer_types": ["conv", "full_attention", "conv"]}
