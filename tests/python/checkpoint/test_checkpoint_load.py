@@ -24,6 +24,7 @@ from checkpoint_files import (
     write_checkpoint,
 )
 from fp8kv import CheckpointError, KVCacheScheme, KVScales, LayerScales, Problem, load_kv_scales
+from fp8kv.checkpoint import reduce_query_scale
 
 each_strategy = pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
 K, V, Q = (f"{ATTENTION.format(layer=1)}.{letter}_scale" for letter in "kvq")
@@ -93,20 +94,17 @@ def renamed(tensors: dict[str, Tensor], k: str, v: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("k", "v"),
+    ("prefix", "k", "v"),
     [
-        ("k_proj.k_scale", "v_proj.v_scale"),
-        ("qkv_proj.k_scale", "qkv_proj.v_scale"),
-        ("qkqkv_proj.k_scale", "qkqkv_proj.v_scale"),
-        ("k_cache.scale", "v_cache.scale"),
-        ("k_proj.output_scale", "v_proj.output_scale"),
-        ("attn.k_scale", "attn.v_scale"),
+        ("model.", "k_proj.k_scale", "v_proj.v_scale"),
+        ("model.", "qkv_proj.k_scale", "qkv_proj.v_scale"),
+        ("model.", "qkqkv_proj.k_scale", "qkqkv_proj.v_scale"),
+        ("model.", "k_cache.scale", "v_cache.scale"),
+        ("language_model.model.", "k_proj.output_scale", "v_proj.output_scale"),
+        ("", "attn.k_scale", "attn.v_scale"),
     ],
 )
-@pytest.mark.parametrize(
-    "prefix", ["model.", "language_model.model.", ""], ids=["plain", "multimodal", "none"]
-)
-def test_foreign_names(tmp_path: Path, k: str, v: str, prefix: str) -> None:
+def test_foreign_names(tmp_path: Path, prefix: str, k: str, v: str) -> None:
     tensors = scales("tensor")
     foreign = {name.replace("model.", prefix, 1): x for name, x in renamed(tensors, k, v).items()}
     loaded = load_kv_scales(write_checkpoint(tmp_path, foreign, config("tensor")))
@@ -575,6 +573,30 @@ def test_another_on_problem(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         load_kv_scales(tmp_path, on_problem="ignore")
     assert str(error.value) == 'load_kv_scales: on_problem must be "raise" or "warn", got \'ignore\''
+
+
+# The classes by themselves
+
+
+@pytest.mark.parametrize(
+    ("v", "actual"),
+    [
+        (torch.ones(2, dtype=torch.bfloat16), "bfloat16 of shape [2]"),
+        (torch.ones(2, 1), "float32 of shape [2, 1]"),
+        (torch.tensor(1.0), "float32 of shape []"),
+    ],
+    ids=["dtype", "two dimensions", "no dimension"],
+)
+def test_scales_of_a_layer_are_float32_of_one_dimension(v: Tensor, actual: str) -> None:
+    with pytest.raises(ValueError) as error:
+        LayerScales(q=None, k=torch.ones(2), v=v)
+    assert str(error.value) == f"LayerScales: v must be float32 of one dimension, got {actual}"
+
+
+def test_query_heads_that_are_no_multiple_of_the_kv_heads() -> None:
+    with pytest.raises(ValueError) as error:
+        reduce_query_scale(torch.ones(7), num_kv_heads=2)
+    assert str(error.value) == "query scales must be a multiple of the 2 KV heads, got 7"
 
 
 # The summary

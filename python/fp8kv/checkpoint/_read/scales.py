@@ -16,6 +16,9 @@ from fp8kv.checkpoint._read.safetensors import DTYPES, StoredTensor, read_header
 from fp8kv.checkpoint.names import parse_scale_name
 from fp8kv.checkpoint.problems import Problem, make_problem
 
+#: More bytes than the scales of any layer have; a header that says otherwise must not fill the memory.
+_MOST_BYTES = 1 << 24
+
 
 class Key(NamedTuple):
     """What a tensor is of a layer: `letter` is "q", "k" or "v", `kind` "scale" or "zero_point"."""
@@ -121,7 +124,7 @@ def read_numbers(stored: StoredTensor, *, scale: bool) -> Tensor | None:
     """The elements in fp32 and one dimension; None if the dtype is none of scales, or of zero points.
 
     Raises:
-        ValueError: the number of bytes is not that of the shape.
+        ValueError: the number of bytes is not that of the shape, or cannot be that of scales.
         OSError: the file cannot be read.
     """
     dtype = DTYPES.get(stored.dtype)
@@ -130,6 +133,8 @@ def read_numbers(stored: StoredTensor, *, scale: bool) -> Tensor | None:
         return None
     if stored.size != math.prod(stored.shape) * dtype.itemsize:
         raise ValueError(f"{stored.size} bytes for {stored.dtype} of shape {list(stored.shape)}")
+    if stored.size > _MOST_BYTES:
+        raise ValueError(f"{stored.size} bytes are too many for scales")
     data = bytearray().join(stored.chunks())
     values = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0)
     return values.to(torch.float32)
