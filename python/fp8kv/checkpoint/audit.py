@@ -9,7 +9,7 @@ from fp8kv.checkpoint.problems import Problem
 
 
 def audit_checkpoint(checkpoint: str | Path) -> list[Problem]:
-    """All findings about the scales of a checkpoint, errors first; what is in it raises nothing.
+    """All problems of the scales of a checkpoint, errors first; what is in it raises nothing.
 
     Args:
         checkpoint: a directory with config.json and .safetensors files, or one such file beside its config.

@@ -58,7 +58,7 @@ def load_kv_scales(
         tp_size: their number. Scales per head are shared out like KV heads: each rank gets as many neighbors,
             or one head, replicated, if there are more ranks than heads.
         device: of the result.
-        on_problem: "raise": findings of severity "error" are raised. "warn": all findings but notes are
+        on_problem: "raise": problems of severity "error" are raised. "warn": all problems but notes are
             warnings; bad scales are None, and a layer without usable scales is missing.
         query: False: query scales are ignored, with all that is wrong with them, and `q` is None.
         fnuz: doubles the scales, for hardware whose FP8 is float8_e4m3fnuz: the same byte means half as much
@@ -66,11 +66,11 @@ def load_kv_scales(
 
     Returns:
         fp32 scales by layer, ``[1]`` or ``[KV heads of the rank]``; one query scale for each KV group, the
-        largest of its heads. ``.problems`` has all findings.
+        largest of its heads. ``.problems`` has all that was found.
 
     Raises:
         FileNotFoundError: there is no such directory or file.
-        CheckpointError: a finding of severity "error" with ``on_problem="raise"``; a config that cannot be
+        CheckpointError: a problem of severity "error" with ``on_problem="raise"``; a config that cannot be
             read, has an unsupported scheme or no quantized KV cache.
         ValueError: an argument cannot be used, or `tp_size` does not fit the number of KV heads.
 

@@ -11,7 +11,7 @@ Severity = Literal["error", "warning", "note"]
 
 @dataclass(frozen=True)
 class Problem:
-    """One finding of `fp8kv.audit_checkpoint`.
+    """One of the results of `fp8kv.audit_checkpoint`.
 
     Attributes:
         kind: what is wrong, in one word with hyphens, such as "not-finite"; the kinds are listed in
@@ -51,7 +51,7 @@ class CheckpointError(ValueError):
     """The scales of a checkpoint cannot be used.
 
     Attributes:
-        problems: all findings of severity "error".
+        problems: all those of severity "error".
 
     Example:
         >>> import json, pathlib, tempfile

@@ -1,4 +1,4 @@
-"""audit_checkpoint: one finding for each defect that checkpoints have, and none for healthy ones."""
+"""audit_checkpoint: one problem for each defect that checkpoints have, and none for healthy ones."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def audit(
     query: bool = False,
     fields: dict[str, Any] | None = None,
 ) -> list[Problem]:
-    """The findings about a healthy checkpoint after changes of tensors and of fields of its config."""
+    """The problems about a healthy checkpoint after changes of tensors and of fields of its config."""
     tensors = weights() | scales(strategy, query=query) | changes
     kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     return audit_checkpoint(write_checkpoint(folder, kept, config(strategy, query=query) | (fields or {})))
@@ -112,7 +112,7 @@ def test_values_that_are_no_scales(
     assert (problem.tensor, problem.value) == (name, value)
 
 
-def test_different_defects_of_a_tensor_are_different_findings(tmp_path: Path) -> None:
+def test_different_defects_of_a_tensor_are_different_problems(tmp_path: Path) -> None:
     problems = audit(tmp_path, {K: per_head(NAN, 0.0, 0.05, 400.0)})
     assert kinds(problems) == ["not-finite", "not-positive", "implausible"]
 
@@ -200,7 +200,7 @@ def test_a_query_scale_of_uninitialized_memory_per_tensor(tmp_path: Path, value:
     assert problem.message.endswith(f"got {value:.6g}.")
 
 
-def test_garbage_of_all_kinds_in_one_query_scale_is_one_finding(tmp_path: Path) -> None:
+def test_garbage_of_all_kinds_in_one_query_scale_is_one_problem(tmp_path: Path) -> None:
     problems = audit(tmp_path, {Q: per_head(0.05, NAN, -1, 0, 1e34, 1e-42, INF, 0.05)}, query=True)
     assert [(p.kind, p.value) for p in problems] == [("query-scale", "nan")]
     assert problems[0].message.endswith("for head 1 (6 of 8 heads).")
@@ -393,7 +393,7 @@ def test_a_scale_for_both_that_contradicts_that_of_the_keys(tmp_path: Path) -> N
     assert (problem.kind, problem.layer) == ("conflicting-scales", 1)
 
 
-def test_a_defect_of_a_scale_for_both_is_one_finding(tmp_path: Path) -> None:
+def test_a_defect_of_a_scale_for_both_is_one_problem(tmp_path: Path) -> None:
     both = f"{STEM}.kv_scale"
     (problem,) = audit(tmp_path, {both: torch.tensor([NAN]), K: None, V: None}, strategy="tensor")
     assert (problem.kind, problem.tensor) == ("not-finite", both)
