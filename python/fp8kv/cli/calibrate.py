@@ -18,7 +18,7 @@ from fp8kv._checks import STRATEGIES
 from fp8kv.calibration import calibrate, share, text_batches
 from fp8kv.calibration.observers import OBSERVERS
 from fp8kv.calibration.texts import reference_text
-from fp8kv.checkpoint.source import Source
+from fp8kv.checkpoint._write.source import Source
 from fp8kv.cli._command import CommandError, check, check_count, check_option, reported
 from fp8kv.cli._device import parse_device
 from fp8kv.cli._models import DTYPES, check_installed, folder_of, load_model, load_tokenizer

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8kv._checks import is_scale, require
-from fp8kv.checkpoint.audit import examine
-from fp8kv.checkpoint.files import find_tensors, read_numbers
+from fp8kv.checkpoint._read.scales import Entry, Key, read_numbers
+from fp8kv.checkpoint.load import examine
 from fp8kv.checkpoint.names import parse_scale_name
 from fp8kv.checkpoint.problems import Problem
 from fp8kv.checkpoint.scheme import KVCacheScheme
-from fp8kv.checkpoint.stored_scales import find_entries
 from fp8kv.evaluation._pictures import plot_scales as plot
 
 if TYPE_CHECKING:
@@ -134,23 +133,22 @@ def inspect_checkpoint(checkpoint: str | Path) -> Inspection:
         raise ValueError(
             f"inspect: checkpoint must have a config.json or .safetensors files or be such a file, got {path}"
         )
-    raw = _raw_scales(path)
+    raw = _raw_scales(examined.entries)
     layers = {*raw, *(examined.heads or ()), *(p.layer for p in examined.problems if p.layer is not None)}
     rows = [LayerRow(n, *(raw.get(n, {}).get(name) for name in "qkv")) for n in sorted(layers)]
     return Inspection(str(path), examined.scheme, rows, examined.problems)
 
 
-def _raw_scales(checkpoint: Path) -> dict[int, dict[str, list[float]]]:
+def _raw_scales(entries: dict[Key, list[Entry]]) -> dict[int, dict[str, list[float]]]:
     """By layer and "q", "k" or "v", whatever can be read; of copies the first."""
     scales: dict[int, dict[str, list[float]]] = {}
-    tensors, _ = find_tensors(checkpoint)
-    for key, copies in find_entries(tensors).items():
+    for key, copies in entries.items():
         try:
             values = read_numbers(copies[0].stored, scale=True)
-        except (OSError, ValueError, TypeError):  # which is among the problems
+        except (OSError, ValueError):  # which is among the problems
             continue
         if key.kind == "scale" and values is not None:
-            scales.setdefault(key.layer, {})[key.side] = values.tolist()
+            scales.setdefault(key.layer, {})[key.letter] = values.tolist()
     return scales
 
 

@@ -1,4 +1,4 @@
-"""audit_checkpoint: one finding for each defect that checkpoints have, and none for healthy ones."""
+"""audit_checkpoint: one problem for each defect that checkpoints have, and none for healthy ones."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from checkpoint_files import (
     write_checkpoint,
 )
 from fp8kv import Problem, audit_checkpoint
-from fp8kv.checkpoint.findings import KINDS
+from fp8kv.checkpoint.problems import KINDS
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 STEM = ATTENTION.format(layer=1)
-Q, K, V = (f"{STEM}.{side}_scale" for side in "qkv")
+Q, K, V = (f"{STEM}.{letter}_scale" for letter in "qkv")
 NAN, INF = float("nan"), float("inf")
 MIN_SCALE = 1 / (448 * 512)
 
@@ -45,7 +45,7 @@ def audit(
     query: bool = False,
     fields: dict[str, Any] | None = None,
 ) -> list[Problem]:
-    """The findings about a healthy checkpoint after changes of tensors and of fields of its config."""
+    """The problems about a healthy checkpoint after changes of tensors and of fields of its config."""
     tensors = weights() | scales(strategy, query=query) | changes
     kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     return audit_checkpoint(write_checkpoint(folder, kept, config(strategy, query=query) | (fields or {})))
@@ -67,21 +67,39 @@ def test_nothing_is_wrong_with_a_healthy_checkpoint(
 # Values
 
 
-@pytest.mark.parametrize("name", [K, V], ids=["k", "v"])
 @pytest.mark.parametrize(
-    ("values", "kind", "sentence", "value"),
+    ("name", "values", "kind", "sentence", "value"),
     [
-        ((0.05, 0.05, NAN, 0.05), "not-finite", "must be finite, got nan for head 2 (1 of 4 heads)", "nan"),
-        ((INF, INF, 0.05, 0.05), "not-finite", "must be finite, got inf for head 0 (2 of 4 heads)", "inf"),
         (
+            K,
+            (0.05, 0.05, NAN, 0.05),
+            "not-finite",
+            "must be finite, got nan for head 2 (1 of 4 heads)",
+            "nan",
+        ),
+        (V, (INF, INF, 0.05, 0.05), "not-finite", "must be finite, got inf for head 0 (2 of 4 heads)", "inf"),
+        (
+            K,
             (0.05, -INF, 0.05, 0.05),
             "not-finite",
             "must be finite, got -inf for head 1 (1 of 4 heads)",
             "-inf",
         ),
-        ((0.05, 0.05, 0.05, 0.0), "not-positive", "must be above 0, got 0 for head 3 (1 of 4 heads)", "0"),
-        ((-0.0, 0.05, 0.05, 0.05), "not-positive", "must be above 0, got -0 for head 0 (1 of 4 heads)", "-0"),
-        ((-3.0, -0.05, -1.0, -2), "not-positive", "must be above 0, got -3 for head 0 (4 of 4 heads)", "-3"),
+        (V, (0.05, 0.05, 0.05, 0.0), "not-positive", "must be above 0, got 0 for head 3 (1 of 4 heads)", "0"),
+        (
+            K,
+            (-0.0, 0.05, 0.05, 0.05),
+            "not-positive",
+            "must be above 0, got -0 for head 0 (1 of 4 heads)",
+            "-0",
+        ),
+        (
+            V,
+            (-3.0, -0.05, -1.0, -2),
+            "not-positive",
+            "must be above 0, got -3 for head 0 (4 of 4 heads)",
+            "-3",
+        ),
     ],
     ids=["nan", "inf", "-inf", "zero", "-zero", "negative"],
 )
@@ -94,14 +112,23 @@ def test_values_that_are_no_scales(
     assert (problem.tensor, problem.value) == (name, value)
 
 
-def test_different_defects_of_a_tensor_are_different_findings(tmp_path: Path) -> None:
+def test_different_defects_of_a_tensor_are_different_problems(tmp_path: Path) -> None:
     problems = audit(tmp_path, {K: per_head(NAN, 0.0, 0.05, 400.0)})
     assert kinds(problems) == ["not-finite", "not-positive", "implausible"]
 
 
-@pytest.mark.parametrize("name", [K, V], ids=["k", "v"])
-@pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
-@pytest.mark.parametrize("factor", [1e3, 1e-3, 1e30, 1e-30], ids=str)
+@pytest.mark.parametrize(
+    ("name", "strategy", "factor"),
+    [
+        (K, "attn_head", 1e3),
+        (V, "attn_head", 1e-3),
+        (K, "tensor", 1e-3),
+        (V, "tensor", 1e3),
+        (K, "attn_head", 1e30),
+        (V, "tensor", 1e-30),
+    ],
+    ids=["k-heads-1e3", "v-heads-1e-3", "k-tensor-1e-3", "v-tensor-1e3", "k-heads-1e30", "v-tensor-1e-30"],
+)
 def test_scales_far_from_those_of_other_layers(
     tmp_path: Path, name: str, strategy: str, factor: float
 ) -> None:
@@ -158,21 +185,22 @@ def test_the_scale_of_a_head_that_is_always_zero_is_plausible(tmp_path: Path, dt
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
-def test_query_scales_of_uninitialized_memory(
-    tmp_path: Path, first: float, shown: str, strategy: str
-) -> None:
-    values = torch.full((1,), first) if strategy == "tensor" else per_head(first, *[0.05] * 6, first)
-    (problem,) = audit(tmp_path, {Q: values}, strategy=strategy, query=True)
+def test_query_scales_of_uninitialized_memory(tmp_path: Path, first: float, shown: str) -> None:
+    (problem,) = audit(tmp_path, {Q: per_head(first, *[0.05] * 6, first)}, query=True)
     assert (problem.kind, problem.severity, problem.layer) == ("query-scale", "error", 1)
     assert (problem.tensor, problem.value) == (Q, shown)
     assert "query=False" in problem.remedy
-    assert problem.message.endswith(
-        f"got {shown}." if strategy == "tensor" else f"got {shown} for head 0 (2 of 8 heads)."
-    )
+    assert problem.message.endswith(f"got {shown} for head 0 (2 of 8 heads).")
 
 
-def test_garbage_of_all_kinds_in_one_query_scale_is_one_finding(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [NAN, 1e34], ids=str)
+def test_a_query_scale_of_uninitialized_memory_per_tensor(tmp_path: Path, value: float) -> None:
+    (problem,) = audit(tmp_path, {Q: torch.tensor([value])}, strategy="tensor", query=True)
+    assert (problem.kind, problem.severity, problem.layer) == ("query-scale", "error", 1)
+    assert problem.message.endswith(f"got {value:.6g}.")
+
+
+def test_garbage_of_all_kinds_in_one_query_scale_is_one_problem(tmp_path: Path) -> None:
     problems = audit(tmp_path, {Q: per_head(0.05, NAN, -1, 0, 1e34, 1e-42, INF, 0.05)}, query=True)
     assert [(p.kind, p.value) for p in problems] == [("query-scale", "nan")]
     assert problems[0].message.endswith("for head 1 (6 of 8 heads).")
@@ -242,7 +270,7 @@ def test_only_one_of_keys_and_values(tmp_path: Path, absent: str, present: str) 
 
 
 def test_a_layer_that_the_config_does_not_have(tmp_path: Path) -> None:
-    more = {f"model.layers.3.self_attn.{side}_scale": per_head(*[0.05] * 4) for side in "kv"}
+    more = {f"model.layers.3.self_attn.{letter}_scale": per_head(*[0.05] * 4) for letter in "kv"}
     (problem,) = audit(tmp_path, dict(more))
     assert (problem.kind, problem.severity, problem.layer) == ("unexpected-layer", "note", 3)
 
@@ -309,10 +337,13 @@ def test_scales_of_another_dtype(tmp_path: Path, dtype: torch.dtype, shown: str)
     assert problem.value == shown
 
 
-@pytest.mark.parametrize("side", ["q", "k", "v"])
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.int8], ids=str)
-def test_zero_points_that_are_not_zero(tmp_path: Path, side: str, dtype: torch.dtype) -> None:
-    name = f"{STEM}.{side}_zero_point"
+@pytest.mark.parametrize(
+    ("letter", "dtype"),
+    [("q", torch.float8_e4m3fn), ("k", torch.bfloat16), ("v", torch.int8)],
+    ids=["q", "k", "v"],
+)
+def test_zero_points_that_are_not_zero(tmp_path: Path, letter: str, dtype: torch.dtype) -> None:
+    name = f"{STEM}.{letter}_zero_point"
     (problem,) = audit(tmp_path, {name: per_head(0, -2, 0, 1).to(dtype)}, query=True)
     assert (problem.kind, problem.severity, problem.layer) == ("zero-point", "error", 1)
     assert (problem.tensor, problem.value) == (name, "-2")
@@ -321,6 +352,22 @@ def test_zero_points_that_are_not_zero(tmp_path: Path, side: str, dtype: torch.d
 def test_a_zero_point_of_nan(tmp_path: Path) -> None:
     (problem,) = audit(tmp_path, {f"{STEM}.k_zero_point": torch.tensor([NAN])}, query=True)
     assert (problem.kind, problem.value) == ("zero-point", "nan")
+
+
+def test_a_zero_point_that_is_no_number(tmp_path: Path) -> None:
+    name = f"{STEM}.k_zero_point"
+    (problem,) = audit(tmp_path, {name: torch.zeros(4, dtype=torch.bool)}, query=True)
+    assert (problem.kind, problem.tensor, problem.value) == ("wrong-dtype", name, "BOOL")
+    assert problem.message == f"Layer 1: {name} must be a number, got BOOL."
+
+
+def test_a_zero_point_without_its_scale(tmp_path: Path) -> None:
+    zero_point = f"{STEM}.k_zero_point"
+    problems = audit(tmp_path, {K: None, zero_point: torch.ones(4)}, query=True)
+    assert [(problem.kind, problem.tensor) for problem in problems] == [
+        ("zero-point", zero_point),
+        ("scale-missing", K),
+    ]
 
 
 def test_the_same_scale_under_two_names(tmp_path: Path) -> None:
@@ -346,7 +393,7 @@ def test_a_scale_for_both_that_contradicts_that_of_the_keys(tmp_path: Path) -> N
     assert (problem.kind, problem.layer) == ("conflicting-scales", 1)
 
 
-def test_a_defect_of_a_scale_for_both_is_one_finding(tmp_path: Path) -> None:
+def test_a_defect_of_a_scale_for_both_is_one_problem(tmp_path: Path) -> None:
     both = f"{STEM}.kv_scale"
     (problem,) = audit(tmp_path, {both: torch.tensor([NAN]), K: None, V: None}, strategy="tensor")
     assert (problem.kind, problem.tensor) == ("not-finite", both)
@@ -407,7 +454,7 @@ def test_a_corrupt_file(tmp_path: Path, damage: Damage) -> None:
 
 def test_a_scale_with_fewer_bytes_than_its_shape_needs(tmp_path: Path) -> None:
     entries = {
-        f"{STEM}.{side}_scale": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]} for side in "kv"
+        f"{STEM}.{letter}_scale": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]} for letter in "kv"
     }
     (tmp_path / "model.safetensors").write_bytes(header(entries) + b"\0" * 8)
     sizes = SIZES | {"layer_types": ["conv", "full_attention", "conv"]}

@@ -145,15 +145,19 @@ def test_no_strategy_means_tensor() -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("where", ["kv_cache_scheme", "config_groups.group_0.input_activations"])
-def test_what_is_not_supported(changes: dict[str, Any], sentence: str, where: str) -> None:
-    if where == "kv_cache_scheme":
-        given = config(kv_cache_scheme=scheme(**changes))
-    else:
-        given = config(kv_cache_scheme=None, config_groups={"group_0": attention_group(**changes)})
+def test_what_is_not_supported(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError) as error:
+        from_config(config(kv_cache_scheme=scheme(**changes)))
+    assert str(error.value) == f"KVCacheScheme.from_config: kv_cache_scheme.{sentence}"
+
+
+def test_what_is_not_supported_in_an_attention_group() -> None:
+    given = config(kv_cache_scheme=None, config_groups={"group_0": attention_group(num_bits=4)})
     with pytest.raises(ValueError) as error:
         from_config(given)
-    assert str(error.value) == f"KVCacheScheme.from_config: {where}.{sentence}"
+    assert str(error.value) == (
+        "KVCacheScheme.from_config: config_groups.group_0.input_activations.num_bits must be 8, got 4"
+    )
 
 
 def test_strategies_that_contradict() -> None:
@@ -199,10 +203,13 @@ def test_strategies_that_contradict() -> None:
     ids=["hf_quant_config", "modelopt", "fp8", "nested", "modelopt scheme", "autofp8", "quark", "quark group",
          "quark new"],
 )  # fmt: skip
-@pytest.mark.parametrize("whole", [False, True], ids=["alone", "in a config"])
-def test_other_producers(given: dict[str, Any], producer: str, whole: bool) -> None:
-    given = {"model_type": "llama", "quantization_config": given} if whole else given
+def test_other_producers(given: dict[str, Any], producer: str) -> None:
     assert from_config(given) == KVCacheScheme("tensor", producer=producer)
+
+
+def test_another_producer_in_a_whole_config() -> None:
+    given = {"model_type": "llama", "quantization_config": quark()}
+    assert from_config(given) == KVCacheScheme("tensor", producer="quark")
 
 
 @pytest.mark.parametrize(
@@ -232,6 +239,10 @@ def test_other_producers(given: dict[str, Any], producer: str, whole: bool) -> N
         (
             quark() | {"layer_quant_config": {}},
             "layer_quant_config must have the layers of kv_cache_group with output_tensors, got none",
+        ),
+        (
+            quark() | {"layer_quant_config": {"*k_proj": {"output_tensors": "fp8"}}},
+            "layer_quant_config.*k_proj.output_tensors must be an object, got str",
         ),
     ],
     ids=str,

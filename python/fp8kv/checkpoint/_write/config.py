@@ -7,7 +7,8 @@ import sys
 from collections.abc import Collection
 from typing import Any
 
-from fp8kv.checkpoint.scheme import NESTED, KVCacheScheme
+from fp8kv.checkpoint._read.config import NESTED
+from fp8kv.checkpoint.scheme import COMPRESSED_TENSORS, KVCacheScheme
 
 #: The version of compressed-tensors whose fields are written.
 _VERSION = "0.19.0"
@@ -61,14 +62,14 @@ def config_with_scales(
         "global_compression_ratio": None,
         "ignore": [],
         "kv_cache_scheme": arguments,
-        "quant_method": "compressed-tensors",
+        "quant_method": COMPRESSED_TENSORS,
         "quantization_status": "compressed",
         "sparsity_config": {},
         "transform_config": {},
         "version": _VERSION,
     }
     new |= {key: value for key, value in old.items() if key not in ("config_groups", "kv_cache_scheme")}
-    new["quant_method"] = "compressed-tensors"
+    new["quant_method"] = COMPRESSED_TENSORS
     return {**without_quantization(config), "quantization_config": new}
 
 
@@ -91,8 +92,8 @@ def _quantization(config: dict[str, Any]) -> dict[str, Any]:
     for key in _KEYS:
         found = config.get(key)
         if found:
-            method = found.get("quant_method") or "compressed-tensors"
-            if method != "compressed-tensors":
+            method = found.get("quant_method") or COMPRESSED_TENSORS
+            if method != COMPRESSED_TENSORS:
                 raise ValueError(
                     "KVScales.save: source must be a checkpoint without quantization, or one quantized with "
                     f"compressed-tensors, got quant_method {method!r}"

@@ -24,13 +24,14 @@ from checkpoint_files import (
     write_checkpoint,
 )
 from fp8kv import CheckpointError, KVCacheScheme, KVScales, LayerScales, Problem, load_kv_scales
+from fp8kv.checkpoint import reduce_query_scale
 
 each_strategy = pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
-K, V, Q = (f"{ATTENTION.format(layer=1)}.{side}_scale" for side in "kvq")
+K, V, Q = (f"{ATTENTION.format(layer=1)}.{letter}_scale" for letter in "kvq")
 
 
-def flat(tensors: dict[str, Tensor], layer: int, side: str) -> Tensor:
-    return tensors[f"{ATTENTION.format(layer=layer)}.{side}_scale"].float().flatten()
+def flat(tensors: dict[str, Tensor], layer: int, letter: str) -> Tensor:
+    return tensors[f"{ATTENTION.format(layer=layer)}.{letter}_scale"].float().flatten()
 
 
 def groups_of_query(tensors: dict[str, Tensor], layer: int) -> Tensor:
@@ -93,20 +94,17 @@ def renamed(tensors: dict[str, Tensor], k: str, v: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("k", "v"),
+    ("prefix", "k", "v"),
     [
-        ("k_proj.k_scale", "v_proj.v_scale"),
-        ("qkv_proj.k_scale", "qkv_proj.v_scale"),
-        ("qkqkv_proj.k_scale", "qkqkv_proj.v_scale"),
-        ("k_cache.scale", "v_cache.scale"),
-        ("k_proj.output_scale", "v_proj.output_scale"),
-        ("attn.k_scale", "attn.v_scale"),
+        ("model.", "k_proj.k_scale", "v_proj.v_scale"),
+        ("model.", "qkv_proj.k_scale", "qkv_proj.v_scale"),
+        ("model.", "qkqkv_proj.k_scale", "qkqkv_proj.v_scale"),
+        ("model.", "k_cache.scale", "v_cache.scale"),
+        ("language_model.model.", "k_proj.output_scale", "v_proj.output_scale"),
+        ("", "attn.k_scale", "attn.v_scale"),
     ],
 )
-@pytest.mark.parametrize(
-    "prefix", ["model.", "language_model.model.", ""], ids=["plain", "multimodal", "none"]
-)
-def test_foreign_names(tmp_path: Path, k: str, v: str, prefix: str) -> None:
+def test_foreign_names(tmp_path: Path, prefix: str, k: str, v: str) -> None:
     tensors = scales("tensor")
     foreign = {name.replace("model.", prefix, 1): x for name, x in renamed(tensors, k, v).items()}
     loaded = load_kv_scales(write_checkpoint(tmp_path, foreign, config("tensor")))
@@ -189,8 +187,8 @@ def test_fnuz_doubles_every_scale(tmp_path: Path, strategy: str) -> None:
     make_checkpoint(tmp_path, strategy, query=True)
     plain, doubled = load_kv_scales(tmp_path), load_kv_scales(tmp_path, fnuz=True)
     for layer in range(3):
-        for side in "qkv":
-            once, twice = getattr(plain[layer], side), getattr(doubled[layer], side)
+        for letter in "qkv":
+            once, twice = getattr(plain[layer], letter), getattr(doubled[layer], letter)
             assert twice.tolist() == [2 * x for x in once.tolist()]
 
 
@@ -213,9 +211,9 @@ def sized(**changes: Any) -> dict[str, Any]:
 def kv(counts: dict[int, int], stem: str = ATTENTION) -> dict[str, Tensor]:
     """Scales of K and V per head: as many as given for each layer."""
     return {
-        f"{stem.format(layer=layer)}.{side}_scale": torch.linspace(0.02, 0.04, count).reshape(count, 1, 1)
+        f"{stem.format(layer=layer)}.{letter}_scale": torch.linspace(0.02, 0.04, count).reshape(count, 1, 1)
         for layer, count in counts.items()
-        for side in "kv"
+        for letter in "kv"
     }
 
 
@@ -314,8 +312,8 @@ def test_heads_of_a_rank(tmp_path: Path, tp_size: int, heads: list[list[int]]) -
 def test_scales_per_tensor_are_those_of_every_rank(tmp_path: Path, rank: int, size: int) -> None:
     make_checkpoint(tmp_path, "tensor", query=True)
     found = load_kv_scales(tmp_path, tp_rank=rank, tp_size=size)[0]
-    for side in "qkv":
-        assert same(getattr(found, side), flat(scales("tensor", query=True), 0, side))
+    for letter in "qkv":
+        assert same(getattr(found, letter), flat(scales("tensor", query=True), 0, letter))
 
 
 @pytest.mark.parametrize("size", [3, 6, 7])
@@ -357,8 +355,8 @@ def test_slices_of_all_ranks_together_are_the_scales(
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for layer, (of_kv, of_query) in enumerate(zip(kv_heads, query_heads, strict=True)):
-        for side, count in (("k", of_kv), ("v", of_kv), ("q", of_query)):
-            name = f"{ATTENTION.format(layer=layer)}.{side}_scale"
+        for letter, count in (("k", of_kv), ("v", of_kv), ("q", of_query)):
+            name = f"{ATTENTION.format(layer=layer)}.{letter}_scale"
             tensors[name] = 0.02 + 0.06 * torch.rand(count, 1, 1, generator=generator)
     given_config = config(query=True) | {
         "num_hidden_layers": len(kv_heads),
@@ -376,8 +374,8 @@ def test_slices_of_all_ranks_together_are_the_scales(
             "q": [max(q[g * group : (g + 1) * group]) for g in range(of_kv)],
         }
         copies = max(1, size // of_kv)  # of each head, on neighboring ranks
-        for side, expected in whole.items():
-            parts = [getattr(scales[layer], side).tolist() for scales in ranks]
+        for letter, expected in whole.items():
+            parts = [getattr(scales[layer], letter).tolist() for scales in ranks]
             assert [x for part in parts[::copies] for x in part] == expected
             assert all(parts[rank] == parts[rank - rank % copies] for rank in range(size))
 
@@ -388,10 +386,10 @@ def test_slices_of_all_ranks_together_are_the_scales(
 def huge_checkpoint(folder: Path, gigabytes: int) -> Path:
     """One whose weight is a hole in the file, between scales."""
     size = gigabytes << 30
-    sides = scales(dtype=torch.float32)
+    by_name = scales(dtype=torch.float32)
     header: dict[str, Any] = {}
     end = 0
-    for name, tensor in sides.items():
+    for name, tensor in by_name.items():
         header[name] = {
             "dtype": "F32",
             "shape": list(tensor.shape),
@@ -404,7 +402,7 @@ def huge_checkpoint(folder: Path, gigabytes: int) -> Path:
     text = json.dumps(header).encode()
     with open(folder / "model.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in sides.items():
+        for name, tensor in by_name.items():
             file.seek(8 + len(text) + header[name]["data_offsets"][0])
             file.write(tensor.numpy().tobytes())
         file.truncate(8 + len(text) + end)
@@ -458,7 +456,7 @@ def test_an_error_names_layer_tensor_value_and_remedy(tmp_path: Path) -> None:
 
 
 def test_many_errors_are_listed_up_to_a_handful(tmp_path: Path) -> None:
-    names = [f"{ATTENTION.format(layer=layer)}.{side}_scale" for layer in range(12) for side in "kv"]
+    names = [f"{ATTENTION.format(layer=layer)}.{letter}_scale" for layer in range(12) for letter in "kv"]
     write_checkpoint(
         tmp_path, {name: torch.zeros(4, 1, 1) for name in names}, config() | {"num_hidden_layers": 12}
     )
@@ -575,6 +573,30 @@ def test_another_on_problem(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         load_kv_scales(tmp_path, on_problem="ignore")
     assert str(error.value) == 'load_kv_scales: on_problem must be "raise" or "warn", got \'ignore\''
+
+
+# The classes by themselves
+
+
+@pytest.mark.parametrize(
+    ("v", "actual"),
+    [
+        (torch.ones(2, dtype=torch.bfloat16), "bfloat16 of shape [2]"),
+        (torch.ones(2, 1), "float32 of shape [2, 1]"),
+        (torch.tensor(1.0), "float32 of shape []"),
+    ],
+    ids=["dtype", "two dimensions", "no dimension"],
+)
+def test_scales_of_a_layer_are_float32_of_one_dimension(v: Tensor, actual: str) -> None:
+    with pytest.raises(ValueError) as error:
+        LayerScales(q=None, k=torch.ones(2), v=v)
+    assert str(error.value) == f"LayerScales: v must be float32 of one dimension, got {actual}"
+
+
+def test_query_heads_that_are_no_multiple_of_the_kv_heads() -> None:
+    with pytest.raises(ValueError) as error:
+        reduce_query_scale(torch.ones(7), num_kv_heads=2)
+    assert str(error.value) == "query scales must be a multiple of the 2 KV heads, got 7"
 
 
 # The summary

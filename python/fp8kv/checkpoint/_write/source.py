@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp8kv.checkpoint.files import INDEX_FILE
-from fp8kv.checkpoint.heads import Heads, heads_of_layers
+import torch
+
+from fp8kv._dtypes import REAL_DTYPES, dtype_name
+from fp8kv.checkpoint._read.config import CONFIG_FILE, MODELOPT_FILE, NESTED, Heads, heads_of_layers
+from fp8kv.checkpoint._read.safetensors import DTYPES, INDEX_FILE, StoredTensor, read_header
 from fp8kv.checkpoint.names import parse_scale_name
 from fp8kv.checkpoint.problems import CheckpointError
-from fp8kv.checkpoint.scheme import MODELOPT_FILE, NESTED
-from fp8kv.checkpoint.tensor_file import StoredTensor, read_tensor_file
 
-CONFIG = "config.json"
 _SINGLE_FILE = "model.safetensors"
 _SCALES_FILE = "model-kv-scales.safetensors"
 
-_FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_REAL_NAMES = {dtype_name(dtype): dtype for dtype in REAL_DTYPES}
 #: A parameter that makes keys: its module, and what is before the number of the layer.
 _KEYS = re.compile(
     r"(?P<module>(?P<layers>(?:.+\.)?[^.]+)\.\d+\.[^.]+)\.(?:k_proj|qkv_proj|query_key_value|c_attn|Wqkv)\..+"
@@ -63,13 +63,13 @@ class Source:
                 "KVScales.save: source must be a checkpoint without quantization, or one quantized with "
                 f"compressed-tensors, got {folder} with {MODELOPT_FILE}"
             )
-        config = _read_json(folder, CONFIG)
+        config = _read_json(folder, CONFIG_FILE)
         index = _read_json(folder, INDEX_FILE) if (folder / INDEX_FILE).exists() else None
         tensors, metadata, with_scales = {}, {}, set()
         for name in [_SINGLE_FILE] if index is None else _shards(folder, index):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"KVScales.save: source must have a file {name!r}, got {folder}")
-            stored, metadata[name] = read_tensor_file(folder / name)
+            stored, metadata[name] = read_header(folder / name)
             _check_index(folder, index, name, stored)
             tensors[name] = {key: value for key, value in stored.items() if parse_scale_name(key) is None}
             if len(tensors[name]) < len(stored):
@@ -83,7 +83,7 @@ class Source:
 
     def other_files(self) -> list[Path]:
         """Relative paths of what stays as it is when scales are replaced, files of tensors among them."""
-        replaced = {CONFIG, INDEX_FILE, self.file_for_scales, *self.with_scales}
+        replaced = {CONFIG_FILE, INDEX_FILE, self.file_for_scales, *self.with_scales}
         paths = (path.relative_to(self.folder) for path in _files(self.folder))
         return [path for path in paths if str(path) not in replaced]
 
@@ -111,16 +111,16 @@ class Source:
         (modules,) = found.values()
         return dict(sorted(modules.items()))
 
-    def dtype(self) -> str:
+    def dtype(self) -> torch.dtype:
         """The dtype of the model: what the config says, or that of the first tensor that isn't quantized."""
         nested = (self.config[name] for name in NESTED if isinstance(self.config.get(name), dict))
         for section in (self.config, *nested):
             for key in ("dtype", "torch_dtype"):
-                name = _FLOATS.get(str(section.get(key)).removeprefix("torch."))
-                if name is not None:
-                    return name
-        dtypes = (tensor.dtype for file in self.tensors.values() for tensor in file.values())
-        return next((dtype for dtype in dtypes if dtype in _FLOATS.values()), "F32")
+                dtype = _REAL_NAMES.get(str(section.get(key)).removeprefix("torch."))
+                if dtype is not None:
+                    return dtype
+        dtypes = (DTYPES.get(tensor.dtype) for file in self.tensors.values() for tensor in file.values())
+        return next((dtype for dtype in dtypes if dtype in REAL_DTYPES), torch.float32)
 
     def num_heads(self, layer: int) -> tuple[int, int]:
         """The number of query heads and of KV heads of a layer.
@@ -132,7 +132,8 @@ class Source:
         if heads.query is None or heads.kv is None or heads.query % heads.kv:
             raise ValueError(
                 "KVScales.save: source must have num_attention_heads, a multiple of num_key_value_heads, in "
-                f"its config, got {heads.query} and {heads.kv} for layer {layer} in {self.folder / CONFIG}"
+                f"its config, got {heads.query} and {heads.kv} for layer {layer} "
+                f"in {self.folder / CONFIG_FILE}"
             )
         return heads.query, heads.kv
 

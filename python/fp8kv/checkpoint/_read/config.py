@@ -1,12 +1,18 @@
-"""Which layers of a model have attention, and how many heads each of them, as config.json says it."""
+"""config.json: how it is read, and what it says of the attention layers and heads of a model."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from fp8kv.checkpoint.scheme import NESTED
+CONFIG_FILE = "config.json"
+#: Where ModelOpt writes what others put into config.json.
+MODELOPT_FILE = "hf_quant_config.json"
+#: Fields that hold the config of the language model of a larger one.
+NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_query_heads")
@@ -21,6 +27,37 @@ class Heads:
 
     query: int | None = None
     kv: int | None = None
+
+
+def read_configs(path: Path) -> list[dict[str, Any]]:
+    """The contents of a config file; of a directory, config.json and, if there is one, ModelOpt's file.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no config.json in the directory.
+        ValueError: a file is not JSON, or not an object.
+    """
+    files = [path]
+    if path.is_dir():
+        files = [path / CONFIG_FILE]
+        if (path / MODELOPT_FILE).exists():
+            files.append(path / MODELOPT_FILE)
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} must be a file, but is not there")
+    return [_read_object(file) for file in files]
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        contents = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} must be JSON, got: {error}") from None
+    if not isinstance(contents, dict):
+        raise ValueError(f"{file} must hold an object, got {type(contents).__name__}")
+    return contents
+
+
+# Layers and heads
 
 
 def heads_of_layers(config: dict[str, Any]) -> dict[int, Heads] | None:
