@@ -26,11 +26,16 @@ def require(module: str, extra: str, purpose: str) -> None:
         extra: of this package, which brings it; of fp8kv[extra].
         purpose: what needs it; the sentence begins with it.
     """
-    if importlib.util.find_spec(module) is None:
+    if not is_installed(module):
         raise ImportError(
             f"{purpose}: {module} must be installed, for example with pip install 'fp8kv[{extra}]'",
             name=module,
         )
+
+
+def is_installed(module: str) -> bool:
+    """Whether it can be imported."""
+    return importlib.util.find_spec(module) is not None
 
 
 def is_scale(x: float) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -22,15 +21,6 @@ class Format(NamedTuple):
     max: float
     min_scale: float
     cache_names: tuple[str, ...]
-
-    @property
-    def clip_limit(self) -> float:
-        """The next fp32 value above `max`.
-
-        The quotient of amax and the scale made of it can be this one, by rounding alone, so what is not above
-        it is not called clipped.
-        """
-        return self.max + 2.0 ** (math.frexp(self.max)[1] - 24)
 
 
 E4M3 = torch.float8_e4m3fn

@@ -7,7 +7,7 @@ import torch
 
 import fp8kv
 from fp8kv import GroupShape, QuantFP8, reference
-from fp8kv._library import introspect
+from fp8kv._ops import introspect
 from helpers import assert_same_bytes, each_fp8, each_real, random_scales, raw, values
 
 E4M3 = torch.float8_e4m3fn
