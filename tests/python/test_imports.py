@@ -267,7 +267,8 @@ def test_names_of_the_modules_that_moved_are_the_same_objects() -> None:
 
 
 def test_names_that_stay_warn_of_nothing() -> None:
-    names = "bench calibration checkpoint evaluation group_shape kv_cache reference transformers".split()
+    names = ["bench", "calibration", "checkpoint", "evaluation", "kv_cache", "reference", "transformers"]
+    names.append("group_shape")
     code = (
         "import importlib, torch, transformers, warnings\n"
         "warnings.simplefilter('error', DeprecationWarning)\n"

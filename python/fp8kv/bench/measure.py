@@ -1,4 +1,4 @@
-"""How things are measured: times on CUDA and on the CPU, the copies they stand beside, the host's side."""
+"""How things are measured: times on CUDA and on the CPU, of copies next to them, and of the host."""
 
 from __future__ import annotations
 
@@ -334,11 +334,11 @@ def _memmove(target: Tensor, source: Tensor) -> object:
     return target
 
 
-# The host's side
+# The host
 
 
 def host_cost(calls: dict[str, Call], device: torch.device, rounds: int) -> dict[str, float]:
-    """Microseconds an eager call costs the host, by name, beside `torch.zero_` in the same run.
+    """Microseconds an eager call costs the host, by name, with `torch.zero_` of the same run.
 
     Calls must be small: the queue is kept short, so that what is measured is the way to the launch. On CPU
     the work itself is part of it.

@@ -20,7 +20,8 @@ from fp8kv.calibration._model_reader import read
 from fp8kv.calibration._recorder import Recorder, all_ranks, is_first_rank
 from fp8kv.calibration.observers import check_observer, make_observer
 from fp8kv.calibration.texts import beginning, token_ids, windows_at
-from fp8kv.checkpoint import KVCacheScheme, KVScales
+from fp8kv.checkpoint.scales import KVScales
+from fp8kv.checkpoint.scheme import KVCacheScheme
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -104,7 +105,7 @@ def text_batches(
     seq_len: int = 1024,
     batch_size: int = 1,
 ) -> list[Tensor]:
-    """Cuts a text into windows for `calibrate`, always the same ones, spread evenly over the text.
+    """Splits a text into windows for `calibrate`: always the same ones, spread evenly over the text.
 
     Args:
         tokenizer: of `transformers`. If it begins a text with a special token, every window begins with it.

@@ -36,7 +36,7 @@ def read(
     """
     device = _input_device(model)
     num_embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    # Not inference_mode: buffers that a model computes anew in a forward pass would not be fit for training.
+    # Not inference_mode: buffers that a model computes in a forward pass would not be fit for training.
     with _evaluating(model), torch.no_grad(), _queries_of(recorder) if query else nullcontext():
         for batch in batches:
             ids, mask = _tokens(batch, num_embeddings)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed
 
 from fp8kv.calibration.observers import Observer
-from fp8kv.checkpoint import LayerScales
+from fp8kv.checkpoint.scales import LayerScales
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -93,7 +93,7 @@ class Recorder:
         }
 
     def warn_non_finite(self) -> None:
-        """Its place is where `calibrate` was called."""
+        """The warning points at the caller of `calibrate`."""
         places = []
         for (layer, name), observer in sorted(self._all().items()):
             num_elements, num_bad = observer.counts.tolist()

@@ -32,7 +32,7 @@ MODEL_DTYPE = (
     "float32."
 )
 CacheDir = Annotated[
-    OptionalPath, typer.Option(help="Where the small model is kept. Without: FP8KV_CACHE, or ~/.cache/fp8kv.")
+    OptionalPath, typer.Option(help="Where the small model is kept. Default: FP8KV_CACHE, or ~/.cache/fp8kv.")
 ]
 
 
@@ -110,16 +110,16 @@ def bench(
 def demo(
     model: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Your model: a directory or an id. Without: SmolLM2-135M-Instruct."),
+        typer.Option(help="Your model: a directory or an id. Default: SmolLM2-135M-Instruct."),
     ] = None,
     out: Annotated[OptionalPath, typer.Option(help="Keep the checkpoints in this directory.")] = None,
     plot: Annotated[OptionalPath, typer.Option(help="Write the picture (PNG) to this file.")] = Path(
         "demo.png"
     ),
-    question: Annotated[Optional[str], typer.Option(help="To be answered.")] = None,  # noqa: UP045
-    text: Annotated[OptionalPath, typer.Option(help="A text to take instead of CPython's reference.")] = None,
+    question: Annotated[Optional[str], typer.Option(help="Question for the model.")] = None,  # noqa: UP045
+    text: Annotated[OptionalPath, typer.Option(help="A text instead of CPython's reference.")] = None,
     windows: Annotated[int, typer.Option(help="Windows of the text to evaluate on.")] = 2,
-    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 8192,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help=MODEL_DTYPE)] = "auto",
@@ -146,15 +146,15 @@ def demo(
 def eval_(
     model: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Argument(metavar="[MODEL]", help="A directory or an id. Without: SmolLM2-135M-Instruct."),
+        typer.Argument(metavar="[MODEL]", help="A directory or an id. Default: SmolLM2-135M-Instruct."),
     ] = None,
-    text: Annotated[OptionalPath, typer.Option(help="A text to take instead of CPython's reference.")] = None,
+    text: Annotated[OptionalPath, typer.Option(help="A text instead of CPython's reference.")] = None,
     windows: Annotated[int, typer.Option(help="Windows of the text to evaluate on.")] = 8,
-    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 8192,
     first_tokens: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Tokens that scales on the fly are calculated from. Without: the first window."),
+        typer.Option(help="Tokens that scales on the fly are calculated from. Default: the first window."),
     ] = None,
     scales: Annotated[OptionalPath, typer.Option(help="A checkpoint whose scales are one more row.")] = None,
     only: Annotated[str, typer.Option(help="Only caches whose name contains this.")] = "",
@@ -165,7 +165,7 @@ def eval_(
     json: Annotated[OptionalPath, typer.Option(help="Write all numbers to this file.")] = None,
     plot: Annotated[OptionalPath, typer.Option(help="Write a picture (PNG) to this file.")] = None,
 ) -> None:
-    """Measures what FP8 KV caches cost a model in accuracy, and what they take, beside the 16-bit cache."""
+    """Compares FP8 KV caches with the 16-bit cache: accuracy of the model, memory and speed."""
     from fp8kv import evaluation
     from fp8kv.cli import evaluate as command
     from fp8kv.cli._command import CommandError
@@ -228,9 +228,9 @@ def calibrate(
     observer: Annotated[str, typer.Option(help='"static_minmax", "percentile" or "mse".')] = "static_minmax",
     percentile: Annotated[float, typer.Option(help="Of the magnitudes, for that observer.")] = 99.99,
     query: Annotated[bool, typer.Option("--query", help="Also scales for queries.")] = False,
-    text: Annotated[OptionalPath, typer.Option(help="A text to take instead of CPython's reference.")] = None,
+    text: Annotated[OptionalPath, typer.Option(help="A text instead of CPython's reference.")] = None,
     num_samples: Annotated[int, typer.Option(help="Windows of the text.")] = 128,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
     batch_size: Annotated[int, typer.Option(help="Windows that run at a time.")] = 1,
     device: Device = "auto",
     device_map: Annotated[

@@ -117,7 +117,7 @@ def inspect_checkpoint(checkpoint: str | Path) -> Inspection:
     """Reads all scales of a checkpoint as they are, and all that is wrong with them.
 
     Args:
-        checkpoint: a directory with config.json and .safetensors files, or one such file beside its config.
+        checkpoint: a directory with config.json and .safetensors files, or one such file next to its config.
 
     Raises:
         FileNotFoundError: there is no such directory or file.
@@ -248,13 +248,13 @@ def problem_lines(problems: Sequence[Problem]) -> Iterator[RenderableType]:
 
 def _ranges(numbers: set[int]) -> str:
     """As in "0-3, 7"."""
-    runs: list[list[int]] = []
+    ranges: list[list[int]] = []
     for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1].append(number)
         else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+            ranges.append([number])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in ranges)
 
 
 def verdict(inspection: Inspection) -> str:

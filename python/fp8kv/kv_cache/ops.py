@@ -35,12 +35,12 @@ def reshape_and_cache_flash(
         value: likewise, of the dtype of `key`.
         key_cache: ``[num_blocks, block_size, num_kv_heads, head_size]``, any strides; written.
         value_cache: likewise; both may be slices of one tensor.
-        slot_mapping: int32 or int64 ``[num_tokens]``. Tokens with a negative slot are skipped. The same slot
-            twice: the last token stays on the CPU; on CUDA any of them, not the same for all elements.
+        slot_mapping: int32 or int64 ``[num_tokens]``. Tokens with a negative slot are skipped. If a slot
+            occurs twice, the last token wins on the CPU; on CUDA each element comes from any of them.
         kv_cache_dtype: "fp8" or "fp8_e4m3", "fp8_e5m2" (caches of that dtype or uint8); "float32", "float16",
             "bfloat16" (caches of that dtype), "auto" (whichever of these three the caches are): not
             quantized, rounded where the dtypes differ.
-        k_scale: float32, 1 or num_kv_heads elements in any shape with even steps; not used without FP8.
+        k_scale: float32, 1 or num_kv_heads elements, evenly strided, in any shape; not used without FP8.
         v_scale: likewise.
 
     Raises:
@@ -144,7 +144,7 @@ def rope_quant_and_cache(
         value_cache: likewise; written.
         slot_mapping: likewise.
         kv_cache_dtype: likewise.
-        q_scale: float32, 1, num_kv_heads or num_heads elements in any shape with even steps; not used where
+        q_scale: float32, 1, num_kv_heads or num_heads elements, evenly strided, in any shape; not used where
             `query_out` is not FP8.
         k_scale: float32, 1 or num_kv_heads elements.
         v_scale: likewise.

@@ -35,7 +35,7 @@ class PagedKVCache:
     Attributes:
         storage: the one tensor of K and V, 0 at first: NHD
             ``[num_blocks, 2, block_size, num_kv_heads, head_size]``, HND
-            ``[num_blocks, 2, num_kv_heads, block_size, head_size]``. A block is one piece of memory.
+            ``[num_blocks, 2, num_kv_heads, block_size, head_size]``. A block is contiguous in memory.
         key_cache: the view ``[num_blocks, block_size, num_kv_heads, head_size]`` of it.
         value_cache: likewise.
         k_scale: float32 ``[1]`` or ``[num_kv_heads]``; of a dynamic cache
@@ -133,7 +133,7 @@ class PagedKVCache:
         return host
 
     def use_scales(self, k_scale: Tensor, v_scale: Tensor) -> None:
-        """Takes these very tensors as scales: changes of theirs are changes of this cache's.
+        """Uses these tensors as scales without a copy: later changes in place apply.
 
         What is in the cache is not touched; it means something else if the values differ.
 
@@ -312,11 +312,11 @@ class PagedKVCache:
         self._check_source(source)
         mapping = self._checked_mapping(block_mapping, source)
         origin, target = mapping[:, 0].to(source.device), mapping[:, 1].to(self.device)
-        pieces = [part.index_select(0, origin) for part in source._words()]
+        copies = [part.index_select(0, origin) for part in source._words()]
         if source.layout != self.layout:
-            pieces[0] = pieces[0].transpose(2, 3)
-        for part, piece in zip(self._words(), pieces, strict=True):
-            part.index_copy_(0, target, piece.to(self.device))
+            copies[0] = copies[0].transpose(2, 3)
+        for part, copied in zip(self._words(), copies, strict=True):
+            part.index_copy_(0, target, copied.to(self.device))
 
     def _check_source(self, source: PagedKVCache) -> None:
         for name in ("block_size", "num_kv_heads", "head_size", "dtype", "dynamic"):
@@ -407,9 +407,14 @@ class PagedKVCache:
 
     def __repr__(self) -> str:
         per_head = self.k_scale.numel() > 1 or self.v_scale.numel() > 1
-        quantized = self.dtype.itemsize == 1
         scales = (
-            "dynamic" if self.dynamic else "per head" if per_head else "per tensor" if quantized else None
+            "dynamic"
+            if self.dynamic
+            else "per head"
+            if per_head
+            else "per tensor"
+            if self.dtype in FORMATS
+            else None
         )
         return (
             f"PagedKVCache(num_blocks={self.num_blocks}, block_size={self.block_size}, "

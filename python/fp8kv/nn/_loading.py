@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fp8kv._checks import check_scale_values
 from fp8kv._dtypes import dtype_name
-from fp8kv.checkpoint import reduce_query_scale
 from fp8kv.checkpoint.names import parse_scale_name
+from fp8kv.checkpoint.scales import reduce_query_scale
 
 
 class LayerShape:
@@ -79,13 +79,13 @@ class LayerState:
             if name is None:
                 self.unknown.append(key)
                 continue
-            layer, sides, kind = name
+            layer, letters, kind = name
             layers.update(() if layer is None else (layer,))
             try:
                 if kind == "zero_point":
                     _check_zero_point(key, tensor)
                 else:
-                    self._add(key, sides, tensor, shape)
+                    self._add(key, letters, tensor, shape)
             except ValueError as error:
                 self.errors.append(f"AttentionScales: {error}")
         if len(layers) > 1:
@@ -94,16 +94,16 @@ class LayerState:
                 f"AttentionScales: state_dict must hold the scales of one layer, got layers {numbers}"
             ]
 
-    def _add(self, key: str, sides: str, tensor: Any, shape: LayerShape) -> None:
-        scale = shape.fit(key, tensor, query=sides == "q")
-        for side in sides:
-            other = self.scales.get(side)
+    def _add(self, key: str, letters: str, tensor: Any, shape: LayerShape) -> None:
+        scale = shape.fit(key, tensor, query=letters == "q")
+        for letter in letters:
+            other = self.scales.get(letter)
             if other is not None and not torch.equal(other, scale):
                 raise ValueError(
-                    f"{key} must equal {self._names[side]}, as both are the {side}_scale of the layer, "
+                    f"{key} must equal {self._names[letter]}, as both are the {letter}_scale of the layer, "
                     f"got {scale.tolist()} and {other.tolist()}"
                 )
-            self.scales[side], self._names[side] = scale, key
+            self.scales[letter], self._names[letter] = scale, key
 
 
 def parse_relative_name(name: str) -> tuple[int | None, str, str] | None:

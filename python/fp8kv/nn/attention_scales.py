@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fp8kv._checks import STRATEGIES, check_choice, listed
 from fp8kv._dtypes import CACHE_NAMES, FORMATS, REAL_DTYPES, dtype_name
-from fp8kv.checkpoint import LayerScales
+from fp8kv.checkpoint.scales import LayerScales
 from fp8kv.kv_cache import PagedKVCache, reshape_and_cache_flash, rope_quant_and_cache
 from fp8kv.nn._loading import LayerShape, LayerState, name_below_owner, parse_relative_name
 from fp8kv.nn.statistics import Observations, Observed, observe_groups, reduced
@@ -37,9 +37,9 @@ class AttentionScales(nn.Module):
     whole or from the layer or the attention on, in any floating-point dtype and in the shapes ``[]``,
     ``[1]``, ``[H]`` and ``[H, 1, 1]``. One element serves all heads, a `kv_scale` K and V; query scales of
     all heads become those of their KV groups, the largest of each. A missing `q_scale` leaves the present
-    one; missing others are missing keys. Refused are scales that are not finite, not above 0 or not of the
-    right number, names for the same scale that disagree, and zero points other than 0; nothing of this layer
-    is changed then. ``assign=True`` copies in place too, but makes a module on the meta device a real one.
+    one; missing others are missing keys. Rejects scales that are not finite, not above 0 or not of the right
+    number, names for the same scale that disagree, and zero points other than 0; then nothing of this layer
+    changes. ``assign=True`` copies in place too, but makes a module on the meta device a real one.
     Names at the level of the parent, such as ``layers.3.self_attn.k_scale`` for a module
     ``layers.3.self_attn.attn``, need `accept_foreign_names`.
 
@@ -63,7 +63,7 @@ class AttentionScales(nn.Module):
         q_amax, k_amax, v_amax: float32, the largest finite magnitudes observed; not in the state dict, as are
             the counts `q_clipped`, `k_clipped`, `v_clipped`, `q_observed`, `k_observed`, `v_observed`, int64.
         calculate_kv_scales: as above; `freeze` makes it False. It is a constant in compiled and captured
-            code: compiled code is compiled anew when it changes, captured code goes on observing.
+            code: compiled code is compiled again when it changes, captured code goes on observing.
         num_heads, num_kv_heads, head_size, strategy, dtype: as above.
 
     Raises:
@@ -118,12 +118,12 @@ class AttentionScales(nn.Module):
         self.dtype = dtype
         self._shape = LayerShape(num_heads, num_kv_heads, strategy)
         count = self._shape.num_scales
-        for side in "qkv":
-            self.register_buffer(f"{side}_scale", torch.ones(count, dtype=torch.float32, device=device))
-        for side in "qkv":
+        for letter in "qkv":
+            self.register_buffer(f"{letter}_scale", torch.ones(count, dtype=torch.float32, device=device))
+        for letter in "qkv":
             for kind, of in (("amax", torch.float32), ("clipped", torch.int64), ("observed", torch.int64)):
                 zeros = torch.zeros(count, dtype=of, device=device)
-                self.register_buffer(f"{side}_{kind}", zeros, persistent=False)
+                self.register_buffer(f"{letter}_{kind}", zeros, persistent=False)
 
     # Use
 
@@ -362,8 +362,8 @@ class AttentionScales(nn.Module):
         if query is not None:
             groups["q"] = self._grouped("observe", "query", query, self.num_heads)
         self._check_observed(groups, slot_mapping)
-        for side, x in groups.items():
-            self._observe(side, x, slot_mapping)
+        for letter, x in groups.items():
+            self._observe(letter, x, slot_mapping)
 
     def discard_observations(self) -> None:
         """Forgets what was seen: the end of a warm-up. In place, without synchronization.
@@ -376,9 +376,9 @@ class AttentionScales(nn.Module):
             >>> print(scales.observations())
             Nothing was observed.
         """
-        for side in "qkv":
+        for letter in "qkv":
             for kind in ("amax", "clipped", "observed"):
-                self._buffer(side, kind).zero_()
+                self._buffer(letter, kind).zero_()
 
     def observations(self, group: ProcessGroup | None = None) -> Observations:
         """What was seen since the beginning, or since the last `discard_observations` or `freeze`.
@@ -400,12 +400,14 @@ class AttentionScales(nn.Module):
             >>> scales.observations().k
             Observed(amax=(3.0, 5.0), clipped=(0, 0), observed=(64, 64))
         """
-        amax = torch.stack([self._buffer(side, "amax") for side in "qkv"])
-        counts = torch.stack([self._buffer(side, kind) for kind in ("clipped", "observed") for side in "qkv"])
+        amax = torch.stack([self._buffer(letter, "amax") for letter in "qkv"])
+        counts = torch.stack(
+            [self._buffer(letter, kind) for kind in ("clipped", "observed") for letter in "qkv"]
+        )
         amax, counts = reduced(amax, counts, group)
         clipped, observed = counts.chunk(2)
-        sides = zip(amax.tolist(), clipped.tolist(), observed.tolist(), strict=True)
-        return Observations(*(Observed(*(tuple(row) for row in side)) for side in sides))
+        rows = zip(amax.tolist(), clipped.tolist(), observed.tolist(), strict=True)
+        return Observations(*(Observed(*map(tuple, row)) for row in rows))
 
     def freeze(self, group: ProcessGroup | None = None, margin: float = 1.0) -> Observations:
         """Makes scales of what was seen, ``max(amax * margin / max, 1 / (max * 512))``, and forgets it.
@@ -445,12 +447,12 @@ class AttentionScales(nn.Module):
                 "AttentionScales.freeze: keys and values must have been observed, got none; call observe, or "
                 "update_cache with calculate_kv_scales=True, on real traffic first"
             )
-        for side, observed in (("q", seen.q), ("k", seen.k), ("v", seen.v)):
+        for letter, observed in (("q", seen.q), ("k", seen.k), ("v", seen.v)):
             if sum(observed.observed):
                 amax = (torch.tensor(observed.amax, device="cpu") * margin).clamp(
                     max=torch.finfo(torch.float32).max
                 )
-                self._buffer(side, "scale").copy_(scale_of_amax(amax, self.dtype))
+                self._buffer(letter, "scale").copy_(scale_of_amax(amax, self.dtype))
         self.discard_observations()
         self.calculate_kv_scales = False
         return seen
@@ -478,9 +480,11 @@ class AttentionScales(nn.Module):
         """
         given = {"q": scales.q, "k": scales.k, "v": scales.v}
         fitting = {
-            side: self._shape.fit(f"AttentionScales.load_scales: scales.{side}", scale, query=side == "q")
-            for side, scale in given.items()
-            if side != "q" or scale is not None
+            letter: self._shape.fit(
+                f"AttentionScales.load_scales: scales.{letter}", scale, query=letter == "q"
+            )
+            for letter, scale in given.items()
+            if letter != "q" or scale is not None
         }
         if self.k_scale.is_meta:
             raise ValueError(
@@ -537,7 +541,7 @@ class AttentionScales(nn.Module):
             error_msgs.extend(state.errors)
             return
         if strict:
-            missing_keys.extend(f"{prefix}{side}_scale" for side in "kv" if side not in state.scales)
+            missing_keys.extend(f"{prefix}{letter}_scale" for letter in "kv" if letter not in state.scales)
         if self.k_scale.is_meta and state.scales:
             if not local_metadata.get("assign_to_params_buffers", False):
                 error_msgs.append(
@@ -550,8 +554,8 @@ class AttentionScales(nn.Module):
         self._copy(state.scales)
 
     def _copy(self, scales: Mapping[str, Tensor]) -> None:
-        for side, scale in scales.items():
-            self._buffer(side, "scale").copy_(scale)
+        for letter, scale in scales.items():
+            self._buffer(letter, "scale").copy_(scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AttentionScales:
         """Moves the buffers, but keeps their dtypes: ``model.half()`` must not round scales."""
@@ -563,22 +567,22 @@ class AttentionScales(nn.Module):
         had_values = not self.k_scale.is_meta
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         if not had_values and not self.k_scale.is_meta:
-            for side in "qkv":
-                self._buffer(side, "scale").fill_(1.0)
+            for letter in "qkv":
+                self._buffer(letter, "scale").fill_(1.0)
             self.discard_observations()
         return self
 
     # Helpers
 
-    def _buffer(self, side: str, kind: str) -> Tensor:
-        buffer = getattr(self, f"{side}_{kind}")
+    def _buffer(self, letter: str, kind: str) -> Tensor:
+        buffer = getattr(self, f"{letter}_{kind}")
         assert isinstance(buffer, Tensor)
         return buffer
 
-    def _observe(self, side: str, groups: Tensor, slot_mapping: Tensor | None) -> None:
+    def _observe(self, letter: str, groups: Tensor, slot_mapping: Tensor | None) -> None:
         observe_groups(
             groups if slot_mapping is None else groups[: slot_mapping.shape[0]],
-            *(self._buffer(side, kind) for kind in ("scale", "amax", "clipped", "observed")),
+            *(self._buffer(letter, kind) for kind in ("scale", "amax", "clipped", "observed")),
             _LIMITS[self.dtype],
             slot_mapping,
         )
@@ -632,8 +636,8 @@ class AttentionScales(nn.Module):
                 f"{slot_mapping.device}"
             )
         rows = 0 if slot_mapping is None else slot_mapping.shape[0]
-        for side, x in groups.items():
-            name = {"q": "query", "k": "key", "v": "value"}[side]
+        for letter, x in groups.items():
+            name = {"q": "query", "k": "key", "v": "value"}[letter]
             if x.dtype not in REAL_DTYPES or x.device != device:
                 raise ValueError(
                     f"AttentionScales.observe: {name} must be float32, float16 or bfloat16 on {device}, "

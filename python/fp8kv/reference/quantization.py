@@ -180,7 +180,7 @@ def dequantize(
 
 @dataclass(frozen=True)
 class _Grid:
-    """An input seen as `view_shape`, each dimension cut into `counts` groups of `blocks` elements."""
+    """An input seen as `view_shape`, each dimension split into `counts` groups of `blocks` elements."""
 
     shape: tuple[int, ...]
     view_shape: tuple[int, ...]
