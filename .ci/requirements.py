@@ -14,5 +14,5 @@ except ModuleNotFoundError:  # Python 3.10
 project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]
 extras = [extra for name, extra in project["optional-dependencies"].items() if name != "llmcompressor"]
 for requirement in (*project["dependencies"], *(requirement for extra in extras for requirement in extra)):
-    if not re.match(r"torch\b", requirement):
+    if not re.match(r"(torch|fp8kv)\b", requirement):  # fp8kv[...]: extras that are printed anyway
         print(requirement)

@@ -12,10 +12,10 @@ Example:
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from fp8kv import _library, reference
-from fp8kv.attention_scales import AttentionScales
+from fp8kv import _moved, _ops
 from fp8kv.calibration import calibrate
 from fp8kv.checkpoint import (
     CheckpointError,
@@ -35,9 +35,8 @@ from fp8kv.kv_cache import (
     reshape_and_cache_flash_dynamic,
     rope_quant_and_cache,
 )
-from fp8kv.observations import Observations
-from fp8kv.quant_fp8 import QuantFP8
-from fp8kv.quantize import (
+from fp8kv.nn import AttentionScales, Observations, QuantFP8
+from fp8kv.quantization import (
     dequantize,
     dynamic_scaled_fp8_quant,
     group_amax,
@@ -46,7 +45,12 @@ from fp8kv.quantize import (
     static_scaled_fp8_quant,
 )
 
-__version__: str = _library.introspect().version()
+if TYPE_CHECKING:
+    from fp8kv import reference
+
+_moved.install()
+
+__version__ = _ops.version()
 
 __all__ = [
     "AttentionScales",
@@ -96,15 +100,23 @@ def build_info() -> dict[str, Any]:
     """
     import torch
 
-    module = _library.introspect()
     return {
         "version": __version__,
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
-        "compiler": module.compiler(),
-        "cpu_isa": module.cpu_isa(),
-        "cpu_isas": module.cpu_isas(),
-        "libraries": {name: str(path) for name, path in _library.loaded.items()},
-        "cuda_architectures": torch.ops.fp8kv.cuda_architectures() if "cuda" in _library.loaded else None,
-        "cuda_missing": _library.cuda_missing,
+        "compiler": _ops.compiler(),
+        "cpu_isa": _ops.cpu_isa(),
+        "cpu_isas": _ops.cpu_isas(),
+        "libraries": {name: str(path) for name, path in _ops.loaded.items()},
+        "cuda_architectures": _ops.cuda_architectures(),
+        "cuda_missing": _ops.cuda_missing,
     }
+
+
+def __getattr__(name: str) -> Any:
+    """`reference`, which nothing here needs, and modules under their old names."""
+    if name == "reference":
+        return importlib.import_module("fp8kv.reference")
+    if f"fp8kv.{name}" in _moved.MOVED:
+        return _moved.moved(f"fp8kv.{name}", stacklevel=2)
+    raise AttributeError(f"module 'fp8kv' has no attribute {name!r}")

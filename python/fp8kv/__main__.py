@@ -1,5 +1,5 @@
 """`python -m fp8kv`: the command line."""
 
-from fp8kv._cli import main
+from fp8kv.cli import main
 
 main()

@@ -1,11 +1,10 @@
-"""Every example runs: the docstrings of the package, and the Python blocks of README.md and docs/*.md."""
+"""Every example runs: the docstrings of the package, and the Python blocks of README.md and docs/."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
 import os
-import pkgutil
 import re
 import runpy
 from pathlib import Path
@@ -15,12 +14,13 @@ import pytest
 import fp8kv
 
 ROOT = Path(__file__).parents[2]
-MODULES = ["fp8kv"] + [
-    module.name
-    for module in pkgutil.walk_packages([str(ROOT / "python" / "fp8kv")], "fp8kv.")
-    if module.name != "fp8kv.__main__"
+PACKAGE = ROOT / "python"
+MODULES = [
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+    for path in sorted((PACKAGE / "fp8kv").rglob("*.py"))
+    if path.name != "__main__.py"
 ]
-PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if page.exists()]
+PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if page.exists()]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -117,6 +117,12 @@ def test_schema(op: str) -> None:
     assert str(getattr(ops, op).default._schema) == f"fp8kv::{op}{SCHEMAS[op]}"
 
 
+def test_these_are_all_operators_that_write() -> None:
+    names = [name.split("::") for name in torch._C._dispatch_get_all_op_names()]
+    public = [name for space, name in names if space == "fp8kv" and not name.startswith("_")]
+    assert sorted(name for name in public if not getattr(ops, name).default._schema.returns) == sorted(OPS)
+
+
 # torch.compile
 
 

@@ -31,7 +31,7 @@ __all__ = ["SUITES", "Report", "Row", "Suite", "host_table", "plot", "run", "tab
 
 
 class Suite(NamedTuple):
-    """What one benchmark measures, from a device and, for the cases, whether they shall be few, and warm."""
+    """One benchmark: ``cases(device, quick, warm)`` yields its cases."""
 
     cases: Callable[[torch.device, bool, bool], Iterable[Case[Any]]]
     host_calls: Callable[[torch.device], dict[str, Call]]
@@ -39,7 +39,7 @@ class Suite(NamedTuple):
 
 
 SUITES = {
-    "quantize": Suite(quantize.cases, quantize.host_calls),
+    "quantize": Suite(lambda device, quick, warm: quantize.cases(device, quick), quantize.host_calls),
     "cache": Suite(kv_cache.cases, kv_cache.host_calls),
     "decode": Suite(decode.cases, decode.host_calls, decode.PEERS),
 }

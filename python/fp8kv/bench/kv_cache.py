@@ -1,6 +1,6 @@
 """The operators of the paged KV cache, on the geometries of known models.
 
-All caches of a run lie in the same two pieces of memory, one for K and one for V, which fit into no cache of
+All caches of a run lie in the same two allocations, one for K and one for V, which fit into no cache of
 the hardware unless the run is warm. Every call has keys, values and slots of its own; the slots are random
 and distinct. A gather reads sequences of at most 1024 tokens in random blocks.
 
@@ -69,9 +69,9 @@ class Caches:
     @cached_property
     def memory(self) -> list[Tensor]:
         """Random finite values."""
-        pieces = torch.randint(127, (2, 1 << 20), dtype=torch.uint8, device=self.device)
+        patterns = torch.randint(127, (2, 1 << 20), dtype=torch.uint8, device=self.device)
         size = WARM_CACHE_BYTES if self.warm else CACHE_BYTES[self.device.type]
-        return [piece.repeat(size >> 20) for piece in pieces]
+        return [pattern.repeat(size >> 20) for pattern in patterns]
 
     def views(self, heads: int, head_size: int, layout: str) -> list[Tensor]:
         """[num_blocks, block_size, num_kv_heads, head_size]"""

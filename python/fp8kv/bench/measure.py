@@ -1,23 +1,24 @@
-"""How things are measured: times on CUDA and on the CPU, the copies they stand beside, the host's side."""
+"""How things are measured: times on CUDA and on the CPU, of copies next to them, and of the host."""
 
 from __future__ import annotations
 
 import importlib
 import math
 import os
-import platform
 import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from fp8kv import _library
+from fp8kv._checks import require
+from fp8kv._dtypes import E4M3
+from fp8kv._machine import cpu_name
+from fp8kv._ops import each_cpu_isa
 from fp8kv.bench.report import Report, Row
 
 Call = Callable[[], object]
@@ -25,7 +26,7 @@ Buffers = TypeVar("Buffers")
 cuda: Any = torch.cuda  # largely without annotations
 
 INPUT = torch.bfloat16
-FP8 = torch.float8_e4m3fn
+FP8 = E4M3
 PEERS = ("torch eager", "torch.compile", "vllm")
 
 
@@ -266,31 +267,29 @@ def _run_cpu(
     peers: Sequence[str],
     progress: Callable[[str], None],
 ) -> Report:
+    require("numpy", "cli", "fp8kv.bench on the CPU")
     samples = 3 if quick else 7
-    introspect = _library.introspect()
     report = Report.begin(
         what,
-        _cpu_name(),
+        f"{cpu_name()} ({os.cpu_count()} CPUs)",
         "copy of as many bytes with as many threads; with one, the better of Tensor.copy_ and memmove",
     )
     peers = ("torch eager", *(name for name in peers if name == "torch.compile"))
-    before = (introspect.cpu_isa(), torch.get_num_threads())
+    before = torch.get_num_threads()
     try:
-        for threads in sorted({1, before[1]}):
+        for threads in sorted({1, before}):
             torch.set_num_threads(threads)
             for case in cases:
                 progress(f"{case.name}, {threads} threads")
                 report.rows += _cpu_rows(case, threads, samples, peers, report)
     finally:
-        introspect.force_cpu_isa(before[0])
-        torch.set_num_threads(before[1])
+        torch.set_num_threads(before)
     return report
 
 
 def _cpu_rows(
     case: Case[Any], threads: int, samples: int, peers: Sequence[str], report: Report
 ) -> Iterator[Row]:
-    introspect = _library.introspect()
     count = max(2, min(32, (64 << 20) // case.size))
     buffers = case.buffers(count)
     half = case.size // 2
@@ -300,8 +299,7 @@ def _cpu_rows(
         copies.append(_memmove)
     floor_us = min(cpu_time([_copy_call(copy, b, a) for a, b in pairs], samples) for copy in copies)
     times = _peer_times(peers, case, buffers, lambda calls: cpu_time(calls, samples), report)
-    for isa in introspect.cpu_isas():
-        introspect.force_cpu_isa(isa)
+    for isa in each_cpu_isa():
         us = cpu_time([case.ours(b) for b in buffers], samples)
         row = _row(case, us, floor_us, times)
         row.isa, row.threads = isa, threads
@@ -336,21 +334,11 @@ def _memmove(target: Tensor, source: Tensor) -> object:
     return target
 
 
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()} ({os.cpu_count()} CPUs)"
-    except OSError:
-        pass
-    return f"{platform.processor() or platform.machine()} ({os.cpu_count()} CPUs)"
-
-
-# The host's side
+# The host
 
 
 def host_cost(calls: dict[str, Call], device: torch.device, rounds: int) -> dict[str, float]:
-    """Microseconds an eager call costs the host, by name, beside `torch.zero_` in the same run.
+    """Microseconds an eager call costs the host, by name, with `torch.zero_` of the same run.
 
     Calls must be small: the queue is kept short, so that what is measured is the way to the launch. On CPU
     the work itself is part of it.

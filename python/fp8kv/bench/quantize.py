@@ -41,7 +41,7 @@ SHAPES = {
 QUICK_SHAPES = {"cuda": ((16, 4096), (1024, 4096)), "cpu": ((16, 4096),)}
 
 
-def cases(device: torch.device, quick: bool, warm: bool) -> Iterator[QuantizeCase]:
+def cases(device: torch.device, quick: bool) -> Iterator[QuantizeCase]:
     for work, (kind, group) in WORKS.items():
         for shape in (QUICK_SHAPES if quick else SHAPES)[device.type]:
             yield QuantizeCase(work, shape, device, kind, group)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import fp8kv
+from fp8kv import _ops
+from fp8kv._checks import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +62,7 @@ class Report:
     def begin(what: str, device: str, floor: str) -> Report:
         """An empty report of this version, of now."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        return Report(what, device, torch.__version__, now, fp8kv.__version__, floor)
+        return Report(what, device, torch.__version__, now, _ops.version(), floor)
 
     @property
     def title(self) -> str:
@@ -81,6 +82,7 @@ class Report:
 
 def table(report: Report) -> Table:
     """The report as a rich table."""
+    require("rich", "cli", "a table")
     from rich.table import Table
 
     on_cpu = any(row.isa for row in report.rows)
@@ -119,6 +121,7 @@ def table(report: Report) -> Table:
 
 def host_table(report: Report) -> Table:
     """The host cost of the report as a rich table."""
+    require("rich", "cli", "a table")
     from rich.table import Table
 
     result = Table(title=f"Host cost of an eager call on {report.device}")
@@ -140,6 +143,7 @@ def plot(report: Report, path: Path, target: float = 0.95) -> None:
     Of quantization a bar for each shape. Of caches and steps the share over the number of tokens, with a line
     for each geometry. Of the CPU's instruction sets the last only, which is the best.
     """
+    require("matplotlib", "plot", "a chart")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -15,10 +15,10 @@ _KINDS = r"_(?P<kind>scale|zero_point)"
 _FORMS = [
     re.compile(form)
     for form in (
-        rf"(?:attn\.)?(?P<side>q|k|v|kv){_KINDS}",
-        rf"(?:qkv|qkqkv)_proj\.(?P<side>q|k|v|kv){_KINDS}",
-        rf"(?P<side>[qkv])_proj\.(?:(?P=side)|output){_KINDS}",
-        r"(?P<side>q|[kv](?=_cache))(?:_cache)?\.(?P<kind>scale|zero_point)",
+        rf"(?:attn\.)?(?P<letter>q|k|v|kv){_KINDS}",
+        rf"(?:qkv|qkqkv)_proj\.(?P<letter>q|k|v|kv){_KINDS}",
+        rf"(?P<letter>[qkv])_proj\.(?:(?P=letter)|output){_KINDS}",
+        r"(?P<letter>q|[kv](?=_cache))(?:_cache)?\.(?P<kind>scale|zero_point)",
     )
 ]
 
@@ -45,17 +45,17 @@ def remap_scale_name(name: str) -> str | None:
     found = parse_scale_name(name)
     if found is None:
         return None
-    layer, sides, kind = found
-    return f"model.layers.{layer}.self_attn.{sides[0]}_{kind}"
+    layer, letters, kind = found
+    return f"model.layers.{layer}.self_attn.{letters[0]}_{kind}"
 
 
 def parse_scale_name(name: str) -> tuple[int, str, str] | None:
-    """Layer, sides ("q", "k", "v" or "kv") and kind ("scale" or "zero_point"); None if it is no such name."""
+    """Layer, letters ("q", "k", "v" or "kv") and kind ("scale" or "zero_point"); None for other tensors."""
     module = _ATTENTION.fullmatch(name)
     if module is None or _OTHER_MODELS.search(module["prefix"]):
         return None
     for form in _FORMS:
         match = form.fullmatch(module["rest"])
         if match is not None:
-            return int(module["layer"]), match["side"], match["kind"]
+            return int(module["layer"]), match["letter"], match["kind"]
     return None

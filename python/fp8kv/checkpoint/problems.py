@@ -11,7 +11,7 @@ Severity = Literal["error", "warning", "note"]
 
 @dataclass(frozen=True)
 class Problem:
-    """One finding of `fp8kv.audit_checkpoint`.
+    """One of the results of `fp8kv.audit_checkpoint`.
 
     Attributes:
         kind: what is wrong, in one word with hyphens, such as "not-finite"; the kinds are listed in
@@ -51,7 +51,7 @@ class CheckpointError(ValueError):
     """The scales of a checkpoint cannot be used.
 
     Attributes:
-        problems: all findings of severity "error".
+        problems: all those of severity "error".
 
     Example:
         >>> import json, pathlib, tempfile
@@ -70,3 +70,72 @@ class CheckpointError(ValueError):
     def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
         super().__init__(message)
         self.problems = list(problems)
+
+
+# The kinds of problems; docs/checkpoints.md lists them
+
+_RECALIBRATE = "Calibrate the model anew, for example with fp8kv calibrate."
+_DOWNLOAD = "Download or copy the file again."
+_IGNORE_QUERY = (
+    "Ignore the query scales and leave queries unquantized (load_kv_scales(..., query=False)), "
+    "or calibrate the model anew."
+)
+
+#: Severity and remedy of each kind.
+KINDS: dict[str, tuple[Severity, str]] = {
+    "config-unreadable": ("error", "Give the checkpoint the config.json of its model."),
+    "scheme-unsupported": (
+        "error",
+        "Quantize the model with static, symmetric FP8 scales per tensor or head.",
+    ),
+    "scheme-missing": (
+        "error",
+        "Add the kv_cache_scheme that the scales were made with to quantization_config in config.json; "
+        "engines ignore the scales without it.",
+    ),
+    "not-quantized": ("error", "Calibrate the model, for example with fp8kv calibrate."),
+    "file-missing": ("error", _DOWNLOAD),
+    "file-corrupt": ("error", _DOWNLOAD),
+    "tensor-missing": ("error", "Download or copy the index and this file again, from one source."),
+    "layer-missing": (
+        "error",
+        "Calibrate the model anew, with all attention layers; engines silently use the scale 1.0.",
+    ),
+    "scale-missing": ("error", _RECALIBRATE),
+    "query-scale-missing": ("error", _IGNORE_QUERY),
+    "query-scale": ("error", "It looks like uninitialized memory. " + _IGNORE_QUERY),
+    "not-finite": ("error", _RECALIBRATE),
+    "not-positive": ("error", _RECALIBRATE),
+    "implausible": ("error", _RECALIBRATE),
+    "head-count": (
+        "error",
+        "Use the config.json that the scales were made with, or calibrate the model anew.",
+    ),
+    "wrong-dtype": ("error", "Store scales as float32, float16 or bfloat16."),
+    "zero-point": ("error", "Quantize the model anew with symmetric scales."),
+    "conflicting-scales": ("error", "Remove the scales that are out of date, or calibrate the model anew."),
+    "observer": (
+        "warning",
+        "Compare the model's accuracy with that of a 16-bit cache, or calibrate anew with an observer that "
+        "keeps all batches, such as static_minmax.",
+    ),
+    "duplicate-scale": ("note", "Nothing needs to be done; one of them is enough."),
+    "unexpected-layer": ("note", "Nothing needs to be done if it belongs to a draft model."),
+    "unused-query-scale": ("note", "Nothing needs to be done; queries stay unquantized, as the config says."),
+    "zero-head": ("note", "Nothing needs to be done if these heads are always zero."),
+}
+
+
+def make_problem(
+    kind: str,
+    message: str,
+    *,
+    layer: int | None = None,
+    tensor: str | None = None,
+    value: object = None,
+) -> Problem:
+    """A problem of one of `KINDS`, with its severity and remedy."""
+    severity, remedy = KINDS[kind]
+    text = None if value is None else str(value)
+    where = "" if layer is None else f"Layer {layer}: "
+    return Problem(kind, severity, f"{where}{message}.", remedy, layer, tensor, text)

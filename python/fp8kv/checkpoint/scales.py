@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -10,6 +10,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from fp8kv._dtypes import dtype_name
+from fp8kv.checkpoint._write.checkpoint import write_checkpoint
 from fp8kv.checkpoint.problems import Problem, Severity
 from fp8kv.checkpoint.scheme import KVCacheScheme
 
@@ -39,23 +41,25 @@ class LayerScales:
     v: Tensor | None
 
     def __post_init__(self) -> None:
-        for name in ("q", "k", "v"):
-            scale = getattr(self, name)
+        for letter, scale in by_letter(self).items():
             if scale is not None and (scale.dtype != torch.float32 or scale.dim() != 1):
                 raise ValueError(
-                    f"LayerScales: {name} must be float32 of one dimension, "
-                    f"got {str(scale.dtype).removeprefix('torch.')} of shape {list(scale.shape)}"
+                    f"LayerScales: {letter} must be float32 of one dimension, "
+                    f"got {dtype_name(scale.dtype)} of shape {list(scale.shape)}"
                 )
 
     def shard(self, tp_rank: int, tp_size: int) -> LayerScales:
         """The scales of the KV heads that a tensor-parallel rank owns; see `kv_heads_of_rank`."""
-        return LayerScales(*(_shard(scale, tp_rank, tp_size) for scale in (self.q, self.k, self.v)))
+
+        def of_rank(scale: Tensor) -> Tensor:
+            # One element is the scale of the tensor, or of its only head: in both cases every rank's.
+            return scale[kv_heads_of_rank(scale.numel(), tp_rank, tp_size)]
+
+        return mapped(self, of_rank)
 
     def to(self, device: torch.device | str) -> LayerScales:
         """The same on another device."""
-        return LayerScales(
-            *(None if scale is None else scale.to(device) for scale in (self.q, self.k, self.v))
-        )
+        return mapped(self, lambda scale: scale.to(device))
 
 
 class KVScales(Mapping[int, LayerScales]):
@@ -119,15 +123,15 @@ class KVScales(Mapping[int, LayerScales]):
         scheme = self.scheme
         lines = [
             f"strategy {scheme.strategy}, observer {scheme.observer or 'unknown'}, by {scheme.producer}",
-            _count(len(self), "layer") + self._heads(),
+            counted(len(self), "layer") + self._heads(),
         ]
-        for side in "qkv":
-            scales = [scale for layer in self.values() if (scale := getattr(layer, side)) is not None]
+        for letter in "qkv":
+            scales = [x for layer in self.values() if (x := by_letter(layer)[letter]) is not None]
             if scales:
                 x = torch.cat(scales)
-                lines.append(f"{side}: {x.min():.4g} to {x.max():.4g}, median {x.median():.4g}")
+                lines.append(f"{letter}: {x.min():.4g} to {x.max():.4g}, median {x.median():.4g}")
         severities = [problem.severity for problem in self.problems]
-        counts = [_count(severities.count(s), s) for s in get_args(Severity) if s in severities]
+        counts = [counted(severities.count(s), s) for s in get_args(Severity) if s in severities]
         return "\n".join([*lines, ", ".join(counts) or "no problems"])
 
     def _heads(self) -> str:
@@ -184,9 +188,13 @@ class KVScales(Mapping[int, LayerScales]):
             >>> load_file(folder / "model.safetensors")["model.layers.0.self_attn.k_scale"].shape
             torch.Size([2, 1, 1])
         """
-        from fp8kv.checkpoint.write import write_checkpoint
-
-        write_checkpoint(self, Path(checkpoint_dir), None if source is None else Path(source), overwrite)
+        write_checkpoint(
+            {index: by_letter(layer) for index, layer in self.items()},
+            self.scheme,
+            Path(checkpoint_dir),
+            None if source is None else Path(source),
+            overwrite=overwrite,
+        )
 
 
 def kv_heads_of_rank(num_kv_heads: int, tp_rank: int, tp_size: int) -> slice:
@@ -203,8 +211,7 @@ def kv_heads_of_rank(num_kv_heads: int, tp_rank: int, tp_size: int) -> slice:
         >>> kv_heads_of_rank(8, tp_rank=1, tp_size=4), kv_heads_of_rank(2, tp_rank=5, tp_size=8)
         (slice(2, 4, None), slice(1, 2, None))
     """
-    if tp_size < 1 or not 0 <= tp_rank < tp_size:
-        raise ValueError(f"tp_rank must be from 0 to tp_size - 1, got {tp_rank} with tp_size={tp_size}")
+    check_rank(tp_rank, tp_size)
     if num_kv_heads % tp_size and tp_size % num_kv_heads:
         raise ValueError(
             f"tp_size must divide the {num_kv_heads} KV heads or be a multiple of their number, got {tp_size}"
@@ -233,12 +240,23 @@ def reduce_query_scale(scale: Tensor, num_kv_heads: int) -> Tensor:
     return scale.reshape(num_kv_heads, -1).amax(1)
 
 
-def _count(number: int, noun: str) -> str:
+def by_letter(layer: LayerScales) -> dict[str, Tensor | None]:
+    """The scales of "q", "k" and "v"."""
+    return {"q": layer.q, "k": layer.k, "v": layer.v}
+
+
+def mapped(layer: LayerScales, function: Callable[[Tensor], Tensor]) -> LayerScales:
+    """The results of a function for each scale that is there."""
+    results = {letter: None if x is None else function(x) for letter, x in by_letter(layer).items()}
+    return LayerScales(**results)
+
+
+def check_rank(tp_rank: int, tp_size: int) -> None:
+    """A `ValueError` unless there is such a tensor-parallel rank."""
+    if tp_size < 1 or not 0 <= tp_rank < tp_size:
+        raise ValueError(f"tp_rank must be from 0 to tp_size - 1, got {tp_rank} with tp_size={tp_size}")
+
+
+def counted(number: int, noun: str) -> str:
+    """As in "2 layers"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _shard(scale: Tensor | None, tp_rank: int, tp_size: int) -> Tensor | None:
-    if scale is None:
-        return None
-    # One element is the scale of the tensor, or of its only head: in both cases every rank's.
-    return scale[kv_heads_of_rank(scale.numel(), tp_rank, tp_size)]

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, get_args
 
-Strategy = Literal["tensor", "attn_head"]
+from fp8kv._checks import Strategy as Strategy
+from fp8kv.checkpoint._read.config import NESTED, read_configs
 
-#: Where ModelOpt writes what others put into config.json.
-MODELOPT_FILE = "hf_quant_config.json"
-#: Fields of config.json that hold the config of the language model of a larger one.
-NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
+#: The `quant_method` of llm-compressor, and of this package.
+COMPRESSED_TENSORS = "compressed-tensors"
+
+_CALLER = "KVCacheScheme.from_config"
 #: Fields that only a `quantization_config` has.
 _MARKS = ("quant_method", "kv_cache_scheme", "config_groups", "kv_cache_quant_algo", "quantization_status")
 
@@ -41,7 +42,7 @@ class KVCacheScheme:
     strategy: Strategy
     quantizes_query: bool = False
     observer: str | None = None
-    producer: str = "compressed-tensors"
+    producer: str = COMPRESSED_TENSORS
 
     @classmethod
     def from_config(cls, config: dict[str, Any] | str | Path) -> KVCacheScheme:
@@ -67,33 +68,17 @@ class KVCacheScheme:
             ...
             ValueError: KVCacheScheme.from_config: kv_cache_scheme.num_bits must be 8, got 4
         """
-        if isinstance(config, dict):
-            configs = [config]
-        elif isinstance(config, (str, Path)):
-            configs = read_configs(Path(config))
-        else:
-            _refuse(f"config must be a dict or a path, got {type(config).__name__}")
-        scheme = find_scheme(configs)
+        if not isinstance(config, (dict, str, Path)):
+            raise ValueError(f"{_CALLER}: config must be a dict or a path, got {type(config).__name__}")
+        try:
+            scheme = find_scheme([config] if isinstance(config, dict) else read_configs(Path(config)))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{_CALLER}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{_CALLER}: {error}") from None
         if scheme is None:
-            _refuse("the config must have a KV cache in FP8 (kv_cache_scheme), got none")
+            raise ValueError(f"{_CALLER}: the config must have a KV cache in FP8 (kv_cache_scheme), got none")
         return scheme
-
-
-def read_configs(path: Path) -> list[dict[str, Any]]:
-    """The contents of a config file; of a directory, config.json and, if there is one, ModelOpt's file.
-
-    Raises:
-        FileNotFoundError, ValueError: as `KVCacheScheme.from_config`.
-    """
-    if path.is_dir():
-        beside = [path / MODELOPT_FILE] if (path / MODELOPT_FILE).exists() else []
-        files = [path / "config.json", *beside]
-    else:
-        files = [path]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"KVCacheScheme.from_config: {file} must be a file, but is not there")
-    return [_read_object(file) for file in files]
 
 
 def find_scheme(configs: list[dict[str, Any]]) -> KVCacheScheme | None:
@@ -104,16 +89,6 @@ def find_scheme(configs: list[dict[str, Any]]) -> KVCacheScheme | None:
     """
     schemes = (_scheme(_quantization(config)) for config in configs)
     return next((scheme for scheme in schemes if scheme is not None), None)
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        contents = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        _refuse(f"{file} must be JSON, got: {error}")
-    if not isinstance(contents, dict):
-        _refuse(f"{file} must hold an object, got {type(contents).__name__}")
-    return contents
 
 
 def _quantization(config: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +120,7 @@ def _scheme(quantization: dict[str, Any]) -> KVCacheScheme | None:
 def _producer(quantization: dict[str, Any]) -> str:
     producer = quantization.get("producer")
     name = producer.get("name") if isinstance(producer, dict) else None
-    return str(quantization.get("quant_method") or name or "compressed-tensors")
+    return str(quantization.get("quant_method") or name or COMPRESSED_TENSORS)
 
 
 def _of_compressed_tensors(quantization: dict[str, Any], producer: str) -> KVCacheScheme | None:
@@ -161,7 +136,7 @@ def _of_compressed_tensors(quantization: dict[str, Any], producer: str) -> KVCac
     (first, strategy), *others = strategies.items()
     for name, other in others:
         if other != strategy:
-            _refuse(f'{name}.strategy must be that of {first}, "{strategy}", got "{other}"')
+            raise ValueError(f'{name}.strategy must be that of {first}, "{strategy}", got "{other}"')
     observers = [scheme["observer"] for scheme in schemes.values() if scheme.get("observer") is not None]
     observer = str(observers[0]) if observers else None
     return KVCacheScheme(strategy, bool(groups), observer, producer)
@@ -186,7 +161,7 @@ def _is_attention(target: Any) -> bool:
 
 def _checked_strategy(name: str, scheme: Any) -> Strategy:
     if not isinstance(scheme, dict):
-        _refuse(f"{name} must be an object, got {type(scheme).__name__}")
+        raise ValueError(f"{name} must be an object, got {type(scheme).__name__}")
     kind = scheme.get("type")
     expected = {
         "num_bits": (8, scheme.get("num_bits", 8)),
@@ -196,20 +171,20 @@ def _checked_strategy(name: str, scheme: Any) -> Strategy:
     }
     for field, (value, actual) in expected.items():
         if actual != value:
-            _refuse(f"{name}.{field} must be {_json(value)}, got {_json(actual)}")
+            raise ValueError(f"{name}.{field} must be {_json(value)}, got {_json(actual)}")
     strategy = scheme.get("strategy")
     if strategy is None:
         strategy = "tensor" if scheme.get("group_size") is None else "group"
     for supported in get_args(Strategy):
         if strategy == supported:
             return supported  # type: ignore[no-any-return]
-    _refuse(f'{name}.strategy must be "tensor" or "attn_head", got {_json(strategy)}')
+    raise ValueError(f'{name}.strategy must be "tensor" or "attn_head", got {_json(strategy)}')
 
 
 def _of_name(field: str, value: Any, supported: str, producer: str) -> KVCacheScheme:
     """ModelOpt and AutoFP8: one word instead of a scheme."""
     if str(value).lower() != supported.lower():
-        _refuse(f"{field} must be {_json(supported)}, got {_json(value)}")
+        raise ValueError(f"{field} must be {_json(supported)}, got {_json(value)}")
     return KVCacheScheme("tensor", producer=producer)
 
 
@@ -228,7 +203,9 @@ def _of_quark(quantization: dict[str, Any]) -> KVCacheScheme | None:
             if in_group and outputs is not None:
                 schemes[f"{field}.{name}.output_tensors"] = outputs
     if patterns and not schemes:
-        _refuse("layer_quant_config must have the layers of kv_cache_group with output_tensors, got none")
+        raise ValueError(
+            "layer_quant_config must have the layers of kv_cache_group with output_tensors, got none"
+        )
     for name, scheme in schemes.items():
         _check_quark(name, scheme)
     return KVCacheScheme("tensor", producer="quark") if schemes else None
@@ -236,7 +213,7 @@ def _of_quark(quantization: dict[str, Any]) -> KVCacheScheme | None:
 
 def _check_quark(name: str, scheme: Any) -> None:
     if not isinstance(scheme, dict):
-        _refuse(f"{name} must be an object, got {type(scheme).__name__}")
+        raise ValueError(f"{name} must be an object, got {type(scheme).__name__}")
     # An unknown `symmetric` is null there.
     symmetric = scheme.get("symmetric") is not False
     expected = {
@@ -247,12 +224,8 @@ def _check_quark(name: str, scheme: Any) -> None:
     }
     for field, (value, actual) in expected.items():
         if actual != value:
-            _refuse(f"{name}.{field} must be {_json(value)}, got {_json(actual)}")
+            raise ValueError(f"{name}.{field} must be {_json(value)}, got {_json(actual)}")
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, default=str)
-
-
-def _refuse(what: str) -> NoReturn:
-    raise ValueError(f"KVCacheScheme.from_config: {what}")

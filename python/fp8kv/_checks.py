@@ -1,0 +1,68 @@
+"""Checks that many modules make, each with its one sentence."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Collection, Iterable
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+#: One scale for each tensor, or one for each KV head.
+Strategy = Literal["tensor", "attn_head"]
+#: Whether the heads of a token, or the tokens of a head, lie together in a block of a cache.
+Layout = Literal["NHD", "HND"]
+
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+LAYOUTS: tuple[str, ...] = get_args(Layout)
+
+
+def require(module: str, extra: str, purpose: str) -> None:
+    """An `ImportError` that says what to install, unless the module is there.
+
+    Args:
+        module: of another package, such as "transformers".
+        extra: of this package, which brings it; of fp8kv[extra].
+        purpose: what needs it; the sentence begins with it.
+    """
+    if not is_installed(module):
+        raise ImportError(
+            f"{purpose}: {module} must be installed, for example with pip install 'fp8kv[{extra}]'",
+            name=module,
+        )
+
+
+def is_installed(module: str) -> bool:
+    """Whether it can be imported."""
+    return importlib.util.find_spec(module) is not None
+
+
+def is_scale(x: float) -> bool:
+    """Finite and above 0."""
+    return 0 < x < math.inf
+
+
+def check_scale_values(name: str, scale: Tensor) -> None:
+    """A `ValueError` that begins with `name` unless all values, on the host, are finite and above 0."""
+    for head, x in enumerate(scale.tolist()):
+        if not is_scale(x):
+            where = f" for head {head}" if len(scale) > 1 else ""
+            raise ValueError(f"{name} must be finite and above 0 in fp32, got {x}{where}")
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """A `ValueError` that begins with `name` unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be {listed(map(quoted, choices))}, got {value!r}")
+
+
+def quoted(word: str) -> str:
+    """As in "NHD"."""
+    return f'"{word}"'
+
+
+def listed(words: Iterable[str], conjunction: str = "or") -> str:
+    """As in "a, b or c"."""
+    *others, last = words
+    return f"{', '.join(others)} {conjunction} {last}" if others else last

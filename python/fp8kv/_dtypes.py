@@ -1,0 +1,53 @@
+"""The formats that the library quantizes to, the dtypes of values, and what caches of them are called."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Format(NamedTuple):
+    """A quantized format; a new one is a row of `FORMATS`.
+
+    Attributes:
+        dtype: of its tensors.
+        max: the largest finite value.
+        min_scale: the smallest scale that is computed, that of a group of zeros.
+        cache_names: the spellings of `kv_cache_dtype`; the last is the canonical one.
+    """
+
+    dtype: torch.dtype
+    max: float
+    min_scale: float
+    cache_names: tuple[str, ...]
+
+
+E4M3 = torch.float8_e4m3fn
+E5M2 = torch.float8_e5m2
+
+FORMATS = {
+    row.dtype: row
+    for row in (
+        Format(E4M3, max=448.0, min_scale=1 / (448 * 512), cache_names=("fp8", "fp8_e4m3")),
+        Format(E5M2, max=57344.0, min_scale=1 / (57344 * 512), cache_names=("fp8_e5m2",)),
+    )
+}
+#: What is quantized, and what is dequantized to.
+REAL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As in "float8_e4m3fn"."""
+    return str(dtype).removeprefix("torch.")
+
+
+#: What `kv_cache_dtype` can be, but for "auto", and the dtype of such a cache; the quantized ones first.
+CACHE_DTYPES = {
+    **{name: row.dtype for row in FORMATS.values() for name in row.cache_names},
+    **{dtype_name(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32)},
+}
+#: The canonical `kv_cache_dtype` of each dtype.
+CACHE_NAMES = {dtype: name for name, dtype in CACHE_DTYPES.items()}
+#: What `kv_cache_dtype` can be if the cache is quantized.
+QUANTIZED_CACHE_NAMES = tuple(name for row in FORMATS.values() for name in row.cache_names)

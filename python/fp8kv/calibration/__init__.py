@@ -1,0 +1,221 @@
+"""Calibration: FP8 scales for K, V and Q of a Hugging Face causal language model, from texts that it reads.
+
+What observers do is in `fp8kv.calibration.observers`; which one to take, and how much text, in
+docs/calibration.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count, islice
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fp8kv._checks import STRATEGIES, Strategy, check_choice, require
+from fp8kv.calibration import _progress
+from fp8kv.calibration._model_reader import read
+from fp8kv.calibration._recorder import Recorder, all_ranks, is_first_rank
+from fp8kv.calibration.observers import check_observer, make_observer
+from fp8kv.calibration.texts import beginning, token_ids, windows_at
+from fp8kv.checkpoint.scales import KVScales
+from fp8kv.checkpoint.scheme import KVCacheScheme
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["calibrate", "share", "text_batches"]
+
+T = TypeVar("T")
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Tensor | Mapping[str, Any]],
+    *,
+    strategy: Strategy,
+    observer: str = "static_minmax",
+    query: bool = False,
+    percentile: float = 99.99,
+    group: ProcessGroup | None = None,
+    progress: bool | Callable[[int, int | None], object] | None = None,
+) -> KVScales:
+    """Finds scales for the KV cache of a causal language model of `transformers`.
+
+    The model reads all batches; K and V are observed as its cache receives them, after RoPE and all norms.
+    NaN and infinite elements are left out, with a warning. A head of zeros gets the smallest scale,
+    ``1 / (448 * 512)``. Nothing of the cache is kept, and the model is afterwards as it was before.
+
+    When `torch.distributed` is initialized, all ranks must call this, each with its share of the batches
+    (`share`), which may be empty; all get the same scales, those of all batches.
+
+    Args:
+        model: a causal language model of `transformers`, on one device or spread over many by `accelerate`.
+        batches: token ids ``[B, N]`` or ``[N]``, or what a tokenizer returns, with ``input_ids`` and perhaps
+            ``attention_mask``; any number, of any lengths. Padding has no influence on the scales.
+        strategy: "tensor" or "attn_head": one scale per layer or one per KV head, for each of K, V and Q.
+        observer: "static_minmax", "percentile" or "mse"; see `fp8kv.calibration.observers`.
+        query: whether to find scales for queries, one for each group of heads that share a KV head.
+        percentile: of the observer of that name.
+        group: the ranks that work together; None: all of them.
+        progress: True shows a bar on stderr, in the first rank; a function is called after each batch with
+            the number of batches done, and of all if that is known, else None.
+
+    Returns:
+        The scales of all layers that have a cache, on the CPU.
+
+    Raises:
+        ValueError: an argument doesn't fit, or there is no token in any batch.
+        RuntimeError: the model's attention doesn't use a cache, or another rank failed.
+        ImportError: `transformers` is not installed.
+
+    Example:
+        >>> import torch, fp8kv
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        ...                      num_attention_heads=4, num_key_value_heads=2)
+        >>> model = LlamaForCausalLM(config)
+        >>> batches = [torch.randint(100, (2, 16)) for _ in range(3)]
+        >>> scales = fp8kv.calibrate(model, batches, strategy="attn_head")
+        >>> len(scales), scales[0].k.shape
+        (2, torch.Size([2]))
+    """
+    recorder = Recorder(
+        lambda num_heads, device: make_observer(observer, num_heads, percentile=percentile, device=device),
+        per_head=strategy == "attn_head",
+    )
+    first = is_first_rank(group)
+    with all_ranks(recorder, group):
+        _check_arguments(model, strategy, observer, percentile)
+        with _reporting(progress if first or progress is not True else None, batches) as report:
+            read(model, batches, recorder, query=query, report=report)
+    _check_what_was_seen(recorder, model, query)
+    if first:
+        recorder.warn_non_finite()
+    return KVScales(recorder.scales(), KVCacheScheme(strategy, quantizes_query=query, observer=observer))
+
+
+def text_batches(
+    tokenizer: Any,
+    text: str | Sequence[str],
+    *,
+    num_samples: int = 128,
+    seq_len: int = 1024,
+    batch_size: int = 1,
+) -> list[Tensor]:
+    """Splits a text into windows for `calibrate`: always the same ones, spread evenly over the text.
+
+    Args:
+        tokenizer: of `transformers`. If it begins a text with a special token, every window begins with it.
+        text: one text, or several that are put one after the other.
+        num_samples: windows at most; there are fewer if the text is short.
+        seq_len: tokens of a window; a shorter text becomes one shorter window.
+        batch_size: windows in a batch.
+
+    Returns:
+        Batches ``[batch_size, seq_len]``; the last may have fewer windows.
+
+    Raises:
+        ValueError: a number is below 1, or the text has no token.
+
+    Example:
+        >>> from fp8kv.calibration import text_batches
+        >>> class Bytes:
+        ...     bos_token_id = 256
+        ...     def __call__(self, text, add_special_tokens=True, verbose=True):
+        ...         return {"input_ids": [256] * add_special_tokens + list(text.encode())}
+        >>> [batch.tolist() for batch in text_batches(Bytes(), "abcdef", num_samples=2, seq_len=3)]
+        [[[256, 97, 98]], [[256, 99, 100]]]
+    """
+    for name, number in (("num_samples", num_samples), ("seq_len", seq_len), ("batch_size", batch_size)):
+        if number < 1:
+            raise ValueError(f"text_batches: {name} must be at least 1, got {number}")
+    start = beginning(tokenizer, seq_len)
+    ids: list[int] = []
+    for part in [text] if isinstance(text, str) else text:
+        ids += token_ids(tokenizer, part)
+    if not ids:
+        raise ValueError("text_batches: text must have at least one token, got an empty text")
+    length = seq_len - len(start)
+    available = max(1, len(ids) // length)
+    chosen = min(num_samples, available)
+    places = [i * available // chosen * length for i in range(chosen)]
+    return list(torch.split(windows_at(ids, places, start, length), batch_size))
+
+
+def share(batches: Iterable[T], rank: int, size: int) -> Iterable[T]:
+    """The batches of one of `size` ranks: every size-th. A sequence gives a list, whose length is known.
+
+    Example:
+        >>> from fp8kv.calibration import share
+        >>> share([10, 11, 12, 13, 14], rank=1, size=2)
+        [11, 13]
+    """
+    if isinstance(batches, Sequence):
+        return list(batches[rank::size])
+    return islice(batches, rank, None, size)
+
+
+# Checks
+
+
+def _check_arguments(model: nn.Module, strategy: str, observer: str, percentile: float) -> None:
+    require("transformers", "transformers", "calibrate")
+    check_choice("calibrate: strategy", strategy, STRATEGIES)
+    check_observer("calibrate: observer", observer)
+    if not 0 < percentile <= 100:
+        raise ValueError(f"calibrate: percentile must be above 0 and at most 100, got {percentile!r}")
+    config = getattr(model, "config", None)
+    decodes = config is not None and not getattr(config, "is_encoder_decoder", False)
+    if not decodes or not hasattr(model, "get_input_embeddings"):
+        raise ValueError(
+            f"calibrate: model must be a causal language model of transformers, got {type(model).__name__}"
+        )
+
+
+def _check_what_was_seen(recorder: Recorder, model: nn.Module, query: bool) -> None:
+    name = type(model).__name__
+    if recorder.num_tokens == 0:
+        raise ValueError("calibrate: batches must have at least one token that is not padding, got none")
+    if not recorder.observers:
+        raise RuntimeError(f"calibrate: the layers of {name} must use a cache, but none has called it")
+    if query and any("q" not in observers for observers in recorder.observers.values()):
+        raise RuntimeError(
+            f"calibrate: {name} must take its attention function from transformers' AttentionInterface "
+            "with query=True, but not all layers do"
+        )
+
+
+# Progress
+
+
+@contextmanager
+def _reporting(
+    progress: bool | Callable[[int, int | None], object] | None, batches: object
+) -> Iterator[Callable[[int], object]]:
+    """A function to call after each batch, with the number of its tokens."""
+    try:
+        total: int | None = len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        total = None
+    if progress is True:
+        with _bar(total) as advance:
+            yield advance
+    elif callable(progress):
+        done = count(1)
+        yield lambda num_tokens: progress(next(done), total)
+    else:
+        yield lambda num_tokens: None
+
+
+@contextmanager
+def _bar(total: int | None) -> Iterator[Callable[[int], object]]:
+    middle = ("batches", "{task.fields[num_tokens]:,} tokens")
+    with _progress.bar("calibrating", total, middle=middle, num_tokens=0) as (bar, task):
+
+        def advance(num_tokens: int) -> None:
+            bar.update(task, advance=1, num_tokens=bar.tasks[0].fields["num_tokens"] + num_tokens)
+
+        yield advance

@@ -1,0 +1,165 @@
+"""Reading texts with a Hugging Face model whose keys, values and queries are observed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fp8kv._dtypes import dtype_name
+from fp8kv.calibration._recorder import Recorder
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+
+def read(
+    model: Any,
+    batches: Iterable[Tensor | Mapping[str, Any]],
+    recorder: Recorder,
+    *,
+    query: bool,
+    report: Callable[[int], object],
+) -> None:
+    """Shows the recorder the keys and values, and queries if wanted, of all tokens that are not padding.
+
+    Args:
+        model: a causal language model of `transformers`; it is afterwards as it was before.
+        batches: see `fp8kv.calibrate`.
+        recorder: is told of each batch, and sees every layer of it.
+        query: whether it sees queries too.
+        report: called after each batch with the number of its tokens.
+    """
+    device = _input_device(model)
+    num_embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    # Not inference_mode: buffers that a model computes in a forward pass would not be fit for training.
+    with _evaluating(model), torch.no_grad(), _queries_of(recorder) if query else nullcontext():
+        for batch in batches:
+            ids, mask = _tokens(batch, num_embeddings)
+            if ids.numel():
+                recorder.expect(mask)
+                model(**_inputs(model, ids.to(device), mask.to(device), _recording_cache(model, recorder)))
+            report(int(mask.sum()))
+
+
+def cache_argument(model: Any) -> str:
+    """What the model calls its cache; older versions of transformers know the second name only."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _inputs(model: Any, ids: Tensor, mask: Tensor, cache: Cache) -> dict[str, Any]:
+    parameters = inspect.signature(model.forward).parameters
+    inputs = {"input_ids": ids, cache_argument(model): cache, "use_cache": True}
+    if not mask.all():
+        inputs["attention_mask"] = mask.long()
+        if "position_ids" in parameters:
+            # The positions that tokens have without padding, as in `generate`: K and Q depend on them.
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
+    if "logits_to_keep" in parameters:  # those of all tokens would take more memory than all else
+        inputs["logits_to_keep"] = 1
+    return inputs
+
+
+def _tokens(batch: Tensor | Mapping[str, Any], num_embeddings: int | None) -> tuple[Tensor, Tensor]:
+    """Ids and mask ``[B, N]`` of a batch, without the rows that are nothing but padding."""
+    mask = None
+    if isinstance(batch, Mapping):
+        if "input_ids" not in batch:
+            raise ValueError(f"calibrate: batches must have input_ids, got the keys {sorted(batch)}")
+        ids, mask = _integers("input_ids", batch["input_ids"]), batch.get("attention_mask")
+    else:
+        ids = _integers("batches", batch)
+    mask = torch.ones_like(ids) if mask is None else _integers("attention_mask", mask).to(ids.device)
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"calibrate: attention_mask must have the shape {list(ids.shape)} of input_ids, "
+            f"got {list(mask.shape)}"
+        )
+    # On a GPU, an id that is out of range would be the end of the process.
+    limit = torch.iinfo(ids.dtype).max if num_embeddings is None else num_embeddings
+    unknown = ids[(ids < 0) | (ids >= limit)]
+    if unknown.numel():
+        raise ValueError(f"calibrate: input_ids must be from 0 to {limit - 1}, got {int(unknown[0])}")
+    rows = (mask != 0).any(1)
+    return ids[rows], mask[rows] != 0
+
+
+def _integers(name: str, values: Any) -> Tensor:
+    """int64 ``[B, N]``."""
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"calibrate: {name} must be tensors or lists of one length, got {type(values).__name__} "
+            f"{str(values)[:40]!r}"
+        ) from error
+    if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex()):
+        raise ValueError(f"calibrate: {name} must be integers, got {dtype_name(tensor.dtype)}")
+    if tensor.dim() not in (1, 2):
+        raise ValueError(f"calibrate: {name} must have the shape [B, N] or [N], got {list(tensor.shape)}")
+    return tensor.reshape(-1, tensor.shape[-1]).long() if tensor.numel() else tensor.new_zeros(0, 0).long()
+
+
+def _input_device(model: Any) -> torch.device:
+    embeddings = model.get_input_embeddings()
+    # accelerate holds offloaded weights on the device "meta" and moves them when they are needed.
+    device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    device = next(embeddings.parameters()).device if device is None else torch.device(device)
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode; every module has its own mode back afterwards."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def _recording_cache(model: Any, recorder: Recorder) -> Cache:
+    """A cache for the model's kinds of layers that shows what it is given and keeps nothing of it."""
+    from transformers import DynamicCache
+
+    class RecordingCache(DynamicCache):
+        def update(
+            self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor]:
+            recorder.keys_and_values(layer_idx, key_states, value_states)
+            return key_states, value_states
+
+    return RecordingCache(config=model.config)
+
+
+@contextmanager
+def _queries_of(recorder: Recorder) -> Iterator[None]:
+    """Shows all queries, as the attention function in use is given them.
+
+    All models get that function from one method. Replacing it leaves the name of the implementation alone,
+    from which models conclude other things, such as the form of the mask.
+    """
+    from transformers.modeling_utils import AttentionInterface
+
+    original = AttentionInterface.get_interface
+
+    def get_interface(self: AttentionInterface, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        attention = original(self, *args, **kwargs)
+
+        def observed(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+            recorder.queries(query)
+            return attention(module, query, *args, **kwargs)
+
+        return observed
+
+    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        AttentionInterface.get_interface = original  # type: ignore[method-assign]

@@ -1,0 +1,1 @@
+"""What is wrong with scales that have been read."""

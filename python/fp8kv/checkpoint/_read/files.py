@@ -1,0 +1,60 @@
+"""Which files of a checkpoint hold its tensors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fp8kv.checkpoint._read.safetensors import INDEX_FILE
+from fp8kv.checkpoint.problems import Problem, make_problem
+
+_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+
+
+def find_files(checkpoint: Path) -> tuple[dict[Path, list[str]], list[Problem]]:
+    """The files, also those that are missing, each with the tensors that the index says it has.
+
+    Args:
+        checkpoint: a directory or a .safetensors file.
+    """
+    if not checkpoint.is_dir():
+        return {checkpoint: []}, []
+    problems = []
+    index = checkpoint / INDEX_FILE
+    if index.exists():
+        try:
+            return dict(sorted(_read_index(index).items())), []
+        except (OSError, ValueError, RecursionError) as error:
+            message = f"{index} must be an index of shards, got: {error}"
+            problems.append(make_problem("file-corrupt", message))
+    files = sorted(checkpoint.glob("*.safetensors"))
+    # Mistral's own form of the same weights, under other names.
+    files = [file for file in files if not file.name.startswith("consolidated")] or files
+    if not files:
+        message = f"{checkpoint} must have .safetensors files, but has none"
+        problems.append(make_problem("file-missing", message))
+    return {file: [] for file in sorted({*files, *_siblings(files)})}, problems
+
+
+def _read_index(index: Path) -> dict[Path, list[str]]:
+    contents = json.loads(index.read_text(encoding="utf-8"))
+    weight_map: Any = contents.get("weight_map") if isinstance(contents, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError("no weight_map from tensors to files")
+    listed = defaultdict(list)
+    for name, file in weight_map.items():
+        listed[index.parent / file].append(name)
+    return listed
+
+
+def _siblings(files: list[Path]) -> Iterator[Path]:
+    """All shards that there must be when one of "...-00001-of-00003.safetensors" is there."""
+    for file in files:
+        shard = _SHARD.fullmatch(file.name)
+        if shard is not None:
+            for number in range(1, int(shard["count"]) + 1):
+                yield file.with_name(f"{shard['stem']}-{number:05d}-of-{shard['count']}.safetensors")

@@ -1,0 +1,1 @@
+"""A copy of a checkpoint with other scales, and the config that describes them."""

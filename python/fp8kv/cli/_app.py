@@ -1,0 +1,304 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
+
+import typer
+
+from fp8kv._checks import require
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fp8kv.evaluation.inspection import Inspection
+
+app = typer.Typer(
+    help="FP8 KV caches: scales of checkpoints and models, what works here, and how fast it is.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+Device = Annotated[
+    str, typer.Option(help='"auto", "cpu", "cuda" or "cuda:N"; auto takes the GPU if there is one.')
+]
+# typer evaluates annotations, and Python 3.10 with older versions of it does not accept `Path | None` there.
+OptionalPath = Optional[Path]  # noqa: UP045
+MODEL_DTYPE = (
+    'Of the arithmetic: "auto", "bfloat16", "float16" or "float32"; auto takes the model\'s own, on the CPU '
+    "float32."
+)
+CacheDir = Annotated[
+    OptionalPath, typer.Option(help="Where the small model is kept. Default: FP8KV_CACHE, or ~/.cache/fp8kv.")
+]
+
+
+def _console() -> Console:
+    """Wide enough for the tables where there is no terminal whose width counts."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+@app.command()
+def doctor() -> None:
+    """Shows what works here, with a bit-exactness self-test; exit status 1 if something does not."""
+    from fp8kv.cli.doctor import checks
+
+    console = _console()
+    failed = False
+    for check in checks():
+        mark = {True: "[green]ok  [/]", None: "[yellow]note[/]", False: "[red]FAIL[/]"}[check.ok]
+        console.print(f"{mark} [bold]{check.name}[/]: ", end="", highlight=False)
+        console.print(check.detail, markup=False, highlight=False, soft_wrap=True)
+        failed = failed or check.ok is False
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    what: Annotated[
+        str, typer.Argument(metavar="WHAT", help='"quantize", "cache" or "decode".')
+    ] = "quantize",
+    device: Device = "auto",
+    quick: Annotated[bool, typer.Option(help="Few shapes, few repetitions.")] = False,
+    only: Annotated[
+        str, typer.Option(help='Only works whose "name SHAPE models" matches this regular expression.')
+    ] = "",
+    peers: Annotated[
+        bool, typer.Option(help="Also PyTorch eager, torch.compile and, if installed, vLLM or FlashInfer.")
+    ] = False,
+    warm: Annotated[bool, typer.Option(help="Keep all buffers in the L2 cache of the GPU.")] = False,
+    json: Annotated[OptionalPath, typer.Option(help="Write all numbers to this file.")] = None,
+    plot: Annotated[OptionalPath, typer.Option(help="Write a chart (PNG) to this file.")] = None,
+) -> None:
+    """Measures every operator against a copy of the same bytes in the same run."""
+    from fp8kv import bench as benchmarks
+    from fp8kv.cli._command import CommandError
+    from fp8kv.cli._device import device_of
+
+    for option, path in (("--json", json), ("--plot", plot)):
+        _check_file(option, path)
+    console = _console()
+    try:
+        place = device_of(device)
+        with console.status("...") as status:
+            report = benchmarks.run(
+                place, what, quick=quick, only=only, peers=peers, warm=warm, progress=status.update
+            )
+    except CommandError as error:
+        _fail(error.sentence, error.status)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    console.print(benchmarks.table(report))
+    console.print(f"copy: {report.floor}", highlight=False)
+    for note, cases in report.notes.items():
+        console.print(f"note: {note} ({len(cases)} cases, such as {cases[0]})", markup=False, highlight=False)
+    console.print(benchmarks.host_table(report))
+    if json is not None:
+        report.write_json(json)
+    if plot is not None:
+        benchmarks.plot(report, plot)
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Your model: a directory or an id. Default: SmolLM2-135M-Instruct."),
+    ] = None,
+    out: Annotated[OptionalPath, typer.Option(help="Keep the checkpoints in this directory.")] = None,
+    plot: Annotated[OptionalPath, typer.Option(help="Write the picture (PNG) to this file.")] = Path(
+        "demo.png"
+    ),
+    question: Annotated[Optional[str], typer.Option(help="Question for the model.")] = None,  # noqa: UP045
+    text: Annotated[OptionalPath, typer.Option(help="A text instead of CPython's reference.")] = None,
+    windows: Annotated[int, typer.Option(help="Windows of the text to evaluate on.")] = 2,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
+    calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 8192,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help=MODEL_DTYPE)] = "auto",
+    layout: Annotated[str, typer.Option(help='"NHD" or "HND".')] = "NHD",
+    cache_dir: CacheDir = None,
+) -> None:
+    """The whole story on a real language model: calibrate, write, inspect, load, evaluate, answer."""
+    from fp8kv.cli import demo as demonstration
+    from fp8kv.cli import evaluate as command
+    from fp8kv.cli._command import CommandError
+
+    _check_file("--plot", plot)
+    options = command.Options(
+        model, text, windows, window, calibration_tokens,
+        layout=layout, device=device, dtype=dtype, cache_dir=cache_dir,
+    )  # fmt: skip
+    try:
+        demonstration.run(options, _console(), out, plot, question or demonstration.QUESTION)
+    except CommandError as error:
+        _fail(error.sentence, error.status)
+
+
+@app.command("eval")
+def eval_(
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="[MODEL]", help="A directory or an id. Default: SmolLM2-135M-Instruct."),
+    ] = None,
+    text: Annotated[OptionalPath, typer.Option(help="A text instead of CPython's reference.")] = None,
+    windows: Annotated[int, typer.Option(help="Windows of the text to evaluate on.")] = 8,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
+    calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 8192,
+    first_tokens: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Tokens that scales on the fly are calculated from. Default: the first window."),
+    ] = None,
+    scales: Annotated[OptionalPath, typer.Option(help="A checkpoint whose scales are one more row.")] = None,
+    only: Annotated[str, typer.Option(help="Only caches whose name contains this.")] = "",
+    layout: Annotated[str, typer.Option(help='"NHD" or "HND".')] = "NHD",
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help=MODEL_DTYPE)] = "auto",
+    cache_dir: CacheDir = None,
+    json: Annotated[OptionalPath, typer.Option(help="Write all numbers to this file.")] = None,
+    plot: Annotated[OptionalPath, typer.Option(help="Write a picture (PNG) to this file.")] = None,
+) -> None:
+    """Compares FP8 KV caches with the 16-bit cache: accuracy of the model, memory and speed."""
+    from fp8kv import evaluation
+    from fp8kv.cli import evaluate as command
+    from fp8kv.cli._command import CommandError
+
+    for option, path in (("--json", json), ("--plot", plot)):
+        _check_file(option, path)
+    options = command.Options(
+        model, text, windows, window, calibration_tokens, first_tokens, scales, only, layout, device, dtype,
+        cache_dir,
+    )  # fmt: skip
+    console = _console()
+    try:
+        found = command.run(options, console)
+    except CommandError as error:
+        _fail(error.sentence, error.status)
+    console.print(evaluation.table(found), highlight=False)
+    if json is not None:
+        json.write_text(jsonlib.dumps(found.as_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if plot is not None:
+        evaluation.plot(found, plot)
+
+
+@app.command("inspect")
+def inspect_(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's directory.")],
+    json: Annotated[
+        OptionalPath, typer.Option(help='Write everything to this file; "-": to stdout, and nothing else.')
+    ] = None,
+    plot: Annotated[OptionalPath, typer.Option(help="Write a heat map (PNG) to this file.")] = None,
+) -> None:
+    """Shows the scales of a checkpoint and what is wrong with them; exit status 1 if it is an error."""
+    from fp8kv.evaluation import inspection
+
+    for option, path in (("--json", json), ("--plot", plot)):
+        _check_file(option, path)
+    try:
+        found = inspection.inspect_checkpoint(checkpoint)
+    except (OSError, ValueError) as error:
+        _fail(str(error), 2)
+    if json is not None:
+        text = jsonlib.dumps(found.as_dict(), indent=1, allow_nan=False)
+        if json == Path("-"):
+            typer.echo(text)
+        else:
+            json.write_text(text + "\n", encoding="utf-8")
+    if json != Path("-"):
+        _show(found, _console())
+    if plot is not None:
+        inspection.plot(found, plot)
+    raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A directory with a causal language model, or its id.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The directory of the new checkpoint.")],
+    strategy: Annotated[str, typer.Option(help='"tensor" or "attn_head".')] = "tensor",
+    observer: Annotated[str, typer.Option(help='"static_minmax", "percentile" or "mse".')] = "static_minmax",
+    percentile: Annotated[float, typer.Option(help="Of the magnitudes, for that observer.")] = 99.99,
+    query: Annotated[bool, typer.Option("--query", help="Also scales for queries.")] = False,
+    text: Annotated[OptionalPath, typer.Option(help="A text instead of CPython's reference.")] = None,
+    num_samples: Annotated[int, typer.Option(help="Windows of the text.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
+    batch_size: Annotated[int, typer.Option(help="Windows that run at a time.")] = 1,
+    device: Device = "auto",
+    device_map: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help='"auto" spreads the model over all GPUs, the CPU and the disk.'),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help='Of the model: "auto", "bfloat16", "float16" or "float32".')
+    ] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint at OUTPUT.")] = False,
+    plot: Annotated[OptionalPath, typer.Option(help="Write a heat map (PNG) to this file.")] = None,
+) -> None:
+    """Calibrates FP8 KV scales and writes a checkpoint with them; under torchrun with many processes.
+
+    MODEL's other files come along unchanged.
+    """
+    from rich.console import Console
+
+    from fp8kv.cli import calibrate as command
+    from fp8kv.cli._command import CommandError
+    from fp8kv.evaluation import inspection
+
+    console = _console() if _is_first() else Console(quiet=True)
+    _check_file("--plot", plot)
+    options = command.Options(
+        model, output, strategy, observer, percentile, query, text, num_samples, seq_len, batch_size, device,
+        device_map, dtype, overwrite,
+    )  # fmt: skip
+    try:
+        found = command.run(options, console)
+    except CommandError as error:
+        _fail(error.sentence, error.status)
+    _show(found, console)
+    for line in (
+        f"wrote {output}",
+        f"to look at the scales: fp8kv inspect {output} --plot scales.png",
+        f"to serve it with vLLM: vllm serve {output} --kv-cache-dtype fp8",
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if plot is not None and _is_first():
+        inspection.plot(found, plot)
+    raise typer.Exit(0 if found.ok else 1)
+
+
+def _show(found: Inspection, console: Console) -> None:
+    from fp8kv.evaluation import inspection
+
+    for part in inspection.report(found):
+        console.print(part, highlight=False)
+
+
+def _check_file(option: str, path: Path | None) -> None:
+    """Fails early where the file could not be written in the end."""
+    if path is not None and not path.absolute().parent.is_dir():
+        _fail(f"{option} must be a file in a directory that exists, got {path}", 2)
+    if path is not None and option == "--plot":
+        try:
+            require("matplotlib", "plot", option)
+        except ImportError as error:
+            _fail(str(error), 1)
+
+
+def _is_first() -> bool:
+    """Of the processes of torchrun; the others are silent."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _fail(sentence: str, status: int) -> NoReturn:
+    if _is_first():
+        typer.echo(f"error: {sentence}", err=True)
+    raise typer.Exit(status)

@@ -1,0 +1,313 @@
+"""What an FP8 KV cache costs a language model: perplexity, divergence from the 16-bit cache, memory, speed.
+
+Described in docs/evaluation.md. `fp8kv eval` and `fp8kv demo` are made of it.
+
+Example:
+    >>> import torch
+    >>> from fp8kv.evaluation import compare
+    >>> logits = torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]])
+    >>> compare(logits, logits, torch.tensor([1, 2])).agreeing
+    2
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fp8kv.calibration import calibrate
+from fp8kv.calibration._model_reader import cache_argument
+from fp8kv.calibration.texts import beginning, token_ids, windows_at
+from fp8kv.checkpoint import KVCacheScheme, KVScales, LayerScales
+from fp8kv.evaluation._pictures import plot_evaluation as plot
+from fp8kv.evaluation._results import REFERENCE, Evaluation, Row, table
+from fp8kv.nn import AttentionScales
+
+__all__ = [
+    "CACHES",
+    "DECODED_TOKENS",
+    "ON_THE_FLY",
+    "PER_HEAD",
+    "PER_TENSOR",
+    "REFERENCE",
+    "CacheFactory",
+    "Comparison",
+    "Evaluation",
+    "Row",
+    "caches",
+    "calibrated",
+    "compare",
+    "decode",
+    "evaluate",
+    "on_the_fly",
+    "per_tensor",
+    "plot",
+    "prefill",
+    "table",
+    "windows_of",
+]
+
+#: Makes a cache with room for as many tokens.
+CacheFactory = Callable[[int], Any]
+
+PER_TENSOR, PER_HEAD, ON_THE_FLY = "e4m3 per tensor", "e4m3 per head", "e4m3 on the fly"
+#: The rows that need no more than the model, and those that need scales, in the order of the table.
+CACHES = (
+    REFERENCE, "e4m3 scale 1.0", PER_TENSOR, PER_HEAD, "e4m3 per token-head", ON_THE_FLY, "e5m2 scale 1.0",
+)  # fmt: skip
+DECODED_TOKENS = 16
+_CHUNK = 128  # positions whose logits are in float32 at a time
+
+
+class Comparison(NamedTuple):
+    """Sums over the positions of a window."""
+
+    nll: float
+    kl: float
+    agreeing: int
+
+    def plus(self, other: Comparison) -> Comparison:
+        """The sums over the positions of both."""
+        return Comparison(self.nll + other.nll, self.kl + other.kl, self.agreeing + other.agreeing)
+
+
+# Measuring
+
+
+def evaluate(
+    model: Any,
+    windows: Tensor,
+    caches: Mapping[str, CacheFactory],
+    *,
+    decoded_tokens: int = DECODED_TOKENS,
+    progress: Callable[[str], object] = lambda what: None,
+) -> list[Row]:
+    """Runs the model on every window once with each cache, and compares all with the first.
+
+    Args:
+        model: a causal language model of `transformers`, in eval mode.
+        windows: its tokens, ``[num_windows, window]``.
+        caches: by name; the first is what the others are compared with.
+        decoded_tokens: to be decoded after the first window, for the speed; at least 1.
+        progress: called before each run with its cache's name, ``len(windows) * len(caches)`` times.
+
+    Returns:
+        One row for each cache, in their order.
+
+    Raises:
+        ValueError: there is no cache, no window, or a window has less than two tokens.
+    """
+    if not caches or windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise ValueError(
+            "evaluate: windows must be [num_windows, window] with at least two tokens, and caches not empty, "
+            f"got {list(windows.shape)} and {len(caches)} caches"
+        )
+    num_windows, size = windows.shape
+    sums = {name: Comparison(0.0, 0.0, 0) for name in caches}
+    speed: dict[str, float] = {}
+    nbytes: dict[str, int] = {}
+    with torch.no_grad():
+        for number, window in enumerate(windows.to(model.device)):
+            expected: Tensor | None = None
+            for name, make in caches.items():
+                progress(name)
+                cache = make(size + decoded_tokens)
+                logits = _run(model, window[None], cache)[0]
+                expected = logits if expected is None else expected
+                found = compare(expected, logits, window[1:])
+                sums[name] = sums[name].plus(found)
+                if number == 0:
+                    _, seconds = decode(model, logits[-1].argmax(), cache, decoded_tokens)
+                    speed[name], nbytes[name] = decoded_tokens / seconds, cache.nbytes
+    count = num_windows * size
+    return [
+        Row(
+            name,
+            _exp(total.nll / (count - num_windows)),
+            max(0.0, total.kl / count),  # rounding errors alone may be negative
+            total.agreeing / count,
+            nbytes[name],
+            speed[name],
+        )
+        for name, total in sums.items()
+    ]
+
+
+def compare(expected: Tensor, logits: Tensor, labels: Tensor) -> Comparison:
+    """How far `logits` are from the `expected` ones, both ``[positions, vocabulary]``, in float32.
+
+    Args:
+        labels: the token after each position; the last ones may be unknown, so there may be fewer.
+    """
+    nll = kl = 0.0
+    agreeing = 0
+    for start in range(0, len(logits), _CHUNK):
+        here = slice(start, start + _CHUNK)
+        p, q = (x[here].float().log_softmax(-1) for x in (expected, logits))
+        known = labels[here]
+        nll -= q[: len(known)].gather(1, known[:, None]).double().sum().item()
+        if logits is expected:
+            agreeing += len(q)
+            continue
+        kl += (p.exp() * (p - q)).sum(-1).double().sum().item()
+        agreeing += int((p.argmax(-1) == q.argmax(-1)).sum())
+    return Comparison(nll, kl, agreeing)
+
+
+def prefill(model: Any, ids: Tensor, cache: Any) -> Tensor:
+    """Puts ``ids`` ``[1, tokens]`` into the cache, and returns the most likely next token."""
+    with torch.no_grad():
+        return _run(model, ids, cache)[0, -1].argmax()
+
+
+def decode(model: Any, token: Tensor, cache: Any, num_tokens: int) -> tuple[list[int], float]:
+    """Decodes greedily, one token at a time.
+
+    Args:
+        token: the first one, which is not in the cache yet.
+        cache: has the tokens before it; has `num_tokens` more afterwards.
+
+    Returns:
+        The first token and those that followed it, `num_tokens + 1` in all, and the seconds it took.
+    """
+    tokens = [token]
+    with torch.no_grad():
+        _wait(model)
+        start = time.perf_counter()
+        for _ in range(num_tokens):
+            tokens.append(_run(model, tokens[-1].view(1, 1), cache)[0, -1].argmax())
+        _wait(model)
+        return [int(x) for x in tokens], time.perf_counter() - start
+
+
+def _run(model: Any, ids: Tensor, cache: Any) -> Tensor:
+    logits: Tensor = model(input_ids=ids, use_cache=True, **{cache_argument(model): cache}).logits
+    return logits
+
+
+def _wait(model: Any) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
+# What is measured
+
+
+def windows_of(tokenizer: Any, text: str, num_windows: int, window: int, skip: int = 0) -> Tensor:
+    """The first windows of a text, one after the other: ``[num_windows, window]``.
+
+    Args:
+        tokenizer: of `transformers`. If it begins a text with a special token, every window begins with it.
+        skip: tokens of the text to leave out at its beginning.
+
+    Raises:
+        ValueError: the text is too short.
+    """
+    start = beginning(tokenizer, window)
+    size = window - len(start)
+    # So much of a long text is tokens enough, in any language; all of it would take long.
+    needed = skip + num_windows * size
+    ids = token_ids(tokenizer, text[: 40 * needed])
+    if len(ids) < needed:
+        raise ValueError(f"the text must have at least {needed} tokens, got {len(ids)}")
+    return windows_at(ids, range(skip, needed, size), start, size)
+
+
+def calibrated(
+    model: Any,
+    calibration: Tensor,
+    first: Tensor,
+    names: Collection[str],
+    cache_dtype: torch.dtype = torch.bfloat16,
+    progress: bool = False,
+) -> dict[str, KVScales]:
+    """The scales that the rows of these names need, of those that are found by running the model.
+
+    Args:
+        calibration: tokens ``[num_windows, window]`` for `fp8kv.calibrate`.
+        first: tokens likewise, for the scales that are calculated on the fly: the first that the model sees.
+        names: of `CACHES`.
+        progress: whether to show bars.
+    """
+    scales = {}
+    if PER_TENSOR in names or PER_HEAD in names:
+        batches = torch.split(calibration, 1)
+        by_head = calibrate(model, batches, strategy="attn_head", progress=progress)
+        scales = {PER_TENSOR: per_tensor(by_head), PER_HEAD: by_head}
+    if ON_THE_FLY in names:
+        scales[ON_THE_FLY] = on_the_fly(model, first, cache_dtype)
+    return scales
+
+
+def per_tensor(by_head: KVScales) -> KVScales:
+    """The largest scale of the heads of each layer: what calibration per tensor finds in the same texts.
+
+    Example:
+        >>> import torch
+        >>> from fp8kv import KVCacheScheme, KVScales, LayerScales
+        >>> from fp8kv.evaluation import per_tensor
+        >>> layer = LayerScales(q=None, k=torch.tensor([0.02, 0.03]), v=torch.tensor([0.05, 0.01]))
+        >>> per_tensor(KVScales({0: layer}, KVCacheScheme("attn_head")))[0].k
+        tensor([0.0300])
+    """
+    layers = {
+        i: LayerScales(*(None if x is None else x.amax().view(1) for x in (layer.q, layer.k, layer.v)))
+        for i, layer in by_head.items()
+    }
+    return KVScales(layers, replace(by_head.scheme, strategy="tensor"))
+
+
+def on_the_fly(model: Any, first: Tensor, cache_dtype: torch.dtype = torch.bfloat16) -> KVScales:
+    """Scales as an engine calculates them: `fp8kv.AttentionScales` observe the first tokens, then freeze."""
+    from fp8kv.evaluation._caches import ObservingCache
+
+    attention: dict[int, AttentionScales] = {}
+    with torch.no_grad():
+        for window in first.to(model.device):
+            _run(model, window[None], ObservingCache(model.config, cache_dtype, attention))
+    for layer in attention.values():
+        layer.freeze()
+    layers = {i: LayerScales(q=None, k=x.k_scale, v=x.v_scale) for i, x in attention.items()}
+    return KVScales(layers, KVCacheScheme("tensor", observer="static_minmax"))
+
+
+def caches(
+    config: Any,
+    names: Iterable[str],
+    scales: Mapping[str, KVScales],
+    cache_dtype: torch.dtype = torch.bfloat16,
+    layout: str = "NHD",
+) -> dict[str, CacheFactory]:
+    """Factories of the caches of these names: of `CACHES`, or of `scales`.
+
+    Args:
+        config: of the model.
+        scales: by name.
+        cache_dtype: of the 16-bit cache.
+        layout: "NHD" or "HND", of the FP8 caches.
+    """
+    from fp8kv.evaluation._caches import Cache8, Cache16
+
+    def fp8(scales: Any, dtype: str = "fp8") -> CacheFactory:
+        return lambda size: Cache8(
+            config, cache_dtype, scales, dtype=dtype, layout=layout, max_cache_len=size
+        )
+
+    made: dict[str, CacheFactory] = {
+        REFERENCE: lambda size: Cache16(config, cache_dtype),
+        "e4m3 scale 1.0": fp8(None),
+        "e4m3 per token-head": fp8("dynamic"),
+        "e5m2 scale 1.0": fp8(None, "fp8_e5m2"),
+    }
+    made |= {name: fp8(of_name) for name, of_name in scales.items()}
+    return {name: made[name] for name in names}

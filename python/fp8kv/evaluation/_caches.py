@@ -1,0 +1,73 @@
+"""The caches that an evaluation compares.
+
+All of them get keys and values rounded to 16 bits, as a model in 16 bits has them, and give back 16-bit
+values: so the arithmetic of the model may be of higher precision, and what differs is the cache alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from fp8kv.nn import AttentionScales
+from fp8kv.transformers import Fp8Cache
+
+
+class _Rounding:
+    """Puts a rounding before and a conversion after the `update` of a cache."""
+
+    rounded_to = torch.bfloat16
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        key, value = key_states.to(self.rounded_to), value_states.to(self.rounded_to)
+        seen = super().update(key, value, *args, **kwargs)  # type: ignore[misc]
+        return tuple(x.to(key_states.dtype) for x in seen)
+
+
+class Cache16(_Rounding, DynamicCache):
+    """Transformers' own cache, in 16 bits."""
+
+    def __init__(self, config: Any, rounded_to: torch.dtype) -> None:
+        super().__init__(config=config)
+        self.rounded_to = rounded_to
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values that it holds."""
+        layers: Any = self.layers
+        return sum(x.nbytes for layer in layers if layer.is_initialized for x in (layer.keys, layer.values))
+
+
+class Cache8(_Rounding, Fp8Cache):
+    """`Fp8Cache`."""
+
+    def __init__(self, config: Any, rounded_to: torch.dtype, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.rounded_to = rounded_to
+
+
+class ObservingCache(Cache16):
+    """A 16-bit cache whose layers observe what they are given, as an engine's do that calculates its scales.
+
+    Args:
+        attention: by layer; layers that are not there yet are added.
+    """
+
+    def __init__(self, config: Any, rounded_to: torch.dtype, attention: dict[int, AttentionScales]) -> None:
+        super().__init__(config, rounded_to)
+        self.attention = attention
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        _, heads, _, size = key_states.shape
+        if layer_idx not in self.attention:
+            self.attention[layer_idx] = AttentionScales(
+                heads, heads, size, calculate_kv_scales=True, device=key_states.device
+            )
+        key, value = (x.to(self.rounded_to).transpose(1, 2).flatten(0, 1) for x in (key_states, value_states))
+        self.attention[layer_idx].observe(None, key, value)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)

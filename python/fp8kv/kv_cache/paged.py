@@ -1,0 +1,487 @@
+"""`PagedKVCache`: the paged KV cache of one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional
+from torch import Tensor
+
+from fp8kv._checks import LAYOUTS, check_choice, check_scale_values, quoted
+from fp8kv._dtypes import CACHE_DTYPES, CACHE_NAMES, FORMATS, dtype_name
+from fp8kv.kv_cache import ops
+from fp8kv.quantization import dequantize, quantize
+
+_INT32 = torch.iinfo(torch.int32)
+
+
+class PagedKVCache:
+    """The paged KV cache of one layer: owns the storage and the scales, stores tokens and reads them back.
+
+    Args:
+        num_blocks: number of blocks.
+        block_size: tokens of a block.
+        num_kv_heads: heads of K, and of V.
+        head_size: elements of a head.
+        dtype: "fp8" or "fp8_e4m3", "fp8_e5m2", "float16", "bfloat16", "float32", or the torch dtype.
+        layout: "NHD" or "HND": whether the heads of a token, or the tokens of a head, lie together.
+        device: None is PyTorch's default device.
+        scales: None: 1.0. An object with ``.k`` and ``.v``: floats, or tensors of 1 or num_kv_heads elements
+            of any floating-point dtype; they are copied. "dynamic": one scale for each token and head, which
+            `append` computes. FP8 only.
+
+    Attributes:
+        storage: the one tensor of K and V, 0 at first: NHD
+            ``[num_blocks, 2, block_size, num_kv_heads, head_size]``, HND
+            ``[num_blocks, 2, num_kv_heads, block_size, head_size]``. A block is contiguous in memory.
+        key_cache: the view ``[num_blocks, block_size, num_kv_heads, head_size]`` of it.
+        value_cache: likewise.
+        k_scale: float32 ``[1]`` or ``[num_kv_heads]``; of a dynamic cache
+            ``[num_blocks, block_size, num_kv_heads]``.
+        v_scale: likewise.
+        kv_cache_dtype: the string for the operators.
+        dtype: the dtype of `storage`.
+        dynamic: whether there is a scale for each token and head.
+        num_blocks, block_size, num_kv_heads, head_size, layout, device: as above.
+
+    Raises:
+        ValueError: an argument can't be used, or a scale is not finite or not above 0.
+
+    Example:
+        >>> import torch, fp8kv
+        >>> cache = fp8kv.PagedKVCache(num_blocks=8, block_size=16, num_kv_heads=2, head_size=64)
+        >>> key, value = torch.ones(3, 2, 64), torch.full((3, 2, 64), 2.0)
+        >>> cache.append(key, value, torch.tensor([48, 49, 50]))  # into block 3
+        >>> k, v = cache.gather(torch.tensor([[3]]), seq_lens=[3])
+        >>> k.shape, k.dtype, v.unique().tolist()
+        (torch.Size([3, 2, 64]), torch.bfloat16, [2.0])
+        >>> cache
+        PagedKVCache(num_blocks=8, block_size=16, num_kv_heads=2, head_size=64, dtype='fp8', layout='NHD',
+                     scales='per tensor', device='cpu', 0.03125 MiB)
+
+    See also: `reshape_and_cache_flash`, `gather_and_dequant_cache`.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_size: int,
+        *,
+        dtype: str | torch.dtype = "fp8",
+        layout: str = "NHD",
+        device: torch.device | str | int | None = None,
+        scales: Any = None,
+    ) -> None:
+        sizes = {"block_size": block_size, "num_kv_heads": num_kv_heads, "head_size": head_size}
+        for name, size, least in (("num_blocks", num_blocks, 0), *((*item, 1) for item in sizes.items())):
+            if size < least:
+                raise ValueError(f"PagedKVCache: {name} must be at least {least}, got {size}")
+        check_choice("PagedKVCache: layout", layout, LAYOUTS)
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.num_kv_heads, self.head_size = num_kv_heads, head_size
+        self.layout = layout
+        self.kv_cache_dtype, self.dtype = _cache_dtype(dtype)
+        self.dynamic = isinstance(scales, str) and scales == "dynamic"
+        # On the host, as they were given; None where they are not known there.
+        self._scales = self._checked_scales(scales)
+
+        inner = (block_size, num_kv_heads) if layout == "NHD" else (num_kv_heads, block_size)
+        device = torch.get_default_device() if device is None else device
+        self.storage = torch.zeros((num_blocks, 2, *inner, head_size), dtype=self.dtype, device=device)
+        self.device = self.storage.device
+        self.key_cache, self.value_cache = self._views()
+        self.k_scale, self.v_scale = (
+            torch.zeros((num_blocks, block_size, num_kv_heads), device=self.device, dtype=torch.float32)
+            if scale is None
+            else scale.to(self.device, copy=True)
+            for scale in self._scales
+        )
+
+    def _checked_scales(self, scales: Any) -> tuple[Tensor | None, Tensor | None]:
+        """Those of K and V; None where they are computed."""
+        if scales is None:
+            return self._checked_scale("scales.k", 1.0), self._checked_scale("scales.v", 1.0)
+        if self.dtype not in FORMATS:
+            raise ValueError(
+                f"PagedKVCache: scales must be None with dtype {self.kv_cache_dtype!r}, as only FP8 uses them"
+            )
+        if self.dynamic:
+            return None, None
+        if not (hasattr(scales, "k") and hasattr(scales, "v")):
+            raise ValueError(
+                f'PagedKVCache: scales must be None, "dynamic" or have .k and .v, got {scales!r}'
+            )
+        return self._checked_scale("scales.k", scales.k), self._checked_scale("scales.v", scales.v)
+
+    def _checked_scale(self, name: str, scale: Any) -> Tensor:
+        if isinstance(scale, (int, float)):
+            scale = torch.tensor(scale, dtype=torch.float64, device="cpu")
+        if not (isinstance(scale, Tensor) and scale.is_floating_point()):
+            kind = dtype_name(scale.dtype) if isinstance(scale, Tensor) else type(scale).__name__
+            raise ValueError(f"PagedKVCache: {name} must be a float or a floating-point tensor, got {kind}")
+        if scale.numel() not in (1, self.num_kv_heads):
+            raise ValueError(
+                f"PagedKVCache: {name} must have 1 or num_kv_heads={self.num_kv_heads} elements, "
+                f"got shape {list(scale.shape)}"
+            )
+        host = scale.detach().to("cpu", torch.float32, copy=True).reshape(-1)
+        check_scale_values(f"PagedKVCache: {name}", host)
+        return host
+
+    def use_scales(self, k_scale: Tensor, v_scale: Tensor) -> None:
+        """Uses these tensors as scales without a copy: later changes in place apply.
+
+        What is in the cache is not touched; it means something else if the values differ.
+
+        Args:
+            k_scale: float32 of 1 or num_kv_heads elements, on the device of the cache.
+            v_scale: likewise.
+
+        Raises:
+            ValueError: the cache is dynamic or not FP8, or a tensor doesn't fit.
+
+        Example:
+            >>> import torch, fp8kv
+            >>> cache = fp8kv.PagedKVCache(8, 16, 2, 64)
+            >>> k_scale, v_scale = torch.ones(2), torch.ones(2)
+            >>> cache.use_scales(k_scale, v_scale)
+            >>> _ = k_scale.fill_(0.5)
+            >>> cache.k_scale
+            tensor([0.5000, 0.5000])
+        """
+        if self.dynamic or self.dtype not in FORMATS:
+            what = "scales of its own" if self.dynamic else f"dtype {self.kv_cache_dtype!r} and no scales"
+            raise ValueError(f"PagedKVCache.use_scales: the cache must take given scales, but has {what}")
+        for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+            fits = scale.dtype == torch.float32 and scale.numel() in (1, self.num_kv_heads)
+            if not fits or scale.device != self.device:
+                raise ValueError(
+                    f"PagedKVCache.use_scales: {name} must be float32 with 1 or "
+                    f"num_kv_heads={self.num_kv_heads} elements on {self.device}, "
+                    f"got {dtype_name(scale.dtype)} of shape {list(scale.shape)} on {scale.device}"
+                )
+        self.k_scale, self.v_scale = k_scale, v_scale
+        self._scales = (None, None)
+
+    def append(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+        """Stores tokens at their slots.
+
+        Args:
+            key: float32, float16 or bfloat16 ``[num_tokens, num_kv_heads, head_size]``, any strides.
+            value: likewise, of the dtype of `key`.
+            slot_mapping: int32 or int64 ``[num_tokens]``; tokens with a negative slot are skipped.
+
+        Raises:
+            RuntimeError: as `reshape_and_cache_flash`.
+
+        Example:
+            >>> import torch, fp8kv
+            >>> cache = fp8kv.PagedKVCache(4, 16, 1, 2, scales="dynamic")
+            >>> x = torch.tensor([[[7.0, -3.5]], [[1.0, 1.0]]])
+            >>> cache.append(x, x, torch.tensor([20, -1]))
+            >>> cache.key_cache[1, 4].tolist(), cache.k_scale[1, 4].tolist()
+            ([[448.0, -224.0]], [0.015625])
+        """
+        key_cache, value_cache = self._caches()
+        if self.dynamic:
+            ops.append_dynamic(
+                key, value, key_cache, value_cache, self.k_scale, self.v_scale, slot_mapping,
+                self.kv_cache_dtype,
+            )  # fmt: skip
+        else:
+            ops.append(
+                key, value, key_cache, value_cache, slot_mapping, self.kv_cache_dtype, self.k_scale,
+                self.v_scale,
+            )  # fmt: skip
+
+    def gather(
+        self,
+        block_table: Tensor,
+        seq_lens: Sequence[int] | Tensor,
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        seq_starts: Sequence[int] | Tensor | None = None,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Reads sequences back, one after the other in the rows of the result.
+
+        Index tensors may be on any device and of any integer dtype; int32 on the device of the cache needs no
+        conversion. `seq_lens` on a GPU costs a synchronization, unless `out` is given.
+
+        Args:
+            block_table: ``[num_seqs, max_blocks]``, the blocks of each sequence; entries that are not needed
+                may be anything.
+            seq_lens: ``[num_seqs]``, how many tokens to read of each.
+            dtype: float32, float16 or bfloat16. `out` decides if it is given.
+            seq_starts: ``[num_seqs]``, the first position to read of each; None: 0.
+            out: key and value to write into, ``[num_rows, num_kv_heads, head_size]`` with at least
+                ``sum(seq_lens)`` rows, any strides; further rows stay as they are.
+
+        Returns:
+            ``(key, value)``: `out`, or ``[sum(seq_lens), num_kv_heads, head_size]``.
+
+        Raises:
+            ValueError: index tensors are not integers, or lengths are negative or too many.
+            RuntimeError: as `gather_and_dequant_cache`.
+
+        Example:
+            >>> import torch, fp8kv
+            >>> cache = fp8kv.PagedKVCache(4, 2, 1, 1)
+            >>> x = torch.arange(1.0, 6.0).view(5, 1, 1)
+            >>> cache.append(x, -x, torch.tensor([6, 7, 0, 2, 3]))  # 2 tokens in block 3 and 1 in 0; 2 in 1
+            >>> key, value = cache.gather(torch.tensor([[3, 0], [1, -1]]), [3, 2], dtype=torch.float32)
+            >>> key.flatten().tolist(), value.flatten().tolist()
+            ([1.0, 2.0, 3.0, 4.0, 5.0], [-1.0, -2.0, -3.0, -4.0, -5.0])
+            >>> key, _ = cache.gather(torch.tensor([[3, 0]]), [1], seq_starts=[2])
+            >>> key.flatten().tolist()
+            [3.0]
+        """
+        lengths = _integers("seq_lens", seq_lens)
+        sums = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        if lengths.device.type == "cpu" and (lengths.lt(0).any() or sums[-1] > _INT32.max):
+            raise ValueError(
+                f"PagedKVCache.gather: seq_lens must be at least 0 and sum to at most {_INT32.max}, "
+                f"got {lengths.min().item()} to {lengths.max().item()}"
+            )
+        if out is None:
+            shape = (int(sums[-1]), self.num_kv_heads, self.head_size)
+            out = (
+                torch.empty(shape, dtype=dtype, device=self.device),
+                torch.empty(shape, dtype=dtype, device=self.device),
+            )
+        table, cu_seq_lens = self._int32("block_table", block_table), self._int32("seq_lens", sums)
+        starts = None if seq_starts is None else self._int32("seq_starts", seq_starts)
+        gather_rows(self, *out, table, cu_seq_lens, starts)
+        return out
+
+    def _caches(self) -> tuple[Tensor, Tensor]:
+        """`key_cache` and `value_cache`; in compiled code made again from the tensor that both are views of.
+
+        That one must be the input of compiled code: PyTorch captures no CUDA graph that writes to inputs that
+        overlap.
+        """
+        return self._views() if torch.compiler.is_compiling() else (self.key_cache, self.value_cache)
+
+    def _views(self) -> tuple[Tensor, Tensor]:
+        key, value = self.storage.unbind(1)
+        return (key, value) if self.layout == "NHD" else (key.transpose(1, 2), value.transpose(1, 2))
+
+    def _int32(self, name: str, values: Sequence[int] | Tensor) -> Tensor:
+        """On the device of the cache. What int32 can't hold becomes its largest or smallest value."""
+        if isinstance(values, Tensor) and values.dtype == torch.int32:
+            return values.to(self.device)
+        return _integers(name, values).clamp(_INT32.min, _INT32.max).to(self.device, torch.int32)
+
+    def copy_blocks(
+        self, block_mapping: Sequence[tuple[int, int]] | Tensor, source: PagedKVCache | None = None
+    ) -> None:
+        """Copies blocks of this cache, or of another one, byte by byte and with the scales of dynamic caches.
+
+        All source blocks are read before any block is written. They are copied once in between, on their
+        device.
+
+        Args:
+            block_mapping: pairs of source block and destination block: a list, or integers ``[n, 2]`` on any
+                device. No destination may appear twice.
+            source: a cache with the block_size, num_kv_heads, head_size, dtype and scales of this one. Its
+                layout, device and num_blocks may differ: so blocks are swapped to the CPU and back. None:
+                this cache.
+
+        Raises:
+            ValueError: the caches don't fit, or a block is not there. Pairs on a GPU are not checked: PyTorch
+                stops the program there.
+
+        Example:
+            >>> import torch, fp8kv
+            >>> cache = fp8kv.PagedKVCache(4, 2, 1, 1)
+            >>> x = torch.tensor([[[1.0]], [[2.0]]])
+            >>> cache.append(x, x, torch.tensor([0, 2]))  # blocks 0 and 1
+            >>> cache.copy_blocks([(0, 1), (1, 0)])
+            >>> cache.key_cache[:2, 0].flatten().tolist()
+            [2.0, 1.0]
+            >>> swapped = fp8kv.PagedKVCache(2, 2, 1, 1, layout="HND", device="cpu")
+            >>> swapped.copy_blocks(torch.tensor([[1, 0]]), source=cache)
+            >>> swapped.value_cache[0, 0].item()
+            1.0
+        """
+        source = self if source is None else source
+        self._check_source(source)
+        mapping = self._checked_mapping(block_mapping, source)
+        origin, target = mapping[:, 0].to(source.device), mapping[:, 1].to(self.device)
+        copies = [part.index_select(0, origin) for part in source._words()]
+        if source.layout != self.layout:
+            copies[0] = copies[0].transpose(2, 3)
+        for part, copied in zip(self._words(), copies, strict=True):
+            part.index_copy_(0, target, copied.to(self.device))
+
+    def _check_source(self, source: PagedKVCache) -> None:
+        for name in ("block_size", "num_kv_heads", "head_size", "dtype", "dynamic"):
+            ours, theirs = getattr(self, name), getattr(source, name)
+            if ours != theirs:
+                raise ValueError(
+                    f"PagedKVCache.copy_blocks: source must have {name}={ours} as this cache, got {theirs}"
+                )
+        for name, a, b in zip(("k_scale", "v_scale"), self._on_host(), source._on_host(), strict=True):
+            heads = (self.num_kv_heads,)
+            if not self.dynamic and not torch.equal(a.expand(heads), b.expand(heads)):
+                raise ValueError(
+                    f"PagedKVCache.copy_blocks: source must have the {name} of this cache, {a.tolist()}, "
+                    f"got {b.tolist()}"
+                )
+
+    def _on_host(self) -> list[Tensor]:
+        """The scales. Those of `use_scales` are read here, which waits for their device."""
+        if self.dynamic:
+            return [self.k_scale, self.v_scale]
+        scales = zip(self._scales, (self.k_scale, self.v_scale), strict=True)
+        return [now.cpu().reshape(-1) if at_first is None else at_first for at_first, now in scales]
+
+    def _checked_mapping(
+        self, block_mapping: Sequence[tuple[int, int]] | Tensor, source: PagedKVCache
+    ) -> Tensor:
+        mapping = _integers("block_mapping", block_mapping, "copy_blocks")
+        mapping = mapping.reshape(0, 2) if mapping.numel() == 0 else mapping
+        if mapping.dim() != 2 or mapping.shape[1] != 2:
+            raise ValueError(
+                "PagedKVCache.copy_blocks: block_mapping must have rows of two blocks, "
+                f"got shape {list(mapping.shape)}"
+            )
+        if mapping.device.type == "cpu":
+            for column, cache, name in ((0, source, "source"), (1, self, "destination")):
+                wrong = [b for b in mapping[:, column].tolist() if not 0 <= b < cache.num_blocks]
+                if wrong:
+                    raise ValueError(
+                        f"PagedKVCache.copy_blocks: block_mapping must have {name} blocks from 0 to "
+                        f"{cache.num_blocks - 1}, got {wrong[0]}"
+                    )
+        return mapping
+
+    def _words(self) -> list[Tensor]:
+        """All that belongs to blocks, as the widest integers that divide a row."""
+        parts = [self.storage, self.k_scale, self.v_scale] if self.dynamic else [self.storage]
+        types = (torch.int64, torch.int32, torch.int16, torch.uint8)
+        return [
+            part.view(next(t for t in types if part.shape[-1] * part.itemsize % t.itemsize == 0))
+            for part in parts
+        ]
+
+    def descales(self, num_seqs: int) -> tuple[Tensor, Tensor]:
+        """The scales of K and V in the form FlashAttention-3 takes: k_descale and v_descale.
+
+        Args:
+            num_seqs: sequences of the batch.
+
+        Returns:
+            float32 ``[num_seqs, num_kv_heads]`` for K and V: views, nothing is copied.
+
+        Raises:
+            ValueError: the cache is dynamic; FlashAttention-3 takes no scales of single tokens.
+
+        Example:
+            >>> import fp8kv
+            >>> k_descale, v_descale = fp8kv.PagedKVCache(4, 16, 2, 64).descales(3)
+            >>> k_descale.shape, k_descale.stride()
+            (torch.Size([3, 2]), (0, 0))
+        """
+        if self.dynamic:
+            raise ValueError(
+                "PagedKVCache.descales: the cache must have scales per tensor or per head, got dynamic=True"
+            )
+        shape = (num_seqs, self.num_kv_heads)
+        return self.k_scale.expand(shape), self.v_scale.expand(shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage, and of the scales of a dynamic cache.
+
+        Example:
+            >>> import fp8kv
+            >>> fp8kv.PagedKVCache(4, 16, 2, 64).nbytes  # 4 * 16 tokens, 2 * 2 heads, 64 bytes
+            16384
+        """
+        return self.storage.nbytes + (self.k_scale.nbytes + self.v_scale.nbytes if self.dynamic else 0)
+
+    def __repr__(self) -> str:
+        per_head = self.k_scale.numel() > 1 or self.v_scale.numel() > 1
+        scales = (
+            "dynamic"
+            if self.dynamic
+            else "per head"
+            if per_head
+            else "per tensor"
+            if self.dtype in FORMATS
+            else None
+        )
+        return (
+            f"PagedKVCache(num_blocks={self.num_blocks}, block_size={self.block_size}, "
+            f"num_kv_heads={self.num_kv_heads}, head_size={self.head_size}, dtype={self.kv_cache_dtype!r}, "
+            f"layout={self.layout!r}, scales={scales!r}, device='{self.device}', "
+            f"{self.nbytes / 2**20:.4g} MiB)"
+        )
+
+
+def gather_rows(
+    cache: PagedKVCache,
+    key: Tensor,
+    value: Tensor,
+    block_table: Tensor,
+    cu_seq_lens: Tensor,
+    seq_starts: Tensor | None = None,
+) -> None:
+    """`PagedKVCache.gather` with the arguments of `gather_and_dequant_cache`, which are not converted."""
+    ops.gather(
+        *cache._caches(), key, value, block_table, cu_seq_lens, cache.kv_cache_dtype, cache.k_scale,
+        cache.v_scale, seq_starts,
+    )  # fmt: skip
+
+
+def as_stored(cache: PagedKVCache, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """What an FP8 cache would give back of tokens, of those too that it has no room for.
+
+    Args:
+        cache: whose scales and dtype count.
+        key: float32, float16 or bfloat16 ``[num_seqs, num_kv_heads, num_tokens, head_size]``.
+        value: likewise.
+
+    Example:
+        >>> import torch, fp8kv
+        >>> from fp8kv.kv_cache.paged import as_stored
+        >>> x = torch.full((1, 2, 3, 64), 0.3)
+        >>> key, value = as_stored(fp8kv.PagedKVCache(4, 16, 2, 64), x, x)
+        >>> key.unique().tolist()
+        [0.3125]
+    """
+    group = (1, -1) if cache.dynamic else None
+    result = []
+    for x, own in ((key, cache.k_scale), (value, cache.v_scale)):
+        given = None if cache.dynamic else own.view(1, -1, 1, 1)
+        q, scale = quantize(x, given, group_shape=group, dtype=cache.dtype)
+        result.append(dequantize(q, scale, group_shape=group, dtype=x.dtype))
+    return result[0], result[1]
+
+
+def _cache_dtype(dtype: str | torch.dtype) -> tuple[str, torch.dtype]:
+    """The string for the operators, and the dtype of the storage."""
+    name = CACHE_NAMES.get(dtype) if isinstance(dtype, torch.dtype) else dtype
+    if name == "auto":
+        raise ValueError(
+            'PagedKVCache: dtype must say what the elements are, such as "bfloat16" or the dtype of the '
+            'model, got "auto"'
+        )
+    if name not in CACHE_DTYPES:
+        names = ", ".join(map(quoted, CACHE_DTYPES))
+        raise ValueError(f"PagedKVCache: dtype must be {names} or the torch dtype, got {dtype!r}")
+    return name, CACHE_DTYPES[name]
+
+
+def _integers(name: str, values: Sequence[Any] | Tensor, method: str = "gather") -> Tensor:
+    """int64, on the device where they are; a sequence is on the host."""
+    if not isinstance(values, Tensor):
+        return torch.tensor(values, dtype=torch.int64, device="cpu")
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise ValueError(f"PagedKVCache.{method}: {name} must be integers, got {dtype_name(values.dtype)}")
+    return values.long()

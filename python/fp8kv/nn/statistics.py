@@ -1,0 +1,170 @@
+"""What an attention layer has seen: largest magnitudes, and the elements that its scales would clip."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fp8kv.quantization import raise_head_amax
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+#: Elements that `observe_groups` looks at in one go, which bounds its temporary memory.
+_CHUNK = 1 << 21
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What was seen of one of Q, K and V, per tensor or per KV head.
+
+    Attributes:
+        amax: the largest finite magnitude; 0 if there was none.
+        clipped: how many elements lay beyond the range of the scale in force, infinite ones included.
+        observed: how many elements were seen.
+    """
+
+    amax: tuple[float, ...]
+    clipped: tuple[int, ...]
+    observed: tuple[int, ...]
+
+    @property
+    def clipped_fraction(self) -> float:
+        """Of all elements; 0 if none was seen."""
+        return sum(self.clipped) / max(1, sum(self.observed))
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What an attention layer has seen of Q, K and V: the report of `fp8kv.AttentionScales`.
+
+    As text it is one or two sentences, the second of which says what was clipped.
+
+    Attributes:
+        q: nothing observed if queries are not.
+        k: keys.
+        v: values.
+
+    Example:
+        >>> from fp8kv.nn.statistics import Observations, Observed
+        >>> seen = Observations(
+        ...     q=Observed((0.0,), (0,), (0,)),
+        ...     k=Observed((500.0,), (3,), (4000,)),
+        ...     v=Observed((2.5,), (0,), (4000,)))
+        >>> seen.clipped_fraction
+        0.000375
+        >>> print(seen)
+        Observed 4,000 elements of K (amax 500) and 4,000 elements of V (amax 2.5). Warning: the scales in
+        force clip 3 elements of K (0.075%).
+    """
+
+    q: Observed
+    k: Observed
+    v: Observed
+
+    @property
+    def clipped_fraction(self) -> float:
+        """Of all elements of Q, K and V; 0 if none was seen."""
+        seen = (self.q, self.k, self.v)
+        return sum(sum(x.clipped) for x in seen) / max(1, sum(sum(x.observed) for x in seen))
+
+    def __str__(self) -> str:
+        seen = {name: x for name, x in (("Q", self.q), ("K", self.k), ("V", self.v)) if sum(x.observed)}
+        if not seen:
+            return "Nothing was observed."
+        parts = [f"{sum(x.observed):,} elements of {name} (amax {max(x.amax):g})" for name, x in seen.items()]
+        clipped = [
+            f"{sum(x.clipped):,} elements of {name} ({100 * x.clipped_fraction:.3g}%{_heads(x.clipped)})"
+            for name, x in seen.items()
+            if sum(x.clipped)
+        ]
+        verdict = (
+            f"Warning: the scales in force clip {_listed(clipped)}."
+            if clipped
+            else "The scales in force clip none."
+        )
+        return f"Observed {_listed(parts)}. {verdict}"
+
+
+def _heads(clipped: tuple[int, ...]) -> str:
+    """Which of them were clipped, if there are several."""
+    heads = [str(head) for head, count in enumerate(clipped) if count]
+    if len(clipped) == 1:
+        return ""
+    return f", head {heads[0]}" if len(heads) == 1 else f", heads {_listed(heads)}"
+
+
+def _listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _observe_groups(
+    x: Tensor,
+    scale: Tensor,
+    amax: Tensor,
+    clipped: Tensor,
+    observed: Tensor,
+    limit: float,
+    slots: Tensor | None,
+) -> None:
+    """Adds the elements of `x` to what was seen. Only the tensors written are touched, on the device.
+
+    Args:
+        x: float32, float16 or bfloat16 ``[num_tokens, num_scales, heads of a scale, head_size]``, any
+            strides.
+        scale: float32 ``[num_scales]``, in force.
+        amax: likewise; raised to the largest finite magnitude of each group.
+        clipped: int64 ``[num_scales]``; grows by the elements with ``|x / scale| > limit``.
+        observed: int64 ``[num_scales]``; grows by the elements seen.
+        limit: the largest quotient that is not clipped.
+        slots: as many as tokens; those with a negative slot are not seen. None: all are.
+    """
+    num_tokens, num_scales, *rest = x.shape
+    if x.numel() == 0:
+        return
+    size = math.prod(rest)
+    divisor = scale.view(1, num_scales, 1, 1)
+    rows = max(1, _CHUNK // (num_scales * size))
+    for start in range(0, num_tokens, rows):
+        part = x[start : start + rows]
+        seen: int | Tensor = part.shape[0]
+        if slots is not None:
+            padding = slots[start : start + rows] < 0
+            seen = padding.logical_not().sum()
+            part = part.masked_fill(padding.view(-1, 1, 1, 1), math.nan)  # which neither amax nor > sees
+        raise_head_amax(amax, part)
+        clipped += ((part / divisor).abs_() > limit).sum((0, 2, 3))
+        observed += seen * size
+
+
+# An operator, so that compiled code takes any number of chunks, and divides exactly.
+_ops: Any = torch.library.Library("fp8kv", "FRAGMENT")  # type: ignore[no-untyped-call]
+_ops.define(
+    "_observe_groups(Tensor x, Tensor scale, Tensor(a!) amax, Tensor(b!) clipped, Tensor(c!) observed, "
+    "float limit, Tensor? slots) -> ()"
+)
+_ops.impl("_observe_groups", _observe_groups, "CompositeExplicitAutograd")
+torch.library.register_fake("fp8kv::_observe_groups", lambda *args: None, lib=_ops)
+observe_groups = torch.ops.fp8kv._observe_groups.default
+
+
+def reduced(amax: Tensor, counts: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """The largest `amax` and the sum of the `counts` of all ranks, on the host.
+
+    Raises:
+        ValueError: `group` is not a process group of this rank.
+    """
+    if group is not None:
+        import torch.distributed as dist
+
+        if not isinstance(group, dist.ProcessGroup):
+            raise ValueError(
+                f"AttentionScales: group must be a process group that this rank belongs to, got {group!r}"
+            )
+        dist.all_reduce(amax, dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(counts, dist.ReduceOp.SUM, group=group)
+    return amax.cpu(), counts.cpu()

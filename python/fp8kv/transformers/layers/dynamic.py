@@ -1,0 +1,151 @@
+"""The layer that grows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8kv.transformers.layers.base import Fp8Layer, window_is_gone
+
+
+class DynamicFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
+    """A layer that grows with its tokens; with a window it forgets tokens that no query will see again.
+
+    Args:
+        index, options: as for `Fp8Layer`.
+        window: tokens that a query sees, itself included; None: all.
+    """
+
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, index: int, options: dict[str, Any], window: int | None = None) -> None:
+        super().__init__(index, options)
+        self.window = window
+        self.is_sliding = window is not None
+        self.length = 0
+        self.num_dropped = 0  # tokens at the front that the storage no longer has: whole blocks
+        self.record_past = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self._check(key_states, value_states)
+        self.storage = self._new_storage(0, key_states.shape[1], key_states.shape[3], key_states.device)
+        self.num_rows = self.batch_size = len(key_states)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Stores new tokens and returns all that their queries may see, dequantized."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._check(key_states, value_states)
+        start, end = self._first_seen(self.length), self.length + key_states.shape[2]
+        self._reserve(end)
+        device, dropped = key_states.device, self.num_dropped
+        positions = torch.arange(self.length - dropped, end - dropped, device=device)
+        self._append(key_states, value_states, positions)
+        starts = torch.full((self.num_rows,), start - dropped, dtype=torch.int32, device=device)
+        tokens = self._read(self._table(), end - start, key_states.dtype, starts)
+        self.length = end
+        if not self.record_past:
+            self._forget()
+        return tokens
+
+    def _first_seen(self, position: int) -> int:
+        """The first position that a query at `position` sees."""
+        return 0 if self.window is None else max(position - self.window + 1, 0)
+
+    def _table(self) -> Tensor:
+        assert self.storage is not None
+        blocks = torch.arange(self.storage.num_blocks, dtype=torch.int32, device=self.storage.device)
+        return blocks.view(-1, self.num_rows).T
+
+    def _blocks_needed(self, length: int) -> int:
+        return -(-(length - self.num_dropped) // self.block_size)
+
+    def _blocks_unseen(self) -> int:
+        """Blocks at the front that no further query sees."""
+        return (self._first_seen(self.length) - self.num_dropped) // self.block_size
+
+    def _reserve(self, length: int) -> None:
+        assert self.storage is not None
+        needed = self._blocks_needed(length)
+        if needed * self.num_rows > self.storage.num_blocks:
+            unseen = 0 if self.record_past else self._blocks_unseen()
+            self._resize(unseen, _with_slack(needed - unseen))
+
+    def _forget(self) -> None:
+        """Gives back what tokens out of the window take, once it is more than the slack."""
+        unseen = self._blocks_unseen()
+        seen = self._blocks_needed(self.length) - unseen
+        if unseen > seen // 8 + 1:
+            self._resize(unseen, _with_slack(seen))
+
+    def _resize(self, drop: int, num_blocks: int) -> None:
+        """Leaves out `drop` blocks of every sequence at the front, and makes room for `num_blocks`."""
+        assert self.storage is not None
+        kept = torch.arange(
+            drop * self.num_rows,
+            min(drop + num_blocks, self._blocks_needed(self.length)) * self.num_rows,
+            device=self.storage.device,
+        )
+        self._replace(kept, num_blocks * self.num_rows)
+        self.num_dropped += drop * self.block_size
+
+    def _replace(self, blocks: Tensor, num_blocks: int) -> None:
+        """A new storage that begins with these blocks of the old one."""
+        old = self.storage
+        assert old is not None
+        self.storage = self._new_storage(num_blocks, old.num_kv_heads, old.head_size, old.device)
+        self.storage.copy_blocks(torch.stack([blocks, torch.arange(len(blocks), device=old.device)], 1), old)
+
+    def _select(self, sequences: Tensor) -> None:
+        blocks = self._blocks_of(sequences)
+        self._replace(blocks.flatten(), blocks.numel())
+        self.num_rows = self.batch_size = len(sequences)
+
+    def get_seq_length(self) -> int:
+        """Tokens of a sequence."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """-1, or the window."""
+        return -1 if self.window is None else self.window
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many tokens the next `update` returns, and the position of the first one."""
+        start = self._first_seen(self.length)
+        return self.length - start + query_length, start
+
+    def _num_tokens_kept(self) -> int:
+        return self.num_rows * (self.length - self._first_seen(self.length))
+
+    def activate_past_recording(self) -> None:
+        """Keeps tokens out of the window until `crop`, so that any number can be removed."""
+        self.record_past = True
+
+    def check_crop(self, tokens_to_remove: int) -> int:
+        kept = super().check_crop(tokens_to_remove)
+        if self._first_seen(kept) < self.num_dropped:
+            raise ValueError(window_is_gone(self.index, tokens_to_remove))
+        return kept
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last tokens: ``crop(-3)`` removes three."""
+        self.length = self.check_crop(tokens_to_remove)
+        if self.is_initialized:
+            self._forget()
+
+    def reset(self) -> None:
+        """Forgets everything and gives the storage back; the next batch may be of another size."""
+        self.storage = None
+        self.batch_size = None
+        self.num_rows = self.length = self.num_dropped = 0
+        self.is_initialized = False
+
+
+def _with_slack(num_blocks: int) -> int:
+    return num_blocks + num_blocks // 8

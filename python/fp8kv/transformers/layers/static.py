@@ -1,0 +1,134 @@
+"""The layer of fixed size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8kv.transformers.layers.base import Fp8Layer
+
+
+class StaticFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
+    """A layer of fixed size: its tensors keep their addresses, and no shape depends on its length.
+
+    Args:
+        index, options: as for `Fp8Layer`.
+        max_cache_len: tokens of a sequence.
+        max_batch_size: sequences; None: those of the first key.
+        is_sliding: whether the model's masks are those of a window.
+
+    Attributes:
+        cumulative_length: tokens of a sequence: a tensor, as a compiled forward pass can't read a number.
+    """
+
+    is_compileable = True
+    is_croppable = True
+    cumulative_length: Any
+
+    def __init__(
+        self,
+        index: int,
+        options: dict[str, Any],
+        max_cache_len: int,
+        max_batch_size: int | None = None,
+        is_sliding: bool = False,
+    ) -> None:
+        super().__init__(index, options)
+        self.max_cache_len = max_cache_len
+        self.max_batch_size = max_batch_size
+        self.is_sliding = is_sliding
+        self.cumulative_length = torch.zeros((), dtype=torch.int64, device="cpu")
+        self.blocks_of_sequence = -(-max_cache_len // self.block_size)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self._check(key_states, value_states)
+        batch, heads, _, head_size = key_states.shape
+        self.allocate(self.max_batch_size or batch, heads, head_size, key_states.device)
+
+    def allocate(self, num_rows: int, num_kv_heads: int, head_size: int, device: torch.device) -> None:
+        """Room for `num_rows` sequences."""
+        num_blocks = num_rows * self.blocks_of_sequence
+        self.storage = storage = self._new_storage(num_blocks, num_kv_heads, head_size, device)
+        self.num_rows = num_rows
+        self.cumulative_length = self.cumulative_length.to(storage.device)
+        blocks = torch.arange(num_blocks, dtype=torch.int32, device=storage.device)
+        self.table = blocks.view(-1, num_rows).T.contiguous()
+        for tensor in (storage.storage, storage.k_scale, storage.v_scale, self.cumulative_length, self.table):
+            torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Stores new tokens and returns all `max_cache_len`, dequantized; masks hide those not there yet."""
+        self._prepare(key_states, value_states)
+        num_tokens = key_states.shape[2]
+        positions = torch.arange(num_tokens, device=key_states.device) + self.cumulative_length
+        self._append(key_states, value_states, positions)
+        self.cumulative_length.add_(num_tokens)
+        return self._read(self.table[: len(key_states)], self.max_cache_len, key_states.dtype)
+
+    def _prepare(self, key: Tensor, value: Tensor) -> None:
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
+        self._check(key, value)
+        self._check_batch(len(key))
+        self._check_room(key.shape[2])
+        self.batch_size = len(key)
+
+    def _check_batch(self, batch: int) -> None:
+        if batch > self.num_rows:
+            raise ValueError(
+                f"Fp8Cache: key must have at most max_batch_size={self.num_rows} sequences, "
+                f"got {batch} in layer {self.index}"
+            )
+
+    def _check_room(self, num_tokens: int) -> None:
+        # The length is on the device: on a GPU looking at it would make every step wait.
+        eager_on_cpu = self.cumulative_length.device.type == "cpu" and not torch.compiler.is_compiling()
+        length = int(self.cumulative_length) if eager_on_cpu else 0
+        if length + num_tokens > self.max_cache_len:
+            raise ValueError(
+                f"Fp8Cache: max_cache_len must be at least the {length + num_tokens} tokens of a sequence, "
+                f"got {self.max_cache_len}"
+            )
+
+    def _select(self, sequences: Tensor) -> None:
+        assert self.storage is not None
+        self._check_batch(len(sequences))
+        targets = self._blocks_of(torch.arange(len(sequences), device=sequences.device))
+        sources = self._blocks_of(sequences)
+        self.storage.copy_blocks(torch.stack([sources.flatten(), targets.flatten()], 1))
+        self.batch_size = len(sequences)
+
+    def get_seq_length(self) -> Any:
+        """Tokens of a sequence: the tensor `cumulative_length`, or 0 before the first key."""
+        return self.cumulative_length if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        """Tokens there is room for."""
+        return self.max_cache_len
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many tokens the next `update` returns, and the position of the first one."""
+        return self.max_cache_len, 0
+
+    def _num_tokens_kept(self) -> int:
+        return self.num_rows * self.max_cache_len
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last tokens: ``crop(-3)`` removes three."""
+        self.cumulative_length.fill_(self.check_crop(tokens_to_remove))
+
+    def reset(self) -> None:
+        """Forgets everything and keeps the storage; the next batch may be of another size."""
+        self.batch_size = None
+        self.cumulative_length.zero_()
+        if self.storage is not None:
+            self.storage.storage.view(torch.uint8).zero_()
+            if self.storage.dynamic:
+                self.storage.k_scale.zero_()
+                self.storage.v_scale.zero_()

@@ -1,0 +1,142 @@
+"""The command line, as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fp8kv
+from fp8kv.cli import _app, doctor
+
+runner = CliRunner()
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def invoke(*arguments: str) -> str:
+    result = runner.invoke(_app.app, list(arguments))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_python_m_fp8kv_shows_the_commands() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "fp8kv", "--help"], capture_output=True, text=True, check=True
+    )
+    for command in ("doctor", "bench", "demo", "eval"):
+        assert command in result.stdout
+
+
+# doctor
+
+
+def test_doctor_is_content() -> None:
+    output = invoke("doctor")
+    assert fp8kv.__version__ in output
+    assert f"PyTorch: {torch.__version__}" in output
+    assert "self-test on CPU" in output
+    assert "FAIL" not in output
+
+
+def test_doctor_tests_every_instruction_set_and_leaves_the_one_in_use() -> None:
+    before = fp8kv.build_info()["cpu_isa"]
+    names = [check.name for check in doctor.checks()]
+    for isa in fp8kv.build_info()["cpu_isas"]:
+        assert f"self-test on CPU, {isa}" in names
+    assert fp8kv.build_info()["cpu_isa"] == before
+
+
+def test_the_self_test_passes(device: torch.device) -> None:
+    assert doctor.self_test(device) == []
+
+
+def test_doctor_exits_with_1_when_bytes_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = fp8kv.quantize
+
+    def off_by_one(*args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
+        q, scale = honest(*args, **kwargs)
+        q.view(torch.uint8)[0, 0] ^= 1
+        return q, scale
+
+    monkeypatch.setattr(fp8kv, "quantize", off_by_one)
+    result = runner.invoke(_app.app, ["doctor"])
+    assert result.exit_code == 1
+    assert "FAIL" in result.output
+    assert "static_scaled_fp8_quant (bfloat16, float8_e4m3fn, per token)" in result.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        ("90-real", (9, 0), True),
+        ("90-real", (10, 0), False),
+        ("90-real", (8, 9), False),
+        ("80-real;90-real", (8, 9), True),
+        ("120-virtual", (12, 1), True),
+        ("120-virtual", (10, 0), False),
+        ("90", (12, 0), True),
+        ("90a-real", (9, 0), True),
+        ("90a-real", (10, 0), False),
+        ("80-real;89-real;90-real;100-real;120-real;120-virtual", (10, 3), True),
+    ],
+)
+def test_which_architectures_run_on_which_gpu(
+    architectures: str, capability: tuple[int, int], runs: bool
+) -> None:
+    assert doctor.architecture_runs(architectures, *capability) is runs
+
+
+# bench
+
+QUANTIZATION = {"static tensor", "static token"}
+CACHE = {"append tensor NHD", "append tensor HND", "append token-head NHD"}
+
+
+@pytest.mark.parametrize(
+    ("what", "only", "works"),
+    [
+        ([], "static t", QUANTIZATION),
+        (["quantize"], "static t", QUANTIZATION),
+        (["cache"], "append t", CACHE),
+        (["decode"], "step rope", {"step rope NHD", "step rope HND"}),
+    ],
+    ids=["default", "quantize", "cache", "decode"],
+)
+def test_bench_writes_table_json_and_picture(
+    device: torch.device, what: list[str], only: str, works: set[str], tmp_path: Path
+) -> None:
+    numbers, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    output = invoke(
+        "bench", *what, "--quick", "--device", str(device), "--only", only,
+        "--json", str(numbers), "--plot", str(picture),
+    )  # fmt: skip
+    report = json.loads(numbers.read_text())
+    assert report["torch"] == torch.__version__
+    assert report["fp8kv"] == fp8kv.__version__
+    assert report["device"]
+    assert {row["work"] for row in report["rows"]} == works
+    for row in report["rows"]:
+        assert row["work"] in output
+        assert row["us"] > 0
+        assert row["floor_us"] > 0
+        assert row["share"] == pytest.approx(row["floor_us"] / row["us"], rel=0.01, abs=2e-4)
+    assert "torch.zero_" in report["host"]
+    assert picture.read_bytes().startswith(PNG)
+
+
+def test_bench_refuses_what_matches_nothing() -> None:
+    result = runner.invoke(_app.app, ["bench", "--device", "cpu", "--only", "no such work"])
+    assert result.exit_code == 2
+    assert "no work matches" in result.output
+
+
+def test_bench_refuses_an_unknown_benchmark() -> None:
+    result = runner.invoke(_app.app, ["bench", "attention", "--device", "cpu"])
+    assert result.exit_code == 2
+    sentence = " ".join(result.output.replace("│", " ").split())
+    assert 'what must be "quantize", "cache" or "decode", got "attention"' in sentence

