@@ -130,9 +130,10 @@ def neighbours(x: Tensor, reach: int) -> Tensor:
 
 # Memory
 
+#: Misaligned by every number of elements, 0 first.
+OFFSETS = ("contiguous", *(f"offset {k}" for k in range(1, 8)))
 LAYOUTS = (
-    "contiguous",
-    *(f"offset {k}" for k in range(1, 8)),
+    *OFFSETS,
     "transposed",
     "columns",  # of a wider buffer
     "rows",  # every second one
@@ -140,9 +141,12 @@ LAYOUTS = (
     "inside",  # of a buffer wider in every dimension
 )
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+each_offset = pytest.mark.parametrize("offset", OFFSETS)
 #: One of each kind that kernels tell apart: aligned rows without and with gaps, rows aligned to half a vector
 #: and to nothing, misaligned steps from row to row, another order of dimensions, elements apart.
 KINDS_OF_LAYOUTS = ("contiguous", "rows", "offset 4", "offset 1", "columns", "transposed", "steps")
+#: The same, for one tensor whose contiguous form has other tests.
+each_kind_of_layout = pytest.mark.parametrize("layout", [*KINDS_OF_LAYOUTS[1:], "inside"])
 
 
 def sentinels(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -238,8 +242,22 @@ CACHE_LAYOUTS = (
     "transposed",
     *(f"offset {k}" for k in range(1, 8)),
 )
+#: One of each kind that kernels tell apart, as `KINDS_OF_LAYOUTS`; the wide one has rows apart.
+KINDS_OF_CACHE_LAYOUTS = (
+    "NHD",
+    "[nb, 2] HND",
+    "halves NHD",
+    "NHD and wide HND",
+    "offset 1",
+    "transposed",
+    "steps",
+)
 each_fp8_cache = pytest.mark.parametrize("cache", FP8.keys())
 each_geometry = pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+each_pair_of_kinds_of_layouts = pytest.mark.parametrize(
+    ("layout", "cache_layout"),
+    [(a, b) for a in KINDS_OF_LAYOUTS if a != "offset 4" for b in KINDS_OF_CACHE_LAYOUTS],
+)
 each_cache_layout = pytest.mark.parametrize("cache_layout", CACHE_LAYOUTS)
 each_large_cache = pytest.mark.parametrize(
     ("blocks", "num_heads", "head_size"),

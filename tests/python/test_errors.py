@@ -566,7 +566,7 @@ def mistakes_by_sentence() -> dict[tuple[str, str], list[Case]]:
     [pytest.param(op, cases, id=f"{op}-{rule}") for (op, rule), cases in mistakes_by_sentence().items()],
 )
 def test_the_sentence(op: str, cases: list[Case]) -> None:
-    """On the CPU. Sentences are made before devices differ, and where they do is the topic of other tests."""
+    """With every mistake that leads to it."""
     for case in cases:
         refuse(torch.device("cpu"), op, case)
 

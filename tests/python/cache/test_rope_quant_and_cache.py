@@ -23,7 +23,7 @@ from helpers import (
     assert_same_bytes,
     bad_slots,
     each_cache_layout,
-    each_layout,
+    each_kind_of_layout,
     each_real,
     empty_caches,
     empty_view,
@@ -196,11 +196,9 @@ def test_partial_rotation(device: torch.device, rope: str, rotary_dim: int, tabl
 
 @pytest.mark.parametrize("argument", ["query", "key", "value", "query_out", "q_scale", "slot_mapping",
                                       "positions", "cos_sin_cache", "q_norm_weight"])  # fmt: skip
-@each_layout
+@each_kind_of_layout
 def test_every_memory_layout(device: torch.device, layout: str, argument: str) -> None:
     norm = argument == "q_norm_weight"
-    if argument == "q_scale" and layout == "transposed":
-        pytest.skip("one dimension")
     for rope in ("neox", "interleaved"):
         Step(tokens=13, scales=(8, 2, 1), rope=rope, layouts={argument: layout}, norm=norm,
              specials=not norm).check(device)  # fmt: skip
