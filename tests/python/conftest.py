@@ -6,34 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-import fp8kv
 import tiny_models
+from devices import cuda as cuda
+from devices import device as device
+from devices import pytest_terminal_summary as pytest_terminal_summary
 from fp8kv import _introspect
 from helpers import torch_threads
-
-
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device that the ops run on."""
-    if request.param == "cuda":
-        require_cuda()
-    return torch.device(request.param)
-
-
-@pytest.fixture
-def cuda() -> torch.device:
-    """For what only a GPU can do."""
-    require_cuda()
-    return torch.device("cuda")
-
-
-def require_cuda() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("PyTorch finds no GPU")
-    if fp8kv.build_info()["cuda_missing"] is not None:
-        pytest.fail(f"there is a GPU, but no CUDA kernels: {fp8kv.build_info()['cuda_missing']}")
 
 
 @pytest.fixture(params=["generic", "avx2", "avx512"])

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from helpers import KINDS_OF_LAYOUTS, LAYOUTS, each_fp8, each_real
+from helpers import KINDS_OF_LAYOUTS, LAYOUTS, REAL, each_fp8, each_real
 from quantization_family import (
     AMAX,
     CPU,
@@ -123,7 +123,8 @@ def test_layouts(
     device: torch.device, operator: Operator, sides: tuple[str, ...], layout: str, granularity: str
 ) -> None:
     group, scale_shape = GRANULARITIES[granularity]
-    for shape, real in (((5, 48), "bf16"), ((18, 37), "fp32"), ((3, 257), "fp16")):
+    whole_vectors = [((5, 48), real) for real in REAL]
+    for shape, real in (*whole_vectors, ((18, 37), "fp32"), ((3, 257), "fp16")):
         dtypes = operator.inputs.get(real), operator.results.get(real)
         operator.check_shape(
             device, shape, scale_shape(*shape), group, *dtypes, layouts=dict.fromkeys(sides, layout)
@@ -170,13 +171,14 @@ def test_expanded_input(device: torch.device, source: tuple[int, int], operator:
 @each_operator
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)], ids=str)
 def test_permuted_input(device: torch.device, order: tuple[int, int, int], operator: Operator) -> None:
-    x = operator.random_input((6, 10, 16), operator.usual(operator.inputs)).permute(order)
-    rows, cols = x.shape[0] * x.shape[1], x.shape[2]
-    blocks = (-(-rows // 4), -(-cols // 3))
-    problems = (((1, -1), (rows,)), ((-1, 1), (cols,)), ((4, 3), blocks))
-    for (group, scale_shape), result in product(problems, ("contiguous", "as given")):
+    for (input_dtype, result_dtype), result in product(dtype_pairs_of(operator), ("contiguous", "as given")):
+        x = operator.random_input((6, 10, 16), input_dtype).permute(order)
+        rows, cols = x.shape[0] * x.shape[1], x.shape[2]
+        blocks = (-(-rows // 4), -(-cols // 3))
         layouts = {"input": "as given", "result": result}
-        check(operator, device, x, operator.initial_scale(scale_shape), group, layouts=layouts)
+        for group, scale_shape in (((1, -1), (rows,)), ((-1, 1), (cols,)), ((4, 3), blocks)):
+            scale = operator.initial_scale(scale_shape)
+            check(operator, device, x, scale, group, result_dtype, layouts)
 
 
 # Shapes
@@ -258,6 +260,7 @@ EMPTY: list[Problem] = [
 @each_operator
 def test_empty(device: torch.device, operator: Operator) -> None:
     """A group without elements gets the smallest scale from dynamic quantization, and keeps its amax."""
-    for shape, group, scale_shape in EMPTY:
-        if group is not None or operator.takes_no_group:
-            operator.check_shape(device, shape, scale_shape, group)
+    for dtypes in dtype_pairs_of(operator):
+        for shape, group, scale_shape in EMPTY:
+            if group is not None or operator.takes_no_group:
+                operator.check_shape(device, shape, scale_shape, group, *dtypes)
