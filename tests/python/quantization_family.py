@@ -1,13 +1,14 @@
 """The operators of the quantization family, their formats and their granularities, as tables.
 
-A test that takes `operator` or a dtype pair runs for every row: a new operator is a row of `OPERATORS`, a new
-format a row of `helpers.FP8`, a new granularity a row of `GRANULARITIES`.
+Tests run for every row of them: a new operator is a row of `OPERATORS`, with the formats that it reads and
+writes, and a new granularity a row of `GRANULARITIES`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from types import ModuleType
 
 import pytest
@@ -34,7 +35,7 @@ E4M3 = torch.float8_e4m3fn
 Group = Sequence[int] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Operator:
     """How an operator is called, and what goes in and comes out.
 
@@ -47,7 +48,7 @@ class Operator:
     results: Mapping[str, torch.dtype]
     call: Callable[..., None]
     initial_scale: Callable[[Sequence[int]], Tensor] = random_scales
-    takes_no_group: bool = True  # None as group shape
+    group_is_optional: bool = True
 
     def random_input(self, shape: Sequence[int], dtype: torch.dtype, seed: int = 0) -> Tensor:
         """With zeros, subnormal numbers, infinities and NaN."""
@@ -89,21 +90,24 @@ DEQUANTIZE = Operator(
 )
 AMAX = Operator(
     "group_amax", REAL, {}, lambda op, result, x, scale, group, bound: op(scale, x, group),
-    initial_scale=lambda shape: torch.zeros(tuple(shape)), takes_no_group=False,
+    initial_scale=lambda shape: torch.zeros(tuple(shape)), group_is_optional=False,
 )  # fmt: skip
 OPERATORS = {"static": STATIC, "dynamic": DYNAMIC, "dequantize": DEQUANTIZE, "amax": AMAX}
 each_operator = pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS.keys())
 
-#: Operator, dtype of the input, dtype of the result or None.
-DTYPE_PAIRS = {
-    " ".join(filter(None, (name, input_name, result_name))): (operator, input_dtype, result_dtype)
-    for name, operator in OPERATORS.items()
-    for input_name, input_dtype in operator.inputs.items()
-    for result_name, result_dtype in (operator.results or {"": None}).items()
-}
 each_dtype_pair = pytest.mark.parametrize(
-    ("operator", "input_dtype", "result_dtype"), DTYPE_PAIRS.values(), ids=DTYPE_PAIRS.keys()
+    ("operator", "input_dtype", "result_dtype"),
+    [
+        pytest.param(operator, input_dtype, result_dtype, id=" ".join((name, x, y)).strip())
+        for name, operator in OPERATORS.items()
+        for x, input_dtype in operator.inputs.items()
+        for y, result_dtype in (operator.results or {"": None}).items()
+    ],
 )
+
+
+def dtype_pairs_of(operator: Operator) -> list[tuple[torch.dtype, torch.dtype | None]]:
+    return [*product(operator.inputs.values(), operator.results.values() or [None])]
 
 
 #: An input of that shape, a group shape, and a shape of the scale that goes with both.
@@ -118,13 +122,9 @@ def each_problem(problems: list[Problem]) -> pytest.MarkDecorator:
             pytest.param(operator, *problem, id=f"{name}-{'-'.join(map(str, problem))}")
             for name, operator in OPERATORS.items()
             for problem in problems
-            if problem[1] is not None or operator.takes_no_group
+            if problem[1] is not None or operator.group_is_optional
         ],
     )
-
-
-def dtype_pairs_of(operator: Operator) -> list[tuple[torch.dtype, torch.dtype | None]]:
-    return [pair for of, *pair in DTYPE_PAIRS.values() if of is operator]  # type: ignore[misc]
 
 
 #: name, group shape, shape of the scale for an input [M, N]

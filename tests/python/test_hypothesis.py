@@ -82,7 +82,7 @@ def scale_values(shape: tuple[int, ...], generator: torch.Generator, ordinary: b
 def test_quantization(device: torch.device, operator: Operator, data: st.DataObject) -> None:
     shape = data.draw(shapes, "shape")
     group, scale_shape = data.draw(
-        scales_of(shape).filter(lambda s: s[0] is not None or operator.takes_no_group),
+        scales_of(shape).filter(lambda s: s[0] is not None or operator.group_is_optional),
         "group shape, scale shape",
     )
     input_dtype, result_dtype = data.draw(st.sampled_from(dtype_pairs_of(operator)), "dtypes")

@@ -50,7 +50,7 @@ def around(*lengths: int) -> list[int]:
     "length",
     [*range(1, 7), *around(8, 16, 24, 32, 64, 128, 256, 264), 4096, 5137, *around(8192), 20000, 70000],
 )
-def test_rows_of_every_length(device: torch.device, length: int) -> None:
+def test_lengths_of_rows(device: torch.device, length: int) -> None:
     """Around powers of two: how many lanes hold a row; and around a warp of vectors, where blocks begin."""
     for real in REAL.values():
         for rows in (1, 3) if length > 8193 else (1, 5, 33):

@@ -74,7 +74,7 @@ FORMS: list[tuple[Group, list[tuple[int, ...]]]] = [
 @each_operator
 def test_every_form_of_a_scale(device: torch.device, operator: Operator) -> None:
     for group, scale_shapes in FORMS:
-        for scale_shape in scale_shapes if group is not None or operator.takes_no_group else ():
+        for scale_shape in scale_shapes if group is not None or operator.group_is_optional else ():
             operator.check_shape(device, (12, 40), scale_shape, group)
 
 
@@ -262,5 +262,5 @@ def test_empty(device: torch.device, operator: Operator) -> None:
     """A group without elements gets the smallest scale from dynamic quantization, and keeps its amax."""
     for dtypes in dtype_pairs_of(operator):
         for shape, group, scale_shape in EMPTY:
-            if group is not None or operator.takes_no_group:
+            if group is not None or operator.group_is_optional:
                 operator.check_shape(device, shape, scale_shape, group, *dtypes)
