@@ -88,6 +88,15 @@ def test_shapes_of_models(
     operator.check_shape(device, shape, scale_shape(*shape), group)
 
 
+@each_operator
+@pytest.mark.parametrize("power", [8, 16, 32, 64, 128, 256, 512, 1024])
+def test_rows_around_powers_of_two(device: torch.device, power: int, operator: Operator) -> None:
+    """Vectors, warps, thread blocks, and what the CPU takes at a time: one element less, none, one more."""
+    for length, rows, dtypes in product((power - 1, power, power + 1), (1, 3), dtype_pairs_of(operator)):
+        for group, scale_shape in (((-1, -1), ()), ((1, -1), (rows,)), ((-1, 1), (length,))):
+            operator.check_shape(device, (rows, length), scale_shape, group, *dtypes)
+
+
 @each_fp8
 @each_real
 def test_a_single_number(device: torch.device, real: torch.dtype, fp8: torch.dtype) -> None:
