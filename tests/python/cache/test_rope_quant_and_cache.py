@@ -217,7 +217,7 @@ def test_all_misaligned(device: torch.device, offset: int) -> None:
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
-@pytest.mark.parametrize("tokens", [1, 16, 300, 2000])
+@pytest.mark.parametrize("tokens", [1, 16, 400])
 def test_slices_of_one_qkv_tensor(device: torch.device, tokens: int, norm: bool) -> None:
     """As a model has them: 32 + 2 * 8 heads of 128, with int32 indices."""
     qkv = values((tokens, 48, 128), torch.bfloat16, 7, specials=not norm)
@@ -236,6 +236,21 @@ def test_slices_of_one_qkv_tensor(device: torch.device, tokens: int, norm: bool)
     compare = assert_within_one_step if norm else assert_same_bytes
     for actual, wanted in zip([out, *buffers], step.run(reference, CPU), strict=True):
         compare(actual, wanted)
+
+
+@pytest.mark.parametrize(
+    ("rope", "norm"),
+    [("none", True), ("neox", False), ("neox", True), ("interleaved", False), ("interleaved", True)],
+)
+def test_many_tokens(device: torch.device, rope: str, norm: bool) -> None:
+    """So many that a thread takes two heads."""
+    for real, cache in ((torch.bfloat16, "e4m3"), (torch.float16, "e5m2"), (torch.bfloat16, "e5m2 in uint8"),
+                        (torch.float16, "e4m3 in uint8")):  # fmt: skip
+        Step(
+            tokens=200 if norm else 400, num_heads=32, num_kv_heads=8, head_size=128, blocks=(30, 16),
+            real=real, cache=cache, query_out=CACHES[cache][1], rope=rope, norm=norm, specials=not norm,
+            scales=(32, 8, 8),
+        ).check(device)  # fmt: skip
 
 
 @pytest.mark.parametrize("which", ["q", "k", "v"])

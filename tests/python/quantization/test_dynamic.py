@@ -59,6 +59,34 @@ def test_lengths_of_rows(device: torch.device, length: int) -> None:
             check(device, x, (1,), None)
 
 
+ONE_PASS = {
+    "registers of a block": (3, 512),
+    "two vectors a thread": (300, 4096),
+    "more vectors a thread": (2, 20_000),
+    "read twice": (2, 70_000),
+    "several blocks read all": (1, 9_000),
+    "several blocks read more": (1, 20_000),
+    "several blocks read most": (1, 40_000),
+    "a cluster": (1, 100_000),
+    "a cluster, two vectors": (1, 200_000),
+    "a cluster, four": (1, 400_000),
+    "a cluster, eight": (1, 600_000),
+    "all multiprocessors": (1, 1_200_000),
+}
+
+
+@each_fp8
+@each_real
+@pytest.mark.parametrize("shape", ONE_PASS.values(), ids=ONE_PASS.keys())
+def test_kernels_of_one_pass(
+    device: torch.device, shape: tuple[int, int], real: torch.dtype, fp8: torch.dtype
+) -> None:
+    """Aligned, with gaps between rows, and misaligned. Names are those of 16-bit inputs on an H200."""
+    x = values(shape, real, specials=False)
+    for layout in ("contiguous", "offset 3", *(["rows"] if shape[0] > 1 else [])):
+        check(device, x, shape[:1], PER_TOKEN, fp8, layouts={"input": layout, "result": layout})
+
+
 @pytest.mark.parametrize("length", [64, 100, 128, 4096, 5137, 8192, 20000, 70000])
 @pytest.mark.parametrize("offset", range(1, 8))
 def test_misaligned_rows(device: torch.device, offset: int, length: int) -> None:

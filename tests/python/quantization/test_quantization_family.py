@@ -88,6 +88,18 @@ def test_shapes_of_models(
     operator.check_shape(device, shape, scale_shape(*shape), group)
 
 
+@each_dtype_pair
+def test_many_rows_of_channels(
+    device: torch.device,
+    operator: Operator,
+    input_dtype: torch.dtype,
+    result_dtype: torch.dtype | None,
+) -> None:
+    """So many that a thread takes several: of whole vectors, and of odd length."""
+    for shape in ((600, 4096), (2100, 515)):
+        operator.check_shape(device, shape, shape[1:], (-1, 1), input_dtype, result_dtype)
+
+
 @each_operator
 @pytest.mark.parametrize("power", [8, 16, 32, 64, 128, 256, 512, 1024])
 def test_rows_around_powers_of_two(device: torch.device, power: int, operator: Operator) -> None:
@@ -200,6 +212,7 @@ DIMENSIONS: list[Problem] = [
     ((4, 6, 8), None, (2, 3, 4)),
     ((4, 6, 8), None, (4, 6, 8)),
     ((2, 3, 4, 5), None, (2, 1, 4, 1)),
+    ((2, 3, 4, 16), None, (2, 1, 4, 1)),
     ((2, 2, 3, 2, 3, 2), None, (1, 2, 1, 2, 1, 2)),
     ((2, 3, 64), (1, -1), (2, 3, 1)),
     ((2, 3, 64), (1, -1), (6,)),
