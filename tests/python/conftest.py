@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+# Read when PyTorch is loaded. Threads that spin while they wait make tests ten times slower on shared cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 
