@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-import torch
+# Read when PyTorch is loaded. Threads that spin while they wait make tests ten times slower on shared cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import fp8kv
+import pytest
+
 import tiny_models
+from devices import cuda as cuda
+from devices import device as device
+from devices import pytest_terminal_summary as pytest_terminal_summary
 from fp8kv import _introspect
 from helpers import torch_threads
-
-
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device that the ops run on."""
-    if request.param == "cuda":
-        require_cuda()
-    return torch.device(request.param)
-
-
-@pytest.fixture
-def cuda() -> torch.device:
-    """For what only a GPU can do."""
-    require_cuda()
-    return torch.device("cuda")
-
-
-def require_cuda() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("PyTorch finds no GPU")
-    if fp8kv.build_info()["cuda_missing"] is not None:
-        pytest.fail(f"there is a GPU, but no CUDA kernels: {fp8kv.build_info()['cuda_missing']}")
 
 
 @pytest.fixture(params=["generic", "avx2", "avx512"])

@@ -25,10 +25,6 @@ each_real = pytest.mark.parametrize("real", REAL.values(), ids=REAL.keys())
 # Comparison
 
 
-#: Matrices of sizes around those of vectors, units and strips.
-SHAPES = [(1, 1), (1, 7), (3, 8), (5, 16), (7, 33), (16, 64), (33, 100), (64, 130), (2, 1024), (9, 513)]
-
-
 def raw(tensor: Tensor) -> Tensor:
     """The bytes of a tensor, contiguous, on the CPU, with the bytes of an element as the last dimension."""
     whole = torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -134,9 +130,10 @@ def neighbours(x: Tensor, reach: int) -> Tensor:
 
 # Memory
 
+#: Misaligned by every number of elements, 0 first.
+OFFSETS = ("contiguous", *(f"offset {k}" for k in range(1, 8)))
 LAYOUTS = (
-    "contiguous",
-    *(f"offset {k}" for k in range(1, 8)),
+    *OFFSETS,
     "transposed",
     "columns",  # of a wider buffer
     "rows",  # every second one
@@ -144,14 +141,12 @@ LAYOUTS = (
     "inside",  # of a buffer wider in every dimension
 )
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
-
-
-def layouts_of(side: str, layout: str) -> tuple[str, str, str]:
-    """`layout` for input, scale or result, or for "all" of them; the others are contiguous."""
-    of_input, of_scale, of_result = (
-        layout if side in (name, "all") else "contiguous" for name in ("input", "scale", "result")
-    )
-    return of_input, of_scale, of_result
+each_offset = pytest.mark.parametrize("offset", OFFSETS)
+#: One of each kind that kernels tell apart: aligned rows without and with gaps, rows aligned to half a vector
+#: and to nothing, misaligned steps from row to row, another order of dimensions, elements apart.
+KINDS_OF_LAYOUTS = ("contiguous", "rows", "offset 4", "offset 1", "columns", "transposed", "steps")
+#: The same, for one tensor whose contiguous form has other tests.
+each_kind_of_layout = pytest.mark.parametrize("layout", [*KINDS_OF_LAYOUTS[1:], "inside"])
 
 
 def sentinels(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -195,7 +190,10 @@ def empty_view(
 
 
 def placed(x: Tensor, layout: str, device: torch.device) -> Tensor:
-    """`x` on `device` in the given memory layout."""
+    """`x` on `device` in the given memory layout; "as given": permuted and expanded as `x` is."""
+    if layout == "as given":
+        source = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())]
+        return source.to(device).expand(x.shape)
     view, _ = empty_view(x.shape, x.dtype, layout, device)
     copy_bits(view, x)
     return view
@@ -244,8 +242,22 @@ CACHE_LAYOUTS = (
     "transposed",
     *(f"offset {k}" for k in range(1, 8)),
 )
+#: One of each kind that kernels tell apart, as `KINDS_OF_LAYOUTS`; the wide one has rows apart.
+KINDS_OF_CACHE_LAYOUTS = (
+    "NHD",
+    "[nb, 2] HND",
+    "halves NHD",
+    "NHD and wide HND",
+    "offset 1",
+    "transposed",
+    "steps",
+)
 each_fp8_cache = pytest.mark.parametrize("cache", FP8.keys())
 each_geometry = pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+each_pair_of_kinds_of_layouts = pytest.mark.parametrize(
+    ("layout", "cache_layout"),
+    [(a, b) for a in KINDS_OF_LAYOUTS if a != "offset 4" for b in KINDS_OF_CACHE_LAYOUTS],
+)
 each_cache_layout = pytest.mark.parametrize("cache_layout", CACHE_LAYOUTS)
 each_large_cache = pytest.mark.parametrize(
     ("blocks", "num_heads", "head_size"),

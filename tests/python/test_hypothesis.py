@@ -13,20 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fp8kv import (
-    dynamic_scaled_fp8_quant,
     gather_and_dequant_cache,
-    group_amax,
     quantize,
     reference,
     reshape_and_cache_flash,
     reshape_and_cache_flash_dynamic,
     rope_quant_and_cache,
-    scaled_fp8_dequant,
-    static_scaled_fp8_quant,
 )
 from helpers import (
     CACHE_LAYOUTS,
-    FP8,
     FP8_CACHES,
     LAYOUTS,
     PLAIN_CACHES,
@@ -38,6 +33,7 @@ from helpers import (
     placed,
     random_bits,
 )
+from quantization_family import DYNAMIC, Operator, check, dtype_pairs_of, each_operator
 
 CPU = torch.device("cpu")
 often = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -80,84 +76,24 @@ def scale_values(shape: tuple[int, ...], generator: torch.Generator, ordinary: b
     return torch.rand(shape, generator=generator) + 2.0**-8
 
 
-def draw_problem(data: st.DataObject) -> tuple[Any, ...]:
-    """Shape, group shape, shape of the scales, both dtypes, layouts of the three tensors, generator."""
+@each_operator
+@often
+@given(st.data())
+def test_quantization(device: torch.device, operator: Operator, data: st.DataObject) -> None:
     shape = data.draw(shapes, "shape")
-    group, scale_shape = data.draw(scales_of(shape), "group shape, scale shape")
-    real, fp8 = data.draw(st.sampled_from([*REAL.values()])), data.draw(st.sampled_from([*FP8.values()]))
-    places = [data.draw(layouts, name) for name in ("input", "scale", "result")]
-    generator = torch.Generator().manual_seed(data.draw(seeds, "seed"))
-    return shape, group, scale_shape, real, fp8, places, generator
-
-
-@often
-@given(st.data())
-def test_static(device: torch.device, data: st.DataObject) -> None:
-    shape, group, scale_shape, real, fp8, places, generator = draw_problem(data)
-    x = random_reals(shape, real, generator, data.draw(st.booleans(), "ordinary values"))
-    scale = scale_values(scale_shape, generator, data.draw(st.booleans(), "ordinary scales"))
-
-    actual, buffer = empty_view(shape, fp8, places[2], device)
-    static_scaled_fp8_quant(actual, placed(x, places[0], device), placed(scale, places[1], device), group)
-    expected, expected_buffer = empty_view(shape, fp8, places[2], CPU)
-    reference.static_scaled_fp8_quant(expected, x, scale, group)
-    assert_same_bytes(actual, expected)
-    assert_same_bytes(buffer, expected_buffer)
-
-
-@often
-@given(st.data())
-def test_dynamic(device: torch.device, data: st.DataObject) -> None:
-    shape, group, scale_shape, real, fp8, places, generator = draw_problem(data)
-    x = random_reals(shape, real, generator, data.draw(st.booleans(), "ordinary values"))
-    bound = random_bits((1,), torch.float32, generator) if data.draw(st.booleans(), "bounded") else None
-
-    actual, buffer = empty_view(shape, fp8, places[2], device)
-    scale, scale_buffer = empty_view(scale_shape, torch.float32, places[1], device)
-    on_device = None if bound is None else bound.to(device)
-    dynamic_scaled_fp8_quant(actual, placed(x, places[0], device), scale, on_device, group)
-    expected, expected_buffer = empty_view(shape, fp8, places[2], CPU)
-    expected_scale, expected_scale_buffer = empty_view(scale_shape, torch.float32, places[1], CPU)
-    reference.dynamic_scaled_fp8_quant(expected, x, expected_scale, bound, group)
-    assert_same_bytes(scale, expected_scale)
-    assert_same_bytes(actual, expected)
-    assert_same_bytes(buffer, expected_buffer)
-    assert_same_bytes(scale_buffer, expected_scale_buffer)
-
-
-@often
-@given(st.data())
-def test_dequant(device: torch.device, data: st.DataObject) -> None:
-    shape, group, scale_shape, real, fp8, places, generator = draw_problem(data)
-    q = random_bits(shape, fp8, generator)
-    scale = scale_values(scale_shape, generator, data.draw(st.booleans(), "ordinary scales"))
-
-    actual, buffer = empty_view(shape, real, places[2], device)
-    scaled_fp8_dequant(actual, placed(q, places[0], device), placed(scale, places[1], device), group)
-    expected, expected_buffer = empty_view(shape, real, places[2], CPU)
-    reference.scaled_fp8_dequant(expected, q, scale, group)
-    assert_same_bytes(actual, expected)
-    assert_same_bytes(buffer, expected_buffer)
-
-
-@often
-@given(st.data())
-def test_amax(device: torch.device, data: st.DataObject) -> None:
-    shape = data.draw(shapes, "shape")
-    group, amax_shape = data.draw(
-        scales_of(shape).filter(lambda s: s[0] is not None), "group shape, shape of amax"
+    group, scale_shape = data.draw(
+        scales_of(shape).filter(lambda s: s[0] is not None or operator.group_is_optional),
+        "group shape, scale shape",
     )
-    real = data.draw(st.sampled_from([*REAL.values()]))
-    place = data.draw(layouts, "input")
+    input_dtype, result_dtype = data.draw(st.sampled_from(dtype_pairs_of(operator)), "dtypes")
+    places = {name: data.draw(layouts, name) for name in ("input", "scale", "result")}
     generator = torch.Generator().manual_seed(data.draw(seeds, "seed"))
-    x = random_reals(shape, real, generator, data.draw(st.booleans(), "ordinary values"))
-    before = random_bits(amax_shape, torch.float32, generator)
-
-    amax = before.to(device)
-    group_amax(amax, placed(x, place, device), group)
-    expected = before.clone()
-    reference.group_amax(expected, x, group)
-    assert_same_bytes(amax, expected)
+    ordinary = operator.inputs is REAL and data.draw(st.booleans(), "ordinary values")
+    x = random_reals(shape, input_dtype, generator, ordinary)
+    scale = scale_values(scale_shape, generator, data.draw(st.booleans(), "ordinary scales"))
+    bounded = operator is DYNAMIC and data.draw(st.booleans(), "bounded")
+    bound = random_bits((1,), torch.float32, generator) if bounded else None
+    check(operator, device, x, scale, group, result_dtype, places, bound)
 
 
 @often

@@ -246,19 +246,17 @@ def test_one_scale_for_keys_and_values(name: str, strategy: str) -> None:
 @pytest.mark.parametrize(
     "shape", [(), (1,), (1, 1, 1), (2,), (2, 1, 1), (1, 2, 1)], ids=lambda shape: str(list(shape))
 )
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-def test_every_shape_and_dtype_of_scales_per_head(
-    device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
+def test_every_shape_and_dtype_of_scales_per_head(device: torch.device, shape: tuple[int, ...]) -> None:
     module = make(device=device)
     places = addresses(module)
-    given = torch.tensor([0.1, 0.3][: math.prod(shape)], dtype=dtype).view(shape)
-    module.load_state_dict({"k_scale": given, "v_scale": given.to(device) * 2})
-    rounded = given.flatten().float().tolist()
-    expected = rounded if len(rounded) == 2 else rounded * 2
-    assert module.k_scale.tolist() == expected
-    assert module.v_scale.tolist() == [2 * x for x in expected]
-    assert addresses(module) == places
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        given = torch.tensor([0.1, 0.3][: math.prod(shape)], dtype=dtype).view(shape)
+        module.load_state_dict({"k_scale": given, "v_scale": given.to(device) * 2})
+        rounded = given.flatten().float().tolist()
+        expected = rounded if len(rounded) == 2 else rounded * 2
+        assert module.k_scale.tolist() == expected
+        assert module.v_scale.tolist() == [2 * x for x in expected]
+        assert addresses(module) == places
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1)], ids=lambda shape: str(list(shape)))
@@ -676,24 +674,26 @@ def test_scales_are_not_loaded_onto_the_meta_device() -> None:
 # quantize_query
 
 
-@each_heads
-@each_strategy
-@each_fp8
-@each_real
-@pytest.mark.parametrize("flat", [False, True], ids=["heads", "flat"])
-def test_quantized_queries(
-    device: torch.device,
-    heads: tuple[int, int],
-    strategy: str,
-    fp8: torch.dtype,
-    real: torch.dtype,
-    flat: bool,
+def check_quantized_queries(
+    device: torch.device, heads: tuple[int, int], strategy: str, fp8: torch.dtype, real: torch.dtype
 ) -> None:
     module = make(heads, strategy, device, dtype=fp8)
     query, _, _ = fused(13, heads, real, device)
-    expected = reference.encode(query.cpu().float() / of_heads(module.q_scale, heads[0]), fp8)
-    query, expected = (x.flatten(1) if flat else x for x in (query, expected))
-    assert_same_bytes(module.quantize_query(query), expected.to(device))
+    expected = reference.encode(query.cpu().float() / of_heads(module.q_scale, heads[0]), fp8).to(device)
+    assert_same_bytes(module.quantize_query(query), expected)
+    assert_same_bytes(module.quantize_query(query.flatten(1)), expected.flatten(1))
+
+
+@each_heads
+@each_strategy
+def test_quantized_queries(device: torch.device, heads: tuple[int, int], strategy: str) -> None:
+    check_quantized_queries(device, heads, strategy, E4M3, torch.bfloat16)
+
+
+@each_fp8
+@each_real
+def test_quantized_queries_of_every_dtype(device: torch.device, fp8: torch.dtype, real: torch.dtype) -> None:
+    check_quantized_queries(device, HEADS["GQA"], "attn_head", fp8, real)
 
 
 @each_strategy
@@ -749,18 +749,13 @@ def test_results_of_another_form_are_refused(shape: tuple[int, ...], dtype: torc
 SLOTS = torch.tensor([3, -1, 11, 0, 7])
 
 
-@each_heads
-@each_strategy
-@each_fp8
-@pytest.mark.parametrize("layout", ["NHD", "HND", "[nb, 2] HND", "halves NHD"])
-@pytest.mark.parametrize("in_bytes", [False, True], ids=["fp8", "uint8"])
-def test_tokens_in_caches(
+def check_tokens_in_caches(
     device: torch.device,
     heads: tuple[int, int],
     strategy: str,
-    fp8: torch.dtype,
-    layout: str,
-    in_bytes: bool,
+    fp8: torch.dtype = E4M3,
+    layout: str = "NHD",
+    in_bytes: bool = False,
 ) -> None:
     module = make(heads, strategy, device, dtype=fp8)
     _, key, value = fused(8, heads, torch.bfloat16, device)
@@ -769,18 +764,25 @@ def test_tokens_in_caches(
     module.update_cache(key, value, (key_cache, value_cache), SLOTS.to(device))
     key_cache, value_cache, expected = empty_caches(shape, dtype, layout, CPU)
     name = {E4M3: "fp8_e4m3", E5M2: "fp8_e5m2"}[fp8]
-    reference.reshape_and_cache_flash(
-        key.cpu(),
-        value.cpu(),
-        key_cache,
-        value_cache,
-        SLOTS,
-        name,
-        module.k_scale.cpu(),
-        module.v_scale.cpu(),
-    )
+    scales = module.k_scale.cpu(), module.v_scale.cpu()
+    reference.reshape_and_cache_flash(key.cpu(), value.cpu(), key_cache, value_cache, SLOTS, name, *scales)
     for a, e in zip(actual, expected, strict=True):
         assert_same_bytes(a.cpu(), e)
+
+
+@each_heads
+@each_strategy
+def test_tokens_in_caches(device: torch.device, heads: tuple[int, int], strategy: str) -> None:
+    check_tokens_in_caches(device, heads, strategy)
+
+
+@each_fp8
+@pytest.mark.parametrize("layout", ["NHD", "HND", "[nb, 2] HND", "halves NHD"])
+@pytest.mark.parametrize("in_bytes", [False, True], ids=["fp8", "uint8"])
+def test_tokens_in_caches_of_every_layout_and_dtype(
+    device: torch.device, fp8: torch.dtype, layout: str, in_bytes: bool
+) -> None:
+    check_tokens_in_caches(device, HEADS["GQA"], "attn_head", fp8, layout, in_bytes)
 
 
 @each_strategy
@@ -905,25 +907,28 @@ def assert_seen(
     assert tuple(actual) == expected
 
 
+def check_observed(
+    device: torch.device, heads: tuple[int, int], strategy: str, fp8: torch.dtype, real: torch.dtype
+) -> None:
+    sides = dict(zip("qkv", fused(31, heads, real, device), strict=True))
+    for flat in (False, True):
+        module = make(heads, strategy, device, dtype=fp8)
+        module.observe(*(x.flatten(1) if flat else x for x in sides.values()))
+        for side, x in sides.items():
+            assert_seen(module, side, seen_of(x, getattr(module, f"{side}_scale"), fp8))
+        assert sum(module.k_clipped.tolist()) > 0
+
+
 @each_heads
 @each_strategy
+def test_what_is_observed(device: torch.device, heads: tuple[int, int], strategy: str) -> None:
+    check_observed(device, heads, strategy, E4M3, torch.bfloat16)
+
+
 @each_fp8
 @each_real
-@pytest.mark.parametrize("flat", [False, True], ids=["heads", "flat"])
-def test_what_is_observed(
-    device: torch.device,
-    heads: tuple[int, int],
-    strategy: str,
-    fp8: torch.dtype,
-    real: torch.dtype,
-    flat: bool,
-) -> None:
-    module = make(heads, strategy, device, dtype=fp8)
-    sides = dict(zip("qkv", fused(31, heads, real, device), strict=True))
-    module.observe(*(x.flatten(1) if flat else x for x in sides.values()))
-    for side, x in sides.items():
-        assert_seen(module, side, seen_of(x, getattr(module, f"{side}_scale"), fp8))
-    assert sum(module.k_clipped.tolist()) > 0
+def test_what_is_observed_of_every_dtype(device: torch.device, fp8: torch.dtype, real: torch.dtype) -> None:
+    check_observed(device, HEADS["GQA"], "attn_head", fp8, real)
 
 
 @each_strategy

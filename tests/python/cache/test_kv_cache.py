@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import product
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +17,7 @@ from fp8kv import reference, reshape_and_cache_flash
 from helpers import (
     FP8,
     FP8_CACHES,
-    LAYOUTS,
+    OFFSETS,
     PLAIN_CACHES,
     REAL,
     TRAP_SCALES,
@@ -29,6 +30,8 @@ from helpers import (
     each_geometry,
     each_large_cache,
     each_layout,
+    each_offset,
+    each_pair_of_kinds_of_layouts,
     each_real,
     empty_caches,
     fp8_boundaries,
@@ -257,14 +260,25 @@ def test_layouts_of_caches(device: torch.device, cache_layout: str) -> None:
                 check(device, key, value, slots, (4, geometry[0]), cache, scales, cache_layout=cache_layout)
 
 
-@each_cache_layout
-@pytest.mark.parametrize("layout", LAYOUTS)
+@each_pair_of_kinds_of_layouts
 def test_pairs_of_layouts(device: torch.device, layout: str, cache_layout: str) -> None:
     key, value = key_and_value(6, 2, 40, torch.bfloat16)
     check(
         device, key, value, random_slots(6, 12), (3, 4), scales=(random_scales((2,)), ONE),
         layouts=(layout, "columns"), cache_layout=cache_layout,
     )  # fmt: skip
+
+
+@each_offset
+def test_misaligned_by_every_number_of_elements(device: torch.device, offset: str) -> None:
+    """Key and value, and the caches, each by any number."""
+    for real, cache_offset in product(REAL.values(), OFFSETS):
+        key, value = key_and_value(5, 2, 40, real)
+        for cache, scales in product(("e4m3", "fp16"), per_tensor_and_head(2)):
+            check(
+                device, key, value, random_slots(5, 8), (2, 4), cache, scales, layouts=(offset, offset),
+                cache_layout=cache_offset,
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("cache_layout", ["NHD", "[nb, 2] HND"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from types import ModuleType
 
 import pytest
@@ -13,7 +14,7 @@ import fp8kv
 from fp8kv import reference, reshape_and_cache_flash_dynamic
 from helpers import (
     FP8_CACHES,
-    LAYOUTS,
+    OFFSETS,
     REAL,
     all_patterns,
     assert_same_bytes,
@@ -22,8 +23,10 @@ from helpers import (
     each_cache_layout,
     each_fp8_cache,
     each_geometry,
+    each_kind_of_layout,
     each_large_cache,
     each_layout,
+    each_offset,
     each_real,
     empty_caches,
     empty_view,
@@ -180,7 +183,7 @@ def test_any_bits(device: torch.device, real: torch.dtype) -> None:
 # Memory
 
 
-@each_layout
+@each_kind_of_layout
 @pytest.mark.parametrize("sides", ["key", "value", "both"])
 def test_layouts_of_key_and_value(device: torch.device, sides: str, layout: str) -> None:
     layouts = tuple(layout if sides in (side, "both") else "contiguous" for side in ("key", "value"))
@@ -202,7 +205,7 @@ def test_layouts_of_caches(device: torch.device, cache_layout: str) -> None:
             check(device, key, value, slots, (4, geometry[0]), cache, cache_layout=cache_layout)
 
 
-@each_layout
+@each_kind_of_layout
 @pytest.mark.parametrize("sides", ["K", "V", "both"])
 def test_layouts_of_scale_caches(device: torch.device, sides: str, layout: str) -> None:
     layouts = tuple(layout if sides in (side, "both") else "contiguous" for side in "KV")
@@ -210,7 +213,17 @@ def test_layouts_of_scale_caches(device: torch.device, sides: str, layout: str) 
     check(device, key, value, random_slots(13, 32), (4, 8), scale_layouts=layouts)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@each_offset
+def test_misaligned_by_every_number_of_elements(device: torch.device, offset: str) -> None:
+    """Key and value, and the caches, each by any number."""
+    for real, cache_offset in product(REAL.values(), OFFSETS):
+        for head_size in (40, 300):  # of few and of many vectors
+            key, value = key_and_value(5, 2, head_size, real)
+            layouts = (offset, offset)
+            check(device, key, value, random_slots(5, 8), (2, 4), layouts=layouts, cache_layout=cache_offset)
+
+
+@each_layout
 def test_all_layouts_at_once(device: torch.device, layout: str) -> None:
     key, value = key_and_value(13, 3, 40, torch.float16)
     check(

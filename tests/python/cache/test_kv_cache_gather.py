@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, product
 from types import ModuleType
 
 import pytest
@@ -18,7 +18,7 @@ import fp8kv
 from fp8kv import gather_and_dequant_cache, reference
 from helpers import (
     FP8_CACHES,
-    LAYOUTS,
+    OFFSETS,
     PLAIN_CACHES,
     REAL,
     TRAP_SCALES,
@@ -29,8 +29,11 @@ from helpers import (
     each_cache_layout,
     each_fp8_cache,
     each_geometry,
+    each_kind_of_layout,
     each_large_cache,
     each_layout,
+    each_offset,
+    each_pair_of_kinds_of_layouts,
     each_real,
     empty_caches,
     empty_view,
@@ -250,7 +253,7 @@ def test_trap_scales_for_each_instruction_set(isa: str, real: torch.dtype) -> No
 # Memory
 
 
-@each_layout
+@each_kind_of_layout
 @pytest.mark.parametrize("sides", ["key", "value", "both"])
 def test_layouts_of_key_and_value(device: torch.device, sides: str, layout: str) -> None:
     layouts = tuple(layout if sides in (side, "both") else "contiguous" for side in ("key", "value"))
@@ -282,14 +285,25 @@ def test_layouts_of_caches(device: torch.device, cache_layout: str) -> None:
                 )  # fmt: skip
 
 
-@each_cache_layout
-@pytest.mark.parametrize("layout", LAYOUTS)
+@each_pair_of_kinds_of_layouts
 def test_pairs_of_layouts(device: torch.device, layout: str, cache_layout: str) -> None:
     contents = any_contents((5, 4), 2, 40, E4M3)
     check(
         device, contents, table_of([3, 6], (5, 4)), sums_of([3, 6]), scales=(random_scales((2,)), ONE),
         layouts=(layout, "columns"), cache_layout=cache_layout,
     )  # fmt: skip
+
+
+@each_offset
+def test_misaligned_by_every_number_of_elements(device: torch.device, offset: str) -> None:
+    """Key and value, and the caches, each by any number."""
+    for real, cache_offset, cache in product(REAL.values(), OFFSETS, ("e4m3", "fp16")):
+        name, dtype, _ = CACHES[cache]
+        contents = any_contents((5, 4), 2, 40, dtype)
+        check(
+            device, contents, table_of([3, 6], (5, 4)), sums_of([3, 6]), name, real,
+            (random_scales((2,)), ONE), layouts=(offset, offset), cache_layout=cache_offset,
+        )  # fmt: skip
 
 
 @each_layout

@@ -1,0 +1,48 @@
+"""The devices that tests run on, and the account of what was not run for want of a GPU."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+import fp8kv
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device that the ops run on."""
+    if request.param == "cuda":
+        require_cuda()
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """For what only a GPU can do."""
+    require_cuda()
+    return torch.device("cuda")
+
+
+def require_cuda() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch finds no GPU")
+    if fp8kv.build_info()["cuda_missing"] is not None:
+        pytest.fail(f"there is a GPU, but no CUDA kernels: {fp8kv.build_info()['cuda_missing']}")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # after all that others report
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> object:
+    """Says how many cases wait for a GPU, or for a larger one, or for more: their reasons name a GPU."""
+    result = yield
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple) and "GPU" in report.longrepr[2]
+    )
+    if reasons:
+        counts = [reason if len(reasons) == 1 else f"{reason} ({n:,})" for reason, n in reasons.most_common()]
+        cases = f"{reasons.total():,} case{'s were' if reasons.total() > 1 else ' was'}"
+        terminalreporter.write_line(f"CUDA: {cases} not run: {', '.join(counts)}", yellow=True)
+    return result
