@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/formats.h"
 #include "fp8kv/fp8.h"
 #include "fp8kv/parallel.h"
 #include "fp8kv/runtime.h"
@@ -224,7 +225,7 @@ inline std::string pair_name(DType a, DType b) { return std::string(name(a)) + "
 
 // --- Threads --------------------------------
 
-// Small uneven pieces from the last to the first.
+// Small uneven ranges from the last to the first.
 inline void backwards(std::int64_t count, std::int64_t, const std::function<void(std::int64_t, std::int64_t)>& body) {
   const std::int64_t step = count / 7 + 1;
   for (std::int64_t begin = (count - 1) / step * step; begin >= 0; begin -= step) body(begin, std::min(count, begin + step));

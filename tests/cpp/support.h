@@ -23,6 +23,12 @@ std::string error_of(Body&& body) {
   return "";
 }
 
+// The sentence that refuses a problem; "" when it is sound.
+template <class Problem>
+std::string sentence(const Problem& problem) {
+  return error_of([&] { validate(problem); });
+}
+
 using Sizes = std::vector<std::int64_t>;
 
 // A view of memory that nobody looks into; row-major without strides.

@@ -31,7 +31,7 @@ INSTANTIATE_TEST_SUITE_P(, CpuIsa, testing::ValuesIn(cpu::available()), isa_name
 // --- K and V --------------------------------
 
 // K and V as two slices of one allocation. `order` names its dimensions from the outermost to the innermost: those of `letters`
-// and 2, that of K and V, which has one slice more on either side. '.' leaves a gap, ':' takes every second place.
+// and 2, that of K and V, which has one slice more at either end. '.' leaves a gap, ':' takes every second place.
 class Pair {
  public:
   Pair(DType dtype, std::string_view order, std::string_view letters, const Sizes& sizes, std::int64_t skip)
@@ -46,15 +46,15 @@ class Pair {
   DType dtype() const { return dtype_; }
   Tensor& storage() { return storage_; }
 
-  // The number within the storage of an element of K (side 0) or V (1).
-  std::int64_t index(int side, const Sizes& at) const {
-    std::int64_t index = skip_ + (side + 1) * slice_;
+  // The number within the storage of an element of K (0) or V (1).
+  std::int64_t index(int kv, const Sizes& at) const {
+    std::int64_t index = skip_ + (kv + 1) * slice_;
     for (std::size_t d = 0; d < at.size(); ++d) index += at[d] * strides_[d];
     return index;
   }
 
-  TensorView view(int side) {
-    TensorView v{.data = storage_.at(index(side, {})), .dtype = dtype_, .ndim = static_cast<int>(sizes_.size())};
+  TensorView view(int kv) {
+    TensorView v{.data = storage_.at(index(kv, {})), .dtype = dtype_, .ndim = static_cast<int>(sizes_.size())};
     std::copy(sizes_.begin(), sizes_.end(), v.sizes);
     std::copy(strides_.begin(), strides_.end(), v.strides);
     return v;
@@ -107,7 +107,7 @@ const Case kCases[] = {
     {.name = "blocks_of_both_hnd", .heads = 4, .head_size = 64, .cache = "n2hsd", .rows = "t2hd", .scales = "2nhs"},
     {.name = "slots_of_both", .heads = 4, .head_size = 80, .cache = "ns2hd", .rows = "t.2hd"},
     {.name = "halves_of_heads", .heads = 3, .head_size = 96, .cache = "nsh2d", .rows = "th2d", .scales = "nsh2"},
-    {.name = "neighbours", .heads = 2, .head_size = 20, .cache = "nshd2", .rows = "thd2", .scales = "n2sh"},
+    {.name = "interleaved", .heads = 2, .head_size = 20, .cache = "nshd2", .rows = "thd2", .scales = "n2sh"},
     {.name = "head_size_1", .heads = 5, .head_size = 1},
     {.name = "head_size_1_hnd", .heads = 5, .head_size = 1, .cache = "2nhsd", .rows = "2htd"},
     {.name = "head_size_20", .heads = 3, .head_size = 20, .cache = "2nhsd"},
@@ -183,32 +183,32 @@ void convert(Tensor& to, std::int64_t to_index, Tensor& from, std::int64_t from_
 }
 
 void reference_append(const Case& c, Pair& rows, Pair& cache, const Slots& slots, Tensor (&scales)[2]) {
-  for (int side = 0; side < 2; ++side)
+  for (int kv = 0; kv < 2; ++kv)
     for (std::size_t t = 0; t < slots.size(); ++t)
       for (std::int64_t h = 0; h < c.heads && slots[t] >= 0; ++h)
         for (std::int64_t d = 0; d < c.head_size; ++d) {
           const std::int64_t token = static_cast<std::int64_t>(t), block = slots[t] / c.block_size;
-          convert(cache.storage(), cache.index(side, {block, slots[t] % c.block_size, h, d}), rows.storage(),
-                  rows.index(side, {token, h, d}), scales[side].get<float>(scale_index(scales[side], h)));
+          convert(cache.storage(), cache.index(kv, {block, slots[t] % c.block_size, h, d}), rows.storage(),
+                  rows.index(kv, {token, h, d}), scales[kv].get<float>(scale_index(scales[kv], h)));
         }
 }
 
 void reference_append_dynamic(const Case& c, Pair& rows, Pair& cache, Pair& scales, const Slots& slots) {
   if (c.head_size == 0) return;
-  for (int side = 0; side < 2; ++side)
+  for (int kv = 0; kv < 2; ++kv)
     for (std::size_t t = 0; t < slots.size(); ++t)
       for (std::int64_t h = 0; h < c.heads && slots[t] >= 0; ++h) {
         const std::int64_t token = static_cast<std::int64_t>(t);
         const std::int64_t block = slots[t] / c.block_size, offset = slots[t] % c.block_size;
         float amax = 0.0f;
         for (std::int64_t d = 0; d < c.head_size; ++d) {
-          const float x = rows.storage().get_real(rows.index(side, {token, h, d}));
+          const float x = rows.storage().get_real(rows.index(kv, {token, h, d}));
           if (is_finite(x)) amax = std::max(amax, x < 0 ? -x : x);
         }
         const float scale = cache.dtype() == DType::E4M3 ? dynamic_scale<E4M3>(amax, kInf) : dynamic_scale<E5M2>(amax, kInf);
-        scales.storage().set(scales.index(side, {block, offset, h}), scale);
+        scales.storage().set(scales.index(kv, {block, offset, h}), scale);
         for (std::int64_t d = 0; d < c.head_size; ++d)
-          convert(cache.storage(), cache.index(side, {block, offset, h, d}), rows.storage(), rows.index(side, {token, h, d}),
+          convert(cache.storage(), cache.index(kv, {block, offset, h, d}), rows.storage(), rows.index(kv, {token, h, d}),
                   scale);
       }
 }
@@ -234,10 +234,10 @@ struct Sequences {
   }
 };
 
-// scale(side, block, offset, head)
+// scale(kv, block, offset, head)
 void reference_gather(const Case& c, Pair& cache, Pair& rows, Sequences& sequences, bool from_start,
                       const std::function<float(int, std::int64_t, std::int64_t, std::int64_t)>& scale) {
-  for (int side = 0; side < 2; ++side)
+  for (int kv = 0; kv < 2; ++kv)
     for (std::size_t s = 0; s + 1 < sequences.sums.size(); ++s)
       for (std::int64_t row = sequences.sums[s]; row < sequences.sums[s + 1]; ++row) {
         const std::int64_t position = row - sequences.sums[s] + (from_start ? 0 : sequences.starts[s]);
@@ -245,13 +245,9 @@ void reference_gather(const Case& c, Pair& cache, Pair& rows, Sequences& sequenc
         const std::int64_t block = sequences.table.get<std::int32_t>(entry), offset = position % c.block_size;
         for (std::int64_t h = 0; h < c.heads; ++h)
           for (std::int64_t d = 0; d < c.head_size; ++d)
-            convert(rows.storage(), rows.index(side, {row, h, d}), cache.storage(), cache.index(side, {block, offset, h, d}),
-                    scale(side, block, offset, h));
+            convert(rows.storage(), rows.index(kv, {row, h, d}), cache.storage(), cache.index(kv, {block, offset, h, d}),
+                    scale(kv, block, offset, h));
       }
-}
-
-std::string_view format_of(DType element) {
-  return element == DType::E4M3 ? "fp8" : element == DType::E5M2 ? "fp8_e5m2" : "auto";
 }
 
 // As the caller may pass it: FP8 bytes as bytes.
@@ -280,8 +276,8 @@ TEST_P(CpuCache, Append) {
         Tensor scales[] = {make_scales(count, 3), make_scales(count, 4)}, mapping = int64s(slots);
         Pair expected = cache;
         reference_append(c, rows, expected, slots, scales);
-        cpu::run(CacheAppend{rows.key(), rows.value(), as_bytes(cache.key()), as_bytes(cache.value()), mapping.view(),
-                             format_of(fp8), scales[0].view(), scales[1].view()});
+        cpu::run(CacheAppend{rows.key(), rows.value(), as_bytes(cache.key()), as_bytes(cache.value()), mapping.view(), fp8,
+                             scales[0].view(), scales[1].view()});
         EXPECT_EQ(difference(cache.storage(), expected.storage()), "");
       }
 }
@@ -298,7 +294,7 @@ TEST_P(CpuCache, AppendDynamic) {
       Pair expected = cache, expected_scales = scales;
       reference_append_dynamic(c, rows, expected, expected_scales, slots);
       cpu::run(CacheAppendDynamic{rows.key(), rows.value(), cache.key(), cache.value(), scales.key(), scales.value(),
-                                  mapping.view(), format_of(fp8)});
+                                  mapping.view(), fp8});
       EXPECT_EQ(difference(scales.storage(), expected_scales.storage()), "") << "scales";
       EXPECT_EQ(difference(cache.storage(), expected.storage()), "");
     }
@@ -320,13 +316,12 @@ TEST_P(CpuCache, Gather) {
         const bool from_start = count == 1, by_slot = count == -1;
         Pair expected = rows;
         reference_gather(c, cache, expected, sequences, from_start,
-                         [&](int side, std::int64_t block, std::int64_t offset, std::int64_t h) {
-                           return by_slot ? slot_scales.storage().get<float>(slot_scales.index(side, {block, offset, h}))
-                                          : scales[side].get<float>(scale_index(scales[side], h));
+                         [&](int kv, std::int64_t block, std::int64_t offset, std::int64_t h) {
+                           return by_slot ? slot_scales.storage().get<float>(slot_scales.index(kv, {block, offset, h}))
+                                          : scales[kv].get<float>(scale_index(scales[kv], h));
                          });
-        cpu::run(CacheGather{cache.key(), cache.value(), rows.key(), rows.value(), sequences.table.view(), sums.view(),
-                             format_of(fp8), by_slot ? slot_scales.key() : scales[0].view(),
-                             by_slot ? slot_scales.value() : scales[1].view(),
+        cpu::run(CacheGather{cache.key(), cache.value(), rows.key(), rows.value(), sequences.table.view(), sums.view(), fp8,
+                             by_slot ? slot_scales.key() : scales[0].view(), by_slot ? slot_scales.value() : scales[1].view(),
                              from_start ? std::nullopt : std::optional(starts.view())});
         EXPECT_EQ(difference(rows.storage(), expected.storage()), "");
         rows = c.make_rows(real);
@@ -347,16 +342,24 @@ TEST_P(CpuCache, PlainCopies) {
       Tensor scales[] = {make_scales(c.heads, 15), make_scales(1, 16)};
       Pair expected = cache;
       reference_append(c, rows, expected, slots, scales);
-      cpu::run(CacheAppend{rows.key(), rows.value(), cache.key(), cache.value(), mapping.view(), name(element),
-                           scales[0].view(), scales[1].view()});
+      cpu::run(CacheAppend{rows.key(), rows.value(), cache.key(), cache.value(), mapping.view(), element, scales[0].view(),
+                           scales[1].view()});
       EXPECT_EQ(difference(cache.storage(), expected.storage()), "") << "append";
 
       fill(cache.storage(), 17);
       rows = c.make_rows(real);
       Pair expected_rows = rows;
       reference_gather(c, cache, expected_rows, sequences, false, [](auto...) { return kNaN; });
-      cpu::run(CacheGather{cache.key(), cache.value(), rows.key(), rows.value(), sequences.table.view(), sums.view(), "auto",
-                           scales[0].view(), scales[1].view(), starts.view()});
+      cpu::run(CacheGather{cache.key(),
+                           cache.value(),
+                           rows.key(),
+                           rows.value(),
+                           sequences.table.view(),
+                           sums.view(),
+                           {},
+                           scales[0].view(),
+                           scales[1].view(),
+                           starts.view()});
       EXPECT_EQ(difference(rows.storage(), expected_rows.storage()), "") << "gather";
     }
 }
@@ -387,29 +390,32 @@ TEST_P(CpuThreads, OfSeveralTokensWithOneSlotTheLastStays) {
       Tensor scales[] = {make_scales(count, 20), make_scales(count, 21)};
       Pair expected = cache, expected_scales = scale_cache;
       reference_append(c, rows, expected, slots, scales);
-      cpu::run(CacheAppend{rows.key(), rows.value(), cache.key(), cache.value(), mapping.view(), "fp8", scales[0].view(),
-                           scales[1].view()},
-               spread);
+      cpu::run(
+          CacheAppend{
+              rows.key(), rows.value(), cache.key(), cache.value(), mapping.view(), {}, scales[0].view(), scales[1].view()},
+          spread);
       EXPECT_EQ(difference(cache.storage(), expected.storage()), "");
 
       reference_append_dynamic(c, rows, expected, expected_scales, slots);
-      cpu::run(CacheAppendDynamic{rows.key(), rows.value(), cache.key(), cache.value(), scale_cache.key(), scale_cache.value(),
-                                  mapping.view(), "fp8"},
-               spread);
+      cpu::run(
+          CacheAppendDynamic{
+              rows.key(), rows.value(), cache.key(), cache.value(), scale_cache.key(), scale_cache.value(), mapping.view(), {}},
+          spread);
       EXPECT_EQ(difference(scale_cache.storage(), expected_scales.storage()), "") << "dynamic scales";
       EXPECT_EQ(difference(cache.storage(), expected.storage()), "") << "dynamic";
 
       Pair plain = c.make_cache(DType::BFloat16), expected_plain = plain;
       reference_append(c, rows, expected_plain, slots, scales);
-      cpu::run(CacheAppend{rows.key(), rows.value(), plain.key(), plain.value(), mapping.view(), "auto", scales[0].view(),
-                           scales[1].view()},
-               spread);
+      cpu::run(
+          CacheAppend{
+              rows.key(), rows.value(), plain.key(), plain.value(), mapping.view(), {}, scales[0].view(), scales[1].view()},
+          spread);
       EXPECT_EQ(difference(plain.storage(), expected_plain.storage()), "") << "plain";
     }
   }
 }
 
-TEST_P(CpuThreads, GatheredPiecesGiveTheSameBytesAsTheWhole) {
+TEST_P(CpuThreads, GatheredRangesGiveTheSameBytesAsTheWhole) {
   const cpu::ParallelFor& spread = std::get<1>(GetParam()).parallel_for;
   for (Case c : kLarge) {
     SCOPED_TRACE(c.name);
@@ -421,11 +427,19 @@ TEST_P(CpuThreads, GatheredPiecesGiveTheSameBytesAsTheWhole) {
     fill_scales(scales.storage(), 24);
     Pair expected = rows;
     reference_gather(c, cache, expected, sequences, false,
-                     [&](int side, std::int64_t block, std::int64_t offset, std::int64_t h) {
-                       return scales.storage().get<float>(scales.index(side, {block, offset, h}));
+                     [&](int kv, std::int64_t block, std::int64_t offset, std::int64_t h) {
+                       return scales.storage().get<float>(scales.index(kv, {block, offset, h}));
                      });
-    cpu::run(CacheGather{cache.key(), cache.value(), rows.key(), rows.value(), sequences.table.view(), sums.view(), "fp8_e5m2",
-                         scales.key(), scales.value(), starts.view()},
+    cpu::run(CacheGather{cache.key(),
+                         cache.value(),
+                         rows.key(),
+                         rows.value(),
+                         sequences.table.view(),
+                         sums.view(),
+                         {},
+                         scales.key(),
+                         scales.value(),
+                         starts.view()},
              spread);
     EXPECT_EQ(difference(rows.storage(), expected.storage()), "");
   }
@@ -436,7 +450,7 @@ TEST(CpuCacheThreads, OneLongHeadIsDivided) {
   Pair rows = c.make_rows(DType::Float16), cache = c.make_cache(DType::E4M3);
   Tensor mapping = int64s(Slots(600, 3)), scale = make_scales(1, 25);
   std::int64_t count = 0;
-  cpu::run(CacheAppend{rows.key(), rows.value(), cache.key(), cache.value(), mapping.view(), "fp8", scale.view(), scale.view()},
+  cpu::run(CacheAppend{rows.key(), rows.value(), cache.key(), cache.value(), mapping.view(), {}, scale.view(), scale.view()},
            [&](std::int64_t items, std::int64_t, const auto& body) { count = items, body(0, items); });
   EXPECT_EQ(count, 2 * 512 / 64);
 }
@@ -454,16 +468,16 @@ TEST_P(CpuIsa, AppendsEveryPatternWithHostileScales) {
   for (std::int64_t h = 0; h < heads; ++h) scales[0].set(h, hostile[h]), scales[1].set(h, hostile[heads - 1 - h]);
   Tensor patterns = every_pattern(DType::BFloat16, 26);
   Pair rows = c.make_rows(DType::BFloat16);
-  for (int side = 0; side < 2; ++side)
+  for (int kv = 0; kv < 2; ++kv)
     for (std::int64_t t = 0; t < c.tokens; ++t)
       for (std::int64_t h = 0; h < heads; ++h)
-        std::memcpy(rows.storage().at(rows.index(side, {t, h, 0})), patterns.at(t * c.head_size), c.head_size * 2);
+        std::memcpy(rows.storage().at(rows.index(kv, {t, h, 0})), patterns.at(t * c.head_size), c.head_size * 2);
   for (DType fp8 : kFp8s) {
     SCOPED_TRACE(name(fp8));
     Pair cache = c.make_cache(fp8);
     Pair expected = cache;
     reference_append(c, rows, expected, slots, scales);
-    cpu::run(CacheAppend{rows.key(), rows.value(), cache.key(), cache.value(), mapping.view(), format_of(fp8), scales[0].view(),
+    cpu::run(CacheAppend{rows.key(), rows.value(), cache.key(), cache.value(), mapping.view(), fp8, scales[0].view(),
                          scales[1].view()});
     EXPECT_EQ(difference(cache.storage(), expected.storage()), "");
   }
@@ -475,14 +489,14 @@ TEST_P(CpuIsa, HeadsWithoutFiniteElementsGetTheSmallestScale) {
     Pair rows = c.make_rows(DType::Float32), cache = c.make_cache(DType::E5M2), scales = c.make_scale_cache();
     for (std::int64_t i = 0; i < rows.storage().numel(); ++i) rows.storage().set(i, value);
     Tensor mapping = int32s({0});
-    cpu::run(CacheAppendDynamic{rows.key(), rows.value(), cache.key(), cache.value(), scales.key(), scales.value(),
-                                mapping.view(), "fp8_e5m2"});
+    cpu::run(CacheAppendDynamic{
+        rows.key(), rows.value(), cache.key(), cache.value(), scales.key(), scales.value(), mapping.view(), {}});
     const std::uint8_t byte = is_nan(value) ? 0x7F : value == 0.0f ? 0x00 : value > 0 ? 0x7B : 0xFB;
-    for (int side = 0; side < 2; ++side)
+    for (int kv = 0; kv < 2; ++kv)
       for (std::int64_t h = 0; h < c.heads; ++h) {
-        EXPECT_EQ(scales.storage().get<float>(scales.index(side, {0, 0, h})), kMinScale<E5M2>) << value;
+        EXPECT_EQ(scales.storage().get<float>(scales.index(kv, {0, 0, h})), kMinScale<E5M2>) << value;
         for (std::int64_t d = 0; d < c.head_size; ++d)
-          ASSERT_EQ(cache.storage().get<std::uint8_t>(cache.index(side, {0, 0, h, d})), byte) << value;
+          ASSERT_EQ(cache.storage().get<std::uint8_t>(cache.index(kv, {0, 0, h, d})), byte) << value;
       }
   }
 }
@@ -502,8 +516,8 @@ TEST(CpuCachePlain, NanKeepsItsBitsInItsTypeAndBecomesTheQuietOneInAnother) {
       Pair rows = c.make_rows(from.type), cache = c.make_cache(to.type);
       for (std::int64_t d = 0; d < 2; ++d)
         std::memcpy(rows.storage().at(rows.index(0, {0, 0, d})), &from.nans[d], size_of(from.type));
-      cpu::run(CacheAppend{rows.key(), rows.value(), cache.key(), cache.value(), mapping.view(), "auto", scale.view(),
-                           scale.view()});
+      cpu::run(
+          CacheAppend{rows.key(), rows.value(), cache.key(), cache.value(), mapping.view(), {}, scale.view(), scale.view()});
       for (std::int64_t d = 0; d < 2; ++d) {
         std::uint32_t found = 0;
         std::memcpy(&found, cache.storage().at(cache.index(0, {0, 0, 0, d})), size_of(to.type));
@@ -531,20 +545,27 @@ TEST_P(CpuIsa, IgnoresFlushToZeroAndRoundingOfTheThread) {
   reference_append(c, rows, expected, slots, scales);
   reference_append_dynamic(c, rows, expected_dynamic, expected_found, slots);
   reference_append(c, rows, expected_half, slots, scales);
-  reference_gather(c, expected, expected_back, sequences, true, [&](int side, std::int64_t, std::int64_t, std::int64_t h) {
-    return scales[side].get<float>(scale_index(scales[side], h));
+  reference_gather(c, expected, expected_back, sequences, true, [&](int kv, std::int64_t, std::int64_t, std::int64_t h) {
+    return scales[kv].get<float>(scale_index(scales[kv], h));
   });
   unsigned after = 0;
   {
     const Mxcsr set(kFlushToZero | kDenormalsAreZero | kTowardsZero);
-    cpu::run(CacheAppend{rows.key(), rows.value(), cache.key(), cache.value(), mapping.view(), "fp8", scales[0].view(),
+    cpu::run(CacheAppend{
+        rows.key(), rows.value(), cache.key(), cache.value(), mapping.view(), {}, scales[0].view(), scales[1].view()});
+    cpu::run(CacheAppendDynamic{
+        rows.key(), rows.value(), dynamic.key(), dynamic.value(), found.key(), found.value(), mapping.view(), {}});
+    cpu::run(CacheAppend{
+        rows.key(), rows.value(), half.key(), half.value(), mapping.view(), {}, scales[0].view(), scales[1].view()});
+    cpu::run(CacheGather{cache.key(),
+                         cache.value(),
+                         back.key(),
+                         back.value(),
+                         sequences.table.view(),
+                         sums.view(),
+                         {},
+                         scales[0].view(),
                          scales[1].view()});
-    cpu::run(CacheAppendDynamic{rows.key(), rows.value(), dynamic.key(), dynamic.value(), found.key(), found.value(),
-                                mapping.view(), "fp8_e5m2"});
-    cpu::run(CacheAppend{rows.key(), rows.value(), half.key(), half.value(), mapping.view(), "auto", scales[0].view(),
-                         scales[1].view()});
-    cpu::run(CacheGather{cache.key(), cache.value(), back.key(), back.value(), sequences.table.view(), sums.view(), "fp8",
-                         scales[0].view(), scales[1].view()});
     after = _mm_getcsr();
   }
   EXPECT_EQ(after & 0xffc0u, (kFlushToZero | kDenormalsAreZero | kTowardsZero | 0x1f80u)) << "not restored";
@@ -566,8 +587,8 @@ TEST(CpuCacheSlots, NegativeOnesOfAnySizeAreSkipped) {
   Tensor scales[] = {make_scales(1, 32), make_scales(1, 33)}, mapping = int64s(slots);
   Pair expected = cache;
   reference_append(c, rows, expected, slots, scales);
-  cpu::run(CacheAppend{rows.key(), rows.value(), cache.key(), cache.value(), mapping.view(), "auto", scales[0].view(),
-                       scales[1].view()});
+  cpu::run(CacheAppend{
+      rows.key(), rows.value(), cache.key(), cache.value(), mapping.view(), {}, scales[0].view(), scales[1].view()});
   EXPECT_EQ(difference(cache.storage(), expected.storage()), "");
 }
 
@@ -603,8 +624,14 @@ TEST(CpuCacheSlots, OffsetsBeyond32BitsAreReached) {
   TensorView value_cache = key_cache;
   value_cache.data = memory.data() + kSlots;
   const TensorView scales = contiguous(&scale, DType::Float32, {1});
-  cpu::run(CacheAppend{contiguous(key, DType::Float32, {3, 1, 1}), contiguous(value, DType::Float32, {3, 1, 1}), key_cache,
-                       value_cache, contiguous(slots, DType::Int64, {3}), "fp8", scales, scales});
+  cpu::run(CacheAppend{contiguous(key, DType::Float32, {3, 1, 1}),
+                       contiguous(value, DType::Float32, {3, 1, 1}),
+                       key_cache,
+                       value_cache,
+                       contiguous(slots, DType::Int64, {3}),
+                       {},
+                       scales,
+                       scales});
   for (int t = 0; t < 3; ++t) {
     const std::uint8_t* at = memory.data() + slots[t] / kSlots * kBlock + slots[t] % kSlots;
     EXPECT_EQ(at[0], encode<E4M3>(key[t]).bits) << t;
@@ -613,15 +640,71 @@ TEST(CpuCacheSlots, OffsetsBeyond32BitsAreReached) {
 
   const std::int32_t table[] = {32, 0, 39}, sums[] = {0, 1, 2, 3}, starts[] = {5, 5, kSlots - 1};
   float key_back[3], value_back[3];
-  cpu::run(CacheGather{key_cache, value_cache, contiguous(key_back, DType::Float32, {3, 1, 1}),
-                       contiguous(value_back, DType::Float32, {3, 1, 1}), contiguous(table, DType::Int32, {3, 1}),
-                       contiguous(sums, DType::Int32, {4}), "fp8", scales, scales, contiguous(starts, DType::Int32, {3})});
+  cpu::run(CacheGather{key_cache,
+                       value_cache,
+                       contiguous(key_back, DType::Float32, {3, 1, 1}),
+                       contiguous(value_back, DType::Float32, {3, 1, 1}),
+                       contiguous(table, DType::Int32, {3, 1}),
+                       contiguous(sums, DType::Int32, {4}),
+                       {},
+                       scales,
+                       scales,
+                       contiguous(starts, DType::Int32, {3})});
   for (int t = 0; t < 3; ++t) {
     EXPECT_EQ(key_back[t], key[t]);
     EXPECT_EQ(value_back[t], value[t]);
   }
 }
 #endif
+
+// --- Formats --------------------------------
+
+// As a C++ caller writes it, without kv_cache_dtype: the caches say what they are.
+class CpuCacheFormats : public testing::Test {
+ protected:
+  CacheAppend append(DType dtype) {
+    return {.key = contiguous(kKey, DType::Float32, {1, 1, 2}),
+            .value = contiguous(kValue, DType::Float32, {1, 1, 2}),
+            .key_cache = contiguous(key_cache, dtype, {1, 1, 1, 2}),
+            .value_cache = contiguous(value_cache, dtype, {1, 1, 1, 2}),
+            .slot_mapping = contiguous(&kSlot, DType::Int64, {1}),
+            .k_scale = contiguous(&kHalf, DType::Float32, {1}),
+            .v_scale = contiguous(&kHalf, DType::Float32, {1})};
+  }
+
+  static constexpr float kKey[] = {1.0f, -0.5f}, kValue[] = {448.0f, 0.0f}, kHalf = 0.5f;
+  static constexpr std::int64_t kSlot = 0;
+  std::uint16_t key_cache[2] = {0xA5A5, 0xA5A5}, value_cache[2] = {0xA5A5, 0xA5A5};
+};
+
+TEST_F(CpuCacheFormats, AnFp8CacheIsQuantized) {
+  cpu::run(append(DType::E4M3));
+  EXPECT_EQ(key_cache[0], 0x40 | 0xB8 << 8) << "2 and -1";
+  EXPECT_EQ(value_cache[0], 0x7E) << "the largest and 0";
+  EXPECT_EQ(key_cache[1], 0xA5A5);
+  cpu::run(append(DType::E5M2));
+  EXPECT_EQ(key_cache[0], 0x40 | 0xBC << 8) << "2 and -1";
+}
+
+TEST_F(CpuCacheFormats, ACacheOf16BitsIsAPlainCopy) {
+  cpu::run(append(DType::BFloat16));
+  EXPECT_EQ(key_cache[0], 0x3F80);
+  EXPECT_EQ(key_cache[1], 0xBF00);
+  cpu::run(append(DType::Float16));
+  EXPECT_EQ(key_cache[0], 0x3C00);
+  EXPECT_EQ(key_cache[1], 0xB800);
+}
+
+TEST_F(CpuCacheFormats, ACacheOfBytesNeedsItsFormat) {
+  EXPECT_EQ(error_of([&] { cpu::run(append(DType::UInt8)); }),
+            "fp8kv::reshape_and_cache_flash: key_cache must be float32, float16 or bfloat16 or float8_e4m3fn or float8_e5m2, "
+            "as kv_cache_dtype is not given, got uint8");
+  EXPECT_EQ(key_cache[0], 0xA5A5);
+  CacheAppend problem = append(DType::UInt8);
+  problem.kv_cache_dtype = DType::E4M3;
+  cpu::run(problem);
+  EXPECT_EQ(key_cache[0], 0x40 | 0xB8 << 8);
+}
 
 // --- Errors --------------------------------
 
@@ -633,14 +716,14 @@ class CpuCacheErrors : public testing::Test {
   CpuCacheErrors() { fill(rows.storage(), 34), fill(cache.storage(), 35), fill_scales(scale_cache.storage(), 36); }
 
   CacheAppend append() {
-    return {rows.key(), rows.value(), cache.key(), cache.value(), slots.view(), "fp8", scale.view(), scale.view()};
+    return {rows.key(), rows.value(), cache.key(), cache.value(), slots.view(), {}, scale.view(), scale.view()};
   }
   CacheAppendDynamic append_dynamic() {
-    return {rows.key(), rows.value(), cache.key(), cache.value(), scale_cache.key(), scale_cache.value(), slots.view(), "fp8"};
+    return {rows.key(), rows.value(), cache.key(), cache.value(), scale_cache.key(), scale_cache.value(), slots.view(), {}};
   }
   CacheGather gather() {
-    return {cache.key(), cache.value(), rows.key(),   rows.value(), table.view(),
-            sums.view(), "fp8",         scale.view(), scale.view(), starts.view()};
+    return {cache.key(), cache.value(), rows.key(),   rows.value(), table.view(), sums.view(),
+            {},          scale.view(),  scale.view(), starts.view()};
   }
 
   // The sentence of the error; nothing may be written before it.
@@ -681,15 +764,32 @@ TEST_F(CpuCacheErrors, OtherDevices) {
   EXPECT_EQ(sentence(g), "fp8kv::gather_and_dequant_cache: key_cache must be on the cpu, got cuda:1");
 }
 
+// Scales that are left out are null pointers, not scales of one element.
+TEST_F(CpuCacheErrors, ForgottenScales) {
+  const std::string words = "_scale must point to memory, got a null pointer of shape []";
+  CacheAppend a = append();
+  a.k_scale = {};
+  EXPECT_EQ(sentence(a), "fp8kv::reshape_and_cache_flash: k" + words);
+  a = append(), a.v_scale = {};
+  EXPECT_EQ(sentence(a), "fp8kv::reshape_and_cache_flash: v" + words);
+  CacheGather g = gather();
+  g.k_scale = {};
+  EXPECT_EQ(sentence(g), "fp8kv::gather_and_dequant_cache: k" + words);
+  CacheAppendDynamic d = append_dynamic();
+  d.v_scale_cache = {};
+  EXPECT_EQ(sentence(d),
+            "fp8kv::reshape_and_cache_flash_dynamic: v_scale_cache must point to memory, got a null pointer of shape []");
+}
+
 TEST_F(CpuCacheErrors, RefusedProblems) {
   CacheAppend a = append();
-  a.kv_cache_dtype = "int8";
+  a.kv_cache_dtype = DType::Int8;
   EXPECT_NE(sentence(a), "");
   CacheAppendDynamic d = append_dynamic();
-  d.kv_cache_dtype = "auto";
+  d.kv_cache_dtype = DType::BFloat16;
   EXPECT_NE(sentence(d), "");
   CacheGather g = gather();
-  g.kv_cache_dtype = "fp8_e5m2";
+  g.kv_cache_dtype = DType::E5M2;
   EXPECT_NE(sentence(g), "");
 }
 
@@ -710,8 +810,8 @@ TEST_F(CpuCacheErrors, SlotsOfNoElements) {
   Pair no_rows = c.make_rows(DType::BFloat16), no_cache = c.make_cache(DType::E4M3);
   slots = int64s({15});
   EXPECT_EQ(
-      sentence(CacheAppend{no_rows.key(), no_rows.value(), no_cache.key(), no_cache.value(), slots.view(), "fp8", scale.view(),
-                           scale.view()}),
+      sentence(CacheAppend{
+          no_rows.key(), no_rows.value(), no_cache.key(), no_cache.value(), slots.view(), {}, scale.view(), scale.view()}),
       "fp8kv::reshape_and_cache_flash: slot_mapping must have slots below num_blocks * block_size = 15, got 15 for token 0");
 }
 

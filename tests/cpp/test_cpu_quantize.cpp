@@ -326,7 +326,7 @@ TEST_P(CpuGroupAmax, RaisesTheRunningMaximum) {
 INSTANTIATE_TEST_SUITE_P(, CpuThreads, testing::Combine(testing::ValuesIn(cpu::available()), testing::ValuesIn(kSpreads)),
                          spread_name);
 
-TEST_P(CpuThreads, PiecesGiveTheSameBytesAsTheWhole) {
+TEST_P(CpuThreads, RangesGiveTheSameBytesAsTheWhole) {
   const cpu::ParallelFor& spread = std::get<1>(GetParam()).parallel_for;
   const Case kCases[] = {
       {.name = "per tensor", .sizes = {301, 1001}, .scale = {1}, .group_shape = GroupShape{-1, -1}},
@@ -407,7 +407,7 @@ TEST_P(CpuIsa, QuantizesEveryPatternWithHostileScalesPerColumn) {
   }
 }
 
-// Scales and, for each, inputs whose quotients lie at and beside the boundaries between FP8 values of one binade, where a
+// Scales and, for each, inputs whose quotients lie at and next to the boundaries between FP8 values of one binade, where a
 // product with a reciprocal goes wrong. The quotients lie around 2^exponent.
 class Boundaries {
  public:
@@ -434,7 +434,7 @@ class Boundaries {
   }
 
  private:
-  static constexpr int kAround = 5;  // inputs: the boundary, and two neighbours on either side
+  static constexpr int kAround = 5;  // inputs: the boundary, and two neighbors on each side
 
   template <class Fp8>
   std::int64_t count_mistakes() {
@@ -553,7 +553,7 @@ TEST_P(CpuIsa, IgnoresFlushToZeroAndRoundingOfTheThread) {
   const Grouping grouping{{64, 64}, {64}, GroupShape{1, -1}};
   Tensor input(DType::Float32, {64, 64}), scale(DType::Float32, {64});
   std::mt19937 random(17);
-  for (std::int64_t i = 0; i < input.numel(); ++i) input.set(i, random() & 0x80ffffffu);  // subnormals and their neighbours
+  for (std::int64_t i = 0; i < input.numel(); ++i) input.set(i, random() & 0x80ffffffu);  // subnormals and their neighbors
   for (std::int64_t i = 0; i < 64; ++i) scale.set(i, float_of(i % 2 ? 0x00012345u : 0x01000001u));
   for (DType fp8 : kFp8s) {
     Tensor result(fp8, {64, 64}), dynamic(fp8, {64, 64}), found(DType::Float32, {64}), back(DType::Float32, {64, 64});
@@ -580,7 +580,7 @@ TEST_P(CpuIsa, IgnoresFlushToZeroAndRoundingOfTheThread) {
 }
 #endif
 
-// --- Errors and the choice of the instruction set --------------------------------
+// --- Errors --------------------------------
 
 TEST(CpuErrors, OtherDevicesAreRefused) {
   constexpr Device kCuda{Device::Type::CUDA, 1};
@@ -605,25 +605,22 @@ TEST(CpuErrors, NothingIsWrittenWhenTheProblemIsRefused) {
   EXPECT_EQ(difference(scale, scale_before), "");
 }
 
-TEST(CpuErrors, AnInstructionSetThatIsNotThereIsRefused) {
-  const std::vector<cpu::Isa> available = cpu::available();
-  for (cpu::Isa isa : {cpu::Isa::Generic, cpu::Isa::AVX2, cpu::Isa::AVX512}) {
-    if (std::find(available.begin(), available.end(), isa) != available.end()) continue;
-    EXPECT_NE(error_of([&] { cpu::force(isa); }), "") << cpu::name(isa);
-  }
-}
-
-TEST(CpuIsaChoice, GenericIsAlwaysThereAndTheBestComesLast) {
-  const std::vector<cpu::Isa> available = cpu::available();
-  ASSERT_FALSE(available.empty());
-  EXPECT_EQ(available.front(), cpu::Isa::Generic);
-  EXPECT_TRUE(std::is_sorted(available.begin(), available.end()));
-}
-
-TEST(CpuIsaChoice, Names) {
-  EXPECT_STREQ(cpu::name(cpu::Isa::Generic), "generic");
-  EXPECT_STREQ(cpu::name(cpu::Isa::AVX2), "avx2");
-  EXPECT_STREQ(cpu::name(cpu::Isa::AVX512), "avx512");
+// A scale that is left out is a null pointer, not a scale of one element.
+TEST(CpuErrors, AForgottenScaleOrInputIsRefused) {
+  Tensor input(DType::Float32, {8, 4}), fp8(DType::E4M3, {8, 4});
+  const std::string scale = ": scale must point to memory, got a null pointer of shape []";
+  StaticQuantize quantize;
+  quantize.result = fp8.view(), quantize.input = input.view();
+  EXPECT_EQ(error_of([&] { cpu::run(quantize); }), "fp8kv::static_scaled_fp8_quant" + scale);
+  DynamicQuantize dynamic;
+  dynamic.result = fp8.view(), dynamic.input = input.view();
+  EXPECT_EQ(error_of([&] { cpu::run(dynamic); }), "fp8kv::dynamic_scaled_fp8_quant" + scale);
+  Dequantize dequantize;
+  dequantize.result = input.view(), dequantize.input = fp8.view();
+  EXPECT_EQ(error_of([&] { cpu::run(dequantize); }), "fp8kv::scaled_fp8_dequant" + scale);
+  GroupAmax amax;
+  amax.amax = input.view();
+  EXPECT_EQ(error_of([&] { cpu::run(amax); }), "fp8kv::group_amax: input must point to memory, got a null pointer of shape []");
 }
 
 }  // namespace

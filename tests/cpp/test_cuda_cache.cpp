@@ -4,12 +4,12 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <numeric>
 #include <string>
 #include <vector>
 
+#include "core/formats.h"
 #include "cuda_support.h"
 #include "fp8kv/kv_cache.h"
 #include "fp8kv/rope.h"
@@ -45,7 +45,7 @@ const Case kCases[] = {
     {"halves_of_heads", 37, 4, 64, 6, 16, Store::HalvesOfHeads, true, 8, 64},
     {"head_1", 20, 3, 1, 5, 7},
     {"head_20", 20, 3, 20, 5, 7, Store::Hnd, true, 3},
-    {"head_20_folded", 20, 2, 20, 5, 7, Store::Nhd, false},
+    {"head_20_merged", 20, 2, 20, 5, 7, Store::Nhd, false},
     {"head_80", 20, 3, 80, 5, 7, Store::HalvesOfBlocks},
     {"head_120_misaligned", 20, 3, 120, 5, 7, Store::Nhd, true, 5, 3},
     {"head_256", 9, 2, 256, 5, 4, Store::Hnd},
@@ -59,7 +59,6 @@ const Case kCases[] = {
 
 struct Formats {
   DType real, element;
-  const char* name;  // kv_cache_dtype
 };
 
 struct Param {
@@ -117,9 +116,9 @@ TEST_P(CudaCache, AppendGivesTheBytesOfTheCpu) {
   fill_reals(key), fill_reals(value), fill_scales(k_scale), fill_scales(v_scale);
   for (Tensor* t : {&key, &value, &caches, &slots, &k_scale, &v_scale}) t->upload();
   cuda::run(CacheAppend{key.on_device(), value.on_device(), half(caches.on_device(), 0), half(caches.on_device(), 1),
-                        slots.on_device(), formats.name, k_scale.on_device(), v_scale.on_device()});
+                        slots.on_device(), formats.element, k_scale.on_device(), v_scale.on_device()});
   cpu::run(CacheAppend{key.on_host(), value.on_host(), half(caches.on_host(), 0), half(caches.on_host(), 1), slots.on_host(),
-                       formats.name, k_scale.on_host(), v_scale.on_host()});
+                       formats.element, k_scale.on_host(), v_scale.on_host()});
   expect_same(caches, "cache");
 }
 
@@ -133,11 +132,11 @@ TEST_P(CudaCache, SlotsBeyondTheCacheAreSkipped) {
     Tensor slots = make_slots(c, beyond);
     for (Tensor* t : {&key, &value, &caches, &slots, &scale}) t->upload();
     cuda::run(CacheAppend{key.on_device(), value.on_device(), half(caches.on_device(), 0), half(caches.on_device(), 1),
-                          slots.on_device(), formats.name, scale.on_device(), scale.on_device()});
+                          slots.on_device(), formats.element, scale.on_device(), scale.on_device()});
     random = before;
     Tensor valid = make_slots(c);
     cpu::run(CacheAppend{key.on_host(), value.on_host(), half(caches.on_host(), 0), half(caches.on_host(), 1), valid.on_host(),
-                         formats.name, scale.on_host(), scale.on_host()});
+                         formats.element, scale.on_host(), scale.on_host()});
     expect_same(caches, "cache");
   }
 }
@@ -152,9 +151,9 @@ TEST_P(CudaCache, DynamicAppendGivesTheBytesOfTheCpu) {
   fill_reals(key), fill_reals(value);
   for (Tensor* t : {&key, &value, &caches, &slots, &scales}) t->upload();
   cuda::run(CacheAppendDynamic{key.on_device(), value.on_device(), half(caches.on_device(), 0), half(caches.on_device(), 1),
-                               half(scales.on_device(), 0), half(scales.on_device(), 1), slots.on_device(), formats.name});
+                               half(scales.on_device(), 0), half(scales.on_device(), 1), slots.on_device(), formats.element});
   cpu::run(CacheAppendDynamic{key.on_host(), value.on_host(), half(caches.on_host(), 0), half(caches.on_host(), 1),
-                              half(scales.on_host(), 0), half(scales.on_host(), 1), slots.on_host(), formats.name});
+                              half(scales.on_host(), 0), half(scales.on_host(), 1), slots.on_host(), formats.element});
   expect_same(scales, "scales");
   expect_same(caches, "cache");
 }
@@ -179,8 +178,8 @@ TEST_P(CudaCache, RopeGivesTheBytesOfTheCpu) {
     fill_reals(key), fill_reals(value), fill_reals(query), fill_reals(table), fill_scales(scales);
     for (Tensor* t : {&key, &value, &query, &out, &caches, &slots, &table, &where, &scales}) t->upload();
     const auto problem = [&](const auto& at) {
-      RopeAppend p{at(query), at(key),      at(value),  at(out),    half(at(caches), 0), half(at(caches), 1),
-                   at(slots), formats.name, at(scales), at(scales), at(scales)};
+      RopeAppend p{at(query), at(key),         at(value),  at(out),    half(at(caches), 0), half(at(caches), 1),
+                   at(slots), formats.element, at(scales), at(scales), at(scales)};
       if (mode > 0) p.positions = at(where), p.cos_sin_cache = at(table), p.is_neox = mode == 1;
       return p;
     };
@@ -214,7 +213,7 @@ TEST_P(CudaCache, RopeSurvivesNonsense) {
                half(caches.on_device(), 0),
                half(caches.on_device(), 1),
                slots.on_device(),
-               formats.name,
+               formats.element,
                scale.on_device(),
                scale.on_device(),
                scale.on_device()};
@@ -252,10 +251,10 @@ TEST_P(CudaCache, GatherGivesTheBytesOfTheCpu) {
     }
     for (Tensor* t : {&key, &value, &caches, &table, &sums, &starts, &scale}) t->upload();
     cuda::run(CacheGather{half(caches.on_device(), 0), half(caches.on_device(), 1), key.on_device(), value.on_device(),
-                          table.on_device(), sums.on_device(), formats.name, scale.on_device(), scale.on_device(),
+                          table.on_device(), sums.on_device(), formats.element, scale.on_device(), scale.on_device(),
                           starts.on_device()});
     cpu::run(CacheGather{half(caches.on_host(), 0), half(caches.on_host(), 1), key.on_host(), value.on_host(), table.on_host(),
-                         sums.on_host(), formats.name, scale.on_host(), scale.on_host(), starts.on_host()});
+                         sums.on_host(), formats.element, scale.on_host(), scale.on_host(), starts.on_host()});
     expect_same(key, "key");
     expect_same(value, "value");
   }
@@ -277,7 +276,7 @@ TEST_P(CudaCache, GatherSurvivesNonsense) {
     }
     for (Tensor* t : {&key, &value, &caches, &table, &sums, &starts, &scale}) t->upload();
     cuda::run(CacheGather{half(caches.on_device(), 0), half(caches.on_device(), 1), key.on_device(), value.on_device(),
-                          table.on_device(), sums.on_device(), formats.name, scale.on_device(), scale.on_device(),
+                          table.on_device(), sums.on_device(), formats.element, scale.on_device(), scale.on_device(),
                           starts.on_device()});
     ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     expect_same(caches, "cache");
@@ -285,17 +284,15 @@ TEST_P(CudaCache, GatherSurvivesNonsense) {
 }
 
 std::vector<Param> params() {
-  const Formats formats[] = {{DType::Float32, DType::E4M3, "fp8"},          {DType::Float16, DType::E4M3, "fp8_e4m3"},
-                             {DType::BFloat16, DType::E4M3, "fp8"},         {DType::Float32, DType::E5M2, "fp8_e5m2"},
-                             {DType::Float16, DType::E5M2, "fp8_e5m2"},     {DType::BFloat16, DType::E5M2, "fp8_e5m2"},
-                             {DType::BFloat16, DType::BFloat16, "auto"},    {DType::Float32, DType::BFloat16, "bfloat16"},
-                             {DType::Float16, DType::Float32, "float32"},   {DType::BFloat16, DType::Float16, "float16"},
-                             {DType::Float32, DType::Float32, "auto"},      {DType::Float32, DType::Float16, "auto"},
-                             {DType::Float16, DType::BFloat16, "bfloat16"}, {DType::BFloat16, DType::Float32, "auto"},
-                             {DType::Float16, DType::Float16, "float16"}};
+  constexpr Formats kFormats[] = {
+      {DType::Float32, DType::E4M3},      {DType::Float16, DType::E4M3},     {DType::BFloat16, DType::E4M3},
+      {DType::Float32, DType::E5M2},      {DType::Float16, DType::E5M2},     {DType::BFloat16, DType::E5M2},
+      {DType::BFloat16, DType::BFloat16}, {DType::Float32, DType::BFloat16}, {DType::Float16, DType::Float32},
+      {DType::BFloat16, DType::Float16},  {DType::Float32, DType::Float32},  {DType::Float32, DType::Float16},
+      {DType::Float16, DType::BFloat16},  {DType::BFloat16, DType::Float32}, {DType::Float16, DType::Float16}};
   std::vector<Param> all;
   for (const Case& c : kCases)
-    for (const Formats& f : formats) all.push_back({c, f});
+    for (const Formats& f : kFormats) all.push_back({c, f});
   return all;
 }
 
@@ -306,28 +303,43 @@ std::string case_name(const testing::TestParamInfo<Param>& info) {
 
 INSTANTIATE_TEST_SUITE_P(Cases, CudaCache, testing::ValuesIn(params()), case_name);
 
-TEST_F(Cuda, DebugRaisesBeforeAnythingIsWritten) {
-  Tensor rows(DType::Float32, {2, 1, 8}, {8, 8, 1}, 0), scale(DType::Float32, {1}, {1}, 0);
-  Tensor caches(DType::E4M3, {2, 3, 4, 1, 8}, {96, 32, 8, 8, 1}, 0), slots(DType::Int32, {2}, {1}, 0);
-  fill_reals(rows), fill_scales(scale);
-  const std::int32_t numbers[] = {5, 12};
-  std::memcpy(slots.bytes().data(), numbers, sizeof numbers);
-  for (Tensor* t : {&rows, &caches, &slots, &scale}) t->upload();
-  TensorView key_cache = caches.on_device(), value_cache = caches.on_device();
-  for (TensorView* view : {&key_cache, &value_cache}) {
-    view->ndim = 4;
-    for (int i = 0; i < 4; ++i) view->sizes[i] = view->sizes[i + 1], view->strides[i] = view->strides[i + 1];
-  }
-  value_cache.data = static_cast<char*>(value_cache.data) + 96;
-  const CacheAppend problem{rows.on_device(),  rows.on_device(), key_cache, value_cache, slots.on_device(), "fp8",
-                            scale.on_device(), scale.on_device()};
-  setenv("FP8KV_DEBUG", "1", 1);
-  const std::string sentence = error_of([&] { cuda::run(problem); });
-  unsetenv("FP8KV_DEBUG");
-  EXPECT_EQ(
-      sentence,
-      "fp8kv::reshape_and_cache_flash: slot_mapping must have slots below num_blocks * block_size = 12, got 12 for token 1");
-  expect_same(caches, "cache");
+// Some kernels have a thread for each element to write: here there is none.
+TEST_F(Cuda, RopeOfNoQueryHeadsAndNoSlotsDoesNothing) {
+  constexpr std::int64_t kTokens = 5, kHeads = 2, kHeadSize = 64;
+  for (DType real : {DType::BFloat16, DType::Float32})
+    for (bool with_norm : {false, true}) {
+      Tensor query(real, {kTokens, 0, kHeadSize}, {0, kHeadSize, 1}, 0);
+      Tensor out(DType::E4M3, {kTokens, 0, kHeadSize}, {0, kHeadSize, 1}, 0);
+      Tensor rows(real, {kTokens, kHeads, kHeadSize}, {kHeads * kHeadSize, kHeadSize, 1}, 0);
+      Tensor key_cache(DType::E4M3, {0, 16, kHeads, kHeadSize}, {16 * kHeads * kHeadSize, kHeads * kHeadSize, kHeadSize, 1}, 0);
+      Tensor value_cache(DType::E4M3, {0, 16, kHeads, kHeadSize}, {16 * kHeads * kHeadSize, kHeads * kHeadSize, kHeadSize, 1},
+                         0);
+      Tensor slots(DType::Int64, {kTokens}, {1}, 0), positions(DType::Int32, {kTokens}, {1}, 0);
+      Tensor scale(DType::Float32, {1}, {1}, 0), table(DType::Float32, {9, kHeadSize}, {kHeadSize, 1}, 0);
+      Tensor weight(real, {kHeadSize}, {1}, 0);
+      fill_reals(rows), fill_reals(table), fill_reals(weight), fill_scales(scale);
+      const std::int64_t numbers[kTokens] = {-1, 0, 7, INT64_MAX, INT64_MIN};
+      std::memcpy(slots.bytes().data(), numbers, sizeof numbers);
+      std::memset(positions.bytes().data(), 0, positions.bytes().size());
+      for (Tensor* t : {&query, &out, &rows, &key_cache, &value_cache, &slots, &positions, &scale, &table, &weight})
+        t->upload();
+      RopeAppend problem{.query = query.on_device(),
+                         .key = rows.on_device(),
+                         .value = rows.on_device(),
+                         .query_out = out.on_device(),
+                         .key_cache = key_cache.on_device(),
+                         .value_cache = value_cache.on_device(),
+                         .slot_mapping = slots.on_device(),
+                         .q_scale = scale.on_device(),
+                         .k_scale = scale.on_device(),
+                         .v_scale = scale.on_device(),
+                         .positions = positions.on_device(),
+                         .cos_sin_cache = table.on_device()};
+      if (with_norm) problem.k_norm_weight = weight.on_device();
+      EXPECT_EQ(error_of([&] { cuda::run(problem); }), "") << name(real);
+      EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+      for (Tensor* t : {&out, &key_cache, &value_cache}) expect_same(*t, "what is written");
+    }
 }
 
 }  // namespace

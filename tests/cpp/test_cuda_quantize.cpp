@@ -7,8 +7,11 @@
 #include <cstring>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
+#include "core/formats.h"
+#include "core/plan.h"
 #include "cuda_support.h"
 #include "fp8kv/fp8.h"
 #include "fp8kv/quantize.h"
@@ -53,12 +56,15 @@ const Case kCases[] = {
     {"tensor_odd", {7, 131}, {1}, std::nullopt},
     {"tensor_misaligned", {7, 136}, {1}, std::nullopt, Memory::Contiguous, Memory::Contiguous, 3},
     {"tensor_one_element", {1}, {1}, std::nullopt},
-    {"tensor_repeated", {16, 4096}, {1}, GroupShape{-1, -1}},
-    {"tensor_repeated_odd", {3, 10007}, {1}, GroupShape{-1, -1}, Memory::Contiguous, Memory::Contiguous, 1},
+    {"tensor_redundant", {16, 4096}, {1}, GroupShape{-1, -1}},
+    {"tensor_redundant_odd", {3, 10007}, {1}, GroupShape{-1, -1}, Memory::Contiguous, Memory::Contiguous, 1},
     {"tensor_cluster", {24, 4096}, {1}, GroupShape{-1, -1}},
     {"tensor_cluster_odd", {3, 43691}, {1}, GroupShape{-1, -1}, Memory::Contiguous, Memory::Contiguous, 1},
-    {"tensor_whole", {700, 4096}, {1}, GroupShape{-1, -1}},
-    {"tensor_whole_odd", {1201, 2049}, {1}, GroupShape{-1, -1}, Memory::Contiguous, Memory::Contiguous, 5},
+    {"tensor_cluster_2_vectors", {5, 40000}, {1}, GroupShape{-1, -1}},
+    {"tensor_cluster_4_vectors", {5, 80008}, {1}, GroupShape{-1, -1}},
+    {"tensor_cluster_8_vectors", {9, 100001}, {1}, GroupShape{-1, -1}, Memory::Contiguous, Memory::Contiguous, 3},
+    {"tensor_cooperative", {700, 4096}, {1}, GroupShape{-1, -1}},
+    {"tensor_cooperative_odd", {1201, 2049}, {1}, GroupShape{-1, -1}, Memory::Contiguous, Memory::Contiguous, 5},
     {"tensor_padded_rows", {9, 120}, {1}, GroupShape{-1, -1}, Memory::Padded, Memory::Padded},
     {"token", {37, 512}, {37}, GroupShape{1, -1}},
     {"token_odd", {37, 333}, {37, 1}, GroupShape{1, -1}, Memory::Contiguous, Memory::Padded, 1},
@@ -67,7 +73,7 @@ const Case kCases[] = {
     {"token_transposed", {33, 72}, {33}, GroupShape{1, -1}, Memory::Reversed, Memory::Contiguous},
     {"channel", {300, 128}, {128}, GroupShape{-1, 1}},
     {"channel_odd", {130, 37}, {37}, GroupShape{-1, 1}},
-    {"channel_folded", {1031, 1025}, {1025}, GroupShape{-1, 1}},
+    {"channel_merged", {1031, 1025}, {1025}, GroupShape{-1, 1}},
     {"channel_many_rows", {4100, 2056}, {2056}, GroupShape{-1, 1}},
     {"channel_padded", {130, 40}, {1, 40}, GroupShape{-1, 1}, Memory::Padded, Memory::Contiguous, 2},
     {"channel_both_transposed", {130, 40}, {40}, GroupShape{-1, 1}, Memory::Reversed, Memory::Reversed},
@@ -171,12 +177,78 @@ std::string case_name(const testing::TestParamInfo<Param>& info) {
 INSTANTIATE_TEST_SUITE_P(Cases, CudaQuantize, testing::ValuesIn(quantize_params()), case_name);
 INSTANTIATE_TEST_SUITE_P(Cases, CudaGroupAmax, testing::ValuesIn(amax_params()), case_name);
 
-TEST_F(Cuda, RefusesHostMemoryWithASentence) {
-  float x[8] = {}, s = 1;
-  unsigned char q[8];
-  const StaticQuantize problem{contiguous(q, DType::E4M3, {8}), contiguous(x, DType::Float32, {8}),
-                               contiguous(&s, DType::Float32, {1})};
-  EXPECT_EQ(error_of([&] { cuda::run(problem); }), "fp8kv::static_scaled_fp8_quant: input must be on a CUDA device, got cpu");
+int attribute(cudaDeviceAttr which) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, 0));
+  return value;
+}
+
+// A group that a cooperative kernel quantizes, on a stream and in a thread of its own.
+class CooperativeWork {
+ public:
+  explicit CooperativeWork(std::int64_t rows)
+      : input_(DType::Float32, {rows, kCols}, {kCols, 1}, 0), result_(DType::E4M3, {rows, kCols}, {kCols, 1}, 0) {
+    check(cudaStreamCreate(&stream_));
+  }
+  ~CooperativeWork() { cudaStreamDestroy(stream_); }
+
+  Tensor& input() { return input_; }
+  Tensor& scale() { return scale_; }
+  Tensor& result() { return result_; }
+
+  core::DynamicPlan plan() const {
+    const core::DeviceLimits limits{.multiprocessors = attribute(cudaDevAttrMultiProcessorCount),
+                                    .shared_memory = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+    const DynamicQuantize p = problem();
+    return core::plan_dynamic({core::lower(p)}, p.input, p.result, limits, 16);
+  }
+
+  // The first error, in words.
+  std::string run(int rounds) {
+    return error_of([&] {
+      for (int i = 0; i < rounds; ++i) cuda::run(problem(), stream_);
+      const cudaError_t error = cudaStreamSynchronize(stream_);
+      if (error != cudaSuccess) throw Error(cudaGetErrorString(error));
+    });
+  }
+
+  void run_on_host() {
+    cpu::run(DynamicQuantize{.result = result_.on_host(), .input = input_.on_host(), .scale = scale_.on_host()});
+  }
+
+ private:
+  static constexpr std::int64_t kCols = 4096;
+
+  DynamicQuantize problem() const {
+    return {.result = result_.on_device(), .input = input_.on_device(), .scale = scale_.on_device()};
+  }
+
+  Tensor input_, scale_{DType::Float32, {1}, {1}, 0}, result_;
+  cudaStream_t stream_ = nullptr;
+};
+
+// The limit on the shared memory of a kernel is the same for all threads: a small launch must not lower it while a large one is
+// on its way.
+TEST_F(Cuda, ThreadsLaunchCooperativeKernelsOfDifferentSizesAtOnce) {
+  constexpr int kRounds = 300;
+  CooperativeWork large(2500), small(700);
+  for (CooperativeWork* work : {&large, &small}) {
+    ASSERT_EQ(work->plan().path, core::DynamicPath::Cooperative);
+    fill_reals(work->input());
+    for (Tensor* t : {&work->input(), &work->scale(), &work->result()}) t->upload();
+    work->run_on_host();
+  }
+  ASSERT_GT(large.plan().shared_vecs, small.plan().shared_vecs);
+  std::string of_large, of_small;
+  std::thread other([&] { of_large = large.run(kRounds); });
+  of_small = small.run(kRounds);
+  other.join();
+  EXPECT_EQ(of_large, "");
+  EXPECT_EQ(of_small, "");
+  for (CooperativeWork* work : {&large, &small}) {
+    expect_same(work->scale(), "scale");
+    expect_same(work->result(), "result");
+  }
 }
 
 TEST_F(Cuda, CanBeCapturedIntoAGraph) {

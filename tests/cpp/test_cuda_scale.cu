@@ -2,7 +2,7 @@
 //
 // Scaling x and the scale by powers of two changes nothing short of underflow and overflow, so it is enough to look at scales
 // in [1, 2), and at quotients near the boundaries of one binade of FP8: the 5-bit significands cover the values and the
-// midpoints of E4M3 and with them those of E5M2. Around each boundary b the quotients of x = RN(b * s) and its neighbours are
+// midpoints of E4M3 and with them those of E5M2. Around each boundary b the quotients of x = RN(b * s) and its neighbors are
 // compared. The ends of the window of scales are looked at as they are, with subnormal results included.
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>

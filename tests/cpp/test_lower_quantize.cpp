@@ -6,40 +6,18 @@
 #include <string>
 #include <vector>
 
-#include "fp8kv/quantize.h"
-#include "support.h"
+#include "core/layout.h"
+#include "problems.h"
 
-namespace fp8kv {
+namespace fp8kv::core {
 namespace {
 
-using testing_support::error_of;
-using testing_support::Sizes;
-using testing_support::view_at;
-
-constexpr std::uintptr_t kInput = 0x10000000, kResult = 0x20000000, kScale = 0x30000000, kBound = 0x40000000;
-constexpr Device kCuda{Device::Type::CUDA, 0};
-
-TensorView input(const Sizes& sizes, const Sizes& strides = {}) { return view_at(kInput, DType::BFloat16, sizes, strides); }
-TensorView result(const Sizes& sizes, const Sizes& strides = {}) { return view_at(kResult, DType::E4M3, sizes, strides); }
-TensorView scale(const Sizes& sizes, const Sizes& strides = {}) { return view_at(kScale, DType::Float32, sizes, strides); }
-
-StaticQuantize quantize_problem(const Sizes& sizes, const Sizes& scale_sizes, std::optional<GroupShape> shape = {}) {
-  return {.result = result(sizes), .input = input(sizes), .scale = scale(scale_sizes), .group_shape = shape};
-}
-
-DynamicQuantize dynamic_problem(const Sizes& sizes, const Sizes& scale_sizes, std::optional<GroupShape> shape = {}) {
-  return {.result = result(sizes), .input = input(sizes), .scale = scale(scale_sizes), .group_shape = shape};
-}
-
-template <class Problem>
-std::string sentence(const Problem& problem) {
-  return error_of([&] { validate(problem); });
-}
+using namespace testing_support;
 
 // --- Sentences --------------------------------
 
 TEST(QuantizeErrors, InputDtype) {
-  StaticQuantize p = quantize_problem({4, 8}, {1});
+  StaticQuantize p = static_problem({4, 8}, {1});
   p.input.dtype = DType::Float64;
   EXPECT_EQ(sentence(p), "fp8kv::static_scaled_fp8_quant: input must be float32, float16 or bfloat16, got float64");
   p.input.dtype = DType::Other;
@@ -48,7 +26,7 @@ TEST(QuantizeErrors, InputDtype) {
 }
 
 TEST(QuantizeErrors, ResultDtype) {
-  StaticQuantize p = quantize_problem({4, 8}, {1});
+  StaticQuantize p = static_problem({4, 8}, {1});
   p.result.dtype = DType::E4M3Fnuz;
   EXPECT_EQ(sentence(p), "fp8kv::static_scaled_fp8_quant: result must be float8_e4m3fn or float8_e5m2, got float8_e4m3fnuz");
   p.result.dtype = DType::UInt8;
@@ -56,14 +34,13 @@ TEST(QuantizeErrors, ResultDtype) {
 }
 
 TEST(QuantizeErrors, ScaleDtype) {
-  StaticQuantize p = quantize_problem({4, 8}, {1});
+  StaticQuantize p = static_problem({4, 8}, {1});
   p.scale.dtype = DType::BFloat16;
   EXPECT_EQ(sentence(p), "fp8kv::static_scaled_fp8_quant: scale must be float32, got bfloat16");
 }
 
 TEST(QuantizeErrors, DequantizeDtypes) {
-  Dequantize p{
-      .result = view_at(kResult, DType::Float16, {4, 8}), .input = view_at(kInput, DType::E5M2, {4, 8}), .scale = scale({1})};
+  Dequantize p = dequantize_problem({4, 8}, {1});
   EXPECT_EQ(sentence(p), "");
   p.input.dtype = DType::Int8;
   EXPECT_EQ(sentence(p), "fp8kv::scaled_fp8_dequant: input must be float8_e4m3fn or float8_e5m2, got int8");
@@ -72,35 +49,8 @@ TEST(QuantizeErrors, DequantizeDtypes) {
   EXPECT_EQ(sentence(p), "fp8kv::scaled_fp8_dequant: result must be float32, float16 or bfloat16, got int32");
 }
 
-TEST(QuantizeErrors, TooManyDimensions) {
-  const Sizes nine(9, 1);
-  EXPECT_EQ(sentence(quantize_problem(nine, {1})),
-            "fp8kv::static_scaled_fp8_quant: result must have at most 8 dimensions, got 9");
-  StaticQuantize p = quantize_problem({4, 8}, {1});
-  p.input = input(nine);
-  EXPECT_EQ(sentence(p), "fp8kv::static_scaled_fp8_quant: input must have at most 8 dimensions, got 9");
-  EXPECT_EQ(sentence(quantize_problem({4, 8}, nine)),
-            "fp8kv::static_scaled_fp8_quant: scale must have at most 8 dimensions, got 9");
-}
-
-TEST(QuantizeErrors, Alignment) {
-  StaticQuantize p = quantize_problem({4, 8}, {1});
-  p.input.data = reinterpret_cast<void*>(kInput + 1);
-  EXPECT_EQ(
-      sentence(p),
-      "fp8kv::static_scaled_fp8_quant: input must be aligned to its elements of 2 bytes, got an address with remainder 1");
-  p = quantize_problem({4, 8}, {1});
-  p.scale.data = reinterpret_cast<void*>(kScale + 2);
-  EXPECT_EQ(
-      sentence(p),
-      "fp8kv::static_scaled_fp8_quant: scale must be aligned to its elements of 4 bytes, got an address with remainder 2");
-  p = quantize_problem({4, 8}, {1});
-  p.result.data = reinterpret_cast<void*>(kResult + 1);
-  EXPECT_EQ(sentence(p), "");
-}
-
 TEST(QuantizeErrors, Devices) {
-  StaticQuantize p = quantize_problem({4, 8}, {1});
+  StaticQuantize p = static_problem({4, 8}, {1});
   p.result.device = kCuda;
   EXPECT_EQ(sentence(p), "fp8kv::static_scaled_fp8_quant: result must be on the device of input, cpu, got cuda:0");
   p.input.device = kCuda;
@@ -112,7 +62,7 @@ TEST(QuantizeErrors, Devices) {
 }
 
 TEST(QuantizeErrors, Shapes) {
-  StaticQuantize p = quantize_problem({4, 8}, {1});
+  StaticQuantize p = static_problem({4, 8}, {1});
   p.result = result({8, 4});
   EXPECT_EQ(sentence(p), "fp8kv::static_scaled_fp8_quant: result must have the shape of input, [4, 8], got shape [8, 4]");
   p.result = result({32});
@@ -121,7 +71,7 @@ TEST(QuantizeErrors, Shapes) {
 
 TEST(QuantizeErrors, GroupExtents) {
   const auto text = [](std::int64_t rows, std::int64_t cols) {
-    return sentence(quantize_problem({4, 8}, {1}, GroupShape{rows, cols}));
+    return sentence(static_problem({4, 8}, {1}, GroupShape{rows, cols}));
   };
   const std::string start = "fp8kv::static_scaled_fp8_quant: group_shape must have two extents, each -1 or at least 1, got ";
   EXPECT_EQ(text(0, -1), start + "(0, -1)");
@@ -131,19 +81,19 @@ TEST(QuantizeErrors, GroupExtents) {
 }
 
 TEST(QuantizeErrors, ScaleWithoutGroupShape) {
-  EXPECT_EQ(sentence(quantize_problem({4, 8}, {8})),
+  EXPECT_EQ(sentence(static_problem({4, 8}, {8})),
             "fp8kv::static_scaled_fp8_quant: scale must come with a group_shape when it has one dimension and more than one "
             "element, got shape [8] and no group_shape");
-  EXPECT_EQ(sentence(quantize_problem({8}, {8})),
+  EXPECT_EQ(sentence(static_problem({8}, {8})),
             "fp8kv::static_scaled_fp8_quant: scale must come with a group_shape when it has one dimension and more than one "
             "element, got shape [8] and no group_shape");
   const std::string start =
       "fp8kv::static_scaled_fp8_quant: scale must have 1 element, or come with a group_shape, or have sizes that divide those "
       "of the input, [4, 6, 8], got shape ";
-  EXPECT_EQ(sentence(quantize_problem({4, 6, 8}, {6, 8})), start + "[6, 8]");
-  EXPECT_EQ(sentence(quantize_problem({4, 6, 8}, {4, 4, 8})), start + "[4, 4, 8]");
-  EXPECT_EQ(sentence(quantize_problem({4, 6, 8}, {1, 6, 16})), start + "[1, 6, 16]");
-  EXPECT_EQ(sentence(quantize_problem({4, 6, 8}, {1, 0, 1})), start + "[1, 0, 1]");
+  EXPECT_EQ(sentence(static_problem({4, 6, 8}, {6, 8})), start + "[6, 8]");
+  EXPECT_EQ(sentence(static_problem({4, 6, 8}, {4, 4, 8})), start + "[4, 4, 8]");
+  EXPECT_EQ(sentence(static_problem({4, 6, 8}, {1, 6, 16})), start + "[1, 6, 16]");
+  EXPECT_EQ(sentence(static_problem({4, 6, 8}, {1, 0, 1})), start + "[1, 0, 1]");
 }
 
 struct WrongScale {
@@ -167,20 +117,12 @@ TEST(QuantizeErrors, ScaleShapeForGroupShape) {
       {{4, 16}, {3, 3, 2}, "have shape [3, 2] for group_shape (4, 16) and an input of shape [10, 24], got shape [3, 3, 2]"},
   };
   for (const WrongScale& c : kCases)
-    EXPECT_EQ(sentence(quantize_problem({10, 24}, c.scale, c.group_shape)),
+    EXPECT_EQ(sentence(static_problem({10, 24}, c.scale, c.group_shape)),
               std::string("fp8kv::static_scaled_fp8_quant: scale must ") + c.expected);
 }
 
-TEST(QuantizeErrors, ResultThatOverlapsItself) {
-  StaticQuantize p = quantize_problem({4, 8}, {1});
-  p.result = result({4, 8}, {0, 1});
-  EXPECT_EQ(sentence(p),
-            "fp8kv::static_scaled_fp8_quant: result must not overlap itself, as it is written, got stride 0 in dimension 0 of "
-            "size 4");
-}
-
 TEST(QuantizeErrors, ResultOverInput) {
-  StaticQuantize p = quantize_problem({4, 8}, {1});
+  StaticQuantize p = static_problem({4, 8}, {1});
   p.result.data = reinterpret_cast<void*>(kInput + 63);
   EXPECT_EQ(sentence(p), "fp8kv::static_scaled_fp8_quant: result must not overlap input, got views that share memory");
   p.result.data = reinterpret_cast<void*>(kInput + 64);
@@ -188,7 +130,7 @@ TEST(QuantizeErrors, ResultOverInput) {
 }
 
 TEST(QuantizeErrors, ResultOverScale) {
-  StaticQuantize p = quantize_problem({4, 8}, {1});
+  StaticQuantize p = static_problem({4, 8}, {1});
   p.scale.data = reinterpret_cast<void*>(kResult + 28);
   EXPECT_EQ(sentence(p), "fp8kv::static_scaled_fp8_quant: result must not overlap scale, got views that share memory");
 }
@@ -200,12 +142,7 @@ TEST(QuantizeErrors, DynamicNamesItself) {
 }
 
 TEST(QuantizeErrors, DynamicScaleIsWritten) {
-  DynamicQuantize p = dynamic_problem({4, 8}, {4}, GroupShape{1, -1});
-  p.scale = scale({4}, {0});
-  EXPECT_EQ(sentence(p),
-            "fp8kv::dynamic_scaled_fp8_quant: scale must not overlap itself, as it is written, got stride 0 in dimension 0 of "
-            "size 4");
-  p = dynamic_problem({4, 8}, {1});
+  DynamicQuantize p = dynamic_problem({4, 8}, {1});
   p.scale.data = reinterpret_cast<void*>(kInput + 60);
   EXPECT_EQ(sentence(p), "fp8kv::dynamic_scaled_fp8_quant: scale must not overlap input, got views that share memory");
 }
@@ -219,10 +156,6 @@ TEST(QuantizeErrors, UpperBound) {
   EXPECT_EQ(sentence(p), start + "scale_ub must have 1 element, got shape [2]");
   p.scale_ub = view_at(kBound, DType::Float16, {1});
   EXPECT_EQ(sentence(p), start + "scale_ub must be float32, got float16");
-  p.scale_ub = view_at(kBound + 1, DType::Float32, {1});
-  EXPECT_EQ(sentence(p), start + "scale_ub must be aligned to its elements of 4 bytes, got an address with remainder 1");
-  p.scale_ub = view_at(kBound, DType::Float32, Sizes(9, 1));
-  EXPECT_EQ(sentence(p), start + "scale_ub must have at most 8 dimensions, got 9");
   p.scale_ub = view_at(kResult, DType::Float32, {1});
   EXPECT_EQ(sentence(p), start + "result must not overlap scale_ub, got views that share memory");
   p.scale_ub = view_at(kScale, DType::Float32, {1});
@@ -234,7 +167,7 @@ TEST(QuantizeErrors, UpperBound) {
 
 TEST(QuantizeErrors, GroupAmax) {
   const std::string start = "fp8kv::group_amax: ";
-  GroupAmax p{.amax = scale({4}), .input = input({4, 8}), .group_shape = {1, -1}};
+  GroupAmax p = amax_problem({4, 8}, {4}, {1, -1});
   EXPECT_EQ(sentence(p), "");
   p.input.dtype = DType::E4M3;
   EXPECT_EQ(sentence(p), start + "input must be float32, float16 or bfloat16, got float8_e4m3fn");
@@ -244,22 +177,18 @@ TEST(QuantizeErrors, GroupAmax) {
   p.amax = scale({8});
   EXPECT_EQ(sentence(p),
             start + "amax must have shape [4] or [4, 1] for group_shape (1, -1) and an input of shape [4, 8], got shape [8]");
-  p.amax = scale({4}, {0});
-  EXPECT_EQ(sentence(p), start + "amax must not overlap itself, as it is written, got stride 0 in dimension 0 of size 4");
   p.amax = view_at(kInput + 48, DType::Float32, {4});
   EXPECT_EQ(sentence(p), start + "amax must not overlap input, got views that share memory");
   p.amax = scale({4});
   p.amax.device = kCuda;
   EXPECT_EQ(sentence(p), start + "amax must be on the device of input, cpu, got cuda:0");
-  p.amax = view_at(kScale + 2, DType::Float32, {4});
-  EXPECT_EQ(sentence(p), start + "amax must be aligned to its elements of 4 bytes, got an address with remainder 2");
 }
 
 // --- Overlap --------------------------------
 
 TEST(QuantizeOverlap, ColumnsOfOneBufferAreApart) {
   // 16 bytes a row: 4 bf16 of input (8 bytes), then 8 bytes of result.
-  StaticQuantize p = quantize_problem({6, 4}, {1});
+  StaticQuantize p = static_problem({6, 4}, {1});
   p.input = input({6, 4}, {8, 1});
   p.result = view_at(kInput + 8, DType::E4M3, {6, 4}, {16, 1});
   EXPECT_EQ(sentence(p), "");
@@ -272,26 +201,26 @@ TEST(QuantizeOverlap, ColumnsOfOneBufferAreApart) {
 }
 
 TEST(QuantizeOverlap, InterleavedViewsOfDifferentPitchAreRefused) {
-  StaticQuantize p = quantize_problem({6, 4}, {1});
+  StaticQuantize p = static_problem({6, 4}, {1});
   p.input = input({6, 4}, {8, 1});
   p.result = view_at(kInput + 8, DType::E4M3, {6, 4}, {8, 1});
   EXPECT_NE(sentence(p), "");
 }
 
 TEST(QuantizeOverlap, EmptyViewsNeverOverlap) {
-  StaticQuantize p = quantize_problem({0, 4}, {1});
+  StaticQuantize p = static_problem({0, 4}, {1});
   p.result.data = p.input.data;
   EXPECT_EQ(sentence(p), "");
 }
 
 TEST(QuantizeOverlap, AnExpandedInputMayBeRead) {
-  StaticQuantize p = quantize_problem({4, 8}, {1});
+  StaticQuantize p = static_problem({4, 8}, {1});
   p.input = input({4, 8}, {0, 1});
   EXPECT_EQ(sentence(p), "");
 }
 
 TEST(QuantizeOverlap, AnExpandedScaleMayBeReadButNotWritten) {
-  StaticQuantize p = quantize_problem({4, 8}, {4, 8}, GroupShape{1, 1});
+  StaticQuantize p = static_problem({4, 8}, {4, 8}, GroupShape{1, 1});
   p.scale = scale({4, 8}, {0, 1});
   EXPECT_EQ(sentence(p), "");
   DynamicQuantize d = dynamic_problem({4, 8}, {4, 8}, GroupShape{1, 1});
@@ -301,14 +230,14 @@ TEST(QuantizeOverlap, AnExpandedScaleMayBeReadButNotWritten) {
 
 // --- Scales that are accepted, and the offset of every element's scale ------------------------------------------------
 
-// Walks a Layout: the offsets of all elements, in the order of the layout's dimensions.
+// The offsets of all elements of a Layout, in the order of the layout's dimensions.
 struct Element {
   std::int64_t in, out, scale;
 };
 
 std::vector<Element> elements(const Layout& layout) {
   std::vector<Element> all;
-  const std::int64_t columns = layout.run().size;
+  const std::int64_t columns = layout.inner().size;
   for (std::int64_t i = 0; i < layout.numel; ++i) {
     Element e{0, 0, layout.flat_rows ? i / columns / layout.flat_rows * layout.flat_scale : 0};
     std::int64_t rest = i;
@@ -348,7 +277,7 @@ class QuantizeScales : public testing::TestWithParam<AcceptedScale> {};
 
 TEST_P(QuantizeScales, EveryElementFindsTheScaleOfItsGroup) {
   const AcceptedScale& c = GetParam();
-  const Layout layout = validate(quantize_problem(c.input, c.scale, c.group_shape));
+  const Layout layout = lower(static_problem(c.input, c.scale, c.group_shape));
   std::int64_t numel = 1;
   for (std::int64_t size : c.input) numel *= size;
   ASSERT_EQ(layout.numel, numel);
@@ -427,40 +356,40 @@ std::string text(const Layout& layout) {
   return all.str();
 }
 
-std::string layout_text(const StaticQuantize& problem) { return text(validate(problem)); }
+std::string layout_text(const StaticQuantize& problem) { return text(lower(problem)); }
 
-TEST(QuantizeLayout, ContiguousPerTensorIsOneRun) { EXPECT_EQ(layout_text(quantize_problem({2, 3, 4, 5}, {1})), "120:1,1,0"); }
+TEST(QuantizeLayout, ContiguousPerTensorIsOneRow) { EXPECT_EQ(layout_text(static_problem({2, 3, 4, 5}, {1})), "120:1,1,0"); }
 
-TEST(QuantizeLayout, ScalarIsOneRunOfOne) { EXPECT_EQ(layout_text(quantize_problem({}, {})), "1:1,1,0"); }
+TEST(QuantizeLayout, ScalarIsOneRowOfOne) { EXPECT_EQ(layout_text(static_problem({}, {})), "1:1,1,0"); }
 
-TEST(QuantizeLayout, PerTokenHasARunEach) {
-  EXPECT_EQ(layout_text(quantize_problem({2, 3, 40}, {6}, GroupShape{1, -1})), "6:40,40,1 40:1,1,0");
+TEST(QuantizeLayout, PerTokenHasARowPerScale) {
+  EXPECT_EQ(layout_text(static_problem({2, 3, 40}, {6}, GroupShape{1, -1})), "6:40,40,1 40:1,1,0");
 }
 
-TEST(QuantizeLayout, PerChannelChangesScaleAlongTheRun) {
-  EXPECT_EQ(layout_text(quantize_problem({2, 3, 40}, {40}, GroupShape{-1, 1})), "6:40,40,0 40:1,1,1");
+TEST(QuantizeLayout, PerChannelChangesScaleAlongTheRow) {
+  EXPECT_EQ(layout_text(static_problem({2, 3, 40}, {40}, GroupShape{-1, 1})), "6:40,40,0 40:1,1,1");
 }
 
-TEST(QuantizeLayout, PerHeadRunsAreHeads) {
-  EXPECT_EQ(layout_text(quantize_problem({6, 64}, {4}, GroupShape{-1, 16})), "6:64,64,0 4:16,16,1 16:1,1,0");
-  EXPECT_EQ(layout_text(quantize_problem({6, 4, 16}, {1, 4, 1})), "6:64,64,0 4:16,16,1 16:1,1,0");
+TEST(QuantizeLayout, PerHeadRowsAreHeads) {
+  EXPECT_EQ(layout_text(static_problem({6, 64}, {4}, GroupShape{-1, 16})), "6:64,64,0 4:16,16,1 16:1,1,0");
+  EXPECT_EQ(layout_text(static_problem({6, 4, 16}, {1, 4, 1})), "6:64,64,0 4:16,16,1 16:1,1,0");
 }
 
-TEST(QuantizeLayout, BlocksOfOneRowAreRuns) {
-  EXPECT_EQ(layout_text(quantize_problem({6, 64}, {6, 4}, GroupShape{1, 16})), "24:16,16,1 16:1,1,0");
+TEST(QuantizeLayout, BlocksOfOneRowAreRows) {
+  EXPECT_EQ(layout_text(static_problem({6, 64}, {6, 4}, GroupShape{1, 16})), "24:16,16,1 16:1,1,0");
 }
 
 TEST(QuantizeLayout, SquareBlocksKeepTheirRows) {
-  EXPECT_EQ(layout_text(quantize_problem({12, 64}, {3, 4}, GroupShape{4, 16})), "12:64,64,4/4 4:16,16,1 16:1,1,0");
+  EXPECT_EQ(layout_text(static_problem({12, 64}, {3, 4}, GroupShape{4, 16})), "12:64,64,4/4 4:16,16,1 16:1,1,0");
 }
 
-TEST(QuantizeLayout, RaggedAndShortBlocksStayInTheRun) {
-  EXPECT_EQ(layout_text(quantize_problem({6, 40}, {6, 3}, GroupShape{1, 16})), "6:40,40,3 40:1,1,1/16");
-  EXPECT_EQ(layout_text(quantize_problem({6, 8}, {6, 2}, GroupShape{1, 4})), "6:8,8,2 8:1,1,1/4");
+TEST(QuantizeLayout, RaggedAndShortBlocksStayInTheRow) {
+  EXPECT_EQ(layout_text(static_problem({6, 40}, {6, 3}, GroupShape{1, 16})), "6:40,40,3 40:1,1,1/16");
+  EXPECT_EQ(layout_text(static_problem({6, 8}, {6, 2}, GroupShape{1, 4})), "6:8,8,2 8:1,1,1/4");
 }
 
-TEST(QuantizeLayout, RunIsTheDimensionWithTheSmallestStrideOfTheResult) {
-  StaticQuantize p = quantize_problem({5, 7}, {1});
+TEST(QuantizeLayout, RowIsTheDimensionWithTheSmallestStrideOfTheResult) {
+  StaticQuantize p = static_problem({5, 7}, {1});
   p.input = input({5, 7}, {1, 5});
   p.result = result({5, 7}, {1, 5});
   EXPECT_EQ(layout_text(p), "35:1,1,0");
@@ -468,15 +397,15 @@ TEST(QuantizeLayout, RunIsTheDimensionWithTheSmallestStrideOfTheResult) {
   EXPECT_EQ(layout_text(p), "5:1,7,0 7:5,1,0");
 }
 
-TEST(QuantizeLayout, TransposedPerTokenChangesScaleAlongTheRun) {
-  StaticQuantize p = quantize_problem({5, 7}, {5}, GroupShape{1, -1});
+TEST(QuantizeLayout, TransposedPerTokenChangesScaleAlongTheRow) {
+  StaticQuantize p = static_problem({5, 7}, {5}, GroupShape{1, -1});
   p.input = input({5, 7}, {1, 5});
   p.result = result({5, 7}, {1, 5});
   EXPECT_EQ(layout_text(p), "7:5,5,0 5:1,1,1");
 }
 
 TEST(QuantizeLayout, PaddedRowsAreNotMerged) {
-  StaticQuantize p = quantize_problem({2, 3, 8}, {1});
+  StaticQuantize p = static_problem({2, 3, 8}, {1});
   p.input = input({2, 3, 8}, {48, 16, 1});
   EXPECT_EQ(layout_text(p), "6:16,8,0 8:1,1,0");
   p.input = input({2, 3, 8}, {64, 16, 1});
@@ -484,29 +413,29 @@ TEST(QuantizeLayout, PaddedRowsAreNotMerged) {
 }
 
 TEST(QuantizeLayout, GroupsOfRowsCrossMergedDimensions) {
-  EXPECT_EQ(layout_text(quantize_problem({3, 4, 8}, {3}, GroupShape{5, -1})), "12:8,8,1/5 8:1,1,0");
+  EXPECT_EQ(layout_text(static_problem({3, 4, 8}, {3}, GroupShape{5, -1})), "12:8,8,1/5 8:1,1,0");
 }
 
 TEST(QuantizeLayout, GroupsOfRowsAcrossStridedDimensionsCountFlatRows) {
-  StaticQuantize p = quantize_problem({3, 4, 8}, {3}, GroupShape{5, -1});
+  StaticQuantize p = static_problem({3, 4, 8}, {3}, GroupShape{5, -1});
   p.input = input({3, 4, 8}, {64, 8, 1});
   EXPECT_EQ(layout_text(p), "3:64,32,0 4:8,8,0 8:1,1,0 flat 5*1");
 }
 
 TEST(QuantizeLayout, StridedDimensionsThatGroupsDivideNeedNoFlatRows) {
-  StaticQuantize p = quantize_problem({3, 4, 8}, {6}, GroupShape{2, -1});
+  StaticQuantize p = static_problem({3, 4, 8}, {6}, GroupShape{2, -1});
   p.input = input({3, 4, 8}, {64, 8, 1});
   EXPECT_EQ(layout_text(p), "3:64,32,2 4:8,8,1/2 8:1,1,0");
-  p = quantize_problem({3, 4, 8}, {2}, GroupShape{8, -1});
+  p = static_problem({3, 4, 8}, {2}, GroupShape{8, -1});
   p.input = input({3, 4, 8}, {64, 8, 1});
   EXPECT_EQ(layout_text(p), "3:64,32,1/2 32:1,1,0");
 }
 
 TEST(QuantizeLayout, ScaleStridesAreUsed) {
-  StaticQuantize p = quantize_problem({6, 40}, {6}, GroupShape{1, -1});
+  StaticQuantize p = static_problem({6, 40}, {6}, GroupShape{1, -1});
   p.scale = scale({6}, {9});
   EXPECT_EQ(layout_text(p), "6:40,40,9 40:1,1,0");
-  p = quantize_problem({6, 40}, {6, 40}, GroupShape{1, 1});
+  p = static_problem({6, 40}, {6, 40}, GroupShape{1, 1});
   p.scale = scale({6, 40}, {0, 2});
   EXPECT_EQ(layout_text(p), "6:40,40,0 40:1,1,2");
 }
@@ -514,7 +443,7 @@ TEST(QuantizeLayout, ScaleStridesAreUsed) {
 TEST(QuantizeLayout, GroupsAreCountedAndListed) {
   DynamicQuantize p = dynamic_problem({10, 24}, {3, 2}, GroupShape{4, 16});
   p.scale = scale({3, 2}, {7, 3});
-  const Layout layout = validate(p);
+  const Layout layout = lower(p);
   EXPECT_EQ(layout.num_groups, 6);
   ASSERT_EQ(layout.scale_ndim, 2);
   EXPECT_EQ(layout.scale_sizes[0], 3);
@@ -524,22 +453,22 @@ TEST(QuantizeLayout, GroupsAreCountedAndListed) {
 }
 
 TEST(QuantizeLayout, EmptyInputsKeepTheirGroups) {
-  const Layout rows = validate(dynamic_problem({0, 24}, {0}, GroupShape{1, -1}));
+  const Layout rows = lower(dynamic_problem({0, 24}, {0}, GroupShape{1, -1}));
   EXPECT_EQ(rows.numel, 0);
   EXPECT_EQ(rows.num_groups, 0);
-  const Layout columns = validate(dynamic_problem({5, 0}, {5}, GroupShape{1, -1}));
+  const Layout columns = lower(dynamic_problem({5, 0}, {5}, GroupShape{1, -1}));
   EXPECT_EQ(columns.numel, 0);
   EXPECT_EQ(columns.num_groups, 5);
-  EXPECT_EQ(validate(dynamic_problem({0, 24}, {1})).num_groups, 1);
+  EXPECT_EQ(lower(dynamic_problem({0, 24}, {1})).num_groups, 1);
 }
 
 TEST(QuantizeLayout, HugeSizesDoNotOverflow) {
   const std::int64_t rows = std::int64_t{1} << 33;
-  StaticQuantize p = quantize_problem({rows, 128}, {1});
+  StaticQuantize p = static_problem({rows, 128}, {1});
   p.input.data = reinterpret_cast<void*>(std::uintptr_t{1} << 44);
   p.scale.data = reinterpret_cast<void*>(std::uintptr_t{1} << 46);
   EXPECT_EQ(layout_text(p), std::to_string(rows * 128) + ":1,1,0");
 }
 
 }  // namespace
-}  // namespace fp8kv
+}  // namespace fp8kv::core

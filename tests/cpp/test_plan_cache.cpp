@@ -1,0 +1,108 @@
+// Plans of appends to the paged cache and of gathers from it.
+#include <gtest/gtest.h>
+
+#include "plan_support.h"
+
+namespace fp8kv::core {
+namespace {
+
+using namespace testing_support;
+
+TEST(PlanCache, HeadsOfWholeVectorsAreAligned) {
+  const CachePlan plan = plan_append(lower(append_of({128, 8, 128})));
+  EXPECT_EQ(plan.path, KernelPath::Vectorized);
+  EXPECT_TRUE(plan.aligned);
+  EXPECT_EQ(plan.vecs_per_head, 16);
+  EXPECT_EQ(plan.tokens, 128);
+}
+
+TEST(PlanCache, OddHeadsOfOneScaleAreOneAlignedRow) {
+  EXPECT_FALSE(plan_append(lower(append_of({16, 8, 20}))).aligned);
+  const CachePlan merged = plan_append(lower(append_of({16, 8, 20, 64, 16, false})));
+  EXPECT_TRUE(merged.aligned);
+  EXPECT_EQ(merged.vecs_per_head, 20);
+}
+
+TEST(PlanCache, MisalignedRowsAreDividedAtAlignedAddresses) {
+  const CachePlan plan = plan_append(lower(append_of({16, 8, 128, 64, 16, true, 1})));
+  EXPECT_EQ(plan.path, KernelPath::Vectorized);
+  EXPECT_FALSE(plan.aligned);
+  EXPECT_EQ(plan.vecs_per_head, 17);  // 128 elements that begin up to 7 into a vector
+}
+
+TEST(PlanCache, StridesOfSizeOneDoNotMatter) {
+  CacheAppend p = append_of({16, 1, 128});
+  p.key.strides[1] = p.key_cache.strides[2] = 3;
+  EXPECT_TRUE(plan_append(lower(p)).aligned);
+}
+
+TEST(PlanCache, SpacedElementsGoOneByOne) {
+  CacheAppend p = append_of({16, 2, 64});
+  for (int d = 0; d < 3; ++d) p.key.strides[d] *= 2;
+  EXPECT_EQ(plan_append(lower(p)).path, KernelPath::Scalar);
+}
+
+TEST(PlanCache, SlotsBeyond32BitsGoOneByOne) {
+  constexpr std::int64_t kSlots = std::int64_t{1} << 31;
+  EXPECT_EQ(plan_append(lower(append_of({16, 1, 8, kSlots / 16, 16}))).path, KernelPath::Vectorized);
+  EXPECT_EQ(plan_append(lower(append_of({16, 1, 8, kSlots / 16 + 1, 16}))).path, KernelPath::Scalar);
+}
+
+TEST(PlanCache, ManyTokensAreLaunchedInChunks) {
+  const std::int64_t tokens = 1 << 25;  // of 128 vectors
+  const CachePlan plan = plan_append(lower(append_of({tokens, 8, 128})));
+  EXPECT_LT(plan.tokens, tokens);
+  EXPECT_LT(plan.tokens * 128, kMaxChunk);
+  EXPECT_GE((plan.tokens + 1) * 128, kMaxChunk);
+}
+
+CachePlan plan_dynamic_append(std::int64_t head_size) {
+  const CacheAppend p = append_of({128, 8, head_size});
+  const TensorView scales = contiguous(address(7), DType::Float32, {64, 16, 8});
+  TensorView others = scales;
+  others.data = address(8);
+  return plan_append_dynamic(
+      lower(CacheAppendDynamic{p.key, p.value, p.key_cache, p.value_cache, scales, others, p.slot_mapping}));
+}
+
+TEST(PlanCache, ThreadsOfAWarpHoldAHead) {
+  struct Expected {
+    std::int64_t head_size;
+    int threads, vecs;
+  };
+  for (const auto& [head_size, threads, vecs] :
+       {Expected{8, 1, 2}, {64, 4, 2}, {80, 8, 2}, {128, 8, 2}, {256, 16, 2}, {512, 32, 2}, {576, 32, 4}, {1024, 32, 4}}) {
+    const CachePlan plan = plan_dynamic_append(head_size);
+    EXPECT_EQ(plan.path, KernelPath::Vectorized) << head_size;
+    EXPECT_EQ(plan.threads_per_head, threads) << head_size;
+    EXPECT_EQ(plan.vecs_per_thread, vecs) << head_size;
+    EXPECT_GE(plan.threads_per_head * plan.vecs_per_thread, plan.vecs_per_head) << head_size;
+  }
+}
+
+TEST(PlanCache, HeadsThatNoWarpHoldsAreReadTwice) {
+  const CachePlan plan = plan_dynamic_append(1032);
+  EXPECT_EQ(plan.path, KernelPath::Scalar);
+  EXPECT_EQ(plan.threads_per_head, 32);
+}
+
+TEST(PlanCache, NoTokensAreNoLaunch) {
+  EXPECT_EQ(plan_append(lower(append_of({0, 8, 128}))).tokens, 0);
+  EXPECT_EQ(plan_append_dynamic(lower(append_of({0, 8, 128}))).tokens, 0);
+}
+
+// The blocks of a gather come from a table of 32 bits, however many there are.
+TEST(PlanCache, AGatherTakesVectorsFromCachesOfAnySize) {
+  constexpr std::int64_t kSlots = std::int64_t{1} << 32;
+  const CacheLayout layout = lower(append_of({16, 1, 8, kSlots / 16, 16}));
+  EXPECT_EQ(plan_append(layout).path, KernelPath::Scalar);
+  EXPECT_EQ(plan_gather(layout).path, KernelPath::Vectorized);
+}
+
+TEST(PlanCache, LargeAppendsTakeSmallerBlocks) {
+  EXPECT_EQ(plan_append(lower(append_of({8191, 8, 128}))).threads, 256);
+  EXPECT_EQ(plan_append(lower(append_of({8192, 8, 128}))).threads, 128);
+}
+
+}  // namespace
+}  // namespace fp8kv::core

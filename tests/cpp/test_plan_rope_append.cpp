@@ -1,0 +1,83 @@
+// Plans of the attention step.
+#include <gtest/gtest.h>
+
+#include "plan_support.h"
+
+namespace fp8kv::core {
+namespace {
+
+using namespace testing_support;
+
+// Q of 4 * heads, K and V in bfloat16, with RoPE.
+RopeAppend rope_of(std::int64_t tokens, std::int64_t heads, std::int64_t head_size, std::int64_t rotary_dim) {
+  const CacheAppend p = append_of({tokens, heads, head_size});
+  return {.query = contiguous(address(7), DType::BFloat16, {tokens, 4 * heads, head_size}),
+          .key = p.key,
+          .value = p.value,
+          .query_out = contiguous(address(8), DType::E4M3, {tokens, 4 * heads, head_size}),
+          .key_cache = p.key_cache,
+          .value_cache = p.value_cache,
+          .slot_mapping = p.slot_mapping,
+          .q_scale = p.k_scale,
+          .k_scale = p.k_scale,
+          .v_scale = p.v_scale,
+          .positions = contiguous(address(9), DType::Int64, {tokens}),
+          .cos_sin_cache = contiguous(address(10), DType::Float32, {100, rotary_dim})};
+}
+
+TEST(PlanRopeAppend, HeadsOfWholeVectorsAreAVectorPerThread) {
+  const RopeAppendPlan plan = plan_rope_append(lower(rope_of(16, 8, 128, 128)));
+  EXPECT_EQ(plan.path, KernelPath::Vectorized);
+  EXPECT_EQ(plan.threads_per_head, 16);
+  EXPECT_EQ(plan_rope_append(lower(rope_of(16, 8, 80, 32))).threads_per_head, 10);
+}
+
+TEST(PlanRopeAppend, WithANormTheThreadsOfAHeadAreAPowerOfTwo) {
+  RopeAppend p = rope_of(16, 8, 80, 32);
+  p.k_norm_weight = contiguous(address(11), DType::BFloat16, {80});
+  EXPECT_EQ(plan_rope_append(lower(p)).threads_per_head, 16);
+  p = rope_of(16, 8, 264, 264);
+  EXPECT_EQ(plan_rope_append(lower(p)).path, KernelPath::Vectorized);
+  p.k_norm_weight = contiguous(address(11), DType::BFloat16, {264});
+  EXPECT_EQ(plan_rope_append(lower(p)).path, KernelPath::Scalar) << "more than a warp holds";
+}
+
+TEST(PlanRopeAppend, ManyTokensShareWhatIsReadForAHead) {
+  EXPECT_EQ(plan_rope_append(lower(rope_of(256, 8, 128, 128))).heads_per_thread, 1);
+  EXPECT_EQ(plan_rope_append(lower(rope_of(2048, 8, 128, 128))).heads_per_thread, 2);
+  RopeAppend p = rope_of(2048, 8, 128, 128);
+  p.positions.reset(), p.cos_sin_cache.reset();
+  EXPECT_EQ(plan_rope_append(lower(p)).heads_per_thread, 1) << "nothing to share";
+  p = rope_of(256, 8, 128, 128);
+  p.q_norm_weight = contiguous(address(11), DType::BFloat16, {128});
+  EXPECT_EQ(plan_rope_append(lower(p)).heads_per_thread, 2);
+}
+
+TEST(PlanRopeAppend, WhatDoesNotFitIsAWarpPerHead) {
+  const auto path = [](const auto& change) {
+    RopeAppend p = rope_of(16, 8, 128, 128);
+    change(p);
+    return plan_rope_append(lower(p)).path;
+  };
+  EXPECT_EQ(path([](auto& p) { p.cos_sin_cache->sizes[1] = 12; }), KernelPath::Scalar) << "half a vector";
+  EXPECT_EQ(path([](auto& p) { p.query.data = static_cast<char*>(p.query.data) + 2; }), KernelPath::Scalar);
+  EXPECT_EQ(path([](auto& p) { p.cos_sin_cache->strides[0] = 130; }), KernelPath::Scalar);
+  EXPECT_EQ(path([](auto& p) { p.query_out.strides[0] += 4; }), KernelPath::Scalar);
+  EXPECT_EQ(path([](auto& p) { p.query_out.dtype = DType::Float32, p.query_out.strides[0] *= 2; }), KernelPath::Scalar);
+  EXPECT_EQ(path([](auto& p) { p.query.strides[0] += 8 * 128; }), KernelPath::Vectorized) << "a slice";
+}
+
+TEST(PlanRopeAppend, ManyTokensAreLaunchedInChunks) {
+  const std::int64_t tokens = 1 << 24;
+  const RopeAppendPlan plan = plan_rope_append(lower(rope_of(tokens, 8, 128, 128)));
+  EXPECT_LT(plan.tokens, tokens);
+  EXPECT_LT(plan.tokens * 16 * (32 + 8), kMaxChunk);
+}
+
+TEST(PlanRopeAppend, NothingToDoIsNotDividedByZero) {
+  EXPECT_EQ(plan_rope_append(lower(rope_of(0, 8, 128, 128))).tokens, 0);
+  EXPECT_EQ(plan_rope_append(lower(rope_of(16, 0, 128, 128))).tokens, 16);
+}
+
+}  // namespace
+}  // namespace fp8kv::core
