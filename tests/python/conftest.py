@@ -20,7 +20,7 @@ from helpers import torch_threads
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need most of a GPU's memory never run at the same time (pytest-xdist, `--dist loadgroup`)."""
+    """Tests that need most of the memory of a GPU never run at the same time (`--dist loadgroup`)."""
     for item in items:
         if item.get_closest_marker("large"):
             item.add_marker(pytest.mark.xdist_group("large"))

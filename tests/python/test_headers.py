@@ -19,7 +19,7 @@ HEADERS = sorted(path.name for path in FOLDER.glob("*.h"))
 def test_all_headers_are_installed() -> None:
     if not SOURCE.exists():
         pytest.skip("an installed package without its source tree")
-    assert HEADERS == sorted(path.name for path in SOURCE.glob("*.h"))
+    assert sorted(path.name for path in SOURCE.glob("*.h")) == HEADERS
     assert HEADERS
 
 
