@@ -29,6 +29,11 @@ inline constexpr CacheFormat kCacheFormats[] = {
     {"fp8", DType::E4M3},        {"fp8_e4m3", DType::E4M3},     {"fp8_e5m2", DType::E5M2},
 };
 
+template <class... Ts, class... Us>
+constexpr TypeList<Ts..., Us...> operator+(TypeList<Ts...>, TypeList<Us...>) {
+  return {};
+}
+
 // The place of a type in a list; -1 if it is not there.
 template <class... Ts>
 constexpr int index_in(TypeList<Ts...>, DType dtype) {

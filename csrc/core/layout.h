@@ -7,7 +7,7 @@
 
 namespace fp8kv::core {
 
-// A normalized problem: one list of dimensions, outermost first, with neighbours merged where memory and scales allow it.
+// A normalized problem: one list of dimensions, outermost first, with neighbors merged where memory and scales allow it.
 // Element (i0, i1, ...) of the input lies at sum(i_d * in), of the result at sum(i_d * out), and its scale at
 // sum((i_d / block) * scale), all counted in elements. The last dimension is the inner one; a row is all of its elements at one
 // index of the others. Where both sides have stride 1 there and its scale stride is 0, a row is contiguous and has one scale.

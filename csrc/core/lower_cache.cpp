@@ -19,7 +19,7 @@ DType cache_element(const Argument& key_cache, const Argument& value_cache, std:
   const DType actual = key_cache.view.dtype, element = wanted.value_or(actual);
   const bool quantized = is_quantized(element);
   if (!quantized && (must_quantize || !is_real(element))) {
-    const std::string types = (must_quantize ? "be " : "be " + names_of(RealTypes{}) + " or ") + names_of(QuantizedTypes{});
+    const std::string types = "be " + (must_quantize ? names_of(QuantizedTypes{}) : names_of(RealTypes{} + QuantizedTypes{}));
     if (wanted) fail(key_cache.op, "kv_cache_dtype", types, name(element));
     fail(key_cache.op, key_cache.name, types + ", as kv_cache_dtype is not given", name(element));
   }
@@ -135,6 +135,7 @@ std::int64_t even_stride(const Argument& a) {
 }
 
 PagedScales lower_scales(const Argument& a, const CacheLayout& layout, const Argument& key, bool or_cache) {
+  check_view(a);
   if (or_cache && a.view.numel() != 1 && is_scale_cache(a.view, layout)) return scale_cache(a, layout, key);
   check_companion(a, key, check_float32);
   const std::int64_t count = a.view.numel();

@@ -67,7 +67,7 @@ __device__ __forceinline__ std::uint32_t block_max(std::uint32_t value, std::uin
   return __reduce_max_sync(0xffffffffu, lane < warps ? scratch[lane] : 0u);
 }
 
-// Of `width` neighbouring lanes, a power of two up to 32; all lanes of the warp take part.
+// Of `width` neighboring lanes, a power of two up to 32; all lanes of the warp take part.
 __device__ __forceinline__ std::uint32_t lanes_max(std::uint32_t value, int width) {
   for (int offset = width / 2; offset > 0; offset /= 2) value = max(value, __shfl_xor_sync(0xffffffffu, value, offset));
   return value;

@@ -697,7 +697,7 @@ TEST_F(CpuCacheFormats, ACacheOf16BitsIsAPlainCopy) {
 
 TEST_F(CpuCacheFormats, ACacheOfBytesNeedsItsFormat) {
   EXPECT_EQ(error_of([&] { cpu::run(append(DType::UInt8)); }),
-            "fp8kv::reshape_and_cache_flash: key_cache must be float32, float16 or bfloat16 or float8_e4m3fn or float8_e5m2, "
+            "fp8kv::reshape_and_cache_flash: key_cache must be float32, float16, bfloat16, float8_e4m3fn or float8_e5m2, "
             "as kv_cache_dtype is not given, got uint8");
   EXPECT_EQ(key_cache[0], 0xA5A5);
   CacheAppend problem = append(DType::UInt8);

@@ -63,12 +63,12 @@ const Format kFormats[] = {
     {{},
      DType::UInt8,
      DType::Other,
-     "key_cache must be float32, float16 or bfloat16 or float8_e4m3fn or float8_e5m2, as kv_cache_dtype is not given, got "
+     "key_cache must be float32, float16, bfloat16, float8_e4m3fn or float8_e5m2, as kv_cache_dtype is not given, got "
      "uint8"},
     {DType::Int8, DType::E4M3, DType::Other,
-     "kv_cache_dtype must be float32, float16 or bfloat16 or float8_e4m3fn or float8_e5m2, got int8"},
+     "kv_cache_dtype must be float32, float16, bfloat16, float8_e4m3fn or float8_e5m2, got int8"},
     {DType::UInt8, DType::UInt8, DType::Other,
-     "kv_cache_dtype must be float32, float16 or bfloat16 or float8_e4m3fn or float8_e5m2, got uint8"},
+     "kv_cache_dtype must be float32, float16, bfloat16, float8_e4m3fn or float8_e5m2, got uint8"},
     {DType::E4M3, DType::E5M2, DType::Other,
      "key_cache must be float8_e4m3fn or uint8 as kv_cache_dtype is \"fp8\", got float8_e5m2"},
     {DType::E4M3, DType::Int8, DType::Other, "key_cache must be float8_e4m3fn or uint8 as kv_cache_dtype is \"fp8\", got int8"},

@@ -28,7 +28,7 @@ struct RowScales {
   alignas(64) std::int32_t ordinary[kMaxCount];  // not 0: the fast path is exact
 };
 
-// The scales of neighbouring columns, made ready by a kernel of the same ElementwiseKernels. What the rest means is up to it.
+// The scales of neighboring columns, made ready by a kernel of the same ElementwiseKernels. What the rest means is up to it.
 struct ColumnScales {
   static constexpr std::int64_t kMaxCount = 4096;
   static constexpr std::int64_t kCapacity = kMaxCount + 64;  // a last vector may reach beyond

@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(kCooperativeThreads, kCooperativeBlocks)
   grid.sync();  // the scale is final
 
   const auto prepared = Op::prepare(__ldcg(scale_out));
-  const auto finish = [&](std::uint32_t vec, const Vec<In>& raw, const Slice& slice) {
+  const auto finish = [&](const Vec<In>& raw, const Slice& slice) {
     if (slice.range.begin < slice.range.end) quantize_vec(raw, result, slice, prepared);
   };
   if (vecs > first_rest) {
@@ -260,17 +260,17 @@ __global__ void __launch_bounds__(kCooperativeThreads, kCooperativeBlocks)
 #pragma unroll 4
     for (std::uint32_t vec = last; vec >= first_rest; vec -= stride) {
       const Slice slice = row.slice(vec);
-      finish(vec, row.load(slice), slice);
+      finish(row.load(slice), slice);
     }
   }
   number = 0;
 #pragma unroll 2
   for (std::uint32_t vec = first_kept; vec < min(vecs, first_rest); vec += stride, ++number)
-    finish(vec, kept[number * kCooperativeThreads], row.slice(vec));
+    finish(kept[number * kCooperativeThreads], row.slice(vec));
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) {
     const std::uint32_t vec = thread + k * stride;
-    if (vec < vecs) finish(vec, held[k], row.slice(vec));
+    if (vec < vecs) finish(held[k], row.slice(vec));
   }
 }
 
