@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.11.*
 BUILD ?= build/dev
+# Python tests in two processes; in one where pytest-xdist is not installed.
+PYTEST_JOBS = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo -n 2 --dist loadgroup)
 
 ifeq ($(VENV),none)
   PY := $(PYTHON)
@@ -33,7 +35,7 @@ test-cpp: build
 	$(BIN)ctest --test-dir $(BUILD) --output-on-failure
 
 test-python: build
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest $(PYTEST_JOBS) $(PYTEST_ARGS)
 
 lint: $(READY)  ## formatting, style and types
 	PY=$(PY) BIN=$(BIN) VENV=$(VENV) .ci/lint

@@ -18,7 +18,8 @@ struct TypeList {
 using RealTypes = TypeList<float, Half, BFloat16>;
 using QuantizedTypes = TypeList<E4M3, E5M2>;
 
-// The names of the formats of a cache, in the order in which messages list them. Those of one format follow each other.
+// What kv_cache_dtype calls the formats of a cache, in the order in which messages list them. The first name of a format is the
+// one that messages call it.
 struct CacheFormat {
   std::string_view name;
   DType dtype;
@@ -40,6 +41,12 @@ constexpr int real_index(DType dtype) { return index_in(RealTypes{}, dtype); }
 constexpr int quantized_index(DType dtype) { return index_in(QuantizedTypes{}, dtype); }
 constexpr bool is_real(DType dtype) { return real_index(dtype) >= 0; }
 constexpr bool is_quantized(DType dtype) { return quantized_index(dtype) >= 0; }
+
+constexpr std::string_view cache_format_name(DType dtype) {
+  for (const CacheFormat& format : kCacheFormats)
+    if (format.dtype == dtype) return format.name;
+  return name(dtype);
+}
 
 // "float32, float16 or bfloat16".
 template <class... Ts>

@@ -25,7 +25,8 @@ DType cache_element(const Argument& key_cache, const Argument& value_cache, std:
   }
   if (actual != element && !(quantized && actual == DType::UInt8))
     fail(key_cache.op, key_cache.name,
-         std::string("be ") + name(element) + (quantized ? " or uint8" : "") + " as kv_cache_dtype is " + name(element),
+         std::string("be ") + name(element) + (quantized ? " or uint8" : "") + " as kv_cache_dtype is \"" +
+             std::string(cache_format_name(element)) + "\"",
          name(actual));
   if (value_cache.view.dtype != actual)
     fail(value_cache.op, value_cache.name, std::string("be ") + name(actual) + " as key_cache is",

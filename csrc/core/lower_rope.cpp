@@ -47,7 +47,7 @@ DType query_element(const Argument& out, DType cache) {
   if (is_quantized(cache) && (dtype == cache || dtype == DType::UInt8)) return cache;
   fail(out.op, out.name,
        is_quantized(cache) ? std::string("be ") + name(cache) + " or uint8 as the caches are, or " + names_of(RealTypes{})
-                           : "be " + names_of(RealTypes{}) + " as the caches are not quantized",
+                           : "be " + names_of(RealTypes{}) + " as the caches are not FP8",
        name(dtype));
 }
 

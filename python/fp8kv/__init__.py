@@ -71,6 +71,7 @@ __all__ = [
     "dynamic_scaled_fp8_quant",
     "gather_and_dequant_cache",
     "group_amax",
+    "include_dir",
     "load_kv_scales",
     "quantize",
     "reference",
@@ -111,6 +112,20 @@ def build_info() -> dict[str, Any]:
         "cuda_architectures": _ops.cuda_architectures(),
         "cuda_missing": _ops.cuda_missing,
     }
+
+
+def include_dir() -> str:
+    """The folder of the C++ headers that came with this installation, for an include path.
+
+    The headers are those of the C++ library (`#include "fp8kv/quantize.h"`), of version `__version__`. The
+    library with the CPU backend, `libfp8kv.so`, is in the parent of this folder.
+
+    Example:
+        >>> import fp8kv, pathlib
+        >>> (pathlib.Path(fp8kv.include_dir()) / "fp8kv" / "quantize.h").exists()
+        True
+    """
+    return str(_ops.loaded["cpu"].parent / "include")
 
 
 def __getattr__(name: str) -> Any:

@@ -44,7 +44,7 @@ inline std::int64_t product(const Sizes& sizes) {
 
 enum class Memory { Contiguous, Padded, Sparse, Reversed };
 
-// A tensor with storage of its own. Gaps hold a pattern, so that a write beside the elements shows.
+// A tensor with storage of its own. Gaps hold a pattern, so that a write next to the elements shows.
 class Tensor {
  public:
   // `skip`: elements before the first, so that bases are not aligned to vectors.

@@ -39,7 +39,7 @@ inline TensorView view_at(std::uintptr_t address, DType dtype, const Sizes& size
     if (i >= kMaxDims) continue;
     view.sizes[i] = sizes[i];
     view.strides[i] = strides.empty() ? stride : strides[i];
-    stride *= std::max<std::int64_t>(1, sizes[i]);
+    if (strides.empty()) stride *= std::max<std::int64_t>(1, sizes[i]);
   }
   return view;
 }

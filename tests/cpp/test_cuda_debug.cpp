@@ -121,6 +121,8 @@ TEST_F(CudaDebug, ABlockThatIsNotInTheCache) {
 
 // Nothing can be waited for there: the slot is skipped, as without the variable.
 TEST_F(CudaDebug, NothingIsCheckedDuringCapture) {
+  set<std::int32_t>(tensors->slots, {-1, -1});
+  cuda::run(append());  // the kernel is loaded before the capture
   set<std::int32_t>(tensors->slots, {-1, 12});
   cudaStream_t stream;
   check(cudaStreamCreate(&stream));

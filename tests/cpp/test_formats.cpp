@@ -97,6 +97,13 @@ TEST(Formats, NamesOfCacheFormats) {
   }
 }
 
+TEST(Formats, MessagesCallACacheFormatByItsFirstName) {
+  EXPECT_EQ(cache_format_name(DType::E4M3), "fp8");
+  EXPECT_EQ(cache_format_name(DType::E5M2), "fp8_e5m2");
+  EXPECT_EQ(cache_format_name(DType::BFloat16), "bfloat16");
+  EXPECT_EQ(cache_format_name(DType::UInt8), "uint8") << "not a format";
+}
+
 TEST(Formats, EveryListedTypeHasACacheFormatOfItsOwnAndNoNameIsTwice) {
   std::set<std::string_view> names;
   std::set<DType> dtypes;

@@ -76,10 +76,10 @@ std::vector<double> midpoints(const Definition& d) {
   return points;
 }
 
-// Walks a sorted list of midpoints as x grows.
-class Walk {
+// A place in a sorted list of midpoints, which moves on as x grows.
+class Cursor {
  public:
-  Walk(const std::vector<double>& points, double first)
+  Cursor(const std::vector<double>& points, double first)
       : points_(points), code_(static_cast<int>(std::lower_bound(points.begin(), points.end(), first) - points.begin())) {}
 
   int code(double x) {
@@ -149,9 +149,9 @@ template <class Fp8>
 std::uint32_t first_mistake(std::uint32_t begin, std::uint32_t end) {
   const std::vector<double> points = midpoints(definition<Fp8>());
   constexpr std::uint32_t kInfBits = 0x7f800000u;
-  Walk walk(points, float_of(begin));
+  Cursor cursor(points, float_of(begin));
   for (std::uint32_t bits = begin; bits < std::min(end, kInfBits); ++bits) {
-    const int code = walk.code(float_of(bits));
+    const int code = cursor.code(float_of(bits));
     if (encode<Fp8>(float_of(bits)).bits != code) return bits;
     if (encode<Fp8>(float_of(bits | 0x80000000u)).bits != (code | 0x80)) return bits;
   }
@@ -244,13 +244,13 @@ TYPED_TEST(RealCodec, RoundsEveryBoundaryToNearestEven) {
 
 TYPED_TEST(RealCodec, RoundsEveryFp32BetweenItsNeighbours) {
   const std::vector<double> points = midpoints(definition<TypeParam>());
-  Walk walk(points, 0.0);
+  Cursor cursor(points, 0.0);
   const double overflow = definition<TypeParam>().value(definition<TypeParam>().codes - 1) + points.back() -
                           definition<TypeParam>().value(definition<TypeParam>().codes - 2);
   std::uint64_t mistakes = 0;
   for (std::uint32_t bits = 0; bits < 0x7f800000u; bits += 61) {
     const double x = float_of(bits);
-    const int code = x >= overflow ? definition<TypeParam>().codes : walk.code(x);
+    const int code = x >= overflow ? definition<TypeParam>().codes : cursor.code(x);
     mistakes += from_float<TypeParam>(float_of(bits)).bits != code;
   }
   EXPECT_EQ(mistakes, 0u);

@@ -70,16 +70,15 @@ const Format kFormats[] = {
     {DType::UInt8, DType::UInt8, DType::Other,
      "kv_cache_dtype must be float32, float16 or bfloat16 or float8_e4m3fn or float8_e5m2, got uint8"},
     {DType::E4M3, DType::E5M2, DType::Other,
-     "key_cache must be float8_e4m3fn or uint8 as kv_cache_dtype is float8_e4m3fn, got float8_e5m2"},
-    {DType::E4M3, DType::Int8, DType::Other,
-     "key_cache must be float8_e4m3fn or uint8 as kv_cache_dtype is float8_e4m3fn, got int8"},
+     "key_cache must be float8_e4m3fn or uint8 as kv_cache_dtype is \"fp8\", got float8_e5m2"},
+    {DType::E4M3, DType::Int8, DType::Other, "key_cache must be float8_e4m3fn or uint8 as kv_cache_dtype is \"fp8\", got int8"},
     {DType::E5M2, DType::E4M3, DType::Other,
-     "key_cache must be float8_e5m2 or uint8 as kv_cache_dtype is float8_e5m2, got float8_e4m3fn"},
+     "key_cache must be float8_e5m2 or uint8 as kv_cache_dtype is \"fp8_e5m2\", got float8_e4m3fn"},
     {DType::E4M3, DType::BFloat16, DType::Other,
-     "key_cache must be float8_e4m3fn or uint8 as kv_cache_dtype is float8_e4m3fn, got bfloat16"},
-    {DType::Float16, DType::BFloat16, DType::Other, "key_cache must be float16 as kv_cache_dtype is float16, got bfloat16"},
-    {DType::BFloat16, DType::UInt8, DType::Other, "key_cache must be bfloat16 as kv_cache_dtype is bfloat16, got uint8"},
-    {DType::Float32, DType::Float64, DType::Other, "key_cache must be float32 as kv_cache_dtype is float32, got float64"},
+     "key_cache must be float8_e4m3fn or uint8 as kv_cache_dtype is \"fp8\", got bfloat16"},
+    {DType::Float16, DType::BFloat16, DType::Other, "key_cache must be float16 as kv_cache_dtype is \"float16\", got bfloat16"},
+    {DType::BFloat16, DType::UInt8, DType::Other, "key_cache must be bfloat16 as kv_cache_dtype is \"bfloat16\", got uint8"},
+    {DType::Float32, DType::Float64, DType::Other, "key_cache must be float32 as kv_cache_dtype is \"float32\", got float64"},
 };
 
 TEST(CacheErrors, FormatAndDtypeOfTheCacheMustSayTheSame) {

@@ -42,7 +42,7 @@ const Mistake kMistakes[] = {
     // What it has in common with the other problems of the cache.
     {"value_dtype", [](auto& p) { p.value.dtype = DType::Float16; }, "value must be bfloat16 as key is, got float16"},
     {"format", [](auto& p) { p.kv_cache_dtype = DType::E5M2; },
-     "key_cache must be float8_e5m2 or uint8 as kv_cache_dtype is float8_e5m2, got float8_e4m3fn"},
+     "key_cache must be float8_e5m2 or uint8 as kv_cache_dtype is \"fp8_e5m2\", got float8_e4m3fn"},
     {"key_rows", [](auto& p) { p.key = key({4, 4, 64}); },
      "key must have at least 5 rows, one for each element of slot_mapping, got shape [4, 4, 64]"},
     {"k_scales", [](auto& p) { p.k_scale = k_scale({8}); }, "k_scale must have 1 or num_kv_heads=4 elements, got shape [8]"},
@@ -72,7 +72,7 @@ const Mistake kMistakes[] = {
     {"out_as_bytes", [](auto& p) { p.query_out.dtype = DType::UInt8; }, ""},
     {"out_not_quantized", [](auto& p) { p.query_out.dtype = DType::Float16; }, ""},
     {"out_with_plain_caches", [](auto& p) { set_caches(p, DType::BFloat16); },
-     "query_out must be float32, float16 or bfloat16 as the caches are not quantized, got float8_e4m3fn"},
+     "query_out must be float32, float16 or bfloat16 as the caches are not FP8, got float8_e4m3fn"},
     {"all_plain", [](auto& p) { set_caches(p, DType::BFloat16), p.query_out.dtype = DType::BFloat16; }, ""},
     {"q_scale_dtype", [](auto& p) { p.q_scale.dtype = DType::Float16; }, "q_scale must be float32, got float16"},
     {"q_scale_count", [](auto& p) { p.q_scale = q_scale({2}); },

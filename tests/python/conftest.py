@@ -19,6 +19,13 @@ from fp8kv import _introspect
 from helpers import torch_threads
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need most of the memory of a GPU never run at the same time (`--dist loadgroup`)."""
+    for item in items:
+        if item.get_closest_marker("large"):
+            item.add_marker(pytest.mark.xdist_group("large"))
+
+
 @pytest.fixture(params=["generic", "avx2", "avx512"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every CPU instruction set the kernels are compiled for, made the active one."""

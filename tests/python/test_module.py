@@ -263,7 +263,12 @@ def test_the_documentation_and_the_functions_of_the_reference_have_the_same_argu
 
 @pytest.mark.parametrize(
     ("group_shape", "path"),
-    [((-1, -1), "runs"), ((1, -1), "runs"), ((-1, 1), "columns"), ((-1, 3), "columns")],
+    [
+        ((-1, -1), "vectorized"),
+        ((1, -1), "vectorized"),
+        ((-1, 1), "per column"),
+        ((-1, 3), "per column"),
+    ],
 )
 def test_a_plan_names_the_path_of_its_granularity(group_shape: tuple[int, int], path: str) -> None:
     plan = introspect().plan_quantize(64, 96, group_shape)
