@@ -19,63 +19,7 @@ Shape = tuple[int, ...]
 Row = dict[str, Any]
 Cell = Callable[[str, Shape], str]
 
-# What prototypes took on an H100, us: the time of a copy in their run, divided by the share they reached, %.
-_COPY = {
-    "1x4096": 1.15,
-    "16x4096": 1.86,
-    "128x4096": 2.29,
-    "1024x4096": 6.2,
-    "4096x1024": 6.2,
-    "32768x128": 6.2,
-    "8192x4096": 36.0,
-    "16384x8192": 136.0,
-    "4097x5137": 23.2,
-}
-_SHARES = {
-    "static tensor": (94, 97, 99, 100, 100, 100, 101, 101, 100),
-    "static channel": (79, 90, 90, 98, 98, 98, 99, 99, 93),
-    "static head 128": (88, 93, 93, 99, 99, 99, 102, 102, None),
-    "static token": (86, 95, 97, None, None, None, None, None, 97),
-    "dynamic token": (77, 86, 88, 98, None, None, 102, 102, None),
-    "dynamic tensor": (78, 65, 56, 73, None, None, 76, 64, None),
-}
-_APPEND_NHD = {1: 1.30, 16: 1.37, 128: 2.06, 8192: 20.4, 65536: 137.0}
-_APPEND_HND = {1: 1.30, 16: 1.37, 128: 2.06, 8192: 21.6, 65536: 142.0}
 _STEPS = (1, 16, 64, 256, 2048, 16384)
-
-
-def _targets() -> dict[tuple[str, Shape], float]:
-    targets = {
-        (work, _shape(name)): _COPY[name] / share * 100
-        for work, shares in _SHARES.items()
-        for name, share in zip(_COPY, shares, strict=True)
-        if share
-    }
-    for work, times in {
-        "append tensor NHD": _APPEND_NHD,
-        "append head NHD": _APPEND_NHD,
-        "append tensor HND": _APPEND_HND,
-        "append head HND": _APPEND_HND,
-        "append token-head NHD": {1: 1.43, 16: 1.50, 128: 2.27, 1024: 4.21, 8192: 21.6},
-        "gather head NHD": {1024: 4.88, 8192: 21.2, 65536: 142.0},
-    }.items():
-        targets |= {(work, (tokens, 8, 128)): us for tokens, us in times.items()}
-    for geometry, us in {(8, 64): 10.6, (32, 128): 70.4, (1, 128): 4.0}.items():
-        targets |= {
-            (f"append {scales} {layout}", (8192, *geometry)): us
-            for scales in ("tensor", "head")
-            for layout in ("NHD", "HND")
-        }
-    for work, reached in {
-        "step NHD": (1.32, 1.73, 2.21, 3.36, 13.8, 101.0),
-        "step rope NHD": (1.55, 1.86, 2.31, 3.42, 15.2, 106.0),
-    }.items():
-        targets |= {(work, (tokens, 32, 8, 128)): us for tokens, us in zip(_STEPS, reached, strict=True)}
-    return targets
-
-
-def _shape(name: str) -> Shape:
-    return tuple(map(int, name.split("x")))
 
 
 class Results:
@@ -125,18 +69,16 @@ def times(
     *geometry: int,
     shapes: Sequence[Shape] = (),
     threads: int | None = None,
-    targets: bool = False,
 ) -> str:
-    """Microseconds and share of a copy; in parentheses the target."""
-    results, wanted = Results(name, threads), _targets() if targets else {}
+    """Microseconds and share of a copy."""
+    results = Results(name, threads)
     shapes = shapes or results.shapes(*geometry)
 
     def cell(work: str, shape: Shape) -> str:
         row = results.rows.get((work, shape))
         if row is None:
             return ""
-        target = wanted.get((work, shape))
-        return f"{_number(row['us'])}, {row['share']:.0%}" + (f" ({_number(target)})" if target else "")
+        return f"{_number(row['us'])}, {row['share']:.0%}"
 
     copy = [
         _number(next(row["floor_us"] for (_, s), row in results.rows.items() if s == shape))
@@ -235,7 +177,7 @@ TABLES: dict[str, Callable[[], str]] = {
         128,
     ),
     "step": step_times,
-    "quantize h100": lambda: times("quantize_h100", targets=True),
+    "quantize h100": lambda: times("quantize_h100"),
     "quantize h200": lambda: times("quantize_h200"),
     "quantize cpu": lambda: times("quantize_cpu", threads=1),
     "quantize small h100": lambda: beside(
@@ -244,16 +186,16 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantize peers h100": lambda: peers(
         "quantize_h100_peers", ["torch.compile", "torch eager"], shapes=[*SMALL, (8192, 4096)]
     ),
-    "cache h100": lambda: times("cache_h100", 8, 128, targets=True),
+    "cache h100": lambda: times("cache_h100", 8, 128),
     "cache 32 h100": lambda: times("cache_h100", 32, 128),
     "cache geometries h100": lambda: times(
-        "cache_h100", shapes=[(8192, 8, 64), (8192, 1, 128), (8192, 4, 128), (8192, 32, 128)], targets=True
+        "cache_h100", shapes=[(8192, 8, 64), (8192, 1, 128), (8192, 4, 128), (8192, 32, 128)]
     ),
     "cache h200": lambda: times("cache_h200", 8, 128),
     "cache cpu": lambda: times("cache_cpu", 8, 128, threads=1),
     "cache small h100": lambda: beside(["cache_h100", "cache_h100_pdl", "cache_h100_warm"], 8, 128),
     "cache peers h100": lambda: peers("cache_h100_peers", ["torch.compile", "torch eager"], 8, 128),
-    "decode h100": lambda: times("decode_h100", 32, 8, 128, targets=True),
+    "decode h100": lambda: times("decode_h100", 32, 8, 128),
     "decode h200": lambda: times("decode_h200", 32, 8, 128),
     "decode cpu": lambda: times("decode_cpu", 32, 8, 128, threads=1),
     "decode small h100": lambda: beside(["decode_h100", "decode_h100_pdl", "decode_h100_warm"], 32, 8, 128),
