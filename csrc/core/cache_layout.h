@@ -40,8 +40,8 @@ struct CacheLayout {
   std::int64_t head_size = 0;
   std::int64_t num_blocks = 0;
   std::int64_t block_size = 0;
-  DType real = DType::Float32;     // of key and value
-  DType element = DType::Float32;  // of the caches; not quantized: a plain copy, rounded where the types differ
+  DType row_dtype = DType::Float32;    // of key and value
+  DType cache_dtype = DType::Float32;  // of the caches; not quantized: a plain copy, rounded where the types differ
   KVViews k;
   KVViews v;
 

@@ -151,6 +151,13 @@ void check_float32(const Argument& a) {
   if (a.view.dtype != DType::Float32) fail(a.op, a.name, "be float32", name(a.view.dtype));
 }
 
+void check_on_device(const Argument& a, Device current) {
+  const Device device = a.view.device;
+  if (device.type != current.type)
+    fail(a.op, a.name, current.type == Device::Type::CPU ? "be on the cpu" : "be on a CUDA device", device_string(device));
+  if (!(device == current)) fail(a.op, a.name, "be on the current device, " + device_string(current), device_string(device));
+}
+
 void check_same_device(const Argument& a, const Argument& other) {
   if (!(a.view.device == other.view.device))
     fail(a.op, a.name, std::string("be on the device of ") + other.name + ", " + device_string(other.view.device),

@@ -27,6 +27,9 @@ void check_real(const Argument& a);
 void check_quantized(const Argument& a);
 void check_float32(const Argument& a);
 
+// That a view is on the device that an operation is to run on.
+FP8KV_API void check_on_device(const Argument& a, Device current);
+
 void check_same_device(const Argument& a, const Argument& other);
 void check_same_shape(const Argument& a, const Argument& other);
 

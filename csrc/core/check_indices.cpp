@@ -26,18 +26,18 @@ void check_positions(const char* op, const TensorView& view, const RopeLayout& l
 
 void check_sequences(const CacheGather& p, const CacheLayout& layout) {
   constexpr const char* op = "gather_and_dequant_cache";
-  const Indices sums(p.cu_seq_lens), table(p.block_table);
+  const Indices cu_seq_lens(p.cu_seq_lens), table(p.block_table);
   const std::int64_t num_seqs = p.block_table.sizes[0], max_blocks = p.block_table.sizes[1], rows = p.key.sizes[0];
-  if (sums[0] != 0) fail(op, "cu_seq_lens", "begin with 0", std::to_string(sums[0]));
+  if (cu_seq_lens[0] != 0) fail(op, "cu_seq_lens", "begin with 0", std::to_string(cu_seq_lens[0]));
   for (std::int64_t s = 0; s < num_seqs; ++s)
-    if (sums[s + 1] < sums[s])
-      fail(op, "cu_seq_lens", "never fall", std::to_string(sums[s + 1]) + " after " + std::to_string(sums[s]));
-  if (sums[num_seqs] > rows)
-    fail(op, "key", "have at least cu_seq_lens[-1]=" + std::to_string(sums[num_seqs]) + " rows",
+    if (cu_seq_lens[s + 1] < cu_seq_lens[s])
+      fail(op, "cu_seq_lens", "never fall", std::to_string(cu_seq_lens[s + 1]) + " after " + std::to_string(cu_seq_lens[s]));
+  if (cu_seq_lens[num_seqs] > rows)
+    fail(op, "key", "have at least cu_seq_lens[-1]=" + std::to_string(cu_seq_lens[num_seqs]) + " rows",
          "shape " + shape_string(p.key));
 
   for (std::int64_t s = 0; s < num_seqs; ++s) {
-    const std::int64_t start = p.seq_starts ? Indices(*p.seq_starts)[s] : 0, length = sums[s + 1] - sums[s];
+    const std::int64_t start = p.seq_starts ? Indices(*p.seq_starts)[s] : 0, length = cu_seq_lens[s + 1] - cu_seq_lens[s];
     if (length == 0) continue;
     const auto here = [s] { return " in sequence " + std::to_string(s); };
     if (start < 0) fail(op, "seq_starts", "be at least 0", std::to_string(start) + here());

@@ -53,6 +53,9 @@ constexpr std::string_view cache_format_name(DType dtype) {
   return name(dtype);
 }
 
+template <class T>
+inline constexpr bool kIsQuantized = is_quantized(DTypeOf<T>::value);
+
 // "float32, float16 or bfloat16".
 template <class... Ts>
 std::string names_of(TypeList<Ts...>) {

@@ -57,8 +57,8 @@ CacheLayout lower_heads_and_caches(const Argument& key, const Argument& value, c
   if (value.view.dtype != key.view.dtype)
     fail(value.op, value.name, std::string("be ") + name(key.view.dtype) + " as key is", name(value.view.dtype));
   CacheLayout layout;
-  layout.real = key.view.dtype;
-  layout.element = cache_element(key_cache, value_cache, kv_cache_dtype, must_quantize);
+  layout.row_dtype = key.view.dtype;
+  layout.cache_dtype = cache_element(key_cache, value_cache, kv_cache_dtype, must_quantize);
   for (const Argument* a : {&value, &key_cache, &value_cache}) check_same_device(*a, key);
   check_ndim(key_cache, 4, "[num_blocks, block_size, num_kv_heads, head_size]");
   check_same_shape(value_cache, key_cache);
@@ -115,14 +115,14 @@ PagedScales scale_cache(const Argument& a, const CacheLayout& layout, const Argu
 
 // -1 where there are several.
 std::int64_t find_even_stride(const TensorView& view) {
-  std::int64_t step = 0, inner = 1;
+  std::int64_t stride = 0, inner = 1;
   for (int i = view.ndim - 1; i >= 0; --i) {
     if (view.sizes[i] == 1) continue;
-    if (inner == 1) step = view.strides[i];
-    if (view.strides[i] != step * inner) return -1;
+    if (inner == 1) stride = view.strides[i];
+    if (view.strides[i] != stride * inner) return -1;
     inner *= view.sizes[i];
   }
-  return step;
+  return stride;
 }
 
 }  // namespace
@@ -152,7 +152,7 @@ PagedScales lower_scales(const Argument& a, const CacheLayout& layout, const Arg
 namespace {
 
 void merge_heads(CacheLayout& layout) {
-  const bool copies = !is_quantized(layout.element);
+  const bool copies = !is_quantized(layout.cache_dtype);
   for (const KVViews* kv : {&layout.k, &layout.v}) {
     const PagedScales& scale = kv->scales;
     if (!copies && (scale.block || scale.offset || scale.head)) return;
@@ -195,22 +195,22 @@ CacheLayout lower(const CacheGather& p) {
   constexpr const char* op = "gather_and_dequant_cache";
   const Argument key{op, "key", p.key}, value{op, "value", p.value}, key_cache{op, "key_cache", p.key_cache},
       value_cache{op, "value_cache", p.value_cache}, table{op, "block_table", p.block_table},
-      sums{op, "cu_seq_lens", p.cu_seq_lens}, k_scale{op, "k_scale", p.k_scale}, v_scale{op, "v_scale", p.v_scale};
+      cu_seq_lens{op, "cu_seq_lens", p.cu_seq_lens}, k_scale{op, "k_scale", p.k_scale}, v_scale{op, "v_scale", p.v_scale};
   CacheLayout layout = lower_heads_and_caches(key, value, key_cache, value_cache, p.kv_cache_dtype, false);
   if (p.value.sizes[0] != p.key.sizes[0])
     fail(op, "value", "have as many rows as key, " + std::to_string(p.key.sizes[0]), "shape " + shape_string(p.value));
   layout.num_tokens = p.key.sizes[0];
   layout.k.scales = lower_scales(k_scale, layout, key, true);
   layout.v.scales = lower_scales(v_scale, layout, key, true);
-  for (const Argument* a : {&table, &sums}) check_companion(*a, key, check_int32);
+  for (const Argument* a : {&table, &cu_seq_lens}) check_companion(*a, key, check_int32);
   check_ndim(table, 2, "[num_seqs, max_blocks]");
-  check_ndim(sums, 1, "[num_seqs + 1]");
+  check_ndim(cu_seq_lens, 1, "[num_seqs + 1]");
   const std::int64_t num_seqs = p.block_table.sizes[0];
   if (p.cu_seq_lens.sizes[0] != num_seqs + 1)
     fail(op, "cu_seq_lens",
          "have num_seqs + 1 = " + std::to_string(num_seqs + 1) + " elements, as block_table has num_seqs rows",
          "shape " + shape_string(p.cu_seq_lens));
-  check_written({&key, &value}, {&key_cache, &value_cache, &k_scale, &v_scale, &table, &sums});
+  check_written({&key, &value}, {&key_cache, &value_cache, &k_scale, &v_scale, &table, &cu_seq_lens});
   if (p.seq_starts) {
     const Argument starts{op, "seq_starts", *p.seq_starts};
     check_companion(starts, key, check_int32);

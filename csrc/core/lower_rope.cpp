@@ -20,7 +20,7 @@ struct Optional {
 };
 
 // Weights and tables: Float32 or the type of query.
-VectorView vector(const Argument& a, const Argument& query) {
+View1D vector(const Argument& a, const Argument& query) {
   check_view(a);
   if (a.view.dtype != DType::Float32 && a.view.dtype != query.view.dtype)
     fail(a.op, a.name, std::string("be float32 or ") + name(query.view.dtype) + " as query is", name(a.view.dtype));
@@ -41,7 +41,7 @@ HeadsView query_heads(const Argument& a, const RopeLayout& layout) {
 }
 
 // What query_out holds; a quantized tensor must be of the format of the caches.
-DType query_element(const Argument& out, DType cache) {
+DType query_out_dtype(const Argument& out, DType cache) {
   const DType dtype = out.view.dtype;
   if (is_real(dtype)) return dtype;
   if (is_quantized(cache) && (dtype == cache || dtype == DType::UInt8)) return cache;
@@ -62,7 +62,7 @@ void lower_query(RopeLayout& layout, const Argument& query, const Argument& quer
   layout.num_heads = query.view.sizes[1];
   layout.query = query_heads(query, layout);
   layout.query_out = query_heads(query_out, layout);
-  layout.query_element = query_element(query_out, layout.cache.element);
+  layout.query_out_dtype = query_out_dtype(query_out, layout.cache.cache_dtype);
   const std::int64_t kv_heads = layout.cache.num_heads;
   if (kv_heads == 0 ? layout.num_heads != 0 : layout.num_heads % kv_heads != 0)
     fail(query.op, "query", "have a number of heads that is a multiple of num_kv_heads=" + std::to_string(kv_heads),
@@ -77,7 +77,7 @@ void lower_query_scales(RopeLayout& layout, const Argument& q_scale, const Argum
          "have 1, num_kv_heads=" + std::to_string(kv_heads) + " or num_heads=" + std::to_string(layout.num_heads) + " elements",
          "shape " + shape_string(q_scale.view));
   layout.q_scale = static_cast<const float*>(q_scale.view.data);
-  layout.q_scale_step = even_stride(q_scale);
+  layout.q_scale_stride = even_stride(q_scale);
   if (count > 0) layout.heads_per_scale = std::max<std::int64_t>(1, layout.num_heads / count);
 }
 
@@ -103,10 +103,10 @@ void lower_rotation(RopeLayout& layout, const Optional& positions, const Optiona
          "shape " + shape_string(table.view));
 }
 
-VectorView norm_weight(const Optional& weight, const RopeLayout& layout, const Argument& query) {
+View1D norm_weight(const Optional& weight, const RopeLayout& layout, const Argument& query) {
   if (!weight.view) return {};
   const Argument a = weight.argument();
-  const VectorView view = vector(a, query);
+  const View1D view = vector(a, query);
   check_ndim(a, 1, "[head_size]");
   if (a.view.sizes[0] != layout.cache.head_size)
     fail(a.op, a.name, "have head_size=" + std::to_string(layout.cache.head_size) + " elements",

@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "core/alignment.h"
+#include "core/plan.h"
 
 namespace fp8kv::core {
 namespace {
@@ -33,7 +33,7 @@ void choose_reduced(AmaxPlan& plan, const Layout& layout) {
   }
 }
 
-bool rows_aligned(const Chunk& chunk, const TensorView& input) {
+bool input_rows_aligned(const Chunk& chunk, const TensorView& input) {
   for (int d = 0; d + 1 < chunk.layout.ndim; ++d)
     if (chunk.layout.dims[d].in % kVecSize != 0) return false;
   return base_aligned(input, chunk.in);
@@ -51,7 +51,7 @@ AmaxPlan plan_amax(const Chunk& chunk, const TensorView& input, int multiprocess
     return plan;
   }
   plan.path = inner.scale == 0 ? KernelPath::Vectorized : KernelPath::PerColumn;
-  plan.aligned = rows_aligned(chunk, input);
+  plan.aligned = input_rows_aligned(chunk, input);
   choose_reduced(plan, layout);
   for (int d = 0; d + 1 < plan.outer.ndim; ++d) plan.outer_rows *= plan.outer.dims[d].size;
   plan.vecs_per_row = ceil_div(plan.outer.inner().size, kVecSize);
@@ -64,7 +64,7 @@ AmaxPlan plan_amax(const Chunk& chunk, const TensorView& input, int multiprocess
     plan.work = threads_per_index * plan.num_spans;
     plan.blocks = ceil_div(plan.work, plan.threads);
   } else {
-    plan.blocks = plan.outer_rows * plan.vec_groups_per_row() * ceil_div(plan.num_spans, plan.threads / 32);
+    plan.blocks = plan.outer_rows * plan.warps_per_row() * ceil_div(plan.num_spans, plan.threads / 32);
   }
   return plan;
 }

@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <bit>
 
-#include "core/alignment.h"
+#include "core/plan.h"
 
 namespace fp8kv::core {
 namespace {
@@ -14,12 +14,12 @@ bool contiguous_heads(const CacheLayout& layout) {
   return true;
 }
 
-bool vecs_aligned(const CacheLayout& layout) {
+bool cache_vecs_aligned(const CacheLayout& layout) {
   const auto fits = [](std::int64_t stride, std::int64_t size) { return stride % kVecSize == 0 || size == 1; };
   for (const KVViews* kv : {&layout.k, &layout.v}) {
     const HeadsView& rows = kv->rows;
     const PagedView& cache = kv->cache;
-    if (!base_aligned(rows.data, layout.real) || !base_aligned(cache.data, layout.element)) return false;
+    if (!base_aligned(rows.data, layout.row_dtype) || !base_aligned(cache.data, layout.cache_dtype)) return false;
     if (!fits(rows.token, layout.num_tokens) || !fits(rows.head, layout.num_heads)) return false;
     if (!fits(cache.block, layout.num_blocks) || !fits(cache.offset, layout.block_size) || !fits(cache.head, layout.num_heads))
       return false;
@@ -33,7 +33,7 @@ CachePlan plan_given_scales(const CacheLayout& layout, std::int64_t max_slot) {
   plan.tokens = layout.num_tokens;
   if (!contiguous_heads(layout) || max_slot >= kMaxChunk || layout.num_heads * layout.head_size >= kMaxChunk) return plan;
   plan.path = KernelPath::Vectorized;
-  plan.aligned = vecs_aligned(layout);
+  plan.aligned = cache_vecs_aligned(layout);
   plan.vecs_per_head = vecs_covering(layout.head_size, plan.aligned);
   plan.tokens = std::min(plan.tokens, (kMaxChunk - 1) / (layout.num_heads * plan.vecs_per_head));
   return plan;

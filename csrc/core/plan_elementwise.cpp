@@ -1,7 +1,7 @@
 #include <bit>
 #include <numeric>
 
-#include "core/alignment.h"
+#include "core/plan.h"
 
 namespace fp8kv::core {
 namespace {

@@ -1,15 +1,15 @@
 #include <algorithm>
 #include <bit>
 
-#include "core/alignment.h"
 #include "core/formats.h"
+#include "core/plan.h"
 
 namespace fp8kv::core {
 namespace {
 
 constexpr int kWarp = 32;
 
-bool rows_aligned(const HeadsView& v, DType dtype) {
+bool heads_aligned(const HeadsView& v, DType dtype) {
   return v.dim == 1 && v.head % kVecSize == 0 && v.token % kVecSize == 0 && base_aligned(v.data, dtype);
 }
 
@@ -19,23 +19,24 @@ bool cache_aligned(const PagedView& v, DType dtype) {
 }
 
 // Read by half vectors.
-bool vector_aligned(const VectorView& v) {
-  return !v.data || (v.step == 1 && reinterpret_cast<std::uintptr_t>(v.data) % (kVecSize / 2 * size_of(v.dtype)) == 0);
+bool halves_aligned(const View1D& v) {
+  return !v.data || (v.stride == 1 && reinterpret_cast<std::uintptr_t>(v.data) % (kVecSize / 2 * size_of(v.dtype)) == 0);
 }
 
 bool has_norm(const RopeLayout& layout) { return layout.norm_weights[0].data || layout.norm_weights[1].data; }
 
 bool fits_vectorized(const RopeLayout& layout) {
   const CacheLayout& cache = layout.cache;
-  const bool types = size_of(cache.real) == 2 && is_quantized(cache.element) &&
-                     (is_quantized(layout.query_element) || layout.query_element == cache.real);
+  const bool types = size_of(cache.row_dtype) == 2 && is_quantized(cache.cache_dtype) &&
+                     (is_quantized(layout.query_out_dtype) || layout.query_out_dtype == cache.row_dtype);
   const bool sizes = cache.head_size % kVecSize == 0 && layout.rotary_dim % kVecSize == 0 &&
                      layout.cos_sin_row % (kVecSize / 2) == 0 && cache.num_slots() < kMaxChunk &&
                      (!has_norm(layout) || cache.head_size / kVecSize <= kWarp);
-  return types && sizes && rows_aligned(layout.query, cache.real) && rows_aligned(layout.query_out, layout.query_element) &&
-         rows_aligned(cache.k.rows, cache.real) && rows_aligned(cache.v.rows, cache.real) &&
-         cache_aligned(cache.k.cache, cache.element) && cache_aligned(cache.v.cache, cache.element) &&
-         vector_aligned(layout.cos_sin) && vector_aligned(layout.norm_weights[0]) && vector_aligned(layout.norm_weights[1]);
+  return types && sizes && heads_aligned(layout.query, cache.row_dtype) &&
+         heads_aligned(layout.query_out, layout.query_out_dtype) && heads_aligned(cache.k.rows, cache.row_dtype) &&
+         heads_aligned(cache.v.rows, cache.row_dtype) && cache_aligned(cache.k.cache, cache.cache_dtype) &&
+         cache_aligned(cache.v.cache, cache.cache_dtype) && halves_aligned(layout.cos_sin) &&
+         halves_aligned(layout.norm_weights[0]) && halves_aligned(layout.norm_weights[1]);
 }
 
 }  // namespace

@@ -6,9 +6,9 @@
 
 namespace fp8kv::core {
 
-struct VectorView {  // Float32 or the type of query; nullptr: none
+struct View1D {  // Float32 or the type of query; nullptr: none
   const void* data = nullptr;
-  std::int64_t step = 1;
+  std::int64_t stride = 1;
   DType dtype = DType::Float32;
 };
 struct RopeLayout {
@@ -16,16 +16,16 @@ struct RopeLayout {
   std::int64_t num_heads = 0;
   HeadsView query;
   HeadsView query_out;
-  DType query_element = DType::Float32;  // of query_out
+  DType query_out_dtype = DType::Float32;  // of query_out
   const float* q_scale = nullptr;
-  std::int64_t q_scale_step = 0;     // from one scale to the next
+  std::int64_t q_scale_stride = 0;   // from one scale to the next
   std::int64_t heads_per_scale = 1;  // neighboring query heads that share one
   std::int64_t rotary_dim = 0;       // 0 without positions
   std::int64_t max_position = 0;
-  VectorView cos_sin;  // row 0
+  View1D cos_sin;  // row 0
   std::int64_t cos_sin_row = 0;
   bool is_neox = true;
-  VectorView norm_weights[2];  // of Q and K
+  View1D norm_weights[2];  // of Q and K
   float norm_eps = 0.0f;
 
   constexpr bool empty() const { return cache.num_tokens == 0 || cache.head_size == 0 || num_heads + cache.num_heads == 0; }

@@ -20,27 +20,27 @@ using core::PagedView;
 // --- Where a token's elements are ----------
 
 // Some heads of K or V, and the same columns of each.
-struct HeadSlice {
+struct HeadRange {
   const KVViews& kv;
   std::int64_t head, heads;
   std::int64_t column, columns;
 };
 
-inline StridedSpan in_heads(const CacheLayout& layout, const HeadSlice& slice, std::int64_t token) {
-  const HeadsView& view = slice.kv.rows;
-  const StridedSpan all{static_cast<std::byte*>(view.data), size_of(layout.real), view.dim};
-  return all.at(token * view.token + slice.head * view.head + slice.column * view.dim);
+inline StridedElements in_heads(const CacheLayout& layout, const HeadRange& range, std::int64_t token) {
+  const HeadsView& view = range.kv.rows;
+  const StridedElements all{static_cast<std::byte*>(view.data), size_of(layout.row_dtype), view.dim};
+  return all.at(token * view.token + range.head * view.head + range.column * view.dim);
 }
 
-inline StridedSpan in_cache(const CacheLayout& layout, const HeadSlice& slice, std::int64_t block, std::int64_t offset) {
-  const PagedView& view = slice.kv.cache;
-  const StridedSpan all{static_cast<std::byte*>(view.data), size_of(layout.element), view.dim};
-  return all.at(block * view.block + offset * view.offset + slice.head * view.head + slice.column * view.dim);
+inline StridedElements in_cache(const CacheLayout& layout, const HeadRange& range, std::int64_t block, std::int64_t offset) {
+  const PagedView& view = range.kv.cache;
+  const StridedElements all{static_cast<std::byte*>(view.data), size_of(layout.cache_dtype), view.dim};
+  return all.at(block * view.block + offset * view.offset + range.head * view.head + range.column * view.dim);
 }
 
-inline float* scales_of(const HeadSlice& slice, std::int64_t block, std::int64_t offset) {
-  const PagedScales& view = slice.kv.scales;
-  return view.data + block * view.block + offset * view.offset + slice.head * view.head;
+inline float* scales_of(const HeadRange& range, std::int64_t block, std::int64_t offset) {
+  const PagedScales& view = range.kv.scales;
+  return view.data + block * view.block + offset * view.offset + range.head * view.head;
 }
 
 // --- Append ----------
@@ -48,10 +48,10 @@ inline float* scales_of(const HeadSlice& slice, std::int64_t block, std::int64_t
 // Where there is one head, it is divided at multiples of this many columns.
 inline constexpr std::int64_t kColumns = 64;
 
-// body(slice) for slices of K and V that cover all; `divide_head` where one head may be divided. One thread handles all tokens
-// of a slice, in order: of several with one slot the last stays.
+// body(range) for slices of K and V that cover all; `divide_head` where one head may be divided. One thread handles all tokens
+// of a range, in order: of several with one slot the last stays.
 template <class Body>
-void for_each_head_slice(const CacheLayout& layout, bool divide_head, const ParallelFor& parallel_for, const Body& body) {
+void for_each_head_range(const CacheLayout& layout, bool divide_head, const ParallelFor& parallel_for, const Body& body) {
   const bool by_columns = divide_head && layout.num_heads == 1;
   const std::int64_t items = by_columns ? core::ceil_div(layout.head_size, kColumns) : layout.num_heads;  // of K, and of V
   const std::int64_t elements = layout.num_tokens * layout.num_heads * layout.head_size;
@@ -62,10 +62,10 @@ void for_each_head_slice(const CacheLayout& layout, bool divide_head, const Para
       std::int64_t count = std::min(items - first, end - begin);
       if (by_columns) {
         const std::int64_t column = first * kColumns;
-        body(HeadSlice{kv, 0, 1, column, std::min(layout.head_size - column, count * kColumns)});
+        body(HeadRange{kv, 0, 1, column, std::min(layout.head_size - column, count * kColumns)});
       } else {
         count = std::min(count, kMaxRows);
-        body(HeadSlice{kv, first, count, 0, layout.head_size});
+        body(HeadRange{kv, first, count, 0, layout.head_size});
       }
       begin += count;
     }

@@ -2,8 +2,8 @@
 //
 // Compile flags of the kernel files, on top of the project's (never fast-math, -ffp-contract=off):
 //   all of them       -O3 -fno-math-errno -fno-trapping-math
-//   *_avx2.cpp        -mavx2 -mfma -mf16c
-//   *_avx512.cpp      -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl
+//   avx2.cpp          -mavx2 -mfma -mf16c
+//   avx512.cpp        -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl
 // FP8KV_X86 says that the AVX files are part of the build. Every other file is compiled for the baseline processor.
 #include "cpu/isa.h"
 

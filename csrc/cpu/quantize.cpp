@@ -26,13 +26,13 @@ bool scales_by_column(const Layout& layout) { return layout.inner().scale != 0 &
 // Quantize or dequantize: the same path through memory with different kernels and element sizes.
 struct Elementwise {
   const Layout& layout;
-  StridedSpan in, out;
+  StridedElements in, out;
   const float* scale;
   const ElementwiseKernels& kernels;
 };
 
 // Along the rows of a Layout.
-StridedSpan elements(const TensorView& view, std::int64_t stride) {
+StridedElements elements(const TensorView& view, std::int64_t stride) {
   return {static_cast<std::byte*>(view.data), size_of(view.dtype), stride};
 }
 
@@ -53,7 +53,7 @@ class ElementwisePanel {
 
   void row(std::int64_t in, std::int64_t out, std::int64_t scale) {
     if (scale != scale_) load_scales(scale);
-    const StridedSpan from = op_.in.at(in), to = op_.out.at(out);
+    const StridedElements from = op_.in.at(in), to = op_.out.at(out);
     if (core::contiguous_rows(op_.layout)) return op_.kernels.columns(from.data, to.data, count_, scales_, 0);
     convert_staged(from, to, count_,
                    [&](const void* x, void* y, std::int64_t n, std::int64_t i) { op_.kernels.columns(x, y, n, scales_, i); });
@@ -86,10 +86,10 @@ void run_elementwise(const Elementwise& op, const ParallelFor& parallel_for) {
                     [&](std::int64_t begin, std::int64_t end) { for_each_panel<ElementwisePanel>(op, op.layout, begin, end); });
   }
   parallel(parallel_for, op.layout.numel, 1, [&](std::int64_t begin, std::int64_t end) {
-    for_each_row_span(op.layout, begin, end, op.layout.numel,
-                      [&](std::int64_t in, std::int64_t out, std::int64_t scale, std::int64_t columns, const Rows& rows) {
-                        convert_rows(op.kernels, op.in.at(in), op.out.at(out), columns, rows, op.scale + scale);
-                      });
+    for_each_row_segment(op.layout, begin, end, op.layout.numel,
+                         [&](std::int64_t in, std::int64_t out, std::int64_t scale, std::int64_t columns, const Rows& rows) {
+                           convert_strided_rows(op.kernels, op.in.at(in), op.out.at(out), columns, rows, op.scale + scale);
+                         });
   });
 }
 
@@ -97,7 +97,7 @@ void run_elementwise(const Elementwise& op, const ParallelFor& parallel_for) {
 
 struct Amax {
   const Layout& layout;
-  StridedSpan in;
+  StridedElements in;
   float* amax;
   const AmaxKernels& kernels;
 };
@@ -118,21 +118,21 @@ void merge_amax(float& amax, std::int32_t bits) {
 }
 
 // Merges neighboring spans of one group on the way.
-void amax_of_spans(const Amax& a, std::int64_t begin, std::int64_t end) {
+void amax_of_segments(const Amax& a, std::int64_t begin, std::int64_t end) {
   std::int64_t group = -1;
   std::int32_t largest = 0, found[kMaxRows];
-  for_each_row_span(a.layout, begin, end, kMaxRows,
-                    [&](std::int64_t in, std::int64_t, std::int64_t scale, std::int64_t columns, const Rows& rows) {
-                      amax_rows(a.kernels, a.in.at(in), found, columns, rows);
-                      for (std::int64_t r = 0; r < rows.count; ++r, scale += rows.scale) {
-                        if (scale != group) {
-                          if (group >= 0) merge_amax(a.amax[group], largest);
-                          group = scale;
-                          largest = 0;
-                        }
-                        largest = std::max(largest, found[r]);
-                      }
-                    });
+  for_each_row_segment(a.layout, begin, end, kMaxRows,
+                       [&](std::int64_t in, std::int64_t, std::int64_t scale, std::int64_t columns, const Rows& rows) {
+                         amax_strided_rows(a.kernels, a.in.at(in), found, columns, rows);
+                         for (std::int64_t r = 0; r < rows.count; ++r, scale += rows.scale) {
+                           if (scale != group) {
+                             if (group >= 0) merge_amax(a.amax[group], largest);
+                             group = scale;
+                             largest = 0;
+                           }
+                           largest = std::max(largest, found[r]);
+                         }
+                       });
   merge_amax(a.amax[group], largest);
 }
 
@@ -150,7 +150,7 @@ class AmaxPanel {
       std::fill(largest_, largest_ + count_, 0);
       scale_ = scale;
     }
-    const StridedSpan from = a_.in.at(in);
+    const StridedElements from = a_.in.at(in);
     if (from.stride == 1) return a_.kernels.columns(from.data, largest_, count_);
     read_staged(from, count_, [&](const void* x, std::int64_t n, std::int64_t i) { a_.kernels.columns(x, largest_ + i, n); });
   }
@@ -180,7 +180,7 @@ void run_amax(const Amax& a, const ParallelFor& parallel_for) {
     return parallel(parallel_for, panel_items(a.layout), item_size,
                     [&](std::int64_t begin, std::int64_t end) { for_each_panel<AmaxPanel>(a, a.layout, begin, end); });
   }
-  parallel(parallel_for, a.layout.numel, 1, [&](std::int64_t begin, std::int64_t end) { amax_of_spans(a, begin, end); });
+  parallel(parallel_for, a.layout.numel, 1, [&](std::int64_t begin, std::int64_t end) { amax_of_segments(a, begin, end); });
 }
 
 // --- Scales found from the input ----------
@@ -208,15 +208,15 @@ void quantize_rows(const Elementwise& op, const Amax& amax, DType fp8, float upp
   const std::int64_t columns = op.layout.inner().size;
   const std::int64_t max_rows = std::clamp<std::int64_t>(kCachedRow / 4 / columns, 1, kMaxRows);
   parallel(parallel_for, RowIterator::count(op.layout), columns, [&](std::int64_t begin, std::int64_t end) {
-    for_each_row_span(op.layout, begin * columns, end * columns, max_rows,
-                      [&](std::int64_t in, std::int64_t out, std::int64_t scale, std::int64_t, const Rows& rows) {
-                        std::int32_t largest[kMaxRows];
-                        amax_rows(amax.kernels, amax.in.at(in), largest, columns, rows);
-                        float* scales = amax.amax + scale;
-                        for (std::int64_t r = 0; r < rows.count; ++r)
-                          scales[r * rows.scale] = dynamic_scale_of(fp8, std::bit_cast<float>(largest[r]), upper_bound);
-                        convert_rows(op.kernels, op.in.at(in), op.out.at(out), columns, rows, scales);
-                      });
+    for_each_row_segment(op.layout, begin * columns, end * columns, max_rows,
+                         [&](std::int64_t in, std::int64_t out, std::int64_t scale, std::int64_t, const Rows& rows) {
+                           std::int32_t largest[kMaxRows];
+                           amax_strided_rows(amax.kernels, amax.in.at(in), largest, columns, rows);
+                           float* scales = amax.amax + scale;
+                           for (std::int64_t r = 0; r < rows.count; ++r)
+                             scales[r * rows.scale] = dynamic_scale_of(fp8, std::bit_cast<float>(largest[r]), upper_bound);
+                           convert_strided_rows(op.kernels, op.in.at(in), op.out.at(out), columns, rows, scales);
+                         });
   });
 }
 
@@ -231,7 +231,7 @@ void quantize_groups(const Elementwise& op, const Amax& amax, DType fp8, float u
 
 void run(const StaticQuantize& problem, const ParallelFor& parallel_for) {
   const Layout layout = core::lower(problem);
-  check_cpu("static_scaled_fp8_quant", "input", problem.input);
+  core::check_on_device({"static_scaled_fp8_quant", "input", problem.input}, Device{});
   if (layout.numel == 0) return;
   const ElementwiseKernels& found = kernels_for(problem.input.dtype, problem.result.dtype);
   run_elementwise(make_elementwise(layout, problem.input, problem.result, problem.scale, found), parallel_for);
@@ -239,7 +239,7 @@ void run(const StaticQuantize& problem, const ParallelFor& parallel_for) {
 
 void run(const DynamicQuantize& problem, const ParallelFor& parallel_for) {
   const Layout layout = core::lower(problem);
-  check_cpu("dynamic_scaled_fp8_quant", "input", problem.input);
+  core::check_on_device({"dynamic_scaled_fp8_quant", "input", problem.input}, Device{});
   const DType fp8 = problem.result.dtype;
   const Amax amax = make_amax(layout, problem.input, problem.scale);
   if (layout.numel == 0) {
@@ -257,7 +257,7 @@ void run(const DynamicQuantize& problem, const ParallelFor& parallel_for) {
 
 void run(const Dequantize& problem, const ParallelFor& parallel_for) {
   const Layout layout = core::lower(problem);
-  check_cpu("scaled_fp8_dequant", "input", problem.input);
+  core::check_on_device({"scaled_fp8_dequant", "input", problem.input}, Device{});
   if (layout.numel == 0) return;
   const ElementwiseKernels& found = kernels_for(problem.input.dtype, problem.result.dtype);
   run_elementwise(make_elementwise(layout, problem.input, problem.result, problem.scale, found), parallel_for);
@@ -265,7 +265,7 @@ void run(const Dequantize& problem, const ParallelFor& parallel_for) {
 
 void run(const GroupAmax& problem, const ParallelFor& parallel_for) {
   const Layout layout = core::lower(problem);
-  check_cpu("group_amax", "input", problem.input);
+  core::check_on_device({"group_amax", "input", problem.input}, Device{});
   if (layout.numel == 0) return;
   run_amax(make_amax(layout, problem.input, problem.amax), parallel_for);
 }

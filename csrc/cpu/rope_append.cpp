@@ -9,15 +9,15 @@ namespace fp8kv::cpu {
 namespace {
 
 using core::RopeLayout;
-using core::VectorView;
+using core::View1D;
 
 // The elements of a vector in fp32: where they are, or copied to `buffer`.
-const float* in_fp32(const VectorView& from, std::int64_t offset, std::int64_t count, std::vector<float>& buffer) {
-  if (from.dtype == DType::Float32 && from.step == 1) return static_cast<const float*>(from.data) + offset;
+const float* in_fp32(const View1D& from, std::int64_t offset, std::int64_t count, std::vector<float>& buffer) {
+  if (from.dtype == DType::Float32 && from.stride == 1) return static_cast<const float*>(from.data) + offset;
   buffer.resize(count);
   core::visit_real(from.dtype, [&]<class T>(core::Type<T>) {
     const T* x = static_cast<const T*>(from.data) + offset;
-    for (std::int64_t i = 0; i < count; ++i) buffer[i] = decode(x[i * from.step]);
+    for (std::int64_t i = 0; i < count; ++i) buffer[i] = decode(x[i * from.stride]);
   });
   return buffer.data();
 }
@@ -28,9 +28,9 @@ class HeadTransformer {
   HeadTransformer(const RopeLayout& layout, int which)
       : layout_(layout),
         columns_(layout.cache.head_size),
-        kernel_(kernels().transform[core::real_index(layout.cache.real)]),
+        kernel_(kernels().transform[core::real_index(layout.cache.row_dtype)]),
         scratch_(columns_) {
-    const VectorView& weight = layout.norm_weights[which];
+    const View1D& weight = layout.norm_weights[which];
     if (weight.data) transform_.norm_weight = in_fp32(weight, 0, columns_, weight_);
     transform_.norm_eps = layout.norm_eps;
     transform_.pairs = layout.rotary_dim / 2;
@@ -42,18 +42,18 @@ class HeadTransformer {
     transform_.sin = transform_.cos + transform_.pairs;
   }
 
-  // Heads `step` elements apart to heads that lie one after the other, which are valid until the next call.
-  StridedSpan operator()(const StridedSpan& heads, std::int64_t step, std::int64_t count) {
+  // Heads `stride` elements apart to heads that lie one after the other, which are valid until the next call.
+  StridedElements operator()(const StridedElements& heads, std::int64_t stride, std::int64_t count) {
     const std::int64_t bytes = count * columns_ * heads.size;
     result_.resize(bytes);
     const void* from = heads.data;
     if (heads.stride != 1) {
       staged_.resize(bytes);
       for (std::int64_t r = 0; r < count; ++r)
-        copy_elements(heads.at(r * step), {staged_.data() + r * columns_ * heads.size, heads.size, 1}, columns_);
-      from = staged_.data(), step = columns_;
+        copy_elements(heads.at(r * stride), {staged_.data() + r * columns_ * heads.size, heads.size, 1}, columns_);
+      from = staged_.data(), stride = columns_;
     }
-    kernel_(from, result_.data(), columns_, {count, step, columns_, 0}, transform_, scratch_.data());
+    kernel_(from, result_.data(), columns_, {count, stride, columns_, 0}, transform_, scratch_.data());
     return {result_.data(), heads.size, 1};
   }
 
@@ -73,7 +73,7 @@ struct HeadRoute {
   DType element;  // of the result
   std::int64_t out_head;
   const float* scale;
-  std::int64_t scale_step, heads_per_scale;
+  std::int64_t scale_stride, heads_per_scale;
 };
 
 // Heads [first, first + count) for all tokens, up to kMaxRows; place(token) is where head 0 of a token goes, if anywhere.
@@ -81,26 +81,26 @@ template <class Place>
 void run_heads(const RopeAppend& problem, const RopeLayout& layout, const HeadRoute& route, std::int64_t first,
                std::int64_t count, const Place& place) {
   const CacheLayout& cache = layout.cache;
-  const ElementwiseKernels map = kernels_for(cache.real, route.element);
+  const ElementwiseKernels elementwise = kernels_for(cache.row_dtype, route.element);
   RowScales scales;
   for (std::int64_t r = 0; r < count; ++r)
-    scales.scale[r] = route.scale[(first + r) / route.heads_per_scale * route.scale_step];
-  map.prepare_rows(scales, count);
+    scales.scale[r] = route.scale[(first + r) / route.heads_per_scale * route.scale_stride];
+  elementwise.prepare_rows(scales, count);
   std::optional<HeadTransformer> transform;
   if (route.which < 2 && layout.transforms(route.which)) transform.emplace(layout, route.which);
 
-  const StridedSpan in{static_cast<std::byte*>(route.in.data), size_of(cache.real), route.in.dim};
+  const StridedElements in{static_cast<std::byte*>(route.in.data), size_of(cache.row_dtype), route.in.dim};
   for (std::int64_t token = 0; token < cache.num_tokens; ++token) {
-    const std::optional<StridedSpan> to = place(token);
+    const std::optional<StridedElements> to = place(token);
     if (!to) continue;
-    StridedSpan from = in.at(token * route.in.token + first * route.in.head);
+    StridedElements from = in.at(token * route.in.token + first * route.in.head);
     Rows rows{count, route.in.head, route.out_head, 1};
     if (transform) {
       if (layout.rotary_dim > 0) transform->set_position(core::Indices(*problem.positions)[token]);
       from = (*transform)(from, rows.in, count);
       rows.in = cache.head_size;
     }
-    convert_rows(map, from, to->at(first * route.out_head), cache.head_size, rows, scales);
+    convert_strided_rows(elementwise, from, to->at(first * route.out_head), cache.head_size, rows, scales);
   }
 }
 
@@ -110,24 +110,24 @@ void run_items(const RopeAppend& problem, const RopeLayout& layout, std::int64_t
   const core::Indices slots(problem.slot_mapping);
   while (begin < end) {
     const std::int64_t of_kv = begin - layout.num_heads;
-    const int number = of_kv < 0 ? 0 : static_cast<int>(1 + of_kv / cache.num_heads);
-    const std::int64_t heads = number == 0 ? layout.num_heads : cache.num_heads;
-    const std::int64_t first = number == 0 ? begin : of_kv % cache.num_heads;
+    const int which = of_kv < 0 ? 0 : static_cast<int>(1 + of_kv / cache.num_heads);
+    const std::int64_t heads = which == 0 ? layout.num_heads : cache.num_heads;
+    const std::int64_t first = which == 0 ? begin : of_kv % cache.num_heads;
     const std::int64_t count = std::min({end - begin, heads - first, kMaxRows});
-    if (number == 0) {
+    if (which == 0) {
       const HeadsView& out = layout.query_out;
       const HeadRoute route{
-          0, layout.query, layout.query_element, out.head, layout.q_scale, layout.q_scale_step, layout.heads_per_scale};
-      const StridedSpan all{static_cast<std::byte*>(out.data), size_of(layout.query_element), out.dim};
+          0, layout.query, layout.query_out_dtype, out.head, layout.q_scale, layout.q_scale_stride, layout.heads_per_scale};
+      const StridedElements all{static_cast<std::byte*>(out.data), size_of(layout.query_out_dtype), out.dim};
       run_heads(problem, layout, route, first, count,
                 [&](std::int64_t token) { return std::optional(all.at(token * out.token)); });
     } else {
-      const KVViews& kv = number == 1 ? cache.k : cache.v;
-      const HeadRoute route{number, kv.rows, cache.element, kv.cache.head, kv.scales.data, kv.scales.head, 1};
-      run_heads(problem, layout, route, first, count, [&](std::int64_t token) -> std::optional<StridedSpan> {
+      const KVViews& kv = which == 1 ? cache.k : cache.v;
+      const HeadRoute route{which, kv.rows, cache.cache_dtype, kv.cache.head, kv.scales.data, kv.scales.head, 1};
+      run_heads(problem, layout, route, first, count, [&](std::int64_t token) -> std::optional<StridedElements> {
         const std::int64_t slot = slots[token];
         if (slot < 0) return std::nullopt;
-        return in_cache(cache, HeadSlice{kv, 0, 1, 0, cache.head_size}, slot / cache.block_size, slot % cache.block_size);
+        return in_cache(cache, HeadRange{kv, 0, 1, 0, cache.head_size}, slot / cache.block_size, slot % cache.block_size);
       });
     }
     begin += count;
@@ -141,7 +141,7 @@ void run(const RopeAppend& problem, const ParallelFor& parallel_for) {
   constexpr const char* op = "rope_quant_and_cache";
   const RopeLayout layout = core::lower(problem);
   const CacheLayout& cache = layout.cache;
-  check_cpu(op, "query", problem.query);
+  core::check_on_device({op, "query", problem.query}, Device{});
   core::check_slots(op, problem.slot_mapping, cache);
   if (problem.positions) core::check_positions(op, *problem.positions, layout);
   if (layout.empty()) return;

@@ -79,7 +79,8 @@ class RowIterator {
 // visit(in, out, scale, columns, rows) for the elements [begin, end) in row-major order of all dimensions: where a part of a
 // row with one scale begins, how many elements it has, and how many rows that follow have such a part too, at most `max_rows`.
 template <class Visit>
-void for_each_row_span(const Layout& layout, std::int64_t begin, std::int64_t end, std::int64_t max_rows, const Visit& visit) {
+void for_each_row_segment(const Layout& layout, std::int64_t begin, std::int64_t end, std::int64_t max_rows,
+                          const Visit& visit) {
   const Layout::Dim& inner = layout.inner();
   RowIterator row(layout, begin / inner.size);
   std::int64_t column = begin % inner.size;

@@ -11,7 +11,7 @@ namespace fp8kv::cpu {
 namespace {
 
 template <class T>
-void copy_sized(const StridedSpan& from, const StridedSpan& to, std::int64_t count) {
+void copy_sized(const StridedElements& from, const StridedElements& to, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i)
     std::memcpy(to.data + i * to.stride * sizeof(T), from.data + i * from.stride * sizeof(T), sizeof(T));
 }
@@ -33,10 +33,6 @@ void copy_rows(const void* in_data, void* out_data, std::int64_t columns, const 
 void prepare_nothing(RowScales&, std::int64_t) {}
 
 }  // namespace
-
-void check_cpu(const char* op, const char* argument, const TensorView& view) {
-  if (view.device.type != Device::Type::CPU) core::fail(op, argument, "be on the cpu", device_string(view.device));
-}
 
 const KernelTable& kernels() {
 #if defined(FP8KV_X86)
@@ -63,7 +59,7 @@ ElementwiseKernels kernels_for(DType in, DType out) {
   return scale;
 }
 
-void copy_elements(const StridedSpan& from, const StridedSpan& to, std::int64_t count) {
+void copy_elements(const StridedElements& from, const StridedElements& to, std::int64_t count) {
   switch (from.size) {
     case 1: return copy_sized<std::uint8_t>(from, to, count);
     case 2: return copy_sized<std::uint16_t>(from, to, count);
@@ -71,14 +67,14 @@ void copy_elements(const StridedSpan& from, const StridedSpan& to, std::int64_t 
   }
 }
 
-void prepare_rows(const ElementwiseKernels& kernels, RowScales& scales, const float* from, std::int64_t step,
-                  std::int64_t count) {
-  for (std::int64_t i = 0; i < count; ++i) scales.scale[i] = from[i * step];
+void load_row_scales(const ElementwiseKernels& kernels, RowScales& scales, const float* from, std::int64_t stride,
+                     std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) scales.scale[i] = from[i * stride];
   kernels.prepare_rows(scales, count);
 }
 
-void convert_rows(const ElementwiseKernels& kernels, const StridedSpan& in, const StridedSpan& out, std::int64_t columns,
-                  const Rows& rows, const RowScales& scales) {
+void convert_strided_rows(const ElementwiseKernels& kernels, const StridedElements& in, const StridedElements& out,
+                          std::int64_t columns, const Rows& rows, const RowScales& scales) {
   if (in.stride == 1 && out.stride == 1) return kernels.rows(in.data, out.data, columns, rows, scales, 0);
   for (std::int64_t r = 0; r < rows.count; ++r)
     convert_staged(in.at(r * rows.in), out.at(r * rows.out), columns,
@@ -87,20 +83,21 @@ void convert_rows(const ElementwiseKernels& kernels, const StridedSpan& in, cons
                    });
 }
 
-void convert_rows(const ElementwiseKernels& kernels, const StridedSpan& in, const StridedSpan& out, std::int64_t columns,
-                  const Rows& rows, const float* scale) {
+void convert_strided_rows(const ElementwiseKernels& kernels, const StridedElements& in, const StridedElements& out,
+                          std::int64_t columns, const Rows& rows, const float* scale) {
   const bool one_scale = rows.scale == 0;
   RowScales scales;
   for (std::int64_t r = 0; r < rows.count;) {
     const std::int64_t count = one_scale ? rows.count : std::min(kMaxRows, rows.count - r);
-    prepare_rows(kernels, scales, scale + r * rows.scale, rows.scale, one_scale ? 1 : count);
-    convert_rows(kernels, in.at(r * rows.in), out.at(r * rows.out), columns, {count, rows.in, rows.out, one_scale ? 0 : 1},
-                 scales);
+    load_row_scales(kernels, scales, scale + r * rows.scale, rows.scale, one_scale ? 1 : count);
+    convert_strided_rows(kernels, in.at(r * rows.in), out.at(r * rows.out), columns,
+                         {count, rows.in, rows.out, one_scale ? 0 : 1}, scales);
     r += count;
   }
 }
 
-void amax_rows(const AmaxKernels& kernels, const StridedSpan& in, std::int32_t* amax, std::int64_t columns, const Rows& rows) {
+void amax_strided_rows(const AmaxKernels& kernels, const StridedElements& in, std::int32_t* amax, std::int64_t columns,
+                       const Rows& rows) {
   if (in.stride == 1) return kernels.rows(in.data, amax, columns, rows);
   for (std::int64_t r = 0; r < rows.count; ++r) {
     amax[r] = 0;

@@ -5,12 +5,11 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/check.h"
 #include "cpu/kernels/table.h"
 #include "fp8kv/views.h"
 
 namespace fp8kv::cpu {
-
-void check_cpu(const char* op, const char* argument, const TensorView& view);
 
 // Those of the active instruction set.
 const KernelTable& kernels();
@@ -24,12 +23,12 @@ float dynamic_scale_of(DType quantized, float amax, float upper_bound);
 // Rows whose magnitudes or scales are kept on the stack together.
 inline constexpr std::int64_t kMaxRows = RowScales::kMaxCount;
 
-struct StridedSpan {
+struct StridedElements {
   std::byte* data;
   int size;             // of one, in bytes
   std::int64_t stride;  // to the next, in elements
 
-  StridedSpan at(std::int64_t offset) const { return {data + offset * size, size, stride}; }
+  StridedElements at(std::int64_t offset) const { return {data + offset * size, size, stride}; }
 };
 
 // At most this many pass through the stack at a time.
@@ -40,11 +39,11 @@ struct Stage {
 };
 
 // Between elements of one size.
-void copy_elements(const StridedSpan& from, const StridedSpan& to, std::int64_t count);
+void copy_elements(const StridedElements& from, const StridedElements& to, std::int64_t count);
 
 // kernel(from, to, n, i) for elements [i, i + n) of `count`, which are contiguous there.
 template <class Kernel>
-void convert_staged(const StridedSpan& in, const StridedSpan& out, std::int64_t count, const Kernel& kernel) {
+void convert_staged(const StridedElements& in, const StridedElements& out, std::int64_t count, const Kernel& kernel) {
   Stage before, after;
   for (std::int64_t i = 0; i < count; i += kStaged) {
     const std::int64_t n = std::min(kStaged, count - i);
@@ -56,7 +55,7 @@ void convert_staged(const StridedSpan& in, const StridedSpan& out, std::int64_t 
 
 // kernel(from, n, i) likewise.
 template <class Kernel>
-void read_staged(const StridedSpan& in, std::int64_t count, const Kernel& kernel) {
+void read_staged(const StridedElements& in, std::int64_t count, const Kernel& kernel) {
   Stage stage;
   for (std::int64_t i = 0; i < count; i += kStaged) {
     const std::int64_t n = std::min(kStaged, count - i);
@@ -66,14 +65,15 @@ void read_staged(const StridedSpan& in, std::int64_t count, const Kernel& kernel
 }
 
 // The kernels for elements of any stride. Row r has the scale number r * rows.scale.
-void convert_rows(const ElementwiseKernels& kernels, const StridedSpan& in, const StridedSpan& out, std::int64_t columns,
-                  const Rows& rows, const RowScales& scales);
+void convert_strided_rows(const ElementwiseKernels& kernels, const StridedElements& in, const StridedElements& out,
+                          std::int64_t columns, const Rows& rows, const RowScales& scales);
 // The same with scales that aren't ready.
-void convert_rows(const ElementwiseKernels& kernels, const StridedSpan& in, const StridedSpan& out, std::int64_t columns,
-                  const Rows& rows, const float* scale);
-// Makes `count` scales ready that are `step` apart.
-void prepare_rows(const ElementwiseKernels& kernels, RowScales& scales, const float* from, std::int64_t step,
-                  std::int64_t count);
-void amax_rows(const AmaxKernels& kernels, const StridedSpan& in, std::int32_t* amax, std::int64_t columns, const Rows& rows);
+void convert_strided_rows(const ElementwiseKernels& kernels, const StridedElements& in, const StridedElements& out,
+                          std::int64_t columns, const Rows& rows, const float* scale);
+// Makes `count` scales ready that are `stride` apart.
+void load_row_scales(const ElementwiseKernels& kernels, RowScales& scales, const float* from, std::int64_t stride,
+                     std::int64_t count);
+void amax_strided_rows(const AmaxKernels& kernels, const StridedElements& in, std::int32_t* amax, std::int64_t columns,
+                       const Rows& rows);
 
 }  // namespace fp8kv::cpu

@@ -7,8 +7,8 @@
 
 #include <type_traits>
 
+#include "core/formats.h"
 #include "device/vec.cuh"
-#include "fp8kv/fp8.h"
 
 namespace fp8kv::device {
 
@@ -18,35 +18,44 @@ namespace fp8kv::device {
 #define FP8KV_HAS_FP8_CVT 0
 #endif
 
-// Two fp32 values to two FP8 bytes, `low` in the lower byte; to nearest even, saturating, NaN to 0x7F.
-template <class Fp8>
+// Two fp32 values to two bytes of a quantized type, `low` in the lower byte; to nearest even, saturating, NaN to 0x7F.
+template <class T>
 __device__ __forceinline__ std::uint32_t encode2(float low, float high) {
-#if FP8KV_HAS_FP8_CVT
-  std::uint16_t pair;
-  if constexpr (Fp8Traits<Fp8>::kMantissaBits == 3)
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
-  else
-    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
-  return pair;
-#else
-  return encode<Fp8>(low).bits | static_cast<std::uint32_t>(encode<Fp8>(high).bits) << 8;
-#endif
+  return encode<T>(low).bits | static_cast<std::uint32_t>(encode<T>(high).bits) << 8;
 }
 
-// Two FP8 bytes to two fp32 values, exactly.
-template <class Fp8>
+// Two bytes of a quantized type to two fp32 values, exactly.
+template <class T>
 __device__ __forceinline__ float2 decode2(std::uint32_t pair) {
-#if FP8KV_HAS_FP8_CVT
-  std::uint32_t halves;
-  if constexpr (Fp8Traits<Fp8>::kMantissaBits == 3)
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<std::uint16_t>(pair)));
-  else
-    asm("cvt.rn.f16x2.e5m2x2 %0, %1;" : "=r"(halves) : "h"(static_cast<std::uint16_t>(pair)));
-  return __half22float2(*reinterpret_cast<const __half2*>(&halves));
-#else
-  return {decode_bits<Fp8>(pair & 0xff), decode_bits<Fp8>(pair >> 8 & 0xff)};
-#endif
+  return {decode(T{static_cast<std::uint8_t>(pair)}), decode(T{static_cast<std::uint8_t>(pair >> 8)})};
 }
+
+#if FP8KV_HAS_FP8_CVT
+template <>
+__device__ __forceinline__ std::uint32_t encode2<E4M3>(float low, float high) {
+  std::uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+template <>
+__device__ __forceinline__ std::uint32_t encode2<E5M2>(float low, float high) {
+  std::uint16_t pair;
+  asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+template <>
+__device__ __forceinline__ float2 decode2<E4M3>(std::uint32_t pair) {
+  std::uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<std::uint16_t>(pair)));
+  return __half22float2(*reinterpret_cast<const __half2*>(&halves));
+}
+template <>
+__device__ __forceinline__ float2 decode2<E5M2>(std::uint32_t pair) {
+  std::uint32_t halves;
+  asm("cvt.rn.f16x2.e5m2x2 %0, %1;" : "=r"(halves) : "h"(static_cast<std::uint16_t>(pair)));
+  return __half22float2(*reinterpret_cast<const __half2*>(&halves));
+}
+#endif
 
 __device__ __forceinline__ std::uint32_t half2_of(float low, float high) {
   std::uint32_t pair;
@@ -66,8 +75,17 @@ __device__ __forceinline__ std::uint32_t canonical_nan2(std::uint32_t pair, std:
   return (pair & ~is_nan) | (canonical & is_nan);
 }
 
+// Of a quantized type; those of the others follow.
 template <class T>
-__device__ __forceinline__ void unpack(const Vec<T>& vec, float (&values)[kVecSize]);
+__device__ __forceinline__ void unpack(const Vec<T>& vec, float (&values)[kVecSize]) {
+  static_assert(core::kIsQuantized<T>);
+#pragma unroll
+  for (int i = 0; i < kVecSize / 2; ++i) {
+    const float2 pair = decode2<T>(vec.words[i / 2] >> (16 * (i % 2)) & 0xffffu);
+    values[2 * i] = pair.x;
+    values[2 * i + 1] = pair.y;
+  }
+}
 
 template <>
 __device__ __forceinline__ void unpack(const Vec<float>& vec, float (&values)[kVecSize]) {
@@ -92,26 +110,6 @@ __device__ __forceinline__ void unpack(const Vec<Half>& vec, float (&values)[kVe
     values[2 * i] = pair.x;
     values[2 * i + 1] = pair.y;
   }
-}
-
-template <class Fp8>
-__device__ __forceinline__ void unpack_fp8(const Vec<Fp8>& vec, float (&values)[kVecSize]) {
-#pragma unroll
-  for (int i = 0; i < kVecSize / 2; ++i) {
-    const float2 pair = decode2<Fp8>(vec.words[i / 2] >> (16 * (i % 2)) & 0xffffu);
-    values[2 * i] = pair.x;
-    values[2 * i + 1] = pair.y;
-  }
-}
-
-template <>
-__device__ __forceinline__ void unpack(const Vec<E4M3>& vec, float (&values)[kVecSize]) {
-  unpack_fp8(vec, values);
-}
-
-template <>
-__device__ __forceinline__ void unpack(const Vec<E5M2>& vec, float (&values)[kVecSize]) {
-  unpack_fp8(vec, values);
 }
 
 // NaN as the library writes it, in what the conversions above gave.
@@ -144,7 +142,7 @@ __device__ __forceinline__ Vec<T> pack(const float (&values)[kVecSize]) {
   if constexpr (sizeof(T) == 4) {
 #pragma unroll
     for (int i = 0; i < kVecSize; ++i) vec.words[i] = __float_as_uint(from_float<float>(values[i]));
-  } else if constexpr (sizeof(T) == 1) {
+  } else if constexpr (core::kIsQuantized<T>) {
 #pragma unroll
     for (int i = 0; i < kVecSize / 4; ++i)
       vec.words[i] = encode2<T>(values[4 * i], values[4 * i + 1]) | encode2<T>(values[4 * i + 2], values[4 * i + 3]) << 16;
@@ -276,7 +274,7 @@ __device__ __forceinline__ Out convert_element(In raw, const typename Op::Prepar
   } else {
     const float x = decode(raw);
     const float y = scale.divide ? Op::divide(scale, x) : Op::apply(scale, x);
-    if constexpr (sizeof(Out) == 1)
+    if constexpr (core::kIsQuantized<Out>)
       return {static_cast<std::uint8_t>(encode2<Out>(y, 0.0f))};
     else
       return from_float<Out>(y);

@@ -16,9 +16,10 @@ namespace {
 using fp8kv::DType;
 namespace core = fp8kv::core;
 
+// By a name of a cache format, with or without "fp8_".
 DType format(const std::string& name) {
-  if (name == "e4m3") return DType::E4M3;
-  if (name == "e5m2") return DType::E5M2;
+  for (const core::CacheFormat& known : core::kCacheFormats)
+    if (core::is_quantized(known.dtype) && (known.name == name || known.name == "fp8_" + name)) return known.dtype;
   throw py::value_error("format must be 'e4m3' or 'e5m2', got '" + name + "'");
 }
 

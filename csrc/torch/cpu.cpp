@@ -15,9 +15,9 @@ void parallel_for(std::int64_t count, std::int64_t grain, const std::function<vo
 
 // An op from the maker of its problem.
 template <auto make>
-struct Op;
+struct CpuOp;
 template <class Problem, class... Arguments, Problem (*make)(Arguments...)>
-struct Op<make> {
+struct CpuOp<make> {
   static void run(Arguments... arguments) { cpu::run(make(arguments...), parallel_for); }
 };
 
@@ -36,14 +36,14 @@ std::vector<std::string> cpu_isas() {
 
 STABLE_TORCH_LIBRARY_IMPL(fp8kv, CPU, m) {
   namespace ops = fp8kv::torch_ops;
-  m.impl("static_scaled_fp8_quant", TORCH_BOX(&ops::Op<ops::static_scaled_fp8_quant>::run));
-  m.impl("dynamic_scaled_fp8_quant", TORCH_BOX(&ops::Op<ops::dynamic_scaled_fp8_quant>::run));
-  m.impl("scaled_fp8_dequant", TORCH_BOX(&ops::Op<ops::scaled_fp8_dequant>::run));
-  m.impl("group_amax", TORCH_BOX(&ops::Op<ops::group_amax>::run));
-  m.impl("reshape_and_cache_flash", TORCH_BOX(&ops::Op<ops::reshape_and_cache_flash>::run));
-  m.impl("reshape_and_cache_flash_dynamic", TORCH_BOX(&ops::Op<ops::reshape_and_cache_flash_dynamic>::run));
-  m.impl("rope_quant_and_cache", TORCH_BOX(&ops::Op<ops::rope_quant_and_cache>::run));
-  m.impl("gather_and_dequant_cache", TORCH_BOX(&ops::Op<ops::gather_and_dequant_cache>::run));
+  m.impl("static_scaled_fp8_quant", TORCH_BOX(&ops::CpuOp<ops::static_scaled_fp8_quant>::run));
+  m.impl("dynamic_scaled_fp8_quant", TORCH_BOX(&ops::CpuOp<ops::dynamic_scaled_fp8_quant>::run));
+  m.impl("scaled_fp8_dequant", TORCH_BOX(&ops::CpuOp<ops::scaled_fp8_dequant>::run));
+  m.impl("group_amax", TORCH_BOX(&ops::CpuOp<ops::group_amax>::run));
+  m.impl("reshape_and_cache_flash", TORCH_BOX(&ops::CpuOp<ops::reshape_and_cache_flash>::run));
+  m.impl("reshape_and_cache_flash_dynamic", TORCH_BOX(&ops::CpuOp<ops::reshape_and_cache_flash_dynamic>::run));
+  m.impl("rope_quant_and_cache", TORCH_BOX(&ops::CpuOp<ops::rope_quant_and_cache>::run));
+  m.impl("gather_and_dequant_cache", TORCH_BOX(&ops::CpuOp<ops::gather_and_dequant_cache>::run));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fp8kv, CompositeExplicitAutograd, m) {

@@ -37,9 +37,9 @@ class CurrentStream {
 
 // An op from the maker of its problem.
 template <auto make>
-struct Op;
+struct CudaOp;
 template <class Problem, class... Arguments, Problem (*make)(Arguments...)>
-struct Op<make> {
+struct CudaOp<make> {
   static void run(Arguments... arguments) {
     const CurrentStream stream(arguments...);
     cuda::run(make(arguments...), stream.get());
@@ -59,12 +59,12 @@ STABLE_TORCH_LIBRARY_IMPL(fp8kv, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fp8kv, CUDA, m) {
   namespace ops = fp8kv::torch_ops;
-  m.impl("static_scaled_fp8_quant", TORCH_BOX(&ops::Op<ops::static_scaled_fp8_quant>::run));
-  m.impl("dynamic_scaled_fp8_quant", TORCH_BOX(&ops::Op<ops::dynamic_scaled_fp8_quant>::run));
-  m.impl("scaled_fp8_dequant", TORCH_BOX(&ops::Op<ops::scaled_fp8_dequant>::run));
-  m.impl("group_amax", TORCH_BOX(&ops::Op<ops::group_amax>::run));
-  m.impl("reshape_and_cache_flash", TORCH_BOX(&ops::Op<ops::reshape_and_cache_flash>::run));
-  m.impl("reshape_and_cache_flash_dynamic", TORCH_BOX(&ops::Op<ops::reshape_and_cache_flash_dynamic>::run));
-  m.impl("rope_quant_and_cache", TORCH_BOX(&ops::Op<ops::rope_quant_and_cache>::run));
-  m.impl("gather_and_dequant_cache", TORCH_BOX(&ops::Op<ops::gather_and_dequant_cache>::run));
+  m.impl("static_scaled_fp8_quant", TORCH_BOX(&ops::CudaOp<ops::static_scaled_fp8_quant>::run));
+  m.impl("dynamic_scaled_fp8_quant", TORCH_BOX(&ops::CudaOp<ops::dynamic_scaled_fp8_quant>::run));
+  m.impl("scaled_fp8_dequant", TORCH_BOX(&ops::CudaOp<ops::scaled_fp8_dequant>::run));
+  m.impl("group_amax", TORCH_BOX(&ops::CudaOp<ops::group_amax>::run));
+  m.impl("reshape_and_cache_flash", TORCH_BOX(&ops::CudaOp<ops::reshape_and_cache_flash>::run));
+  m.impl("reshape_and_cache_flash_dynamic", TORCH_BOX(&ops::CudaOp<ops::reshape_and_cache_flash_dynamic>::run));
+  m.impl("rope_quant_and_cache", TORCH_BOX(&ops::CudaOp<ops::rope_quant_and_cache>::run));
+  m.impl("gather_and_dequant_cache", TORCH_BOX(&ops::CudaOp<ops::gather_and_dequant_cache>::run));
 }

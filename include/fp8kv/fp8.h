@@ -27,6 +27,7 @@ template <>
 struct Fp8Traits<E4M3> {
   static constexpr int kMantissaBits = 3;
   static constexpr int kExponentBias = 7;
+  static constexpr bool kHasInfinity = false;
   static constexpr float kMax = 448.0f;
   static constexpr std::uint8_t kMaxBits = 0x7E;
   static constexpr std::uint8_t kNaNBits = 0x7F;
@@ -36,6 +37,7 @@ template <>
 struct Fp8Traits<E5M2> {
   static constexpr int kMantissaBits = 2;
   static constexpr int kExponentBias = 15;
+  static constexpr bool kHasInfinity = true;
   static constexpr float kMax = 57344.0f;
   static constexpr std::uint8_t kMaxBits = 0x7B;
   static constexpr std::uint8_t kNaNBits = 0x7F;
@@ -84,7 +86,7 @@ FP8KV_HD constexpr float decode_bits(std::uint8_t byte) {
   const std::uint32_t magnitude = byte & 0x7fu;
   if (magnitude == 0) return std::bit_cast<float>(sign);
   if (magnitude > Traits::kMaxBits) {
-    const bool infinite = Traits::kMantissaBits == 2 && magnitude == 0x7Cu;
+    const bool infinite = Traits::kHasInfinity && magnitude == Traits::kMaxBits + 1u;
     return std::bit_cast<float>(infinite ? (sign | 0x7f800000u) : 0x7fc00000u);
   }
   std::uint32_t exponent = magnitude >> Traits::kMantissaBits;

@@ -6,8 +6,8 @@
 
 namespace fp8kv::cpu {
 
-// Runs body(begin, end) over pieces of [0, count), in any order and on any threads; pieces below `grain` are not worth a
-// thread.
+// Runs body(begin, end) over ranges that cover [0, count), in any order and on any threads; ranges below `grain` are not worth
+// a thread.
 using ParallelFor =
     std::function<void(std::int64_t count, std::int64_t grain, const std::function<void(std::int64_t, std::int64_t)>& body)>;
 

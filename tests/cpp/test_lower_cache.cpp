@@ -89,7 +89,7 @@ TEST(CacheErrors, FormatAndDtypeOfTheCacheMustSayTheSame) {
     p.key_cache.dtype = p.value_cache.dtype = f.cache;
     EXPECT_EQ(sentence(p), *f.expected ? kAppend + f.expected : "");
     if (f.element == DType::Other) continue;
-    EXPECT_EQ(lower(p).element, f.element);
+    EXPECT_EQ(lower(p).cache_dtype, f.element);
   }
 }
 
@@ -555,8 +555,8 @@ TEST(CacheLayout, TypesAndAddresses) {
   CacheAppend p = append_problem();
   p.kv_cache_dtype = DType::E5M2, p.key_cache.dtype = p.value_cache.dtype = DType::UInt8;
   const CacheLayout layout = lower(p);
-  EXPECT_EQ(layout.real, DType::BFloat16);
-  EXPECT_EQ(layout.element, DType::E5M2);
+  EXPECT_EQ(layout.row_dtype, DType::BFloat16);
+  EXPECT_EQ(layout.cache_dtype, DType::E5M2);
   EXPECT_EQ(layout.k.rows.data, p.key.data);
   EXPECT_EQ(layout.v.rows.data, p.value.data);
   EXPECT_EQ(layout.k.cache.data, p.key_cache.data);

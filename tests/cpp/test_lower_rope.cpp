@@ -77,7 +77,7 @@ const Mistake kMistakes[] = {
     {"q_scale_dtype", [](auto& p) { p.q_scale.dtype = DType::Float16; }, "q_scale must be float32, got float16"},
     {"q_scale_count", [](auto& p) { p.q_scale = q_scale({2}); },
      "q_scale must have 1, num_kv_heads=4 or num_heads=8 elements, got shape [2]"},
-    {"q_scale_steps", [](auto& p) { p.q_scale = q_scale({2, 2}, {5, 1}); },
+    {"q_scale_strides", [](auto& p) { p.q_scale = q_scale({2, 2}, {5, 1}); },
      "q_scale must have even steps between its elements, got several strides in shape [2, 2]"},
     {"q_scale_of_kv_heads", [](auto& p) { p.q_scale = q_scale({4}); }, ""},
     {"q_scale_of_heads", [](auto& p) { p.q_scale = q_scale({8}); }, ""},
@@ -195,7 +195,7 @@ TEST(RopeLayout, TheTypeOfQueryOut) {
     set_caches(p, cache);
     p.kv_cache_dtype = wanted;
     p.query_out.dtype = out;
-    return lower(p).query_element;
+    return lower(p).query_out_dtype;
   };
   EXPECT_EQ(element(DType::E4M3, {}, DType::E4M3), DType::E4M3);
   EXPECT_EQ(element(DType::E5M2, {}, DType::UInt8), DType::E5M2);
@@ -207,7 +207,7 @@ TEST(RopeLayout, TheTypeOfQueryOut) {
 TEST(RopeLayout, ScalesOfQueryAreSharedByNeighboringHeads) {
   struct Row {
     TensorView scale;
-    std::int64_t step, heads_per_scale;
+    std::int64_t stride, heads_per_scale;
   };
   const Row kRows[] = {{q_scale({}), 0, 8},  {q_scale({1, 1}, {7, 9}), 0, 8},
                        {q_scale({4}), 1, 2}, {q_scale({4, 1}, {3, 1}), 3, 2},
@@ -217,7 +217,7 @@ TEST(RopeLayout, ScalesOfQueryAreSharedByNeighboringHeads) {
     p.q_scale = row.scale;
     const RopeLayout layout = lower(p);
     EXPECT_EQ(layout.q_scale, p.q_scale.data);
-    EXPECT_EQ(layout.q_scale_step, row.step) << shape_string(row.scale);
+    EXPECT_EQ(layout.q_scale_stride, row.stride) << shape_string(row.scale);
     EXPECT_EQ(layout.heads_per_scale, row.heads_per_scale) << shape_string(row.scale);
   }
 }
@@ -231,7 +231,7 @@ TEST(RopeLayout, CosinesAndSines) {
   EXPECT_EQ(layout.max_position, 100);
   EXPECT_EQ(layout.cos_sin.data, p.cos_sin_cache->data);
   EXPECT_EQ(layout.cos_sin.dtype, DType::Float32);
-  EXPECT_EQ(layout.cos_sin.step, 2);
+  EXPECT_EQ(layout.cos_sin.stride, 2);
   EXPECT_EQ(layout.cos_sin_row, 80);
   EXPECT_FALSE(layout.is_neox);
 }
@@ -243,10 +243,10 @@ TEST(RopeLayout, NormsOfQAndK) {
   const RopeLayout layout = lower(p);
   EXPECT_EQ(layout.norm_weights[0].data, p.q_norm_weight->data);
   EXPECT_EQ(layout.norm_weights[0].dtype, DType::BFloat16);
-  EXPECT_EQ(layout.norm_weights[0].step, 1);
+  EXPECT_EQ(layout.norm_weights[0].stride, 1);
   EXPECT_EQ(layout.norm_weights[1].data, p.k_norm_weight->data);
   EXPECT_EQ(layout.norm_weights[1].dtype, DType::Float32);
-  EXPECT_EQ(layout.norm_weights[1].step, 3);
+  EXPECT_EQ(layout.norm_weights[1].stride, 3);
   EXPECT_EQ(layout.norm_eps, 0.25f);
 }
 

@@ -66,7 +66,7 @@ TEST(PlanAmax, PerChannelReducesOverRows) {
   EXPECT_EQ(plan.outer.ndim, 1);
   EXPECT_EQ(plan.outer_rows, 1);
   EXPECT_EQ(plan.vecs_per_row, 64);
-  EXPECT_EQ(plan.vec_groups_per_row(), 2);
+  EXPECT_EQ(plan.warps_per_row(), 2);
   EXPECT_EQ(plan.span, 8);  // 64 vectors in 512 spans: about as many threads as are wanted, 256 per multiprocessor
   EXPECT_EQ(plan.num_spans, 512);
   EXPECT_EQ(plan.blocks, 2 * 512 / 8);  // a warp takes 32 vectors of a span

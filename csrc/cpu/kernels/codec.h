@@ -1,4 +1,4 @@
-// StridedSpan to and from fp32, a vector at a time: the rules of fp8kv/fp8.h in integer arithmetic without branches.
+// Elements to and from fp32, a vector at a time: the rules of fp8kv/fp8.h in integer arithmetic without branches.
 #pragma once
 
 #include "cpu/kernels/simd.h"
@@ -82,7 +82,7 @@ FP8KV_INLINE F32 load(const Half* from) {
 }
 
 // FP8 of any kind: NaN gives the quiet NaN.
-template <class Fp8, int kLastNumber = Fp8Traits<Fp8>::kMantissaBits == 2 ? 0x7c : Fp8Traits<Fp8>::kMaxBits>
+template <class Fp8, int kLastNumber = Fp8Traits<Fp8>::kMaxBits + Fp8Traits<Fp8>::kHasInfinity>
 FP8KV_INLINE F32 load(const Fp8* from) {
   const I32 code = widen(load_vector<U8>(from));
   const I32 magnitude = code & 0x7f;

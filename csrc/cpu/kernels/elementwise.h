@@ -1,4 +1,4 @@
-// Quantize and dequantize rows with given scales.
+// QuantizeKernel and dequantize rows with given scales.
 #pragma once
 
 #include "cpu/kernels/codec.h"
@@ -48,7 +48,7 @@ struct Reciprocal {
 };
 
 template <class Real, class Fp8>
-struct Quantize {
+struct QuantizeKernel {
   using In = Real;
   using Out = Fp8;
   using Split = Reciprocal;
@@ -89,7 +89,7 @@ struct Factor {
 };
 
 template <class Fp8, class Real>
-struct Dequantize {
+struct DequantizeKernel {
   using In = Fp8;
   using Out = Real;
   using Split = Factor;

@@ -14,12 +14,12 @@ constexpr ElementwiseKernels elementwise_kernels = {prepare_rows<Op>, convert_ro
 
 template <class Real, class... Quantized>
 constexpr QuantizeRow quantize_row(core::TypeList<Quantized...>) {
-  return {elementwise_kernels<Quantize<Real, Quantized>>...};
+  return {elementwise_kernels<QuantizeKernel<Real, Quantized>>...};
 }
 
 template <class Quantized, class... Real>
 constexpr DequantizeRow dequantize_row(core::TypeList<Real...>) {
-  return {elementwise_kernels<Dequantize<Quantized, Real>>...};
+  return {elementwise_kernels<DequantizeKernel<Quantized, Real>>...};
 }
 
 template <class... Real, class... Quantized>

@@ -84,12 +84,12 @@ void launch_append(const CacheLayout& layout, const TokenIndices& slots, const C
 void run(const CacheAppend& problem, Stream stream) {
   constexpr const char* op = "reshape_and_cache_flash";
   const CacheLayout layout = core::lower(problem);
-  check_current_device({op, "key", problem.key});
+  core::check_on_device({op, "key", problem.key}, current_device());
   if (layout.empty()) return;
   if (debugging(stream)) debug_check_slots(op, problem.slot_mapping, layout, stream);
   if (layout.num_slots() == 0) return;
   const CachePlan plan = core::plan_append(layout);
-  visit_append(layout.real, layout.element, [&]<class Op, class In, class Out>() {
+  visit_append(layout.row_dtype, layout.cache_dtype, [&]<class Op, class In, class Out>() {
     for_each_token_chunk(layout, plan.tokens, problem.slot_mapping, [&](const CacheLayout& chunk, const TokenIndices& slots) {
       launch_append<Op, In, Out>(chunk, slots, plan, stream);
       check_launch(op);

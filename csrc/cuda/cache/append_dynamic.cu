@@ -132,13 +132,13 @@ void launch_append_dynamic(const CacheLayout& layout, const TokenIndices& slots,
 void run(const CacheAppendDynamic& problem, Stream stream) {
   constexpr const char* op = "reshape_and_cache_flash_dynamic";
   const CacheLayout layout = core::lower(problem);
-  check_current_device({op, "key", problem.key});
+  core::check_on_device({op, "key", problem.key}, current_device());
   if (layout.empty()) return;
   if (debugging(stream)) debug_check_slots(op, problem.slot_mapping, layout, stream);
   if (layout.num_slots() == 0) return;
   const CachePlan plan = core::plan_append_dynamic(layout);
-  core::visit_real(layout.real, [&]<class In>(core::Type<In>) {
-    core::visit_quantized(layout.element, [&]<class Out>(core::Type<Out>) {
+  core::visit_real(layout.row_dtype, [&]<class In>(core::Type<In>) {
+    core::visit_quantized(layout.cache_dtype, [&]<class Out>(core::Type<Out>) {
       for_each_token_chunk(layout, plan.tokens, problem.slot_mapping, [&](const CacheLayout& chunk, const TokenIndices& slots) {
         launch_append_dynamic<Out, In>(chunk, slots, plan, stream);
         check_launch(op);

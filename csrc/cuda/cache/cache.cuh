@@ -30,7 +30,7 @@ using device::Vec;
 // The elements of slot_mapping, or of other indices of tokens, from some token on.
 struct TokenIndices {
   const void* data = nullptr;
-  std::int64_t step = 1;
+  std::int64_t stride = 1;
   std::int64_t limit = 0;  // slots of the cache
   bool wide = false;       // Int64
 
@@ -38,11 +38,11 @@ struct TokenIndices {
     return {indices.data, indices.strides[0], limit, indices.dtype == DType::Int64};
   }
   TokenIndices after(std::int64_t count) const {
-    return {static_cast<const char*>(data) + count * step * (wide ? 8 : 4), step, limit, wide};
+    return {static_cast<const char*>(data) + count * stride * (wide ? 8 : 4), stride, limit, wide};
   }
 
   __device__ __forceinline__ std::int64_t operator[](std::int64_t token) const {
-    const std::int64_t at = token * step;
+    const std::int64_t at = token * stride;
     return wide ? __ldg(static_cast<const long long*>(data) + at) : __ldg(static_cast<const int*>(data) + at);
   }
 
@@ -103,7 +103,7 @@ void for_each_token_chunk(const CacheLayout& layout, std::int64_t tokens, const 
   for (std::int64_t left = layout.num_tokens; left > 0; left -= chunk.num_tokens) {
     chunk.num_tokens = std::min(tokens, left);
     launch(chunk, slots);
-    for (KVViews* kv : {&chunk.k, &chunk.v}) kv->rows = after(kv->rows, chunk.num_tokens, layout.real);
+    for (KVViews* kv : {&chunk.k, &chunk.v}) kv->rows = after(kv->rows, chunk.num_tokens, layout.row_dtype);
     slots = slots.after(chunk.num_tokens);
   }
 }

@@ -7,13 +7,13 @@ namespace {
 // Sequences, and where their positions lie. Whatever the index tensors hold, nothing outside of them or of the cache is read.
 // Tokens, positions and blocks count in 32 bits, as the index tensors do; a negative one says that there is none.
 struct Sequences {
-  const int* sums;
-  std::int64_t sums_step;
+  const int* cu_seq_lens;
+  std::int64_t cu_seq_lens_stride;
   const int* starts;  // nullptr: all 0
-  std::int64_t starts_step;
+  std::int64_t starts_stride;
   const int* table;
   std::int64_t table_row;
-  std::int64_t table_step;
+  std::int64_t table_stride;
   std::uint32_t max_blocks;
   std::uint32_t num_blocks;
   std::uint32_t count;
@@ -21,19 +21,19 @@ struct Sequences {
   static Sequences of(const CacheGather& p) {
     const auto data = [](const TensorView& view) { return static_cast<const int*>(view.data); };
     const auto count = [](std::int64_t n) { return static_cast<std::uint32_t>(std::min<std::int64_t>(n, INT32_MAX)); };
-    return {.sums = data(p.cu_seq_lens),
-            .sums_step = p.cu_seq_lens.strides[0],
+    return {.cu_seq_lens = data(p.cu_seq_lens),
+            .cu_seq_lens_stride = p.cu_seq_lens.strides[0],
             .starts = p.seq_starts ? data(*p.seq_starts) : nullptr,
-            .starts_step = p.seq_starts ? p.seq_starts->strides[0] : 0,
+            .starts_stride = p.seq_starts ? p.seq_starts->strides[0] : 0,
             .table = data(p.block_table),
             .table_row = p.block_table.strides[0],
-            .table_step = p.block_table.strides[1],
+            .table_stride = p.block_table.strides[1],
             .max_blocks = count(p.block_table.sizes[1]),
             .num_blocks = count(p.key_cache.sizes[0]),
             .count = count(p.block_table.sizes[0])};
   }
 
-  __device__ __forceinline__ int sum(std::uint32_t i) const { return __ldg(sums + i * sums_step); }
+  __device__ __forceinline__ int sum(std::uint32_t i) const { return __ldg(cu_seq_lens + i * cu_seq_lens_stride); }
 
   // The first sequence from `first` on that ends after the token; `count` if there is none.
   __device__ __forceinline__ std::uint32_t find(int token, std::uint32_t first) const {
@@ -65,7 +65,7 @@ struct Sequences {
 
   __device__ __forceinline__ int position(int token, std::uint32_t sequence) const {
     if (sequence >= count) return -1;
-    const int start = starts ? __ldg(starts + sequence * starts_step) : 0;
+    const int start = starts ? __ldg(starts + sequence * starts_stride) : 0;
     const int within = static_cast<int>(static_cast<unsigned>(token) - static_cast<unsigned>(sum(sequence)));
     return (start | within) < 0 ? -1 : static_cast<int>(static_cast<unsigned>(start) + static_cast<unsigned>(within));
   }
@@ -73,7 +73,7 @@ struct Sequences {
   // The block of number `index` of a sequence.
   __device__ __forceinline__ int block(std::uint32_t sequence, std::uint32_t index) const {
     if (index >= max_blocks) return -1;
-    const int block = __ldg(table + sequence * table_row + index * table_step);
+    const int block = __ldg(table + sequence * table_row + index * table_stride);
     return static_cast<std::uint32_t>(block) < num_blocks ? block : -1;
   }
 };
@@ -200,20 +200,20 @@ void launch_gather(const char* op, const CacheLayout& layout, const Sequences& s
 void run(const CacheGather& problem, Stream stream) {
   constexpr const char* op = "gather_and_dequant_cache";
   CacheLayout layout = core::lower(problem);
-  check_current_device({op, "key_cache", problem.key_cache});
+  core::check_on_device({op, "key_cache", problem.key_cache}, current_device());
   if (layout.empty()) return;
   if (debugging(stream)) debug_check_sequences(problem, layout, stream);
   if (layout.num_slots() == 0) return;
   layout.num_tokens = std::min<std::int64_t>(layout.num_tokens, INT32_MAX);  // no sequence reaches beyond
   const CachePlan plan = core::plan_gather(layout);
   const Sequences sequences = Sequences::of(problem);
-  core::visit_real(layout.real, [&]<class Out>(core::Type<Out>) {
-    if (core::is_quantized(layout.element))
-      core::visit_quantized(layout.element, [&]<class In>(core::Type<In>) {
+  core::visit_real(layout.row_dtype, [&]<class Out>(core::Type<Out>) {
+    if (core::is_quantized(layout.cache_dtype))
+      core::visit_quantized(layout.cache_dtype, [&]<class In>(core::Type<In>) {
         launch_gather<device::DequantizeOp, In, Out>(op, layout, sequences, plan, stream);
       });
     else
-      core::visit_real(layout.element, [&]<class In>(core::Type<In>) {
+      core::visit_real(layout.cache_dtype, [&]<class In>(core::Type<In>) {
         launch_gather<device::CopyOp, In, Out>(op, layout, sequences, plan, stream);
       });
   });

@@ -9,7 +9,7 @@ namespace {
 using core::CacheLayout;
 using core::RopeAppendPlan;
 using core::RopeLayout;
-using core::VectorView;
+using core::View1D;
 
 constexpr int kHalf = kVecSize / 2;
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -23,7 +23,7 @@ struct Segment {
   void* out;
   std::int64_t out_block, out_offset, out_head;  // of query_out: out_offset is that of the token
   const float* scales;
-  std::int64_t scale_step;
+  std::int64_t scale_stride;
   const void* norm_weight;  // nullptr: none
   FastDiv heads_per_scale;
   FastDiv threads_per_token;
@@ -86,7 +86,7 @@ __device__ __forceinline__ void rotate(float& a, float& b, float cos, float sin)
 // The elements of a thread: two halves of a vector, `second` elements apart.
 template <class T>
 __device__ __forceinline__ void store_halves(T* p, std::uint32_t second, const Vec<T>& vec) {
-  using Bits = std::conditional_t<sizeof(T) == 1, std::uint32_t, uint2>;
+  using Bits = std::conditional_t<core::kIsQuantized<T>, std::uint32_t, uint2>;
   const auto* halves = reinterpret_cast<const Bits*>(vec.words);
   *reinterpret_cast<Bits*>(p) = halves[0];
   *reinterpret_cast<Bits*>(p + second) = halves[1];
@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(256) rope_append_vectorized(const __grid_const
   else if (!works)
     return;
   const auto [token, thread_in_token] = s.threads_per_token.divmod(thread);
-  const auto [head_group, vec] = p.threads_per_head.divmod(thread_in_token);
-  const std::uint32_t first_head = head_group * kHeads;
+  const auto [head_batch, vec] = p.threads_per_head.divmod(thread_in_token);
+  const std::uint32_t first_head = head_batch * kHeads;
 
   device::wait_then_release();
   const std::int64_t position = kRope == Rope::None ? 0 : p.positions[token];
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(256) rope_append_vectorized(const __grid_const
     raw[h] = Vec<In>{};
     scale_values[h] = 1.0f;
     if (first_head + h >= s.heads) continue;
-    scale_values[h] = __ldg(s.scales + s.heads_per_scale.div(first_head + h) * s.scale_step);
+    scale_values[h] = __ldg(s.scales + s.heads_per_scale.div(first_head + h) * s.scale_stride);
     if (!holds) continue;
     if constexpr (kRope == Rope::Neox) {
       device::load8(raw[h].words, from + h * s.in_head);
@@ -210,7 +210,7 @@ struct ScalarRopeAppendArgs {
 };
 
 template <class In>
-__device__ __forceinline__ float load(const VectorView& v, std::int64_t offset) {
+__device__ __forceinline__ float load(const View1D& v, std::int64_t offset) {
   return v.dtype == DType::Float32 ? __ldg(static_cast<const float*>(v.data) + offset)
                                    : decode(static_cast<const In*>(v.data)[offset]);
 }
@@ -221,7 +221,7 @@ struct ScalarTransform {
   const RopeLayout& layout;
   const In* head;
   std::int64_t dim;  // from one element of the head to the next
-  VectorView weight;
+  View1D weight;
   std::int64_t cos_sin;  // of the position
   float factor = 1.0f;
 
@@ -238,7 +238,7 @@ struct ScalarTransform {
 
   __device__ float normalized(std::int64_t d) const {
     const float x = decode(head[d * dim]);
-    return weight.data ? __fmul_rn(__fmul_rn(x, factor), load<In>(weight, d * weight.step)) : x;
+    return weight.data ? __fmul_rn(__fmul_rn(x, factor), load<In>(weight, d * weight.stride)) : x;
   }
 
   __device__ In operator()(std::int64_t d) const {
@@ -246,26 +246,31 @@ struct ScalarTransform {
     const std::int64_t half = layout.rotary_dim / 2, pair = layout.is_neox ? d % half : d / 2;
     const bool is_second = layout.is_neox ? d >= half : d % 2 != 0;
     float a = normalized(layout.is_neox ? pair : 2 * pair), b = normalized(layout.is_neox ? pair + half : 2 * pair + 1);
-    const VectorView& table = layout.cos_sin;
-    rotate(a, b, load<In>(table, cos_sin + pair * table.step), load<In>(table, cos_sin + (half + pair) * table.step));
+    const View1D& table = layout.cos_sin;
+    rotate(a, b, load<In>(table, cos_sin + pair * table.stride), load<In>(table, cos_sin + (half + pair) * table.stride));
     return from_float<In>(is_second ? b : a);
   }
 };
 
+// An element of query_out of a real type.
+template <class In, class... Real>
+__device__ __forceinline__ void store_real(core::TypeList<Real...>, void* data, DType dtype, std::int64_t at, In x) {
+  const auto put = [&]<class T>(T* to) { to[at] = device::convert_element<device::CopyOp, T>(x, {}); };
+  ((DTypeOf<Real>::value == dtype ? put(static_cast<Real*>(data)) : void()), ...);
+}
+
 // An element of query_out, which may be of any type.
 template <class Op, class Out, class In>
-__device__ __forceinline__ void store_query(const HeadsView& out, DType element, std::int64_t token, std::int64_t head,
+__device__ __forceinline__ void store_query(const HeadsView& out, DType dtype, std::int64_t token, std::int64_t head,
                                             std::int64_t d, In x, const typename Op::Prepared& scale) {
   const std::int64_t at = token * out.token + head * out.head + d * out.dim;
-  const auto put = [&]<class T>(T* to, T value) { to[at] = value; };
-  switch (element) {
-    case DType::Float32: return put(static_cast<float*>(out.data), device::convert_element<device::CopyOp, float>(x, {}));
-    case DType::Float16: return put(static_cast<Half*>(out.data), device::convert_element<device::CopyOp, Half>(x, {}));
-    case DType::BFloat16:
-      return put(static_cast<BFloat16*>(out.data), device::convert_element<device::CopyOp, BFloat16>(x, {}));
-    default:
-      if constexpr (sizeof(Out) == 1) put(static_cast<Out*>(out.data), device::convert_element<Op, Out>(x, scale));
+  if constexpr (core::kIsQuantized<Out>) {
+    if (dtype == DTypeOf<Out>::value) {
+      static_cast<Out*>(out.data)[at] = device::convert_element<Op, Out>(x, scale);
+      return;
+    }
   }
+  store_real(core::RealTypes{}, out.data, dtype, at, x);
 }
 
 // Anything: one warp per head.
@@ -289,16 +294,16 @@ __global__ void __launch_bounds__(256) rope_append_scalar(const __grid_constant_
   const HeadsView& in = is_query ? l.query : kv.rows;
   const In* from = row<const In>(in, token, head);
   const float* scales =
-      is_query ? l.q_scale + head / l.heads_per_scale * l.q_scale_step : kv.scales.data + head * kv.scales.head;
+      is_query ? l.q_scale + head / l.heads_per_scale * l.q_scale_stride : kv.scales.data + head * kv.scales.head;
   const auto scale = Op::prepare(__ldg(scales));
-  ScalarTransform<In> transform{l, from, in.dim, which < 2 ? l.norm_weights[which] : VectorView{}, position * l.cos_sin_row};
+  ScalarTransform<In> transform{l, from, in.dim, which < 2 ? l.norm_weights[which] : View1D{}, position * l.cos_sin_row};
   transform.find_factor(lane);
   const bool transforms = which < 2 && (l.rotary_dim > 0 || transform.weight.data);
   Out* to = is_query ? nullptr : row<Out>(kv.cache, slot / l.cache.block_size, slot % l.cache.block_size, head);
   for (std::int64_t d = lane; d < l.cache.head_size; d += 32) {
     const In x = transforms ? transform(d) : from[d * in.dim];
     if (is_query)
-      store_query<Op, Out>(l.query_out, l.query_element, token, head, d, x, scale);
+      store_query<Op, Out>(l.query_out, l.query_out_dtype, token, head, d, x, scale);
     else
       to[d * kv.cache.dim] = device::convert_element<Op, Out>(x, scale);
   }
@@ -309,14 +314,14 @@ void launch_vectorized(const RopeLayout& l, const TokenIndices& slots, const Tok
                        const RopeAppendPlan& plan, cudaStream_t stream) {
   const CacheLayout& cache = l.cache;
   std::uint32_t blocks = 0;
-  const auto segment = [&](const HeadsView& in, std::int64_t heads, const float* scales, std::int64_t scale_step) {
+  const auto segment = [&](const HeadsView& in, std::int64_t heads, const float* scales, std::int64_t scale_stride) {
     const std::int64_t per_token = core::ceil_div(heads, kHeads) * plan.threads_per_head,
                        threads = per_token * cache.num_tokens;
     Segment s{.in = in.data,
               .in_token = in.token,
               .in_head = in.head,
               .scales = scales,
-              .scale_step = scale_step,
+              .scale_stride = scale_stride,
               .threads_per_token = FastDiv(std::max<std::int64_t>(1, per_token)),
               .heads = static_cast<std::uint32_t>(heads),
               .threads = static_cast<std::uint32_t>(threads),
@@ -335,8 +340,8 @@ void launch_vectorized(const RopeLayout& l, const TokenIndices& slots, const Tok
                         .norm_eps = l.norm_eps,
                         .per_element = 1.0f / static_cast<float>(cache.head_size),
                         .wide_cos_sin = l.cos_sin.dtype == DType::Float32,
-                        .quantizes_query = core::is_quantized(l.query_element)};
-  Segment& query = params.segments[0] = segment(l.query, l.num_heads, l.q_scale, l.q_scale_step);
+                        .quantizes_query = core::is_quantized(l.query_out_dtype)};
+  Segment& query = params.segments[0] = segment(l.query, l.num_heads, l.q_scale, l.q_scale_stride);
   query.out = l.query_out.data;
   query.out_offset = l.query_out.token;
   query.out_head = l.query_out.head;
@@ -366,7 +371,7 @@ void launch_vectorized(const RopeLayout& l, const TokenIndices& slots, const Tok
 template <class Op, class In, class Out>
 void launch_rope_append(const RopeLayout& layout, const TokenIndices& slots, const TokenIndices& positions,
                         const RopeAppendPlan& plan, cudaStream_t stream) {
-  if constexpr (sizeof(In) == 2 && sizeof(Out) == 1)
+  if constexpr (sizeof(In) == 2 && core::kIsQuantized<Out>)
     if (plan.path == KernelPath::Vectorized)
       return plan.heads_per_thread == 2 ? launch_vectorized<In, Out, 2>(layout, slots, positions, plan, stream)
                                         : launch_vectorized<In, Out, 1>(layout, slots, positions, plan, stream);
@@ -382,22 +387,22 @@ void run(const RopeAppend& problem, Stream stream) {
   constexpr const char* op = "rope_quant_and_cache";
   const RopeLayout layout = core::lower(problem);
   const CacheLayout& cache = layout.cache;
-  check_current_device({op, "query", problem.query});
+  core::check_on_device({op, "query", problem.query}, current_device());
   if (layout.empty()) return;
   if (debugging(stream)) {
     debug_check_slots(op, problem.slot_mapping, cache, stream);
     if (problem.positions) debug_check_positions(op, *problem.positions, layout, stream);
   }
   const RopeAppendPlan plan = core::plan_rope_append(layout);
-  visit_append(cache.real, cache.element, [&]<class Op, class In, class Out>() {
+  visit_append(cache.row_dtype, cache.cache_dtype, [&]<class Op, class In, class Out>() {
     RopeLayout part = layout;
     TokenIndices positions = problem.positions ? TokenIndices::of(*problem.positions, layout.max_position) : TokenIndices{};
     for_each_token_chunk(cache, plan.tokens, problem.slot_mapping, [&](const CacheLayout& chunk, const TokenIndices& slots) {
       part.cache = chunk;
       launch_rope_append<Op, In, Out>(part, slots, positions, plan, stream);
       check_launch(op);
-      part.query = after(part.query, chunk.num_tokens, cache.real);
-      part.query_out = after(part.query_out, chunk.num_tokens, layout.query_element);
+      part.query = after(part.query, chunk.num_tokens, cache.row_dtype);
+      part.query_out = after(part.query_out, chunk.num_tokens, layout.query_out_dtype);
       positions = positions.after(chunk.num_tokens);
     });
   });

@@ -7,7 +7,7 @@ namespace fp8kv::cuda {
 namespace {
 
 DeviceLimits find_limits() {
-  const int device = current_device();
+  const int device = current_device_index();
   const auto attribute = [device](cudaDeviceAttr which) {
     int value = 0;
     check_query(cudaDeviceGetAttribute(&value, which, device));
@@ -28,21 +28,13 @@ void check_query(cudaError_t error) {
   throw Error(std::string("fp8kv: the CUDA device can't be queried: ") + cudaGetErrorString(error));
 }
 
-int current_device() {
+int current_device_index() {
   int device = 0;
   check_query(cudaGetDevice(&device));
   if (device < 0 || device >= PerDevice<int>::kMaxDevices)
     throw Error("fp8kv: CUDA devices are supported up to number " + std::to_string(PerDevice<int>::kMaxDevices - 1) + ", got " +
                 std::to_string(device));
   return device;
-}
-
-void check_current_device(const core::Argument& a) {
-  const Device device = a.view.device;
-  if (device.type != Device::Type::CUDA) core::fail(a.op, a.name, "be on a CUDA device", device_string(device));
-  const Device current{Device::Type::CUDA, current_device()};
-  if (!(device == current))
-    core::fail(a.op, a.name, "be on the current device, " + device_string(current), device_string(device));
 }
 
 const DeviceLimits& device_limits() {

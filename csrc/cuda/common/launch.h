@@ -23,11 +23,9 @@ inline void check_launch(const char* op) {
 // For calls that ask the driver something. The error does not stay behind for the next launch to report.
 void check_query(cudaError_t error);
 
-// The current device.
-int current_device();
+int current_device_index();
 
-// That a view is on the current device.
-void check_current_device(const core::Argument& a);
+inline Device current_device() { return {Device::Type::CUDA, current_device_index()}; }
 
 // A value found once per device and kept; not where finding it throws.
 template <class T>
@@ -35,7 +33,7 @@ class PerDevice {
  public:
   template <class F>
   const T& get(const F& find) {
-    const int device = current_device();
+    const int device = current_device_index();
     if (!known_[device].load(std::memory_order_acquire)) {
       const std::lock_guard lock(mutex_);
       if (!known_[device].load(std::memory_order_relaxed)) {

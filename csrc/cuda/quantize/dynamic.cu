@@ -11,7 +11,7 @@ extern template void launch_dynamic<BFloat16>(const DynamicQuantize&, const Layo
 
 void run(const DynamicQuantize& problem, Stream stream) {
   const Layout layout = core::lower(problem);
-  check_current_device({"dynamic_scaled_fp8_quant", "input", problem.input});
+  core::check_on_device({"dynamic_scaled_fp8_quant", "input", problem.input}, current_device());
   core::visit_real(problem.input.dtype, [&]<class In>(core::Type<In>) { launch_dynamic<In>(problem, layout, stream); });
 }
 

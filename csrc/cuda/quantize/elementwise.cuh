@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(256)
 
 // --- Scales that change along a row ----------
 
-struct ColumnScales {
+struct PerColumnScales {
   std::int64_t stride;
   std::uint32_t period;  // elements after which they repeat, 0 for the whole row
   device::FastDiv block;
@@ -78,7 +78,7 @@ struct ColumnScales {
 
 template <class Op>
 __device__ __forceinline__ void prepare_scales(typename Op::Prepared (&prepared)[kVecSize], const float* scales,
-                                               const ColumnScales& columns, std::uint32_t first, Range range = {}) {
+                                               const PerColumnScales& columns, std::uint32_t first, Range range = {}) {
   if (columns.vectors) {
     float values[kVecSize];
     device::unpack(device::load_aligned(scales + first), values);
@@ -96,7 +96,7 @@ __device__ __forceinline__ void prepare_scales(typename Op::Prepared (&prepared)
 }
 
 template <class Op, class Out, class In>
-__device__ __forceinline__ Vec<Out> convert_columns(const Vec<In>& raw, const typename Op::Prepared (&scales)[kVecSize]) {
+__device__ __forceinline__ Vec<Out> convert_per_column(const Vec<In>& raw, const typename Op::Prepared (&scales)[kVecSize]) {
   float values[kVecSize];
   device::unpack(raw, values);
   device::apply<Op>(scales, values);
@@ -107,7 +107,7 @@ __device__ __forceinline__ Vec<Out> convert_columns(const Vec<In>& raw, const ty
 template <class Op, class In, class Out>
 __global__ void __launch_bounds__(256)
     elementwise_per_column_contiguous(const In* __restrict__ input, Out* __restrict__ result, const float* __restrict__ scales,
-                                      const __grid_constant__ IndexMap map, const __grid_constant__ ColumnScales columns) {
+                                      const __grid_constant__ IndexMap map, const __grid_constant__ PerColumnScales columns) {
   const std::uint32_t vec = blockIdx.x * blockDim.x + threadIdx.x;
   if (vec >= map.count) return;
   device::wait_then_release();
@@ -115,13 +115,13 @@ __global__ void __launch_bounds__(256)
   const Vec<In> raw = device::load_aligned(input + first);
   typename Op::Prepared prepared[kVecSize];
   prepare_scales<Op>(prepared, scales, columns, map.vecs_per_row.divmod(vec).remainder * kVecSize);
-  device::store_aligned(result + first, convert_columns<Op, Out>(raw, prepared));
+  device::store_aligned(result + first, convert_per_column<Op, Out>(raw, prepared));
 }
 
 // The rows that a thread loops over.
 struct LoopedRows {
   std::uint32_t count;
-  device::FastDiv groups;      // of kRows rows
+  device::FastDiv batches;     // of kRows rows
   std::int64_t in, out;        // strides
   std::int64_t last_row_size;  // elements of the last row: a merged one may be incomplete
 };
@@ -131,15 +131,15 @@ template <class Op, class In, class Out, int kRows>
 __global__ void __launch_bounds__(256)
     elementwise_per_column(const In* __restrict__ input, Out* __restrict__ result, const float* __restrict__ scales,
                            const __grid_constant__ IndexMap map, const __grid_constant__ LoopedRows rows,
-                           const __grid_constant__ ColumnScales columns) {
+                           const __grid_constant__ PerColumnScales columns) {
   const std::uint32_t vec = blockIdx.x * blockDim.x + threadIdx.x;
   if (vec >= map.count) return;
   device::wait_then_release();
   const auto [index, vec_in_row] = map.vecs_per_row.divmod(vec);
-  const auto [outer, group] = rows.groups.divmod(index);
+  const auto [outer, batch] = rows.batches.divmod(index);
   const Offsets at = map.at<-1>(outer);
   const std::uint32_t column = vec_in_row * kVecSize;
-  const std::uint32_t row = group * kRows;
+  const std::uint32_t row = batch * kRows;
   const In* in = input + at.in + row * rows.in + column;
   Out* out = result + at.out + row * rows.out + column;
 
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     if (ranges[r].end == 0) return;
-    device::store_range(out + r * rows.out, convert_columns<Op, Out>(raw[r], prepared), ranges[r]);
+    device::store_range(out + r * rows.out, convert_per_column<Op, Out>(raw[r], prepared), ranges[r]);
   }
 }
 
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(256)
 template <class Op, class In, class Out>
 __global__ void __launch_bounds__(256)
     elementwise_per_column_unaligned(const In* __restrict__ input, Out* __restrict__ result, const float* __restrict__ scales,
-                                     const __grid_constant__ IndexMap map, const __grid_constant__ ColumnScales columns) {
+                                     const __grid_constant__ IndexMap map, const __grid_constant__ PerColumnScales columns) {
   const std::uint32_t vec = blockIdx.x * blockDim.x + threadIdx.x;
   if (vec >= map.count) return;
   device::wait_then_release();
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(256)
   const Vec<In> raw = device::load_any(input + at.in, slice.first, map.row_size, slice.range);
   typename Op::Prepared prepared[kVecSize];
   prepare_scales<Op>(prepared, scales + at.scale, columns, static_cast<std::uint32_t>(slice.first), slice.range);
-  device::store_range(result + at.out + slice.first, convert_columns<Op, Out>(raw, prepared), slice.range);
+  device::store_range(result + at.out + slice.first, convert_per_column<Op, Out>(raw, prepared), slice.range);
 }
 
 // --- Anything ----------
@@ -218,18 +218,18 @@ __global__ void __launch_bounds__(256)
 // --- Launches ----------
 
 template <class Op, class In, class Out>
-void launch_elementwise(const core::ElementwisePlan& plan, const core::Chunk& chunk, const In* input, Out* result,
-                        const float* scales, cudaStream_t stream) {
+void launch_elementwise_chunk(const core::ElementwisePlan& plan, const core::Chunk& chunk, const In* input, Out* result,
+                              const float* scales, cudaStream_t stream) {
   using core::ElementwiseKernel;
   const Layout::Dim& inner = chunk.layout.inner();
   IndexMap map = IndexMap::over(chunk.layout, plan.outer_dims, plan.vecs_per_row, plan.work);
   map.row_size = plan.row_size;
-  const ColumnScales columns{.stride = inner.scale,
-                             .period = plan.rows_merged > 1 ? static_cast<std::uint32_t>(inner.size) : 0u,
-                             .block = device::FastDiv(inner.block),
-                             .vectors = plan.vector_scales};
+  const PerColumnScales columns{.stride = inner.scale,
+                                .period = plan.rows_merged > 1 ? static_cast<std::uint32_t>(inner.size) : 0u,
+                                .block = device::FastDiv(inner.block),
+                                .vectors = plan.vector_scales};
   const LoopedRows rows{.count = static_cast<std::uint32_t>(plan.rows),
-                        .groups = device::FastDiv(core::ceil_div(plan.rows, plan.rows_per_thread)),
+                        .batches = device::FastDiv(core::ceil_div(plan.rows, plan.rows_per_thread)),
                         .in = plan.row_in,
                         .out = plan.row_out,
                         .last_row_size = plan.last_row_size};
@@ -255,14 +255,14 @@ void launch_elementwise(const core::ElementwisePlan& plan, const core::Chunk& ch
 
 // The whole problem, in chunks where it is very large.
 template <class Op, class In, class Out>
-void run_elementwise(const char* op, const Layout& layout, const TensorView& input, const TensorView& result,
-                     const TensorView& scale, cudaStream_t stream) {
+void launch_elementwise(const char* op, const Layout& layout, const TensorView& input, const TensorView& result,
+                        const TensorView& scale, cudaStream_t stream) {
   const int multiprocessors = device_limits().multiprocessors;
   core::for_each_uniform_part(layout, [&](const core::Chunk& part) {
     core::for_each_chunk(part, core::kMaxChunk, [&](const core::Chunk& chunk) {
       const core::ElementwisePlan plan = core::plan_elementwise(chunk, input, result, scale, multiprocessors);
-      launch_elementwise<Op>(plan, chunk, static_cast<const In*>(input.data), static_cast<Out*>(result.data),
-                             static_cast<const float*>(scale.data), stream);
+      launch_elementwise_chunk<Op>(plan, chunk, static_cast<const In*>(input.data), static_cast<Out*>(result.data),
+                                   static_cast<const float*>(scale.data), stream);
       check_launch(op);
     });
   });

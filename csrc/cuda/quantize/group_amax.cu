@@ -128,17 +128,17 @@ __global__ void __launch_bounds__(kAmaxThreads)
 template <class In, bool kAligned, class Finish>
 __global__ void __launch_bounds__(kAmaxThreads)
     group_amax_per_column(const In* __restrict__ input, float* __restrict__ target, const __grid_constant__ IndexMap map,
-                          const __grid_constant__ ReducedDim dim, const __grid_constant__ ColumnScales columns,
+                          const __grid_constant__ ReducedDim dim, const __grid_constant__ PerColumnScales columns,
                           std::uint32_t num_spans, const Finish finish) {
   constexpr std::uint32_t kWarps = kAmaxThreads / 32;
   __shared__ std::uint32_t found[kWarps][kVecSize][32];
   const std::uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   // Blocks are numbered by groups of 32 vectors (map.vecs_per_row counts these), outer row, and spans (dim.items_per_span).
   const auto [span_group, item] = dim.items_per_span.divmod(blockIdx.x);
-  const auto [row, vec_group] = map.vecs_per_row.divmod(item);
+  const auto [row, warp_in_row] = map.vecs_per_row.divmod(item);
   const std::uint32_t index = span_group * kWarps + warp;
   const Offsets at = map.at<-1>(row);
-  const std::uint32_t vec = vec_group * 32 + lane;
+  const std::uint32_t vec = warp_in_row * 32 + lane;
   Maxima<In, true, kAligned> maxima;
   std::int64_t offset = at.scale;
   if (index < num_spans) {
@@ -201,7 +201,7 @@ void launch_amax(const core::AmaxPlan& plan, const core::Chunk& chunk, const In*
     return;
   }
   const bool vectorized = plan.path == core::KernelPath::Vectorized;
-  const std::int64_t items_per_row = vectorized ? plan.vecs_per_row : plan.vec_groups_per_row();
+  const std::int64_t items_per_row = vectorized ? plan.vecs_per_row : plan.warps_per_row();
   const IndexMap map = IndexMap::over(plan.outer, plan.outer.ndim - 1, items_per_row, plan.work);
   const ReducedDim dim{.size = static_cast<std::uint32_t>(plan.reduced.size),
                        .block = static_cast<std::uint32_t>(plan.reduced.block),
@@ -217,7 +217,7 @@ void launch_amax(const core::AmaxPlan& plan, const core::Chunk& chunk, const In*
     return;
   }
   const Layout::Dim& inner = chunk.layout.inner();
-  const ColumnScales columns{.stride = inner.scale, .period = 0, .block = device::FastDiv(inner.block), .vectors = false};
+  const PerColumnScales columns{.stride = inner.scale, .period = 0, .block = device::FastDiv(inner.block), .vectors = false};
   const auto kernel = plan.aligned ? group_amax_per_column<In, true, Finish> : group_amax_per_column<In, false, Finish>;
   kernel<<<blocks, plan.threads, 0, stream>>>(input, target, map, dim, columns, static_cast<std::uint32_t>(plan.num_spans),
                                               finish);
@@ -276,7 +276,7 @@ void fill_groups(const char* op, const Layout& layout, float* target, float valu
 void run(const GroupAmax& problem, Stream stream) {
   constexpr const char* op = "group_amax";
   const Layout layout = core::lower(problem);
-  check_current_device({op, "input", problem.input});
+  core::check_on_device({op, "input", problem.input}, current_device());
   if (layout.numel == 0) return;
   raise_to_amax(op, layout, problem.input, static_cast<float*>(problem.amax.data), DType::Other, nullptr, stream);
 }
