@@ -162,7 +162,10 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     if (ranges[r].end == 0) return;
-    device::store_range(out + r * rows.out, convert_per_column<Op, Out>(raw[r], prepared), ranges[r]);
+    float values[kVecSize];
+    device::unpack(raw[r], values);
+    device::apply<Op>(prepared, values);
+    device::store_range(out + r * rows.out, device::pack<Out>(values), ranges[r]);
   }
 }
 
