@@ -1,11 +1,14 @@
-// Every problem on CUDA must be on the current device. Refused before anything is launched, so the addresses are made up.
+// Every problem on CUDA must be on the current device (refused before anything is launched, so the addresses are made up), and
+// what is known of a device is found once.
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>
 
 #include <optional>
 #include <string>
 
+#include "cuda/common/per_device.h"
 #include "cuda_support.h"
+#include "fp8kv/error.h"
 #include "problems.h"
 
 namespace fp8kv {
@@ -73,6 +76,23 @@ TEST_F(CudaDevices, TheCurrentDeviceMayBeAnother) {
   check(cudaSetDevice(1));
   expect_refused({Device::Type::CUDA, 0}, "must be on the current device, cuda:1, got cuda:0");
   check(cudaSetDevice(0));
+}
+
+TEST_F(CudaDevices, AFailedQueryIsAskedAgainAndAnAnswerIsKept) {
+  cuda::PerDevice<int> value;
+  int asked = 0;
+  const auto fail = [&] {
+    ++asked;
+    cuda::check_query(cudaErrorInvalidValue);
+    return 0;
+  };
+  EXPECT_THROW(value.get(fail), Error);
+  EXPECT_THROW(value.get(fail), Error);
+  const auto answer = [&] { return ++asked; };
+  EXPECT_EQ(value.get(answer), 3);
+  EXPECT_EQ(value.get(answer), 3);
+  EXPECT_EQ(asked, 3);
+  EXPECT_EQ(cudaGetLastError(), cudaSuccess) << "left behind for the next launch";
 }
 
 }  // namespace
