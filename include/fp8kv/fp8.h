@@ -50,6 +50,12 @@ inline constexpr float kMinScale = 1.0f / (Fp8Traits<Fp8>::kMax * 512.0f);
 FP8KV_HD constexpr bool is_nan(float x) { return (std::bit_cast<std::uint32_t>(x) & 0x7fffffffu) > 0x7f800000u; }
 FP8KV_HD constexpr bool is_finite(float x) { return (std::bit_cast<std::uint32_t>(x) & 0x7fffffffu) < 0x7f800000u; }
 
+// x / 2^shift rounded to nearest, ties to even; shift from 1 to 25, no carry beyond 32 bits.
+FP8KV_HD constexpr std::uint32_t shift_to_even(std::uint32_t x, std::uint32_t shift) {
+  const std::uint32_t odd = (x >> shift) & 1u;
+  return (x + ((1u << (shift - 1)) - 1u) + odd) >> shift;
+}
+
 // Nearest FP8 value, ties to even; beyond the largest finite value, and for infinities, the largest finite value with the
 // sign of x; any NaN gives the byte 0x7F.
 template <class Fp8>
@@ -72,8 +78,7 @@ FP8KV_HD constexpr Fp8 encode(float x) {
     significand = (magnitude & 0x7fffffu) | 0x800000u;
     base = 0;
   }
-  const std::uint32_t odd = (significand >> shift) & 1u;
-  const std::uint32_t rounded = (significand + ((1u << (shift - 1)) - 1u) + odd) >> shift;
+  const std::uint32_t rounded = shift_to_even(significand, shift);
   return {static_cast<std::uint8_t>(sign | (rounded - base))};
 }
 
@@ -157,8 +162,7 @@ FP8KV_HD constexpr Half from_float<Half>(float x) {
     significand = (magnitude & 0x7fffffu) | 0x800000u;
     base = 0;
   }
-  const std::uint32_t odd = (significand >> shift) & 1u;
-  const std::uint32_t rounded = (significand + ((1u << (shift - 1)) - 1u) + odd) >> shift;
+  const std::uint32_t rounded = shift_to_even(significand, shift);
   return {static_cast<std::uint16_t>(sign | (rounded - base))};
 }
 
