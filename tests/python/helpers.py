@@ -122,7 +122,7 @@ def fp8_boundaries(dtype: torch.dtype) -> Tensor:
     return torch.cat([exact, (exact[:-1] + exact[1:]) / 2, beyond]).sort().values
 
 
-def neighbours(x: Tensor, reach: int) -> Tensor:
+def neighbors(x: Tensor, reach: int) -> Tensor:
     """Each finite fp32 value with the `reach` values on either side of it: one more dimension."""
     bits = x.view(torch.int32).unsqueeze(-1) + torch.arange(-reach, reach + 1, dtype=torch.int32)
     return bits.view(torch.float32)

@@ -31,6 +31,7 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import fp8kv
+from devices import require_gpus
 from fp8kv.calibration import share, text_batches
 from helpers import assert_same_bytes, torch_threads
 
@@ -413,8 +414,7 @@ def test_models_placed_by_accelerate(kind: str, tmp_path: Path) -> None:
 def test_layers_on_two_gpus(cuda: torch.device) -> None:
     import accelerate
 
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
+    require_gpus(2)
     expected = fp8kv.calibrate(make().to(cuda), [IDS], strategy="attn_head", query=True)
     model = make()
     places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": 1}

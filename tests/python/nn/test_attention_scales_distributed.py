@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from devices import require_gpus
 from fp8kv import AttentionScales, KVCacheScheme, KVScales, LayerScales, PagedKVCache, reference
 from helpers import random_scales, values
 
@@ -82,8 +83,8 @@ def _serve(backend: str, rank: int, size: int, store: str, tasks: Any, results: 
 )
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     backend, size = request.param
-    if backend == "nccl" and torch.cuda.device_count() < size:
-        pytest.skip(f"needs {size} GPUs")
+    if backend == "nccl":
+        require_gpus(size)
     group = Ranks(backend, size, tmp_path_factory.mktemp("ranks"))
     yield group
     group.end()
