@@ -20,10 +20,16 @@ from helpers import torch_threads
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need most of the memory of a GPU never run at the same time (`--dist loadgroup`)."""
+    """With `--dist loadgroup`, what runs in the same process.
+
+    Tests that need most of the memory of a GPU, so that they never run at the same time; and those of a
+    module that share its `ranks`, so that the ranks are started once.
+    """
     for item in items:
         if item.get_closest_marker("large"):
             item.add_marker(pytest.mark.xdist_group("large"))
+        elif "ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group(f"ranks of {item.path.stem}"))
 
 
 @pytest.fixture(params=["generic", "avx2", "avx512"])
