@@ -76,6 +76,12 @@ class Report:
     def write_json(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
+    @staticmethod
+    def read_json(path: Path) -> Report:
+        """What `write_json` wrote."""
+        fields = json.loads(path.read_text())
+        return Report(**fields | {"rows": [Row(**row) for row in fields["rows"]]})
+
 
 # Tables
 
