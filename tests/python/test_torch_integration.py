@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from fp8kv import GroupShape, reference
 from helpers import assert_same_bytes, key_and_value, random_scales, raw, values
 
 E4M3 = torch.float8_e4m3fn
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 ops = torch.ops.fp8kv
 
 
@@ -171,13 +172,6 @@ FUNCTIONS: list[Callable[[Tensor], object]] = [
     into_slices,
     through_a_cache,
 ]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
