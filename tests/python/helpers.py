@@ -19,6 +19,7 @@ REAL = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 INTEGER = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 each_fp8 = pytest.mark.parametrize("fp8", FP8.values(), ids=FP8.keys())
+each_strategy = pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
 each_real = pytest.mark.parametrize("real", REAL.values(), ids=REAL.keys())
 
 

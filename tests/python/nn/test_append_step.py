@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from fp8kv import AttentionScales, PagedKVCache, reference
-from helpers import assert_same_bytes, values
+from helpers import assert_same_bytes, each_strategy, values
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, NUM_TOKENS = 8, 2, 64, 11
 E4M3 = torch.float8_e4m3fn
-each_strategy = pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
 
 
 def layer(device: torch.device, strategy: str, **options: Any) -> AttentionScales:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from devices import require_gpus
 from fp8kv import AttentionScales, KVCacheScheme, KVScales, LayerScales, PagedKVCache, reference
-from helpers import random_scales, values
+from helpers import each_strategy, random_scales, values
 
 NUM_HEADS, HEAD_SIZE, TOKENS = 8, 16, 10
 E4M3 = torch.float8_e4m3fn
@@ -88,9 +88,6 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     group = Ranks(backend, size, tmp_path_factory.mktemp("ranks"))
     yield group
     group.end()
-
-
-each_strategy = pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
 
 
 def share(rank: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
