@@ -8,7 +8,7 @@
 namespace fp8kv::core {
 namespace {
 
-std::string group_string(const GroupShape& g) { return "(" + std::to_string(g.rows) + ", " + std::to_string(g.cols) + ")"; }
+std::string group_string(const GroupShape& g) { return std::string("(") + std::to_string(g.rows) + ", " + std::to_string(g.cols) + ")"; }
 
 // The matrix view of an input and the groups that a GroupShape divides it into.
 struct GroupGrid {

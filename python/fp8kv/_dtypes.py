@@ -14,25 +14,40 @@ class Format(NamedTuple):
         dtype: of its tensors.
         max: the largest finite value.
         min_scale: the smallest scale that is computed, that of a group of zeros.
-        cache_names: the spellings of `kv_cache_dtype`; the last is the canonical one.
+        nan_byte: what NaN is quantized to.
+        cache_names: the spellings of `kv_cache_dtype`. The last is what the public attribute
+            `kv_cache_dtype` of a cache says that was made with the dtype; the sentences of the operators
+            call the format by the first.
     """
 
     dtype: torch.dtype
     max: float
     min_scale: float
+    nan_byte: int
     cache_names: tuple[str, ...]
 
-
-E4M3 = torch.float8_e4m3fn
-E5M2 = torch.float8_e5m2
 
 FORMATS = {
     row.dtype: row
     for row in (
-        Format(E4M3, max=448.0, min_scale=1 / (448 * 512), cache_names=("fp8", "fp8_e4m3")),
-        Format(E5M2, max=57344.0, min_scale=1 / (57344 * 512), cache_names=("fp8_e5m2",)),
+        Format(
+            torch.float8_e4m3fn,
+            max=448.0,
+            min_scale=1 / (448 * 512),
+            nan_byte=0x7F,
+            cache_names=("fp8", "fp8_e4m3"),
+        ),
+        Format(
+            torch.float8_e5m2,
+            max=57344.0,
+            min_scale=1 / (57344 * 512),
+            nan_byte=0x7F,
+            cache_names=("fp8_e5m2",),
+        ),
     )
 }
+#: What is meant where no format is named: by configs of checkpoints, hence by calibration, and by benchmarks.
+DEFAULT_FORMAT = FORMATS[torch.float8_e4m3fn]
 #: What is quantized, and what is dequantized to.
 REAL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -47,7 +62,7 @@ CACHE_DTYPES = {
     **{name: row.dtype for row in FORMATS.values() for name in row.cache_names},
     **{dtype_name(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32)},
 }
-#: The canonical `kv_cache_dtype` of each dtype.
+#: The `kv_cache_dtype` of each dtype; of a format the last of its `cache_names`.
 CACHE_NAMES = {dtype: name for name, dtype in CACHE_DTYPES.items()}
 #: What `kv_cache_dtype` can be if the cache is quantized.
 QUANTIZED_CACHE_NAMES = tuple(name for row in FORMATS.values() for name in row.cache_names)

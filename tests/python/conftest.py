@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
+import torch
 
 import tiny_models
 from devices import cuda as cuda
@@ -19,11 +20,18 @@ from fp8kv import _introspect
 from helpers import torch_threads
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need most of the memory of a GPU never run at the same time (`--dist loadgroup`)."""
+    """With `--dist loadgroup`, what runs in the same process.
+
+    Tests that need most of the memory of a GPU, so that they never run at the same time; and those of a
+    module that share its `ranks`, so that the ranks are started once.
+    """
     for item in items:
         if item.get_closest_marker("large"):
             item.add_marker(pytest.mark.xdist_group("large"))
+        elif "ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group(f"ranks of {item.path.stem}"))
 
 
 @pytest.fixture(params=["generic", "avx2", "avx512"])
@@ -42,6 +50,14 @@ def one_thread() -> Iterator[None]:
     """For models so small that threads only wait for each other."""
     with torch_threads(1):
         yield
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """What `torch.compile` knows of other tests is forgotten, and so is what it learns."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
 
 
 @pytest.fixture(scope="module")

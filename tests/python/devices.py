@@ -32,6 +32,11 @@ def require_cuda() -> None:
         pytest.fail(f"there is a GPU, but no CUDA kernels: {fp8kv.build_info()['cuda_missing']}")
 
 
+def require_gpus(count: int) -> None:
+    if torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} GPUs")
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # after all that others report
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> object:
     """Says how many cases wait for a GPU, or for a larger one, or for more: their reasons name a GPU."""

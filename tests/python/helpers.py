@@ -19,6 +19,7 @@ REAL = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 INTEGER = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 each_fp8 = pytest.mark.parametrize("fp8", FP8.values(), ids=FP8.keys())
+each_strategy = pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
 each_real = pytest.mark.parametrize("real", REAL.values(), ids=REAL.keys())
 
 
@@ -122,7 +123,7 @@ def fp8_boundaries(dtype: torch.dtype) -> Tensor:
     return torch.cat([exact, (exact[:-1] + exact[1:]) / 2, beyond]).sort().values
 
 
-def neighbours(x: Tensor, reach: int) -> Tensor:
+def neighbors(x: Tensor, reach: int) -> Tensor:
     """Each finite fp32 value with the `reach` values on either side of it: one more dimension."""
     bits = x.view(torch.int32).unsqueeze(-1) + torch.arange(-reach, reach + 1, dtype=torch.int32)
     return bits.view(torch.float32)

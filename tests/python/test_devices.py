@@ -22,6 +22,7 @@ def test_of_something_else():
 LARGE = """
 import pytest
 import torch
+from devices import require_gpus
 from helpers import require_gpu_memory
 
 @pytest.mark.large
@@ -29,7 +30,7 @@ def test_that_is_large(device):
     require_gpu_memory(device, 24)
 
 def test_of_two():
-    pytest.skip("needs two GPUs")
+    require_gpus(2)
 """
 
 
@@ -37,6 +38,7 @@ def test_of_two():
 def session(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     """A folder of tests on a machine without a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile(TESTS)
     return pytester
@@ -73,7 +75,7 @@ def test_cases_for_larger_machines_are_counted(
         torch.cuda, "get_device_properties", lambda device: type("Properties", (), {"total_memory": 8e9})
     )
     result = session.runpytest_inprocess("-m", "not large", "test_large.py")
-    assert last_lines(result)[0] == "CUDA: 1 case was not run: needs two GPUs"
+    assert last_lines(result)[0] == "CUDA: 1 case was not run: needs 2 GPUs"
     result = session.runpytest_inprocess("test_large.py")
     assert "needs 24 GB of GPU memory (1)" in last_lines(result)[0]
 

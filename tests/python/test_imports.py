@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 
 import fp8kv
+from checkpoint_files import make_checkpoint
 from fp8kv import bench, cli
 from fp8kv._checks import require
 from fp8kv.calibration import _progress
@@ -60,16 +61,32 @@ class Imports(ast.NodeVisitor):
 IMPORTS = {name: Imports(path).found for name, path in MODULES.items()}
 
 
+def interpreter(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
 def python(code: str) -> str:
     """What a fresh interpreter prints."""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = interpreter(code)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
 
 def without(*modules: str) -> str:
-    """The beginning of code for an interpreter that has not these."""
-    return f"import sys; sys.modules.update(dict.fromkeys({modules}))\n"
+    """The beginning of code for an interpreter in which these are not installed."""
+    return f"""
+import sys
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, path=None, target=None):
+        missing = any((name + '.').startswith(module + '.') for module in {modules})
+        return None if missing else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = map(Without, sys.meta_path)
+"""
 
 
 def test_no_modules_import_each_other() -> None:
@@ -135,15 +152,60 @@ def test_import_needs_pytorch_alone() -> None:
     assert python(code) == "[]"
 
 
-def test_the_library_works_with_pytorch_alone() -> None:
-    code = without(*OPTIONAL) + (
-        "import torch, fp8kv\n"
-        "cache = fp8kv.PagedKVCache(4, 16, 2, 64)\n"
-        "x = torch.ones(3, 2, 64)\n"
-        "fp8kv.AttentionScales(2, 2, 64).update_cache(x, x, cache, torch.arange(3))\n"
-        "print(cache.gather(torch.tensor([[0]]), [3])[0].unique().item())"
+PYTORCH_ALONE = """
+import runpy, warnings
+warnings.simplefilter("ignore")  # PyTorch misses NumPy
+import torch, fp8kv
+from fp8kv import reference
+
+FP8 = torch.float8_e4m3fn
+x = torch.linspace(-3, 3, 3 * 2 * 64).view(3, 2, 64)
+flat, one, slots = x.flatten(1), torch.ones(1), torch.tensor([0, 1, 5])
+
+def results(ops):
+    q, dynamic_q, query = (torch.empty(shape, dtype=FP8) for shape in (flat.shape, flat.shape, x.shape))
+    amax, token_scale, back = torch.zeros(3), torch.empty(3), torch.empty_like(flat)
+    key, value = torch.empty(2, 3, 2, 64)
+    caches, dynamic_caches, step_caches = torch.zeros(3, 2, 4, 16, 2, 64, dtype=FP8)
+    scale_caches = torch.zeros(2, 4, 16, 2)
+    ops.static_scaled_fp8_quant(q, flat, one)
+    ops.dynamic_scaled_fp8_quant(dynamic_q, flat, token_scale, None, (1, -1))
+    ops.scaled_fp8_dequant(back, dynamic_q, token_scale, (1, -1))
+    ops.group_amax(amax, flat, (1, -1))
+    ops.reshape_and_cache_flash(x, -x, *caches, slots, "fp8", one, one)
+    ops.reshape_and_cache_flash_dynamic(x, -x, *dynamic_caches, *scale_caches, slots, "fp8")
+    table = flat[:, :64].repeat(2, 1)
+    ops.rope_quant_and_cache(
+        x, x, -x, query, *step_caches, slots, "fp8", one, one, one, slots, table)
+    block_table, sums = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
+    ops.gather_and_dequant_cache(*caches, key, value, block_table, sums, "fp8", one, one)
+    return (q, dynamic_q, token_scale, back, amax, caches, dynamic_caches, scale_caches, query,
+            step_caches, key, value)
+
+for ours, theirs in zip(results(fp8kv), results(reference), strict=True):
+    assert ours.view(torch.uint8).any()
+    assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+
+cache = fp8kv.PagedKVCache(4, 16, 2, 64)
+scales = fp8kv.AttentionScales(2, 2, 64)
+scales.update_cache(x.sign(), x.sign(), cache, slots[:2])
+print(cache.gather(torch.tensor([[0]]), [2])[0].unique().tolist())
+loaded = fp8kv.load_kv_scales(sys.argv[1])
+fp8kv.AttentionScales(8, 4, 16, strategy="attn_head").load_scales(loaded[0])
+print(len(loaded), loaded[0].k.shape)
+runpy.run_module("fp8kv", run_name="__main__")
+"""
+
+
+def test_the_library_works_with_pytorch_alone(tmp_path: Path) -> None:
+    """Every operator, a cache, scales and a checkpoint; the command line says what it lacks."""
+    make_checkpoint(tmp_path)
+    result = interpreter(without(*OPTIONAL, "fp8kv._introspect") + PYTORCH_ALONE, str(tmp_path))
+    assert result.stdout.splitlines() == ["[-1.0, 1.0]", "3 torch.Size([4])"], result.stderr
+    assert result.stderr == (
+        "error: fp8kv: rich must be installed, for example with pip install 'fp8kv[cli]'\n"
     )
-    assert python(code) == "1.0"
+    assert result.returncode == 1
 
 
 def test_the_library_works_without_its_introspection() -> None:

@@ -21,6 +21,11 @@ def test_the_row_of_a_format(fp8: torch.dtype) -> None:
     assert row.dtype == fp8
     assert row.max == torch.finfo(fp8).max
     assert fp32(row.min_scale) == reference.min_scale(fp8)
+    assert row.nan_byte == torch.tensor(torch.nan).to(fp8).view(torch.uint8).item()
+
+
+def test_what_is_meant_where_no_format_is_named() -> None:
+    assert _dtypes.DEFAULT_FORMAT is _dtypes.FORMATS[torch.float8_e4m3fn]
 
 
 def test_names_of_caches() -> None:

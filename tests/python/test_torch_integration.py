@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 import fp8kv
+from devices import require_gpus
 from fp8kv import GroupShape, reference
 from helpers import assert_same_bytes, key_and_value, random_scales, raw, values
 
 E4M3 = torch.float8_e4m3fn
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 ops = torch.ops.fp8kv
 
 
@@ -170,13 +172,6 @@ FUNCTIONS: list[Callable[[Tensor], object]] = [
     into_slices,
     through_a_cache,
 ]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -505,8 +500,7 @@ def test_no_op_allocates(cuda: torch.device, op: str) -> None:
 
 @each_op
 def test_tensors_of_a_device_that_is_not_current(cuda: torch.device, op: str) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
+    require_gpus(2)
     there, here = (arguments(torch.device(d))[op] for d in ("cuda:1", "cpu"))
     with torch.cuda.device(0):
         getattr(ops, op)(*there)
@@ -518,8 +512,7 @@ def test_tensors_of_a_device_that_is_not_current(cuda: torch.device, op: str) ->
 
 
 def test_tensors_of_two_gpus_are_refused(cuda: torch.device) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
+    require_gpus(2)
     x, q = torch.ones(4, 6, device="cuda:1"), torch.empty(4, 6, dtype=E4M3, device="cuda:1")
     with pytest.raises(RuntimeError) as error:
         fp8kv.static_scaled_fp8_quant(q, x, torch.ones((), device="cuda:0"))

@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fp8kv._checks import listed, quoted
 from fp8kv.bench import decode, kv_cache, quantize
-from fp8kv.bench.measure import PEERS, Call, Case, host_cost, run_cases
+from fp8kv.bench.measure import PEERS, Call, Case, Settings, host_cost, run_cases
 from fp8kv.bench.report import Report, Row, host_table, plot, table
 
 __all__ = ["SUITES", "Report", "Row", "Suite", "host_table", "plot", "run", "table"]
@@ -75,9 +76,7 @@ def run(
             and fits into the memory, or `warm` is asked for on the CPU.
     """
     if what not in SUITES:
-        *others, last = (f'"{name}"' for name in SUITES)
-        known = f"{', '.join(others)} or {last}"
-        raise ValueError(f'fp8kv.bench: what must be {known}, got "{what}"')
+        raise ValueError(f'fp8kv.bench: what must be {listed(map(quoted, SUITES))}, got "{what}"')
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("fp8kv.bench: device cuda is not available to PyTorch here")
@@ -92,7 +91,8 @@ def run(
     if not cases:
         raise ValueError(f"fp8kv.bench: no work matches {only!r}")
     with torch.inference_mode():
-        report = run_cases(what, device, cases, quick, suite.peers if peers else (), warm, progress)
+        settings = Settings(quick, suite.peers if peers else (), warm, progress)
+        report = run_cases(what, device, cases, settings)
         report.pdl = device.type == "cuda" and os.environ.get("FP8KV_PDL") == "1"
         if not report.rows:
             raise ValueError(f"fp8kv.bench: {'; '.join(report.notes)}")

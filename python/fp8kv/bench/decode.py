@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import fp8kv
-from fp8kv.bench.kv_cache import BLOCK_SIZE, FORMAT, Caches, draws, quantized
+from fp8kv.bench.kv_cache import BLOCK_SIZE, KV_CACHE_DTYPE, Caches, append, draws, quantized
 from fp8kv.bench.measure import FP8, INPUT, Call, Case, small, torch_peer
 
 OP = "rope_quant_and_cache"
@@ -63,9 +63,7 @@ class StepCase(Case[tuple[Any, ...]]):
     norm: bool
     caches: Caches
 
-    @property
-    def models(self) -> tuple[str, ...]:
-        return GEOMETRIES[self.shape[1:]]
+    geometries = GEOMETRIES
 
     @property
     def size(self) -> int:
@@ -89,7 +87,7 @@ class StepCase(Case[tuple[Any, ...]]):
             rope = (positions, table) if self.rope else (None, None)
             norm = weights if self.norm else (None, None)
             q, k, v = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
-            calls.append((q, k, v, out, *caches, slot, FORMAT, *scales, *rope, True, *norm, NORM_EPS))
+            calls.append((q, k, v, out, *caches, slot, KV_CACHE_DTYPE, *scales, *rope, True, *norm, NORM_EPS))
         return calls
 
     def ours(self, b: tuple[Any, ...]) -> Call:
@@ -159,9 +157,7 @@ def step(
     q = transformed(query, positions, table, q_weight, eps)
     k = transformed(key, positions, table, k_weight, eps)
     query_out.view(torch.uint8).copy_(quantized(q.float() / q_scale.repeat_interleave(group).view(-1, 1)))
-    place = (slot_mapping // BLOCK_SIZE, slot_mapping % BLOCK_SIZE)
-    for rows, cache, scale in ((k, key_cache, k_scale), (value, value_cache, v_scale)):
-        cache[place] = quantized(rows.float() / scale.view(-1, 1))
+    append(k, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale)
 
 
 # Peers
@@ -222,7 +218,7 @@ def host_calls(device: torch.device) -> dict[str, Call]:
     k_cache, v_cache = torch.zeros(2, 1, BLOCK_SIZE, 2, head_size, dtype=FP8, device=device)
     slots, scale = torch.arange(tokens, device=device), torch.ones(1, device=device)
     table = rope_table(tokens, head_size, device)
-    without = (query, key, value, out, k_cache, v_cache, slots, FORMAT, scale, scale, scale)
+    without = (query, key, value, out, k_cache, v_cache, slots, KV_CACHE_DTYPE, scale, scale, scale)
     return {
         OP: lambda: fp8kv.rope_quant_and_cache(*without),
         f"{OP}, with RoPE": lambda: fp8kv.rope_quant_and_cache(*without, slots, table),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import fp8kv
+from fp8kv._dtypes import CACHE_NAMES
 from fp8kv.bench.measure import FP8, INPUT, Call, Case, small, torch_peer, vllm_ops
 
 APPEND = "reshape_and_cache_flash"
@@ -48,7 +49,7 @@ CACHE_BYTES = {"cuda": 512 << 20, "cpu": 128 << 20}  # of K, and of V
 WARM_CACHE_BYTES = 8 << 20
 BLOCK_SIZE = 16
 MAX_SEQ_LEN = 1024
-FORMAT = "fp8"
+KV_CACHE_DTYPE = CACHE_NAMES[FP8]
 
 
 def cases(device: torch.device, quick: bool, warm: bool) -> Iterator[CacheCase]:
@@ -91,9 +92,7 @@ class CacheCase(Case[tuple[Any, ...]]):
     per_head: bool
     caches: Caches
 
-    @property
-    def models(self) -> tuple[str, ...]:
-        return GEOMETRIES[self.shape[1:]]
+    geometries = GEOMETRIES
 
     @property
     def size(self) -> int:
@@ -116,17 +115,19 @@ class CacheCase(Case[tuple[Any, ...]]):
             blocks = draws(len(caches[0]), num_seqs * max_blocks, count, generator)
             tables = [drawn.int().view(num_seqs, max_blocks) for drawn in blocks]
             return [
-                (*caches, *pair, table, cu_seq_lens, FORMAT, *scales)
+                (*caches, *pair, table, cu_seq_lens, KV_CACHE_DTYPE, *scales)
                 for pair, table in zip(rows, tables, strict=True)
             ]
         slots = draws(len(caches[0]) * BLOCK_SIZE, tokens, count, generator)
         if self.op == APPEND_DYNAMIC:
             scale_caches = [torch.zeros(cache.shape[:3], device=self.device) for cache in caches]
             return [
-                (*pair, *caches, *scale_caches, drawn, FORMAT)
+                (*pair, *caches, *scale_caches, drawn, KV_CACHE_DTYPE)
                 for pair, drawn in zip(rows, slots, strict=True)
             ]
-        return [(*pair, *caches, drawn, FORMAT, *scales) for pair, drawn in zip(rows, slots, strict=True)]
+        return [
+            (*pair, *caches, drawn, KV_CACHE_DTYPE, *scales) for pair, drawn in zip(rows, slots, strict=True)
+        ]
 
     def ours(self, b: tuple[Any, ...]) -> Call:
         op = getattr(fp8kv, self.op)
@@ -230,15 +231,15 @@ def host_calls(device: torch.device) -> dict[str, Call]:
     cu_seq_lens = torch.tensor([0, tokens], dtype=torch.int32, device=device)
     return {
         APPEND: lambda: fp8kv.reshape_and_cache_flash(
-            key, value, k_cache, v_cache, slots, FORMAT, scale, scale
+            key, value, k_cache, v_cache, slots, KV_CACHE_DTYPE, scale, scale
         ),
         f"{APPEND}, per head": lambda: fp8kv.reshape_and_cache_flash(
-            key, value, k_cache, v_cache, slots, FORMAT, scales, scales
+            key, value, k_cache, v_cache, slots, KV_CACHE_DTYPE, scales, scales
         ),
         APPEND_DYNAMIC: lambda: fp8kv.reshape_and_cache_flash_dynamic(
-            key, value, k_cache, v_cache, k_scale_cache, v_scale_cache, slots, FORMAT
+            key, value, k_cache, v_cache, k_scale_cache, v_scale_cache, slots, KV_CACHE_DTYPE
         ),
         GATHER: lambda: fp8kv.gather_and_dequant_cache(
-            k_cache, v_cache, key, value, table, cu_seq_lens, FORMAT, scale, scale
+            k_cache, v_cache, key, value, table, cu_seq_lens, KV_CACHE_DTYPE, scale, scale
         ),
     }

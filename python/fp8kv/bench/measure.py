@@ -8,15 +8,15 @@ import os
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fp8kv._checks import require
-from fp8kv._dtypes import E4M3
+from fp8kv._dtypes import DEFAULT_FORMAT
 from fp8kv._machine import cpu_name
 from fp8kv._ops import each_cpu_isa
 from fp8kv.bench.report import Report, Row
@@ -26,7 +26,7 @@ Buffers = TypeVar("Buffers")
 cuda: Any = torch.cuda  # largely without annotations
 
 INPUT = torch.bfloat16
-FP8 = E4M3
+FP8 = DEFAULT_FORMAT.dtype
 PEERS = ("torch eager", "torch.compile", "vllm")
 
 
@@ -38,6 +38,9 @@ class Case(ABC, Generic[Buffers]):
     shape: tuple[int, ...]
     device: torch.device
 
+    #: Shapes without the number of tokens, and the models that have them.
+    geometries: ClassVar[Mapping[tuple[int, ...], tuple[str, ...]]] = {}
+
     @property
     def name(self) -> str:
         return " ".join((self.work, "x".join(map(str, self.shape)), *self.models))
@@ -45,7 +48,7 @@ class Case(ABC, Generic[Buffers]):
     @property
     def models(self) -> tuple[str, ...]:
         """Models that have this shape."""
-        return ()
+        return self.geometries.get(self.shape[1:], ())
 
     @property
     @abstractmethod
@@ -80,19 +83,20 @@ def vllm_ops() -> Any:
         return None
 
 
-def run_cases(
-    what: str,
-    device: torch.device,
-    cases: Sequence[Case[Any]],
-    quick: bool,
-    peers: Sequence[str],
-    warm: bool,
-    progress: Callable[[str], None],
-) -> Report:
+class Settings(NamedTuple):
+    """See `fp8kv.bench.run`; `peers` are the names of those to measure."""
+
+    quick: bool
+    peers: tuple[str, ...]
+    warm: bool
+    progress: Callable[[str], None]
+
+
+def run_cases(what: str, device: torch.device, cases: Sequence[Case[Any]], settings: Settings) -> Report:
     """Measures all cases on their device. What can't be measured becomes a note of the report."""
     if device.type == "cuda":
-        return _run_cuda(what, device, cases, quick, peers, warm, progress)
-    return _run_cpu(what, cases, quick, peers, progress)
+        return _run_cuda(what, device, cases, settings)
+    return _run_cpu(what, cases, settings)
 
 
 def _row(case: Case[Any], us: float, floor_us: float, peers: dict[str, float]) -> Row:
@@ -130,34 +134,28 @@ def _peer_times(
 # CUDA
 
 
-def _run_cuda(
-    what: str,
-    device: torch.device,
-    cases: Sequence[Case[Any]],
-    quick: bool,
-    peers: Sequence[str],
-    warm: bool,
-    progress: Callable[[str], None],
-) -> Report:
-    replays = 5 if quick else 15
+def _run_cuda(what: str, device: torch.device, cases: Sequence[Case[Any]], settings: Settings) -> Report:
+    replays = 5 if settings.quick else 15
     with torch.cuda.device(device):
         floors = _CudaFloor(device, replays)
         report = Report.begin(what, torch.cuda.get_device_name(device), floors.description)
-        report.warm = warm
+        report.warm = settings.warm
         memory = torch.cuda.get_device_properties(device).total_memory
         for case in cases:
-            count = _rotation(case.size, device, warm)
+            count = _rotation(case.size, device, settings.warm)
             if count < 2:
                 report.note("left out: too large for a quarter of the L2 cache of this device", case.name)
                 continue
             if 4 * count * case.size > memory:  # the buffers, those of the floor, and what peers allocate
                 report.note("left out: too large for the memory of this device", case.name)
                 continue
-            progress(case.name)
+            settings.progress(case.name)
             cuda.empty_cache()  # else small buffers lie scattered over what earlier cases left behind
             buffers = case.buffers(count)
             us = graph_time([case.ours(b) for b in buffers], replays)
-            times = _peer_times(peers, case, buffers, lambda calls: graph_time(calls, replays), report)
+            times = _peer_times(
+                settings.peers, case, buffers, lambda calls: graph_time(calls, replays), report
+            )
             del buffers
             report.rows.append(_row(case, us, floors.time(case.size, count), times))
     return report
@@ -260,27 +258,21 @@ def _copy_kernel() -> Callable[[Tensor, Tensor], object] | None:
 # CPU
 
 
-def _run_cpu(
-    what: str,
-    cases: Sequence[Case[Any]],
-    quick: bool,
-    peers: Sequence[str],
-    progress: Callable[[str], None],
-) -> Report:
+def _run_cpu(what: str, cases: Sequence[Case[Any]], settings: Settings) -> Report:
     require("numpy", "cli", "fp8kv.bench on the CPU")
-    samples = 3 if quick else 7
+    samples = 3 if settings.quick else 7
     report = Report.begin(
         what,
         f"{cpu_name()} ({os.cpu_count()} CPUs)",
         "copy of as many bytes with as many threads; with one, the better of Tensor.copy_ and memmove",
     )
-    peers = ("torch eager", *(name for name in peers if name == "torch.compile"))
+    peers = ("torch eager", *(name for name in settings.peers if name == "torch.compile"))
     before = torch.get_num_threads()
     try:
         for threads in sorted({1, before}):
             torch.set_num_threads(threads)
             for case in cases:
-                progress(f"{case.name}, {threads} threads")
+                settings.progress(f"{case.name}, {threads} threads")
                 report.rows += _cpu_rows(case, threads, samples, peers, report)
     finally:
         torch.set_num_threads(before)

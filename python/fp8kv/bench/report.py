@@ -76,6 +76,12 @@ class Report:
     def write_json(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
+    @staticmethod
+    def read_json(path: Path) -> Report:
+        """What `write_json` wrote."""
+        fields = json.loads(path.read_text())
+        return Report(**fields | {"rows": [Row(**row) for row in fields["rows"]]})
+
 
 # Tables
 
@@ -137,8 +143,8 @@ def host_table(report: Report) -> Table:
 # Pictures
 
 
-def plot(report: Report, path: Path, target: float = 0.95) -> None:
-    """Writes a picture (PNG) of the share of a copy, with a panel for each work and a line at `target`.
+def plot(report: Report, path: Path) -> None:
+    """Writes a picture (PNG) of the share of a copy, with a panel for each work and a line at `MARK`.
 
     Of quantization a bar for each shape. Of caches and steps the share over the number of tokens, with a line
     for each geometry. Of the CPU's instruction sets the last only, which is the best.
@@ -171,19 +177,21 @@ def plot(report: Report, path: Path, target: float = 0.95) -> None:
         axes.grid(alpha=0.3)
         panels.append((axes, [row for row in rows if row.work == work]))
     draw = _draw_bars if report.what == "quantize" else _draw_lines
-    legend = draw(panels, rows, target)
-    legend.append(_line(f"target {target:.0%}", color="black", linestyle="--"))
+    legend = draw(panels, rows)
+    legend.append(_line(f"{MARK:.0%} of a copy", color="black", linestyle="--"))
     figure.legend(handles=legend, fontsize=8, loc="outside lower center", ncols=columns + 1)
     figure.suptitle(report.title + (f", {isa}" if isa else ""), fontsize=10)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
+#: The share of a copy at which a dashed line is drawn.
+MARK = 0.95
 SHARE = "share of a copy of the same bytes, %"
 Panels = Sequence[tuple["Axes", list[Row]]]  # one work each
 
 
-def _draw_bars(panels: Panels, rows: Sequence[Row], target: float) -> list[Line2D]:
+def _draw_bars(panels: Panels, rows: Sequence[Row]) -> list[Line2D]:
     """A bar for each shape and number of threads. Returns the legend."""
     threads = list(dict.fromkeys(row.threads for row in rows))
     shapes = list(dict.fromkeys(tuple(row.shape) for row in rows))
@@ -199,12 +207,12 @@ def _draw_bars(panels: Panels, rows: Sequence[Row], target: float) -> list[Line2
         axes.set_yticks(range(len(shapes)), [_times(shape) for shape in shapes], fontsize=8)
         axes.set_xlim(0, max(110, 100 * max(row.share for row in rows)))
         axes.set_xlabel(SHARE)
-        _mark(axes.axvline, target)
+        _mark(axes.axvline)
     panels[0][0].invert_yaxis()
     return [_line(f"threads: {n}", color=colors[n], alpha=0.5, linewidth=5) for n in threads if n]
 
 
-def _draw_lines(panels: Panels, rows: Sequence[Row], target: float) -> list[Line2D]:
+def _draw_lines(panels: Panels, rows: Sequence[Row]) -> list[Line2D]:
     """A line over the number of tokens for each geometry, in a style for each number of threads."""
     geometries = {tuple(row.shape[1:]): row.models for row in rows}
     colors = dict(zip(geometries, _colors(len(geometries)), strict=True))
@@ -225,7 +233,7 @@ def _draw_lines(panels: Panels, rows: Sequence[Row], target: float) -> list[Line
         axes.set_xlabel("tokens")
         axes.set_ylim(0, max(110, 103 * max(row.share for row in rows)))
         axes.set_ylabel(SHARE)
-        _mark(axes.axhline, target)
+        _mark(axes.axhline)
     legend = [
         _line(" ".join((_times(geometry), ", ".join(models))), color=colors[geometry])
         for geometry, models in geometries.items()
@@ -235,9 +243,9 @@ def _draw_lines(panels: Panels, rows: Sequence[Row], target: float) -> list[Line
     ]
 
 
-def _mark(line: Callable[..., object], target: float) -> None:
+def _mark(line: Callable[..., object]) -> None:
     line(100, color="black", linewidth=0.8)
-    line(target * 100, color="black", linewidth=0.8, linestyle="--")
+    line(MARK * 100, color="black", linewidth=0.8, linestyle="--")
 
 
 def _line(label: str, **style: Any) -> Line2D:

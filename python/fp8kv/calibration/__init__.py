@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fp8kv._checks import STRATEGIES, Strategy, check_choice, require
 from fp8kv.calibration import _progress
-from fp8kv.calibration._model_reader import read
+from fp8kv.calibration._model_reader import reading
 from fp8kv.calibration._recorder import Recorder, all_ranks, is_first_rank
 from fp8kv.calibration.observers import check_observer, make_observer
 from fp8kv.calibration.texts import beginning, token_ids, windows_at
@@ -89,8 +89,10 @@ def calibrate(
     first = is_first_rank(group)
     with all_ranks(recorder, group):
         _check_arguments(model, strategy, observer, percentile)
-        with _reporting(progress if first or progress is not True else None, batches) as report:
-            read(model, batches, recorder, query=query, report=report)
+        shown = progress if first or progress is not True else None
+        with _reporting(shown, batches) as report, reading(model, recorder, query=query) as read:
+            for batch in batches:
+                report(read(batch))
     _check_what_was_seen(recorder, model, query)
     if first:
         recorder.warn_non_finite()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,33 +17,32 @@ if TYPE_CHECKING:
     from transformers import Cache
 
 
-def read(
-    model: Any,
-    batches: Iterable[Tensor | Mapping[str, Any]],
-    recorder: Recorder,
-    *,
-    query: bool,
-    report: Callable[[int], object],
-) -> None:
-    """Shows the recorder the keys and values, and queries if wanted, of all tokens that are not padding.
+#: Token ids, or what a tokenizer returns; see `fp8kv.calibrate`.
+Batch: TypeAlias = "Tensor | Mapping[str, Any]"
+
+
+@contextmanager
+def reading(model: Any, recorder: Recorder, *, query: bool) -> Iterator[Callable[[Batch], int]]:
+    """A function by which the model reads a batch; it returns the number of tokens that are not padding.
 
     Args:
         model: a causal language model of `transformers`; it is afterwards as it was before.
-        batches: see `fp8kv.calibrate`.
-        recorder: is told of each batch, and sees every layer of it.
+        recorder: is told of each batch, and sees the keys and values of those tokens in every layer.
         query: whether it sees queries too.
-        report: called after each batch with the number of its tokens.
     """
     device = _input_device(model)
     num_embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
+
+    def read(batch: Batch) -> int:
+        ids, mask = _tokens(batch, num_embeddings)
+        if ids.numel():
+            recorder.expect(mask)
+            model(**_inputs(model, ids.to(device), mask.to(device), _recording_cache(model, recorder)))
+        return int(mask.sum())
+
     # Not inference_mode: buffers that a model computes in a forward pass would not be fit for training.
     with _evaluating(model), torch.no_grad(), _queries_of(recorder) if query else nullcontext():
-        for batch in batches:
-            ids, mask = _tokens(batch, num_embeddings)
-            if ids.numel():
-                recorder.expect(mask)
-                model(**_inputs(model, ids.to(device), mask.to(device), _recording_cache(model, recorder)))
-            report(int(mask.sum()))
+        yield read
 
 
 def cache_argument(model: Any) -> str:
@@ -64,7 +63,7 @@ def _inputs(model: Any, ids: Tensor, mask: Tensor, cache: Cache) -> dict[str, An
     return inputs
 
 
-def _tokens(batch: Tensor | Mapping[str, Any], num_embeddings: int | None) -> tuple[Tensor, Tensor]:
+def _tokens(batch: Batch, num_embeddings: int | None) -> tuple[Tensor, Tensor]:
     """Ids and mask ``[B, N]`` of a batch, without the rows that are nothing but padding."""
     mask = None
     if isinstance(batch, Mapping):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fp8kv._checks import quoted
-from fp8kv._dtypes import E4M3, FORMATS
+from fp8kv._dtypes import DEFAULT_FORMAT
 from fp8kv.quantization import dequantize, quantize, raise_head_amax, scale_of_amax
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class MinMaxObserver:
         _all_reduce(self.counts, ReduceOp.SUM, group)
 
     def scales(self) -> Tensor:
-        return scale_of_amax(self.amax, E4M3)
+        return scale_of_amax(self.amax, DEFAULT_FORMAT.dtype)
 
 
 class _HistogramObserver(MinMaxObserver):
@@ -206,7 +206,7 @@ class PercentileObserver(_HistogramObserver):
         needed = torch.tensor(wanted, device=self.amax.device).unsqueeze(1)
         index = (self.histogram.cumsum(1) < needed).sum(1)
         edges = torch.cat([self._edges(), self.amax.new_full((2,), math.inf)])
-        return scale_of_amax(torch.minimum(edges[index], self.amax), E4M3)
+        return scale_of_amax(torch.minimum(edges[index], self.amax), DEFAULT_FORMAT.dtype)
 
 
 class MSEObserver(_HistogramObserver):
@@ -236,13 +236,13 @@ class MSEObserver(_HistogramObserver):
         # A bin's edge may be above the largest element in it.
         values = torch.minimum(values, self.amax.unsqueeze(1))
         weights = self.histogram.double()
-        base = self.amax / torch.full_like(self.amax, 448.0)
-        smallest = torch.full_like(base, FORMATS[E4M3].min_scale)
+        base = self.amax / torch.full_like(self.amax, DEFAULT_FORMAT.max)
+        smallest = torch.full_like(base, DEFAULT_FORMAT.min_scale)
         best = torch.maximum(base, smallest)
         least = torch.full_like(base, math.inf, dtype=torch.float64)
         for factor in MSE_FACTORS:
             scale = torch.maximum(base * factor, smallest)
-            q, _ = quantize(values, scale.unsqueeze(1))
+            q, _ = quantize(values, scale.unsqueeze(1), dtype=DEFAULT_FORMAT.dtype)
             difference = dequantize(q, scale.unsqueeze(1), dtype=torch.float32).double() - values.double()
             error = (difference.square() * weights).sum(1)
             best = torch.where(error < least, scale, best)
@@ -255,7 +255,7 @@ def _all_reduce(tensor: Tensor, operation: object, group: ProcessGroup | None) -
     import torch.distributed as dist
 
     device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    travelling = tensor.to(device)
-    dist.all_reduce(travelling, operation, group=group)
-    if travelling is not tensor:
-        tensor.copy_(travelling)
+    reduced = tensor.to(device)
+    dist.all_reduce(reduced, operation, group=group)
+    if reduced is not tensor:
+        tensor.copy_(reduced)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fp8kv._checks import listed
 from fp8kv.quantization import raise_head_amax
 
 if TYPE_CHECKING:
@@ -83,11 +84,11 @@ class Observations:
             if sum(x.clipped)
         ]
         verdict = (
-            f"Warning: the scales in force clip {_listed(clipped)}."
+            f"Warning: the scales in force clip {listed(clipped, 'and')}."
             if clipped
             else "The scales in force clip none."
         )
-        return f"Observed {_listed(parts)}. {verdict}"
+        return f"Observed {listed(parts, 'and')}. {verdict}"
 
 
 def _heads(clipped: tuple[int, ...]) -> str:
@@ -95,11 +96,7 @@ def _heads(clipped: tuple[int, ...]) -> str:
     heads = [str(head) for head, count in enumerate(clipped) if count]
     if len(clipped) == 1:
         return ""
-    return f", head {heads[0]}" if len(heads) == 1 else f", heads {_listed(heads)}"
-
-
-def _listed(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    return f", head {heads[0]}" if len(heads) == 1 else f", heads {listed(heads, 'and')}"
 
 
 def _observe_groups(

@@ -9,16 +9,15 @@ from torch import Tensor
 
 from fp8kv._dtypes import FORMATS
 
-NAN_BYTE = 0x7F
 _QUIET_NAN = {torch.float32: 0x7FC00000, torch.float16: 0x7E00, torch.bfloat16: 0x7FC0}
 _INTEGER = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
 def encode(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The nearest FP8 values of fp32 `values`, ties to even, saturating; NaN becomes the byte 0x7F."""
-    limit = FORMATS[dtype].max
-    nearest = values.clamp(-limit, limit).to(dtype).view(torch.uint8)
-    return torch.where(values.isnan(), torch.full_like(nearest, NAN_BYTE), nearest).view(dtype)
+    format = FORMATS[dtype]
+    nearest = values.clamp(-format.max, format.max).to(dtype).view(torch.uint8)
+    return torch.where(values.isnan(), torch.full_like(nearest, format.nan_byte), nearest).view(dtype)
 
 
 def round_to(values: Tensor, dtype: torch.dtype) -> Tensor:

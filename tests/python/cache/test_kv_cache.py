@@ -36,7 +36,7 @@ from helpers import (
     empty_caches,
     fp8_boundaries,
     key_and_value,
-    neighbours,
+    neighbors,
     placed,
     random_bits,
     random_scales,
@@ -143,7 +143,7 @@ def test_plain_copies_round_to_nearest_even(device: torch.device, target: str) -
     exact = all_patterns(REAL[target]).float()
     exact = exact[exact.isfinite() & (exact >= 0)].sort().values
     ties = (exact[1:].double() + exact[:-1].double()) / 2
-    x = neighbours(ties.float(), 1).view(-1, 1, 3)
+    x = neighbors(ties.float(), 1).view(-1, 1, 3)
     x = torch.cat([x, torch.full((1, 1, 3), 3.4e38)])
     check(device, x, -x, torch.arange(len(x)), (len(x), 1), target)
 
@@ -169,7 +169,7 @@ def test_trap_scales_per_tensor(device: torch.device, cache: str) -> None:
 @each_fp8_cache
 def test_quotients_beside_every_rounding_boundary(device: torch.device, cache: str) -> None:
     finite = TRAP_SCALES[TRAP_SCALES.isfinite() & (TRAP_SCALES > 0)]
-    x = neighbours(finite[:, None] * fp8_boundaries(FP8[cache])[1:], 2).view(1, len(finite), -1)
+    x = neighbors(finite[:, None] * fp8_boundaries(FP8[cache])[1:], 2).view(1, len(finite), -1)
     check(device, x, -x, torch.tensor([1]), (2, 1), cache, (finite, finite))
 
 

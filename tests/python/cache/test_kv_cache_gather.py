@@ -39,7 +39,7 @@ from helpers import (
     empty_view,
     from_bits,
     key_and_value,
-    neighbours,
+    neighbors,
     placed,
     random_bits,
     random_scales,
@@ -200,7 +200,7 @@ def test_plain_copies_round_to_nearest_even(device: torch.device, real: torch.dt
     exact = all_patterns(real).float()
     exact = exact[exact.isfinite() & (exact >= 0)].sort().values
     ties = (exact[1:].double() + exact[:-1].double()) / 2
-    x = torch.cat([neighbours(ties.float(), 1).view(-1, 1, 1, 3), torch.full((1, 1, 1, 3), 3.4e38)])
+    x = torch.cat([neighbors(ties.float(), 1).view(-1, 1, 1, 3), torch.full((1, 1, 1, 3), 3.4e38)])
     check(device, (x, -x), *everything(x), "float32", real)
 
 

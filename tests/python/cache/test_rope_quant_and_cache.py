@@ -124,7 +124,7 @@ class Step:
 
 
 def assert_within_one_step(actual: Tensor, expected: Tensor) -> None:
-    """The same sign, or both about zero, and neighbours in the order of magnitudes."""
+    """The same sign, or both about zero, and neighbors in the order of magnitudes."""
     if actual.dtype == torch.float32:
         torch.testing.assert_close(actual.cpu(), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
         return

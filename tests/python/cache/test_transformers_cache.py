@@ -11,7 +11,7 @@ import gc
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -618,14 +618,7 @@ def test_resident_bytes_on_the_gpu(cuda: torch.device, name: str) -> None:
 # The static cache in compiled code
 
 
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compile_of_the_forward_pass(device: torch.device) -> None:
     """As a whole, prompt and single tokens: two compilations, whatever the length, and the bytes of eager.
 
@@ -660,7 +653,7 @@ def test_compile_of_the_forward_pass(device: torch.device) -> None:
         assert torch.equal(raw(a.storage.storage), raw(e.storage.storage))
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @full_and_sliding
 def test_generate_compiles_by_itself(name: str) -> None:
     """By the criteria of a GPU, from the second token on; windows keep a number, which compiles once more."""
@@ -680,7 +673,7 @@ def test_generate_compiles_by_itself(name: str) -> None:
     assert len(graphs) == {"Llama": 1, "Mistral": 2}[name]
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @full_and_sliding
 def test_generate_on_the_gpu_captures_graphs(cuda: torch.device, name: str) -> None:
     """As Transformers compiles by default: the tokens of the dynamic cache, in a second run, too."""

@@ -31,8 +31,9 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import fp8kv
+from devices import require_gpus
 from fp8kv.calibration import share, text_batches
-from helpers import assert_same_bytes, torch_threads
+from helpers import assert_same_bytes, each_strategy, torch_threads
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3,
@@ -49,7 +50,6 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 LLAMA = "Llama, 3 query heads for one of K"
 each_model = pytest.mark.parametrize("name", CONFIGS)
-each_strategy = pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
 each_observer = pytest.mark.parametrize("observer", ["static_minmax", "percentile", "mse"])
 MIN_SCALE = torch.tensor(1 / (448 * 512)).item()
 
@@ -413,8 +413,7 @@ def test_models_placed_by_accelerate(kind: str, tmp_path: Path) -> None:
 def test_layers_on_two_gpus(cuda: torch.device) -> None:
     import accelerate
 
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
+    require_gpus(2)
     expected = fp8kv.calibrate(make().to(cuda), [IDS], strategy="attn_head", query=True)
     model = make()
     places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": 1}

@@ -25,8 +25,8 @@ from checkpoint_files import (
 )
 from fp8kv import CheckpointError, KVCacheScheme, KVScales, LayerScales, Problem, load_kv_scales
 from fp8kv.checkpoint import reduce_query_scale
+from helpers import each_strategy
 
-each_strategy = pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
 K, V, Q = (f"{ATTENTION.format(layer=1)}.{letter}_scale" for letter in "kvq")
 
 

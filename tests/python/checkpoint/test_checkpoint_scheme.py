@@ -118,7 +118,7 @@ def test_an_attention_group_alone_is_the_scheme_of_keys_and_values_too(strategy:
 
 def test_fp8_linears_and_unknown_fields_are_tolerated() -> None:
     groups = {"group_0": FP8_LINEAR, "group_1": attention_group(new_field={"a": 1})}
-    given = config(config_groups=groups, kv_cache_scheme=scheme(colour="blue"), ignore=["lm_head"], more=[1])
+    given = config(config_groups=groups, kv_cache_scheme=scheme(color="blue"), ignore=["lm_head"], more=[1])
     assert from_config(given) == KVCacheScheme("attn_head", True, "static_minmax")
 
 

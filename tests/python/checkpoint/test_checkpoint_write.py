@@ -28,13 +28,13 @@ from fp8kv import CheckpointError, KVCacheScheme, KVScales, LayerScales
 from fp8kv.checkpoint._read.safetensors import StoredTensor
 from fp8kv.checkpoint._write import replace
 from fp8kv.checkpoint._write.scales import round_up
+from helpers import each_strategy
 
 LAYERS, HEADS, KV_HEADS = (
     SIZES[name] for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 )
 FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SCALES_FILE = "model-kv-scales.safetensors"
-each_strategy = pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
 each_query = pytest.mark.parametrize("query", [False, True], ids=["without query", "with query"])
 each_number_of_files = pytest.mark.parametrize("shards", [1, 3], ids=["single file", "sharded"])
 

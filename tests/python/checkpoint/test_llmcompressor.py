@@ -11,11 +11,11 @@ import torch
 
 import tiny_models
 from fp8kv import KVCacheScheme, audit_checkpoint, calibrate, load_kv_scales
+from helpers import each_strategy
 
 llmcompressor = pytest.importorskip("llmcompressor")
 
 TOKENS = torch.randint(1, 61, (4, 32), generator=torch.Generator().manual_seed(3))
-each_strategy = pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
 
 
 @pytest.fixture(scope="module")

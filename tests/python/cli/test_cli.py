@@ -12,16 +12,11 @@ import torch
 from typer.testing import CliRunner
 
 import fp8kv
+from command_line import PNG, output_of
+from fp8kv import bench
 from fp8kv.cli import _app, doctor
 
 runner = CliRunner()
-PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def invoke(*arguments: str) -> str:
-    result = runner.invoke(_app.app, list(arguments))
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def test_python_m_fp8kv_shows_the_commands() -> None:
@@ -36,7 +31,7 @@ def test_python_m_fp8kv_shows_the_commands() -> None:
 
 
 def test_doctor_is_content() -> None:
-    output = invoke("doctor")
+    output = output_of("doctor")
     assert fp8kv.__version__ in output
     assert f"PyTorch: {torch.__version__}" in output
     assert "self-test on CPU" in output
@@ -111,10 +106,12 @@ def test_bench_writes_table_json_and_picture(
     device: torch.device, what: list[str], only: str, works: set[str], tmp_path: Path
 ) -> None:
     numbers, picture = tmp_path / "bench.json", tmp_path / "bench.png"
-    output = invoke(
+    output = output_of(
         "bench", *what, "--quick", "--device", str(device), "--only", only,
         "--json", str(numbers), "--plot", str(picture),
     )  # fmt: skip
+    bench.Report.read_json(numbers).write_json(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == numbers.read_text()
     report = json.loads(numbers.read_text())
     assert report["torch"] == torch.__version__
     assert report["fp8kv"] == fp8kv.__version__

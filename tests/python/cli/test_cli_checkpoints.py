@@ -18,24 +18,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from typer.testing import CliRunner
 
 import checkpoint_files as files
+from command_line import PNG, invoke
 from fp8kv import KVCacheScheme, Problem
-from fp8kv.cli import _app
 from fp8kv.evaluation import inspection
 
-runner = CliRunner()
 LAYERS = files.SIZES["num_hidden_layers"]
 RED, PINK, GRAY = (214, 39, 40), (255, 95, 210), (207, 216, 227)
-
-
-def invoke(*arguments: str | Path, status: int = 0) -> str:
-    """The output, on one line."""
-    result = runner.invoke(_app.app, [str(argument) for argument in arguments])
-    assert result.exit_code == status, result.output
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    return " ".join(result.output.split())
 
 
 def attention(layer: int) -> str:
@@ -463,7 +453,7 @@ def test_calibrate_shows_the_table_and_what_to_do_next(
     assert "no problems" in output
     assert f"fp8kv inspect {out}" in output
     assert f"vllm serve {out} --kv-cache-dtype fp8" in output
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.read_bytes().startswith(PNG)
 
 
 @pytest.mark.parametrize("observer", ["static_minmax", "percentile", "mse"])

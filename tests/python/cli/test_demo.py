@@ -9,30 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import tiny_models
+from command_line import PNG, invoke
 from fp8kv import evaluation, load_kv_scales
-from fp8kv.cli import _app, _models, demo
+from fp8kv.cli import _models, demo
 from fp8kv.cli._command import CommandError
 
 pytest.importorskip("transformers")
 
-runner = CliRunner()
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def command(*arguments: str | Path, status: int = 0) -> str:
-    """The output, on one line."""
-    result = runner.invoke(_app.app, ["demo", *map(str, arguments)])
-    assert result.exit_code == status, result.output
-    return " ".join(result.output.split())
 
 
 def small(folder: Path, text: Path, picture: Path, *more: str | Path) -> list[str | Path]:
     return [
-        "--model", folder, "--text", text, "--windows", "1", "--window", "32", "--calibration-tokens", "64",
-        "--plot", picture, "--question", "w1 w2 w3", *more,
+        "demo", "--model", folder, "--text", text, "--windows", "1", "--window", "32",
+        "--calibration-tokens", "64", "--plot", picture, "--question", "w1 w2 w3", *more,
     ]  # fmt: skip
 
 
@@ -53,7 +45,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def story(tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
     out, before = tmp_path_factory.mktemp("story"), files_of(tiny_model)
     return Story(
-        command(*small(tiny_model, tiny_text, out / "demo.png", "--device", "cpu", "--out", out)), out, before
+        invoke(*small(tiny_model, tiny_text, out / "demo.png", "--device", "cpu", "--out", out)),
+        out,
+        before,
     )
 
 
@@ -66,7 +60,7 @@ def test_the_demo_shows_every_step(story: Story) -> None:
 
 
 def test_the_demo_leaves_a_picture(story: Story) -> None:
-    assert (story.out / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert (story.out / "demo.png").read_bytes().startswith(PNG)
     assert f"picture: {story.out / 'demo.png'}" in story.output
 
 
@@ -84,7 +78,7 @@ def test_the_model_stays_as_it_is(story: Story, tiny_model: Path) -> None:
 def test_the_demo_runs_on_a_gpu(
     tiny_model: Path, tiny_text: Path, tmp_path: Path, cuda: torch.device
 ) -> None:
-    output = command(*small(tiny_model, tiny_text, tmp_path / "demo.png", "--device", str(cuda)))
+    output = invoke(*small(tiny_model, tiny_text, tmp_path / "demo.png", "--device", str(cuda)))
     assert torch.cuda.get_device_name() in output
 
 
@@ -128,7 +122,9 @@ def test_what_is_missing_is_one_sentence(
         return find(name, *more)
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
-    output = command("--device", "cpu", "--cache-dir", tmp_path, "--plot", tmp_path / "x.png", status=1)
+    output = invoke(
+        "demo", "--device", "cpu", "--cache-dir", tmp_path, "--plot", tmp_path / "x.png", status=1
+    )
     assert output.endswith(f"error: {remedy}; or name a model of your own")
     assert list(tmp_path.iterdir()) == []
 
@@ -141,7 +137,7 @@ def test_what_is_missing_is_one_sentence(
     ],
 )
 def test_the_demo_refuses(option: str, value: str, sentence: str, tiny_model: Path, tiny_text: Path) -> None:
-    output = command(*small(tiny_model, tiny_text, tiny_model.parent / "x.png", option, value), status=2)
+    output = invoke(*small(tiny_model, tiny_text, tiny_model.parent / "x.png", option, value), status=2)
     assert output.startswith("error: ")
     assert sentence in output
 
@@ -152,7 +148,7 @@ def test_a_folder_for_checkpoints_that_holds_something_else_stays(
     (tmp_path / "per_head").mkdir()
     (tmp_path / "per_head" / "letter.txt").write_text("dear")
     arguments = small(tiny_model, tiny_text, tmp_path / "demo.png", "--device", "cpu", "--out", tmp_path)
-    output = command(*arguments, status=1)
+    output = invoke(*arguments, status=1)
     assert "error: a checkpoint cannot be written: " in output
     assert (tmp_path / "per_head" / "letter.txt").read_text() == "dear"
 

@@ -11,20 +11,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from typer.testing import CliRunner
 
 import tiny_models
+from command_line import PNG, invoke
 from fp8kv import KVScales, calibrate, evaluation
-from fp8kv.cli import _app, _models
+from fp8kv.cli import _models
 from helpers import torch_threads
 
 transformers = pytest.importorskip("transformers")
 
 from transformers import DynamicCache  # noqa: E402
 
-runner = CliRunner()
 WINDOW = 32
-PNG = b"\x89PNG\r\n\x1a\n"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -251,23 +249,16 @@ def test_a_text_that_is_too_short_is_refused() -> None:
 # The command
 
 
-def command(*arguments: str | Path, status: int = 0) -> str:
-    """The output, on one line."""
-    result = runner.invoke(_app.app, ["eval", *map(str, arguments)])
-    assert result.exit_code == status, result.output
-    return " ".join(result.output.split())
-
-
 def small(folder: Path, text: Path, *more: str | Path) -> list[str | Path]:
     return [
-        folder, "--text", text, "--windows", "2", "--window", str(WINDOW), "--calibration-tokens", "64",
-        "--device", "cpu", *more,
+        "eval", folder, "--text", text, "--windows", "2", "--window", str(WINDOW),
+        "--calibration-tokens", "64", "--device", "cpu", *more,
     ]  # fmt: skip
 
 
 def test_eval_writes_table_json_and_picture(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
     numbers, picture = tmp_path / "eval.json", tmp_path / "eval.png"
-    output = command(*small(tiny_model, tiny_text, "--json", numbers, "--plot", picture))
+    output = invoke(*small(tiny_model, tiny_text, "--json", numbers, "--plot", picture))
     report = json.loads(numbers.read_text())
     assert [row["cache"] for row in report["rows"]] == list(evaluation.CACHES)
     assert (report["model"], report["num_windows"], report["window"]) == ("tiny", 2, WINDOW)
@@ -279,7 +270,7 @@ def test_eval_writes_table_json_and_picture(tiny_model: Path, tiny_text: Path, t
 
 
 def test_eval_of_some_caches_has_the_16_bit_one_beside_them(tiny_model: Path, tiny_text: Path) -> None:
-    output = command(*small(tiny_model, tiny_text, "--only", "e5m2"))
+    output = invoke(*small(tiny_model, tiny_text, "--only", "e5m2"))
     assert "16-bit" in output
     assert "e5m2" in output
     assert "e4m3" not in output
@@ -291,7 +282,9 @@ def test_the_scales_of_a_checkpoint_are_a_row(
     ids = torch.arange(1, 60)[None]
     calibrate(model, [ids], strategy="attn_head").save(tmp_path / "mine", source=tiny_model)
     numbers = tmp_path / "eval.json"
-    command(*small(tiny_model, tiny_text, "--scales", tmp_path / "mine", "--only", "mine", "--json", numbers))
+    invoke(
+        *small(tiny_model, tiny_text, "--scales", tmp_path / "mine", "--only", "mine", "--json", numbers),
+    )
     rows = json.loads(numbers.read_text())["rows"]
     assert [row["cache"] for row in rows] == ["16-bit", "mine"]
     assert 0 < rows[1]["kl"] < 0.1
@@ -304,7 +297,7 @@ def test_a_model_with_scales_of_its_own_is_evaluated_like_without(
     reports = []
     for name, place in (("without", tiny_model), ("with", tmp_path / "own")):
         numbers = tmp_path / f"{name}.json"
-        command(*small(place, tiny_text, "--only", "16-bit", "--json", numbers))
+        invoke(*small(place, tiny_text, "--only", "16-bit", "--json", numbers))
         reports.append(json.loads(numbers.read_text())["rows"][0]["perplexity"])
     assert reports[0] == reports[1]
 
@@ -330,14 +323,14 @@ def test_a_model_with_scales_of_its_own_is_evaluated_like_without(
     ],
 )
 def test_eval_refuses(option: str, value: str, sentence: str, tiny_model: Path, tiny_text: Path) -> None:
-    output = command(*small(tiny_model, tiny_text, option, value), status=2)
+    output = invoke(*small(tiny_model, tiny_text, option, value), status=2)
     assert output.startswith("error: ")
     assert sentence in output
 
 
 def test_eval_of_a_damaged_model_is_one_sentence(tiny_text: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
-    output = command(*small(tmp_path, tiny_text), status=1)
+    output = invoke(*small(tmp_path, tiny_text), status=1)
     assert output.startswith("error: the model ")
 
 

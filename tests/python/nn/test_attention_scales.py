@@ -18,6 +18,7 @@ from helpers import (
     assert_same_bytes,
     each_fp8,
     each_real,
+    each_strategy,
     empty_caches,
     key_and_value,
     placed,
@@ -32,7 +33,6 @@ BUFFERS = [f"{side}_{kind}" for side in "qkv" for kind in ("scale", "amax", "cli
 #: Heads of Q, heads of K and V.
 HEADS = {"MHA": (4, 4), "GQA": (6, 2), "MQA": (4, 1), "one head": (1, 1)}
 each_heads = pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
-each_strategy = pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
 #: Where a tensor of an engine can lie.
 PLACES = ["contiguous", "offset 1", "transposed", "columns", "rows", "steps", "inside"]
 each_place = pytest.mark.parametrize("place", PLACES)

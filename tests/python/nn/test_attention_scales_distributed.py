@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from devices import require_gpus
 from fp8kv import AttentionScales, KVCacheScheme, KVScales, LayerScales, PagedKVCache, reference
-from helpers import random_scales, values
+from helpers import each_strategy, random_scales, values
 
 NUM_HEADS, HEAD_SIZE, TOKENS = 8, 16, 10
 E4M3 = torch.float8_e4m3fn
@@ -82,14 +83,11 @@ def _serve(backend: str, rank: int, size: int, store: str, tasks: Any, results: 
 )
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     backend, size = request.param
-    if backend == "nccl" and torch.cuda.device_count() < size:
-        pytest.skip(f"needs {size} GPUs")
+    if backend == "nccl":
+        require_gpus(size)
     group = Ranks(backend, size, tmp_path_factory.mktemp("ranks"))
     yield group
     group.end()
-
-
-each_strategy = pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
 
 
 def share(rank: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:

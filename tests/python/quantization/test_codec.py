@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fp8kv import _introspect, static_scaled_fp8_quant
-from helpers import FP8, all_fp8, assert_same_bytes, each_fp8, fp8_boundaries, from_bits, neighbours
+from helpers import FP8, all_fp8, assert_same_bytes, each_fp8, fp8_boundaries, from_bits, neighbors
 
 NAMES = {dtype: name for name, dtype in FP8.items()}
 
@@ -40,8 +40,8 @@ def test_all_fp32_values(device: torch.device, fp8: torch.dtype) -> None:
 
 
 def boundary_values(fp8: torch.dtype) -> Tensor:
-    """Every value at which the byte changes, four neighbours on either side, both signs, and the specials."""
-    near = neighbours(fp8_boundaries(fp8)[1:], 4).flatten()
+    """Every value at which the byte changes, four neighbors on either side, both signs, and the specials."""
+    near = neighbors(fp8_boundaries(fp8)[1:], 4).flatten()
     specials = from_bits(
         [
             0,

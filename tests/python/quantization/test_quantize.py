@@ -15,7 +15,7 @@ from helpers import (
     each_fp8,
     each_real,
     fp8_boundaries,
-    neighbours,
+    neighbors,
     random_scales,
     require_gpu_memory,
     values,
@@ -62,7 +62,7 @@ def test_every_16_bit_value_with_trap_scales_per_channel(
 def boundary_inputs(scales: Tensor, fp8: torch.dtype) -> Tensor:
     """For each scale a row of fp32 inputs whose quotients lie on the rounding boundaries or just beside."""
     boundaries = fp8_boundaries(fp8)[1:]
-    near = neighbours(scales[:, None] * boundaries, 2).reshape(len(scales), -1)
+    near = neighbors(scales[:, None] * boundaries, 2).reshape(len(scales), -1)
     return torch.cat([near, -near], dim=1)
 
 

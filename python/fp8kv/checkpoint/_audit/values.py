@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fp8kv._checks import Strategy, is_scale
-from fp8kv._dtypes import E4M3, FORMATS
+from fp8kv._dtypes import DEFAULT_FORMAT
 from fp8kv.checkpoint._read.config import Heads
 from fp8kv.checkpoint._read.scales import StoredScale, StoredScales
 from fp8kv.checkpoint.problems import Problem, make_problem
@@ -19,7 +19,7 @@ _FAR = 2.5
 #: Of any scale: elements up to 4e-5, or above 4e7, are none of keys, values or queries.
 _SMALLEST, _LARGEST = 1e-7, 1e5
 #: What a head that was always zero gets, in 16 bits perhaps.
-_MIN_SCALE = FORMATS[E4M3].min_scale
+_MIN_SCALE = DEFAULT_FORMAT.min_scale
 
 #: Layer and letter.
 Place = tuple[int, str]

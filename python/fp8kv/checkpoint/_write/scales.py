@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fp8kv._checks import Strategy, is_scale
-from fp8kv._dtypes import E4M3, dtype_name
+from fp8kv._dtypes import DEFAULT_FORMAT, dtype_name
 from fp8kv.checkpoint._write.safetensors import NewTensor
 from fp8kv.checkpoint._write.source import Source
 
@@ -36,7 +36,7 @@ def scale_tensors(
             stored = _checked_round_up(scale, dtype, f"scales[{index}].{letter}")
             tensors[f"{module}.{letter}_scale"] = NewTensor.of(stored)
             if query:
-                zero_point = torch.zeros(stored.shape).to(E4M3)
+                zero_point = torch.zeros(stored.shape).to(DEFAULT_FORMAT.dtype)
                 zero_points[f"{module}.{letter}_zero_point"] = NewTensor.of(zero_point)
     return {**tensors, **zero_points}, list(modules.values())
 
