@@ -116,7 +116,7 @@ def paged_attention(
     if softmax_scale is None:
         softmax_scale = max(1, head_size) ** -0.5
     if max_query_len is None:
-        max_query_len = 1 if cu_query_lens is None else num_rows
+        max_query_len = 1 if cu_query_lens is None else max(1, num_rows)
     if out is None:
         dtype = query.dtype if query.dtype in REAL_DTYPES else torch.bfloat16
         out = torch.empty(query.shape, dtype=dtype, device=query.device)
