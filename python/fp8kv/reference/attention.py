@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from itertools import pairwise
 
 import torch
@@ -76,20 +77,23 @@ def paged_attention(
         _seen_positions(lengths[s], starts[s], len(rows), sliding_window) for s, rows in enumerate(rows_of)
     ]
     # Every block is looked up before anything is written.
-    places = [_places(s, positions, block_table, key_cache) for s, positions in enumerate(seen)]
+    found = [_look_up(s, ranges, block_table, key_cache) for s, ranges in enumerate(seen)]
 
     group = num_heads // max(1, key_cache.shape[2])
     sink = q.new_empty(num_heads, 0) if sinks is None else sinks.double().unsqueeze(-1)
-    for rows, places_of_sequence in zip(rows_of, places, strict=True):
-        for row, place in zip(rows, places_of_sequence, strict=True):
-            k = _dequantized(key_cache, place, group, *k_parameters)
-            v = _dequantized(value_cache, place, group, *v_parameters)
-            logits = softmax_scale * (k @ q[row].unsqueeze(-1)).squeeze(-1)
+    for rows, ranges, (positions, place) in zip(rows_of, seen, found, strict=True):
+        # [num_kv_heads, positions, head_size]
+        keys = _dequantized(key_cache, place, *k_parameters).transpose(0, 1)
+        values = _dequantized(value_cache, place, *v_parameters).transpose(0, 1)
+        for row, sees in zip(rows, ranges, strict=True):
+            part = slice(bisect_left(positions, sees.start), bisect_left(positions, sees.stop))
+            k, v = keys[:, part], values[:, part]
+            logits = softmax_scale * (q[row].reshape(-1, group, head_size) @ k.mT).flatten(0, 1)
             if softcap > 0:
                 logits = softcap * torch.tanh(logits / softcap)
             log_sum = torch.cat((logits, sink), 1).logsumexp(1)
             weights = torch.exp(logits - log_sum.unsqueeze(-1))
-            out[row] = (weights.unsqueeze(1) @ v).squeeze(1).to(out.dtype)
+            out[row] = (weights.reshape(len(v), group, -1) @ v).flatten(0, 1).to(out.dtype)
             if lse is not None:
                 lse[row] = log_sum.to(lse.dtype)
     return out
@@ -97,38 +101,35 @@ def paged_attention(
 
 def _seen_positions(length: int, start: int, num_queries: int, sliding_window: int | None) -> list[range]:
     """What each query of a sequence sees."""
-    positions = []
+    ranges = []
     for i in range(num_queries):
         own = length - num_queries + i
         first = max(start, own - sliding_window + 1) if sliding_window else start
-        positions.append(range(max(first, 0), own + 1))
-    return positions
+        ranges.append(range(max(first, 0), own + 1))
+    return ranges
 
 
-def _places(
+def _look_up(
     sequence: int, seen: list[range], block_table: Tensor, cache: Tensor
-) -> list[tuple[Tensor, Tensor]]:
-    """Blocks and offsets of the positions that each query sees."""
+) -> tuple[list[int], tuple[Tensor, Tensor]]:
+    """The positions of a sequence that any query sees, ascending, with their blocks and offsets."""
     num_blocks, block_size = cache.shape[:2]
-    # Entries of blocks that nobody sees are not looked at.
     table = block_table[sequence].tolist()
-    places = []
-    for positions in seen:
-        blocks, offsets = [], []
-        for position in positions:
-            entry, offset = divmod(position, block_size)
-            block = table[entry] if entry < len(table) else -1
-            if 0 <= block < num_blocks:
-                blocks.append(block)
-                offsets.append(offset)
-            elif cache.device.type == "cpu":
-                fail(
-                    _OP,
-                    f"block_table has no block of the cache for position {position} of sequence {sequence}",
-                )
-        index = torch.tensor([blocks, offsets], dtype=torch.int64, device=cache.device)
-        places.append((index[0], index[1]))
-    return places
+    positions, blocks, offsets = [], [], []
+    for position in sorted(set().union(*seen)):
+        entry, offset = divmod(position, block_size)
+        block = table[entry] if entry < len(table) else -1
+        if 0 <= block < num_blocks:
+            positions.append(position)
+            blocks.append(block)
+            offsets.append(offset)
+        elif cache.device.type == "cpu":
+            fail(
+                _OP,
+                f"block_table has no block of the cache for position {position} of sequence {sequence}",
+            )
+    index = torch.tensor([blocks, offsets], dtype=torch.int64, device=cache.device)
+    return positions, (index[0], index[1])
 
 
 def _rows(
@@ -155,20 +156,14 @@ def _rows(
 
 
 def _dequantized(
-    cache: Tensor,
-    place: tuple[Tensor, Tensor],
-    group: int,
-    scale: Tensor | None,
-    offset: Tensor | None,
+    cache: Tensor, place: tuple[Tensor, Tensor], scale: Tensor | None, offset: Tensor | None
 ) -> Tensor:
-    """[num_heads, positions, head_size]: each KV head once for each query head that reads it."""
+    """[positions, num_kv_heads, head_size]"""
     integers = cache.view(torch.uint8) if cache.dtype in FORMATS else cache
     x = integers[place].view(cache.dtype).double()
     if scale is not None:
         x = x * scale[place].double()
-    if offset is not None:
-        x = x + offset.double()
-    return x.repeat_interleave(group, 1).transpose(0, 1)
+    return x if offset is None else x + offset.double()
 
 
 def _parameters(scale: Tensor, offset: Tensor | None, cache: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -189,7 +189,7 @@ def test_few_queries(device: torch.device, queries: int) -> None:
 @pytest.mark.parametrize("count", [1, 3, 17, 40])
 def test_more_queries_than_tokens(device: torch.device, count: int) -> None:
     out, lse = check(device, lengths=(2, 0), queries=(count, count))
-    assert not out[: count - 2].any()
+    assert not out[: max(0, count - 2)].any()
     assert not out[count:].any()
     assert lse[count:].eq(-INF).all()
 
@@ -318,13 +318,11 @@ def test_the_largest_values_of_the_format(device: torch.device, size: float, cac
 
 
 def test_large_logits(device: torch.device) -> None:
-    """One token takes all the weight, first in one place and then in another."""
-    inputs = make(Problem(lengths=(64,) * 64, heads=(1, 1), head_size=16))
-    key = torch.zeros(64, 64, 1, 16)
+    """One token takes all the weight, wherever it is."""
+    key = torch.zeros(64, 64, 1, 16)  # block s belongs to sequence s
     key[:, :, 0, 0] = torch.eye(64)
     value = torch.arange(64.0).expand(64, 64).reshape(64, 64, 1, 1).expand(64, 64, 1, 16)
-    del inputs
-    query = torch.zeros(64, 1, 16, dtype=torch.bfloat16)
+    query = torch.zeros(64, 1, 16, dtype=torch.bfloat16, device=device)
     query[:, 0, 0] = 300.0
     caches = [x.to(E4M3).to(device) for x in (key, value)]
     table = torch.arange(64, dtype=torch.int32, device=device)[:, None]
@@ -332,9 +330,8 @@ def test_large_logits(device: torch.device) -> None:
     lengths = torch.full((64,), 64, dtype=torch.int32, device=device)
     for num_splits in (0, 1, 4):
         out = fp8kv.paged_attention(
-            query.to(device), *caches, table, lengths, k_scale=one, v_scale=one, softmax_scale=1.0,
-            num_splits=num_splits,
-        )  # fmt: skip
+            query, *caches, table, lengths, k_scale=one, v_scale=one, softmax_scale=1.0, num_splits=num_splits
+        )
         assert torch.equal(out[:, 0, 3].cpu().float(), torch.arange(64.0).to(E4M3).float())
 
 
@@ -397,9 +394,9 @@ def test_the_cache_supplies_what_is_its_own(device: torch.device, kind: dict[str
 
 def test_attend_refuses_indices_that_are_not_integers() -> None:
     cache = fp8kv.PagedKVCache(6, 4, 2, 64)
-    with pytest.raises(ValueError, match="^PagedKVCache.attend: seq_lens must be integers, got float32$"):
+    with pytest.raises(ValueError, match=r"^PagedKVCache\.attend: seq_lens must be integers, got float32$"):
         cache.attend(torch.ones(1, 2, 64), torch.tensor([[1]]), torch.ones(1))
-    with pytest.raises(ValueError, match="^PagedKVCache.attend: block_table must be integers, got bool$"):
+    with pytest.raises(ValueError, match=r"^PagedKVCache\.attend: block_table must be integers, got bool$"):
         cache.attend(torch.ones(1, 2, 64), torch.tensor([[True]]), [1])
 
 
@@ -436,14 +433,16 @@ def test_indices_out_of_range(device: torch.device, changes: dict[str, Any]) -> 
     """They raise on the CPU before anything is written; on CUDA such positions are not seen."""
     inputs = make(Problem(lengths=(37, 1, 40), queries=(1, 1, 1)))
     if "table" in changes:
-        s, entry, block = changes.pop("table")
+        s, entry, block = changes["table"]
         inputs.table[s, entry] = block if block < 0 else len(inputs.caches[0]) + block
-    options = inputs.options | changes
+    options = inputs.options | {k: x for k, x in changes.items() if k != "table"}
     out = torch.full((4, 4, 64), 7.0, device=device)
     tensors = [x.to(device) for x in (inputs.query, *inputs.caches, inputs.table)]
     at = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in options.items()}
     if device.type == "cpu":
-        with pytest.raises(RuntimeError, match=r"^fp8kv::paged_attention: (block_table|seq_|cu_query_lens)"):
+        with pytest.raises(
+            RuntimeError, match=r"^fp8kv::paged_attention: (block_table|seq_|cu_query_lens|query|out)"
+        ):
             fp8kv.paged_attention(*tensors, **at, out=out)
         assert out.unique().tolist() == [7.0]
         return
@@ -550,7 +549,7 @@ def problems(draw: st.DrawFn) -> Problem:
     )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(problem=problems())
 def test_random_problems(device: torch.device, problem: Problem) -> None:
     check(device, replace(problem))
