@@ -31,6 +31,7 @@ from fp8kv.group_shape import GroupShape
 from fp8kv.kv_cache import (
     PagedKVCache,
     gather_and_dequant_cache,
+    paged_attention,
     reshape_and_cache_flash,
     reshape_and_cache_flash_dynamic,
     rope_quant_and_cache,
@@ -73,6 +74,7 @@ __all__ = [
     "group_amax",
     "include_dir",
     "load_kv_scales",
+    "paged_attention",
     "quantize",
     "reference",
     "remap_scale_name",

@@ -12,6 +12,7 @@ from torch import Tensor
 from fp8kv._checks import LAYOUTS, check_choice, check_scale_values, quoted
 from fp8kv._dtypes import CACHE_DTYPES, CACHE_NAMES, FORMATS, dtype_name
 from fp8kv.kv_cache import ops
+from fp8kv.kv_cache.attention import paged_attention
 from fp8kv.quantization import dequantize, quantize
 
 _INT32 = torch.iinfo(torch.int32)
@@ -61,7 +62,7 @@ class PagedKVCache:
         PagedKVCache(num_blocks=8, block_size=16, num_kv_heads=2, head_size=64, dtype='fp8', layout='NHD',
                      scales='per tensor', device='cpu', 0.03125 MiB)
 
-    See also: `reshape_and_cache_flash`, `gather_and_dequant_cache`.
+    See also: `reshape_and_cache_flash`, `gather_and_dequant_cache`, `paged_attention`.
     """
 
     def __init__(
@@ -258,6 +259,84 @@ class PagedKVCache:
         gather_rows(self, *out, table, cu_seq_lens, starts)
         return out
 
+    def attend(
+        self,
+        query: Tensor,
+        block_table: Tensor,
+        seq_lens: Sequence[int] | Tensor,
+        *,
+        softmax_scale: float | None = None,
+        cu_query_lens: Sequence[int] | Tensor | None = None,
+        max_query_len: int | None = None,
+        max_seq_len: int | None = None,
+        q_scale: Tensor | None = None,
+        seq_starts: Sequence[int] | Tensor | None = None,
+        sliding_window: int | None = None,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+        k_offset: Tensor | None = None,
+        v_offset: Tensor | None = None,
+        lse: Tensor | None = None,
+        num_splits: int = 0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of queries to sequences of this cache.
+
+        It is `paged_attention`, which says more of each argument. The tokens of the queries are appended
+        before. Index tensors may be on any device and of any integer dtype; int32 on the device of the cache
+        needs no conversion.
+
+        Args:
+            query: ``[num_tokens, num_heads, head_size]``: float32, float16, bfloat16, or of the FP8 dtype of
+                the cache, with `q_scale`.
+            block_table: ``[num_seqs, max_blocks]``, the blocks of each sequence.
+            seq_lens: ``[num_seqs]``, tokens of each sequence, those of its queries included.
+            softmax_scale: None: ``head_size ** -0.5``.
+            cu_query_lens: ``[num_seqs + 1]``: queries of each sequence; None: one query for each.
+            max_query_len: upper bound of the queries of a sequence.
+            max_seq_len: upper bound of `seq_lens`.
+            q_scale: of an FP8 query.
+            seq_starts: ``[num_seqs]``, the first position that is seen; None: 0.
+            sliding_window: how many positions a query sees, its own included; None: all.
+            softcap: bound of the logits; 0: none.
+            sinks: ``[num_heads]``, a logit without a value for each head.
+            k_offset: ``[num_kv_heads, head_size]``, added to K.
+            v_offset: likewise, to V.
+            lse: ``[num_tokens, num_heads]``, written.
+            num_splits: parts of the keys; 0: as many as are best.
+            out: ``[num_tokens, num_heads, head_size]`` to write into.
+
+        Returns:
+            `out`, or a tensor of the shape of `query`.
+
+        Raises:
+            ValueError: index tensors are not integers.
+            RuntimeError: as `paged_attention`.
+
+        Example:
+            >>> import torch, fp8kv
+            >>> cache = fp8kv.PagedKVCache(4, 2, 1, 2)
+            >>> value = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]], [[5.0, 6.0]]])
+            >>> cache.append(torch.zeros(3, 1, 2), value, torch.tensor([6, 7, 0]))  # in blocks 3 and 0
+            >>> query = torch.ones(1, 4, 2)  # one token of 4 heads; the keys are 0, so it takes the mean
+            >>> cache.attend(query, torch.tensor([[3, 0]]), [3])[0, 0].tolist()
+            [3.0, 4.0]
+        """
+
+        def indices(name: str, values: Sequence[int] | Tensor | None) -> Tensor | None:
+            return None if values is None else self._int32(name, values, "attend")
+
+        key_cache, value_cache = self._caches()
+        return paged_attention(
+            query, key_cache, value_cache, self._int32("block_table", block_table, "attend"),
+            self._int32("seq_lens", seq_lens, "attend"), kv_cache_dtype=self.kv_cache_dtype,
+            k_scale=self.k_scale, v_scale=self.v_scale, softmax_scale=softmax_scale,
+            cu_query_lens=indices("cu_query_lens", cu_query_lens), max_query_len=max_query_len,
+            max_seq_len=max_seq_len, q_scale=q_scale, seq_starts=indices("seq_starts", seq_starts),
+            sliding_window=sliding_window, softcap=softcap, sinks=sinks, k_offset=k_offset,
+            v_offset=v_offset, lse=lse, num_splits=num_splits, out=out,
+        )  # fmt: skip
+
     def _caches(self) -> tuple[Tensor, Tensor]:
         """`key_cache` and `value_cache`; in compiled code made again from the tensor that both are views of.
 
@@ -270,11 +349,11 @@ class PagedKVCache:
         key, value = self.storage.unbind(1)
         return (key, value) if self.layout == "NHD" else (key.transpose(1, 2), value.transpose(1, 2))
 
-    def _int32(self, name: str, values: Sequence[int] | Tensor) -> Tensor:
+    def _int32(self, name: str, values: Sequence[int] | Tensor, method: str = "gather") -> Tensor:
         """On the device of the cache. What int32 can't hold becomes its largest or smallest value."""
         if isinstance(values, Tensor) and values.dtype == torch.int32:
             return values.to(self.device)
-        return _integers(name, values).clamp(_INT32.min, _INT32.max).to(self.device, torch.int32)
+        return _integers(name, values, method).clamp(_INT32.min, _INT32.max).to(self.device, torch.int32)
 
     def copy_blocks(
         self, block_mapping: Sequence[tuple[int, int]] | Tensor, source: PagedKVCache | None = None

@@ -1,7 +1,8 @@
 """The executable specification: every operator in plain PyTorch, with the same names, arguments and bytes.
 
 Slow and simple on purpose; it works on CPU and CUDA tensors and is what the tests compare every kernel with.
-The rules are those of docs/numerics.md.
+The rules are those of docs/numerics.md. `paged_attention` alone does not give the same bytes: it computes in
+fp64, and the kernels within the bound that `fp8kv.paged_attention` names.
 
 Example:
     >>> import torch, fp8kv
@@ -14,6 +15,7 @@ Example:
 
 from __future__ import annotations
 
+from fp8kv.reference.attention import paged_attention
 from fp8kv.reference.kv_cache import (
     gather_and_dequant_cache,
     reshape_and_cache_flash,
@@ -39,6 +41,7 @@ __all__ = [
     "gather_and_dequant_cache",
     "group_amax",
     "min_scale",
+    "paged_attention",
     "quantize",
     "reshape_and_cache_flash",
     "reshape_and_cache_flash_dynamic",

@@ -1,0 +1,128 @@
+"""Attention that reads the paged KV cache as it is stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fp8kv._dtypes import REAL_DTYPES
+from fp8kv._ops import operator
+
+attention = operator("paged_attention")
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    kv_cache_dtype: str = "fp8",
+    k_scale: Tensor,
+    v_scale: Tensor,
+    softmax_scale: float | None = None,
+    cu_query_lens: Tensor | None = None,
+    max_query_len: int | None = None,
+    max_seq_len: int | None = None,
+    q_scale: Tensor | None = None,
+    seq_starts: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    k_offset: Tensor | None = None,
+    v_offset: Tensor | None = None,
+    lse: Tensor | None = None,
+    num_splits: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of queries to sequences in a paged cache, which is dequantized as it is read.
+
+    Position p of sequence s lies in block ``block_table[s, p // block_size]`` at ``p % block_size``. The i-th
+    of the L queries of s is the token at position ``seq_lens[s] - L + i``, which was appended before; it sees
+    the positions up to its own. With ``q = q_scale * query``, ``k = k_scale * key_cache + k_offset`` and
+    ``v = v_scale * value_cache + v_offset``::
+
+        logit[p] = softmax_scale * (q . k[p])
+        logit[p] = softcap * tanh(logit[p] / softcap)        where softcap > 0
+        lse      = log(sum(exp(logit[p])) + exp(sink))
+        out      = sum(exp(logit[p] - lse) * v[p])
+
+    Head h of the query reads head ``h // (num_heads // num_kv_heads)`` of K and V. A query that sees nothing
+    gets zeros, and as `lse` the sink or -inf. Bytes and scales of positions that are not seen never matter.
+    The result is within ``2^-8 * max|v|`` of `fp8kv.reference.paged_attention`, which computes in fp64.
+
+    Lengths stay on the device: nothing is synchronized, so calls can be captured in CUDA graphs.
+
+    Args:
+        query: ``[num_tokens, num_heads, head_size]``, any strides, such as a slice of a fused QKV tensor:
+            float32, float16, bfloat16, or of the FP8 dtype of the caches, with `q_scale`. num_heads is a
+            multiple of num_kv_heads. Rows that belong to no sequence are padding.
+        key_cache: as for `reshape_and_cache_flash`, as is `value_cache`; read.
+        value_cache: likewise.
+        block_table: int32 ``[num_seqs, max_blocks]``; entries of positions that are not seen may be anything.
+        seq_lens: int32 ``[num_seqs]``, tokens of each sequence in the cache, those of its queries included.
+        kv_cache_dtype: as for `reshape_and_cache_flash`.
+        k_scale: float32: 1 or num_kv_heads elements; per channel ``[num_kv_heads, head_size]``; or the scales
+            of `reshape_and_cache_flash_dynamic`, ``[num_blocks, block_size, num_kv_heads]``. Not used
+            without FP8.
+        v_scale: likewise.
+        softmax_scale: None: ``head_size ** -0.5``.
+        cu_query_lens: int32 ``[num_seqs + 1]``, 0 and the running sums of the numbers of queries: those of
+            sequence s are the rows ``cu_query_lens[s]`` to ``cu_query_lens[s + 1]``. None: row s is the one
+            query of s.
+        max_query_len: an upper bound of the queries of a sequence, which chooses how the work is divided.
+            None: 1 without `cu_query_lens`, else the rows of `query`.
+        max_seq_len: likewise of `seq_lens`. None: what `block_table` can hold.
+        q_scale: float32, 1, num_kv_heads or num_heads elements, of an FP8 query and only of that.
+        seq_starts: int32 ``[num_seqs]``, the first position of each sequence that is seen, as in batches
+            padded on the left; None: 0.
+        sliding_window: a query sees that many positions at most, the last of which is its own; None: all.
+        softcap: 0: none.
+        sinks: float32 or the dtype of `query`, ``[num_heads]``; None: no sinks.
+        k_offset: float32 ``[num_kv_heads, head_size]``; None: 0. For FP8 caches.
+        v_offset: likewise.
+        lse: float32 ``[num_tokens, num_heads]``, any strides; written. With it, results for parts of a
+            sequence can be merged.
+        num_splits: into how many parts the keys of a sequence are divided; 0: as many as are best. The same
+            number gives the same bits in every run; with 1 they do not depend on the rest of the batch.
+        out: float32, float16 or bfloat16 ``[num_tokens, num_heads, head_size]``, any strides; written. Rows
+            that belong to no sequence stay as they are. None: a new tensor of the dtype of `query`, bfloat16
+            for an FP8 query, in which such rows are not initialized.
+
+    Returns:
+        `out`, or the new tensor.
+
+    Raises:
+        RuntimeError: an argument doesn't fit, or, on the CPU, a length is out of range or a position that is
+            seen has no block of the cache. Nothing is written then. On CUDA such positions are not seen; they
+            raise with the environment variable FP8KV_DEBUG=1.
+
+    Example:
+        >>> import torch, fp8kv
+        >>> key_cache, value_cache = torch.zeros(2, 4, 16, 1, 64, dtype=torch.float8_e4m3fn)
+        >>> key, value, one = torch.zeros(20, 1, 64), torch.ones(20, 1, 64), torch.tensor([1.0])
+        >>> slots = torch.arange(32, 52)  # 16 tokens in block 2, 4 in block 3
+        >>> fp8kv.reshape_and_cache_flash(key, value, key_cache, value_cache, slots, "fp8", one, one)
+        >>> table, lengths = torch.tensor([[2, 3]]).int(), torch.tensor([20]).int()
+        >>> out = fp8kv.paged_attention(
+        ...     torch.randn(1, 8, 64), key_cache, value_cache, table, lengths, k_scale=one, v_scale=one)
+        >>> out.shape, out.dtype, out.round(decimals=2).unique().tolist()
+        (torch.Size([1, 8, 64]), torch.float32, [1.0])
+
+    See also: `reshape_and_cache_flash`, `PagedKVCache.attend`.
+    """
+    num_rows, _, head_size = query.shape
+    if softmax_scale is None:
+        softmax_scale = max(1, head_size) ** -0.5
+    if max_query_len is None:
+        max_query_len = 1 if cu_query_lens is None else num_rows
+    if out is None:
+        dtype = query.dtype if query.dtype in REAL_DTYPES else torch.bfloat16
+        out = torch.empty(query.shape, dtype=dtype, device=query.device)
+    attention(
+        query, key_cache, value_cache, out, block_table, seq_lens, kv_cache_dtype, k_scale, v_scale,
+        softmax_scale, cu_query_lens, max_query_len, max_seq_len or 0, q_scale, seq_starts,
+        sliding_window or 0, softcap, sinks, k_offset, v_offset, lse, None, num_splits,
+    )  # fmt: skip
+    return out
