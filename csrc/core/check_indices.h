@@ -1,7 +1,7 @@
 // Index tensors in host memory, and the checks that need their elements.
 #pragma once
 
-#include "core/rope_layout.h"
+#include "core/attention_layout.h"
 
 namespace fp8kv::core {
 
@@ -34,5 +34,10 @@ FP8KV_API void check_positions(const char* op, const TensorView& positions, cons
 // Throws Error if the sums do not begin with 0, fall, or exceed the rows of key; if a sequence starts below 0 or is longer than
 // its row of the table; if an entry of the table that is needed is no block of the cache.
 FP8KV_API void check_sequences(const CacheGather& problem, const CacheLayout& layout);
+
+// Throws Error if the sums of query lengths do not begin with 0, fall, or exceed the rows of query, out or lse; if a sequence
+// starts below 0, or its length is negative or more than its row of the table holds; if an entry of the table with a position
+// that is seen is no block of the cache.
+FP8KV_API void check_attention(const PagedAttention& problem, const AttentionLayout& layout);
 
 }  // namespace fp8kv::core

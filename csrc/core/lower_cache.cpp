@@ -10,10 +10,6 @@ namespace fp8kv {
 namespace core {
 namespace {
 
-void check_int32(const Argument& a) {
-  if (a.view.dtype != DType::Int32) fail(a.op, a.name, "be int32", name(a.view.dtype));
-}
-
 // What the elements of the caches are; `wanted` and the tensors must agree.
 DType cache_element(const Argument& key_cache, const Argument& value_cache, std::optional<DType> wanted, bool must_quantize) {
   const DType actual = key_cache.view.dtype, element = wanted.value_or(actual);
@@ -40,6 +36,10 @@ void check_ndim(const Argument& a, int ndim, const char* form) {
   if (a.view.ndim != ndim) fail(a.op, a.name, std::string("have the shape ") + form, "shape " + shape_string(a.view));
 }
 
+void check_int32(const Argument& a) {
+  if (a.view.dtype != DType::Int32) fail(a.op, a.name, "be int32", name(a.view.dtype));
+}
+
 void check_int32_or_int64(const Argument& a) {
   if (a.view.dtype != DType::Int32 && a.view.dtype != DType::Int64) fail(a.op, a.name, "be int32 or int64", name(a.view.dtype));
 }
@@ -50,40 +50,54 @@ void check_companion(const Argument& a, const Argument& key, void (*check_dtype)
   check_same_device(a, key);
 }
 
+CacheLayout lower_caches(const Argument& key_cache, const Argument& value_cache, std::optional<DType> kv_cache_dtype,
+                         bool must_quantize, const Argument& key) {
+  CacheLayout layout;
+  layout.cache_dtype = cache_element(key_cache, value_cache, kv_cache_dtype, must_quantize);
+  for (const Argument* a : {&key_cache, &value_cache}) check_same_device(*a, key);
+  check_ndim(key_cache, 4, "[num_blocks, block_size, num_kv_heads, head_size]");
+  check_same_shape(value_cache, key_cache);
+
+  const std::int64_t* sizes = key_cache.view.sizes;
+  layout.num_blocks = sizes[0], layout.block_size = sizes[1], layout.num_heads = sizes[2], layout.head_size = sizes[3];
+  const auto view_of = [](const TensorView& cache) {
+    const std::int64_t* s = cache.strides;
+    return PagedView{cache.data, s[0], s[1], s[2], s[3]};
+  };
+  layout.k.cache = view_of(key_cache.view);
+  layout.v.cache = view_of(value_cache.view);
+  return layout;
+}
+
 CacheLayout lower_heads_and_caches(const Argument& key, const Argument& value, const Argument& key_cache,
                                    const Argument& value_cache, std::optional<DType> kv_cache_dtype, bool must_quantize) {
   for (const Argument* a : {&key, &value, &key_cache, &value_cache}) check_view(*a);
   check_real(key);
   if (value.view.dtype != key.view.dtype)
     fail(value.op, value.name, std::string("be ") + name(key.view.dtype) + " as key is", name(value.view.dtype));
-  CacheLayout layout;
+  check_same_device(value, key);
+  CacheLayout layout = lower_caches(key_cache, value_cache, kv_cache_dtype, must_quantize, key);
   layout.row_dtype = key.view.dtype;
-  layout.cache_dtype = cache_element(key_cache, value_cache, kv_cache_dtype, must_quantize);
-  for (const Argument* a : {&value, &key_cache, &value_cache}) check_same_device(*a, key);
-  check_ndim(key_cache, 4, "[num_blocks, block_size, num_kv_heads, head_size]");
-  check_same_shape(value_cache, key_cache);
-
-  const std::int64_t* sizes = key_cache.view.sizes;
-  layout.num_blocks = sizes[0], layout.block_size = sizes[1], layout.num_heads = sizes[2], layout.head_size = sizes[3];
   for (const Argument* a : {&key, &value}) {
     check_ndim(*a, 3, "[num_tokens, num_kv_heads, head_size]");
-    if (a->view.sizes[1] != sizes[2] || a->view.sizes[2] != sizes[3])
+    if (a->view.sizes[1] != layout.num_heads || a->view.sizes[2] != layout.head_size)
       fail(a->op, a->name,
-           "have num_kv_heads=" + std::to_string(sizes[2]) + " and head_size=" + std::to_string(sizes[3]) + " as key_cache has",
+           "have num_kv_heads=" + std::to_string(layout.num_heads) + " and head_size=" + std::to_string(layout.head_size) +
+               " as key_cache has",
            "shape " + shape_string(a->view));
   }
-  const auto views_of = [](const TensorView& rows, const TensorView& cache) {
-    const std::int64_t *r = rows.strides, *c = cache.strides;
-    return KVViews{{rows.data, r[0], r[1], r[2]}, {cache.data, c[0], c[1], c[2], c[3]}, {}};
+  const auto view_of = [](const TensorView& rows) {
+    const std::int64_t* s = rows.strides;
+    return HeadsView{rows.data, s[0], s[1], s[2]};
   };
-  layout.k = views_of(key.view, key_cache.view);
-  layout.v = views_of(value.view, value_cache.view);
+  layout.k.rows = view_of(key.view);
+  layout.v.rows = view_of(value.view);
   return layout;
 }
 
-void check_rows(const Argument& a, std::int64_t count) {
+void check_rows(const Argument& a, std::int64_t count, const char* each) {
   if (a.view.sizes[0] < count)
-    fail(a.op, a.name, "have at least " + std::to_string(count) + " rows, one for each element of slot_mapping",
+    fail(a.op, a.name, "have at least " + std::to_string(count) + " rows, one for each " + each,
          "shape " + shape_string(a.view));
 }
 
@@ -95,12 +109,34 @@ std::int64_t count_tokens(const Argument& slot_mapping, const Argument& key, con
   return count;
 }
 
-namespace {
+std::int64_t count_sequences(const Argument& block_table, const Argument& key) {
+  check_companion(block_table, key, check_int32);
+  check_ndim(block_table, 2, "[num_seqs, max_blocks]");
+  return block_table.view.sizes[0];
+}
+
+void check_per_sequence(const Argument& a, std::int64_t num_seqs, const Argument& key) {
+  check_companion(a, key, check_int32);
+  check_ndim(a, 1, "[num_seqs]");
+  if (a.view.sizes[0] != num_seqs)
+    fail(a.op, a.name, "have num_seqs=" + std::to_string(num_seqs) + " elements, as block_table has rows",
+         "shape " + shape_string(a.view));
+}
+
+void check_sums(const Argument& a, std::int64_t num_seqs, const Argument& key) {
+  check_companion(a, key, check_int32);
+  check_ndim(a, 1, "[num_seqs + 1]");
+  if (a.view.sizes[0] != num_seqs + 1)
+    fail(a.op, a.name, "have num_seqs + 1 = " + std::to_string(num_seqs + 1) + " elements, as block_table has num_seqs rows",
+         "shape " + shape_string(a.view));
+}
 
 bool is_scale_cache(const TensorView& scale, const CacheLayout& layout) {
   return scale.ndim == 3 && scale.sizes[0] == layout.num_blocks && scale.sizes[1] == layout.block_size &&
          scale.sizes[2] == layout.num_heads;
 }
+
+namespace {
 
 // Scales of the form [num_blocks, block_size, num_kv_heads].
 PagedScales scale_cache(const Argument& a, const CacheLayout& layout, const Argument& key) {
@@ -202,22 +238,12 @@ CacheLayout lower(const CacheGather& p) {
   layout.num_tokens = p.key.sizes[0];
   layout.k.scales = lower_scales(k_scale, layout, key, true);
   layout.v.scales = lower_scales(v_scale, layout, key, true);
-  for (const Argument* a : {&table, &cu_seq_lens}) check_companion(*a, key, check_int32);
-  check_ndim(table, 2, "[num_seqs, max_blocks]");
-  check_ndim(cu_seq_lens, 1, "[num_seqs + 1]");
-  const std::int64_t num_seqs = p.block_table.sizes[0];
-  if (p.cu_seq_lens.sizes[0] != num_seqs + 1)
-    fail(op, "cu_seq_lens",
-         "have num_seqs + 1 = " + std::to_string(num_seqs + 1) + " elements, as block_table has num_seqs rows",
-         "shape " + shape_string(p.cu_seq_lens));
+  const std::int64_t num_seqs = count_sequences(table, key);
+  check_sums(cu_seq_lens, num_seqs, key);
   check_written({&key, &value}, {&key_cache, &value_cache, &k_scale, &v_scale, &table, &cu_seq_lens});
   if (p.seq_starts) {
     const Argument starts{op, "seq_starts", *p.seq_starts};
-    check_companion(starts, key, check_int32);
-    check_ndim(starts, 1, "[num_seqs]");
-    if (p.seq_starts->sizes[0] != num_seqs)
-      fail(op, "seq_starts", "have num_seqs=" + std::to_string(num_seqs) + " elements, as block_table has rows",
-           "shape " + shape_string(*p.seq_starts));
+    check_per_sequence(starts, num_seqs, key);
     for (const Argument* a : {&key, &value}) check_no_overlap(*a, starts);
   }
   merge_heads(layout);

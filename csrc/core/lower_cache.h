@@ -1,4 +1,5 @@
-// Checks and conversions of cache arguments that several problems have: defined in lower_cache.cpp, used by lower_rope.cpp too.
+// Checks and conversions of cache arguments that several problems have: defined in lower_cache.cpp, used by lower_rope.cpp and
+// lower_attention.cpp too.
 #pragma once
 
 #include <optional>
@@ -9,13 +10,18 @@
 namespace fp8kv::core {
 
 void check_ndim(const Argument& a, int ndim, const char* form);
+void check_int32(const Argument& a);
 void check_int32_or_int64(const Argument& a);
 
 // A scale or an index tensor: a sound view, of a dtype, on the device of `key`.
 void check_companion(const Argument& a, const Argument& key, void (*check_dtype)(const Argument&));
 
-// At least `count` rows.
-void check_rows(const Argument& a, std::int64_t count);
+// At least `count` rows, one for each of something.
+void check_rows(const Argument& a, std::int64_t count, const char* each = "element of slot_mapping");
+
+// What the caches hold, their sizes and views, once check_view has accepted them. `key` gives the device.
+CacheLayout lower_caches(const Argument& key_cache, const Argument& value_cache, std::optional<DType> kv_cache_dtype,
+                         bool must_quantize, const Argument& key);
 
 // Everything but the number of tokens and the scales. The caches give the sizes; key and value must fit them.
 CacheLayout lower_heads_and_caches(const Argument& key, const Argument& value, const Argument& key_cache,
@@ -24,8 +30,18 @@ CacheLayout lower_heads_and_caches(const Argument& key, const Argument& value, c
 // The number of tokens, which key and value must have at least.
 std::int64_t count_tokens(const Argument& slot_mapping, const Argument& key, const Argument& value);
 
+// The number of sequences, which are rows of the block table.
+std::int64_t count_sequences(const Argument& block_table, const Argument& key);
+
+// Int32 with an element per sequence; sums of them with one more.
+void check_per_sequence(const Argument& a, std::int64_t num_seqs, const Argument& key);
+void check_sums(const Argument& a, std::int64_t num_seqs, const Argument& key);
+
 // The one stride between elements in row-major order.
 std::int64_t even_stride(const Argument& a);
+
+// The form [num_blocks, block_size, num_kv_heads].
+bool is_scale_cache(const TensorView& scale, const CacheLayout& layout);
 
 // Scales of 1 or num_kv_heads elements; with `or_cache`, also one per token and head.
 PagedScales lower_scales(const Argument& a, const CacheLayout& layout, const Argument& key, bool or_cache = false);

@@ -4,7 +4,7 @@
 
 #include "core/formats.h"
 #include "core/lower_cache.h"
-#include "core/rope_layout.h"
+#include "core/lower_query.h"
 
 namespace fp8kv {
 namespace core {
@@ -19,38 +19,6 @@ struct Optional {
   Argument argument() const { return {op, name, *view}; }
 };
 
-// Weights and tables: Float32 or the type of query.
-View1D vector(const Argument& a, const Argument& query) {
-  check_view(a);
-  if (a.view.dtype != DType::Float32 && a.view.dtype != query.view.dtype)
-    fail(a.op, a.name, std::string("be float32 or ") + name(query.view.dtype) + " as query is", name(a.view.dtype));
-  check_same_device(a, query);
-  return {a.view.data, a.view.ndim > 0 ? a.view.strides[a.view.ndim - 1] : 1, a.view.dtype};
-}
-
-// Rows of heads, with as many tokens as slots at least.
-HeadsView query_heads(const Argument& a, const RopeLayout& layout) {
-  check_ndim(a, 3, "[num_tokens, num_heads, head_size]");
-  const std::int64_t *n = a.view.sizes, *s = a.view.strides;
-  if (n[1] != layout.num_heads || n[2] != layout.cache.head_size)
-    fail(a.op, a.name,
-         "have num_heads=" + std::to_string(layout.num_heads) + " and head_size=" + std::to_string(layout.cache.head_size),
-         "shape " + shape_string(a.view));
-  check_rows(a, layout.cache.num_tokens);
-  return {a.view.data, s[0], s[1], s[2]};
-}
-
-// What query_out holds; a quantized tensor must be of the format of the caches.
-DType query_out_dtype(const Argument& out, DType cache) {
-  const DType dtype = out.view.dtype;
-  if (is_real(dtype)) return dtype;
-  if (is_quantized(cache) && (dtype == cache || dtype == DType::UInt8)) return cache;
-  fail(out.op, out.name,
-       is_quantized(cache) ? std::string("be ") + name(cache) + " or uint8 as the caches are, or " + names_of(RealTypes{})
-                           : "be " + names_of(RealTypes{}) + " as the caches are not FP8",
-       name(dtype));
-}
-
 void lower_query(RopeLayout& layout, const Argument& query, const Argument& query_out, const Argument& key) {
   for (const Argument* a : {&query, &query_out}) {
     check_view(*a);
@@ -58,27 +26,12 @@ void lower_query(RopeLayout& layout, const Argument& query, const Argument& quer
   }
   if (query.view.dtype != key.view.dtype)
     fail(query.op, "query", std::string("be ") + name(key.view.dtype) + " as key is", name(query.view.dtype));
-  check_ndim(query, 3, "[num_tokens, num_heads, head_size]");
-  layout.num_heads = query.view.sizes[1];
-  layout.query = query_heads(query, layout);
-  layout.query_out = query_heads(query_out, layout);
-  layout.query_out_dtype = query_out_dtype(query_out, layout.cache.cache_dtype);
-  const std::int64_t kv_heads = layout.cache.num_heads;
-  if (kv_heads == 0 ? layout.num_heads != 0 : layout.num_heads % kv_heads != 0)
-    fail(query.op, "query", "have a number of heads that is a multiple of num_kv_heads=" + std::to_string(kv_heads),
-         "num_heads=" + std::to_string(layout.num_heads));
-}
-
-void lower_query_scales(RopeLayout& layout, const Argument& q_scale, const Argument& key) {
-  check_companion(q_scale, key, check_float32);
-  const std::int64_t count = q_scale.view.numel(), kv_heads = layout.cache.num_heads;
-  if (count != 1 && count != kv_heads && count != layout.num_heads)
-    fail(q_scale.op, "q_scale",
-         "have 1, num_kv_heads=" + std::to_string(kv_heads) + " or num_heads=" + std::to_string(layout.num_heads) + " elements",
-         "shape " + shape_string(q_scale.view));
-  layout.q_scale = static_cast<const float*>(q_scale.view.data);
-  layout.q_scale_stride = even_stride(q_scale);
-  if (count > 0) layout.heads_per_scale = std::max<std::int64_t>(1, layout.num_heads / count);
+  layout.num_heads = count_query_heads(query);
+  layout.query = lower_query_rows(query, layout.num_heads, layout.cache);
+  layout.query_out = lower_query_rows(query_out, layout.num_heads, layout.cache);
+  for (const Argument* a : {&query, &query_out}) check_rows(*a, layout.cache.num_tokens);
+  layout.query_out_dtype = real_or_as_caches(query_out, layout.cache.cache_dtype);
+  check_group_of_heads(query, layout.num_heads, layout.cache);
 }
 
 void lower_rotation(RopeLayout& layout, const Optional& positions, const Optional& cos_sin, const Argument& query,
@@ -93,7 +46,7 @@ void lower_rotation(RopeLayout& layout, const Optional& positions, const Optiona
   if (indices.view.sizes[0] < layout.cache.num_tokens)
     fail(query.op, indices.name, "have at least " + std::to_string(layout.cache.num_tokens) + " elements, as slot_mapping has",
          "shape " + shape_string(indices.view));
-  layout.cos_sin = vector(table, query);
+  layout.cos_sin = lower_vector(table, query);
   check_ndim(table, 2, "[max_position, rotary_dim]");
   layout.max_position = table.view.sizes[0];
   layout.rotary_dim = table.view.sizes[1];
@@ -106,7 +59,7 @@ void lower_rotation(RopeLayout& layout, const Optional& positions, const Optiona
 View1D norm_weight(const Optional& weight, const RopeLayout& layout, const Argument& query) {
   if (!weight.view) return {};
   const Argument a = weight.argument();
-  const View1D view = vector(a, query);
+  const View1D view = lower_vector(a, query);
   check_ndim(a, 1, "[head_size]");
   if (a.view.sizes[0] != layout.cache.head_size)
     fail(a.op, a.name, "have head_size=" + std::to_string(layout.cache.head_size) + " elements",
@@ -115,6 +68,59 @@ View1D norm_weight(const Optional& weight, const RopeLayout& layout, const Argum
 }
 
 }  // namespace
+
+// --- lower_query.h ----------
+
+std::int64_t count_query_heads(const Argument& query) {
+  check_ndim(query, 3, "[num_tokens, num_heads, head_size]");
+  return query.view.sizes[1];
+}
+
+void check_group_of_heads(const Argument& query, std::int64_t num_heads, const CacheLayout& cache) {
+  if (cache.num_heads == 0 ? num_heads != 0 : num_heads % cache.num_heads != 0)
+    fail(query.op, "query", "have a number of heads that is a multiple of num_kv_heads=" + std::to_string(cache.num_heads),
+         "num_heads=" + std::to_string(num_heads));
+}
+
+HeadsView lower_query_rows(const Argument& a, std::int64_t num_heads, const CacheLayout& cache) {
+  check_ndim(a, 3, "[num_tokens, num_heads, head_size]");
+  const std::int64_t *n = a.view.sizes, *s = a.view.strides;
+  if (n[1] != num_heads || n[2] != cache.head_size)
+    fail(a.op, a.name, "have num_heads=" + std::to_string(num_heads) + " and head_size=" + std::to_string(cache.head_size),
+         "shape " + shape_string(a.view));
+  return {a.view.data, s[0], s[1], s[2]};
+}
+
+DType real_or_as_caches(const Argument& a, DType cache) {
+  const DType dtype = a.view.dtype;
+  if (is_real(dtype)) return dtype;
+  if (is_quantized(cache) && (dtype == cache || dtype == DType::UInt8)) return cache;
+  fail(a.op, a.name,
+       is_quantized(cache) ? std::string("be ") + name(cache) + " or uint8 as the caches are, or " + names_of(RealTypes{})
+                           : "be " + names_of(RealTypes{}) + " as the caches are not FP8",
+       name(dtype));
+}
+
+QueryScales lower_query_scales(const Argument& q_scale, std::int64_t num_heads, const CacheLayout& cache, const Argument& key) {
+  check_companion(q_scale, key, check_float32);
+  const std::int64_t count = q_scale.view.numel(), kv_heads = cache.num_heads;
+  if (count != 1 && count != kv_heads && count != num_heads)
+    fail(q_scale.op, "q_scale",
+         "have 1, num_kv_heads=" + std::to_string(kv_heads) + " or num_heads=" + std::to_string(num_heads) + " elements",
+         "shape " + shape_string(q_scale.view));
+  return {static_cast<const float*>(q_scale.view.data), even_stride(q_scale),
+          count > 0 ? std::max<std::int64_t>(1, num_heads / count) : 1};
+}
+
+View1D lower_vector(const Argument& a, const Argument& query) {
+  check_view(a);
+  if (a.view.dtype != DType::Float32 && a.view.dtype != query.view.dtype)
+    fail(a.op, a.name, std::string("be float32 or ") + name(query.view.dtype) + " as query is", name(a.view.dtype));
+  check_same_device(a, query);
+  return {a.view.data, a.view.ndim > 0 ? a.view.strides[a.view.ndim - 1] : 1, a.view.dtype};
+}
+
+// --- rope_layout.h ----------
 
 RopeLayout lower(const RopeAppend& p) {
   constexpr const char* op = "rope_quant_and_cache";
@@ -130,7 +136,8 @@ RopeLayout lower(const RopeAppend& p) {
   cache.v.scales = lower_scales(v_scale, cache, key);
 
   lower_query(layout, query, query_out, key);
-  lower_query_scales(layout, q_scale, key);
+  const QueryScales scales = lower_query_scales(q_scale, layout.num_heads, cache, key);
+  layout.q_scale = scales.data, layout.q_scale_stride = scales.stride, layout.heads_per_scale = scales.heads_per_scale;
   layout.is_neox = p.is_neox;
   layout.norm_eps = p.norm_eps;
   const Optional positions{op, "positions", p.positions}, table{op, "cos_sin_cache", p.cos_sin_cache},

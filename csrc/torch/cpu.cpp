@@ -44,6 +44,7 @@ STABLE_TORCH_LIBRARY_IMPL(fp8kv, CPU, m) {
   m.impl("reshape_and_cache_flash_dynamic", TORCH_BOX(&ops::CpuOp<ops::reshape_and_cache_flash_dynamic>::run));
   m.impl("rope_quant_and_cache", TORCH_BOX(&ops::CpuOp<ops::rope_quant_and_cache>::run));
   m.impl("gather_and_dequant_cache", TORCH_BOX(&ops::CpuOp<ops::gather_and_dequant_cache>::run));
+  m.impl("paged_attention", TORCH_BOX(&ops::CpuOp<ops::paged_attention>::run));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fp8kv, CompositeExplicitAutograd, m) {

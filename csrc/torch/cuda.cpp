@@ -67,4 +67,5 @@ STABLE_TORCH_LIBRARY_IMPL(fp8kv, CUDA, m) {
   m.impl("reshape_and_cache_flash_dynamic", TORCH_BOX(&ops::CudaOp<ops::reshape_and_cache_flash_dynamic>::run));
   m.impl("rope_quant_and_cache", TORCH_BOX(&ops::CudaOp<ops::rope_quant_and_cache>::run));
   m.impl("gather_and_dequant_cache", TORCH_BOX(&ops::CudaOp<ops::gather_and_dequant_cache>::run));
+  m.impl("paged_attention", TORCH_BOX(&ops::CudaOp<ops::paged_attention>::run));
 }

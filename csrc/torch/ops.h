@@ -11,6 +11,7 @@
 
 #include "core/check.h"
 #include "core/formats.h"
+#include "fp8kv/attention.h"
 #include "fp8kv/kv_cache.h"
 #include "fp8kv/quantize.h"
 #include "fp8kv/rope.h"
@@ -194,6 +195,41 @@ inline RopeAppend rope_quant_and_cache(const Tensor& query, const Tensor& key, c
           .q_norm_weight = view(q_norm_weight),
           .k_norm_weight = view(k_norm_weight),
           .norm_eps = static_cast<float>(norm_eps)};
+}
+
+// --- attention.h ----------
+
+inline PagedAttention paged_attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+                                      const Tensor& out, const Tensor& block_table, const Tensor& seq_lens,
+                                      const std::string& kv_cache_dtype, const Tensor& k_scale, const Tensor& v_scale,
+                                      double softmax_scale, const OptionalTensor& cu_query_lens, std::int64_t max_query_len,
+                                      std::int64_t max_seq_len, const OptionalTensor& q_scale, const OptionalTensor& seq_starts,
+                                      std::int64_t sliding_window, double softcap, const OptionalTensor& sinks,
+                                      const OptionalTensor& k_offset, const OptionalTensor& v_offset, const OptionalTensor& lse,
+                                      const OptionalTensor& workspace, std::int64_t num_splits) {
+  return {.query = view(query),
+          .key_cache = view(key_cache),
+          .value_cache = view(value_cache),
+          .out = view(out),
+          .block_table = view(block_table),
+          .seq_lens = view(seq_lens),
+          .kv_cache_dtype = cache_dtype("paged_attention", kv_cache_dtype, key_cache),
+          .k_scale = view(k_scale),
+          .v_scale = view(v_scale),
+          .softmax_scale = static_cast<float>(softmax_scale),
+          .cu_query_lens = view(cu_query_lens),
+          .max_query_len = max_query_len,
+          .max_seq_len = max_seq_len,
+          .q_scale = view(q_scale),
+          .seq_starts = view(seq_starts),
+          .sliding_window = sliding_window,
+          .softcap = static_cast<float>(softcap),
+          .sinks = view(sinks),
+          .k_offset = view(k_offset),
+          .v_offset = view(v_offset),
+          .lse = view(lse),
+          .workspace = view(workspace),
+          .num_splits = num_splits};
 }
 
 }  // namespace fp8kv::torch_ops

@@ -4,6 +4,7 @@
 
 #include <optional>
 
+#include "fp8kv/attention.h"
 #include "fp8kv/kv_cache.h"
 #include "fp8kv/quantize.h"
 #include "fp8kv/rope.h"
@@ -129,6 +130,48 @@ inline RopeAppend rope_problem() {
           .cos_sin_cache = view_at(kCosSin, DType::Float32, {100, 32}),
           .q_norm_weight = view_at(kQueryWeight, DType::BFloat16, {64}),
           .k_norm_weight = view_at(kKeyWeight, DType::BFloat16, {64})};
+}
+
+// --- Attention --------------------------------
+
+inline constexpr std::uintptr_t kSeqLens = 0x1'8000'0000, kSinks = 0x1'9000'0000, kKeyOffset = 0x1'a000'0000,
+                                kValueOffset = 0x1'b000'0000, kLse = 0x1'c000'0000, kWorkspace = 0x1'd000'0000;
+
+// 3 sequences of up to 7 blocks with 5 queries in FP8, 8 query heads over the 4 heads of the cache, and all that is optional.
+inline PagedAttention attention_problem() {
+  const CacheAppend p = append_problem();
+  return {.query = view_at(kQuery, DType::E4M3, {5, 8, 64}),
+          .key_cache = p.key_cache,
+          .value_cache = p.value_cache,
+          .out = view_at(kQueryOut, DType::BFloat16, {5, 8, 64}),
+          .block_table = view_at(kTable, DType::Int32, {3, 7}),
+          .seq_lens = view_at(kSeqLens, DType::Int32, {3}),
+          .k_scale = p.k_scale,
+          .v_scale = p.v_scale,
+          .softmax_scale = 0.125f,
+          .cu_query_lens = view_at(kSums, DType::Int32, {4}),
+          .max_query_len = 2,
+          .q_scale = view_at(kQueryScale, DType::Float32, {1}),
+          .seq_starts = view_at(kStarts, DType::Int32, {3}),
+          .sinks = view_at(kSinks, DType::Float32, {8}),
+          .k_offset = view_at(kKeyOffset, DType::Float32, {4, 64}),
+          .v_offset = view_at(kValueOffset, DType::Float32, {4, 64}),
+          .lse = view_at(kLse, DType::Float32, {5, 8}),
+          .workspace = view_at(kWorkspace, DType::UInt8, {4, 1024})};
+}
+
+// One bfloat16 query per sequence, and nothing that is optional.
+inline PagedAttention plain_attention_problem() {
+  const PagedAttention p = attention_problem();
+  return {.query = view_at(kQuery, DType::BFloat16, {3, 8, 64}),
+          .key_cache = p.key_cache,
+          .value_cache = p.value_cache,
+          .out = view_at(kQueryOut, DType::BFloat16, {3, 8, 64}),
+          .block_table = p.block_table,
+          .seq_lens = p.seq_lens,
+          .k_scale = p.k_scale,
+          .v_scale = p.v_scale,
+          .softmax_scale = p.softmax_scale};
 }
 
 }  // namespace fp8kv::testing_support

@@ -118,6 +118,23 @@ std::vector<Target> all_targets() {
       .add("cos_sin_cache", &RopeAppend::cos_sin_cache)
       .add("q_norm_weight", &RopeAppend::q_norm_weight)
       .add("k_norm_weight", &RopeAppend::k_norm_weight);
+  Targets(all, "paged_attention", attention_problem())
+      .add("query", &PagedAttention::query)
+      .add("key_cache", &PagedAttention::key_cache)
+      .add("value_cache", &PagedAttention::value_cache)
+      .add("out", &PagedAttention::out, Use::Written)
+      .add("block_table", &PagedAttention::block_table)
+      .add("seq_lens", &PagedAttention::seq_lens)
+      .add("k_scale", &PagedAttention::k_scale)
+      .add("v_scale", &PagedAttention::v_scale)
+      .add("cu_query_lens", &PagedAttention::cu_query_lens)
+      .add("q_scale", &PagedAttention::q_scale)
+      .add("seq_starts", &PagedAttention::seq_starts)
+      .add("sinks", &PagedAttention::sinks)
+      .add("k_offset", &PagedAttention::k_offset)
+      .add("v_offset", &PagedAttention::v_offset)
+      .add("lse", &PagedAttention::lse, Use::Written)
+      .add("workspace", &PagedAttention::workspace, Use::Written);
   return all;
 }
 
@@ -256,6 +273,10 @@ TEST(EmptyViews, MayBeNullPointers) {
   expect_sound_without_memory(
       append_problem({0, 16, 4, 64}, 0),
       {&CacheAppend::key, &CacheAppend::value, &CacheAppend::key_cache, &CacheAppend::value_cache, &CacheAppend::slot_mapping});
+  PagedAttention attention = plain_attention_problem();
+  attention.query.sizes[0] = attention.out.sizes[0] = attention.block_table.sizes[0] = attention.seq_lens.sizes[0] = 0;
+  expect_sound_without_memory(
+      attention, {&PagedAttention::query, &PagedAttention::out, &PagedAttention::block_table, &PagedAttention::seq_lens});
 }
 
 // --- Written views that overlap themselves --------------------------------

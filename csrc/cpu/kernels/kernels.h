@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/kernels/amax.h"
+#include "cpu/kernels/attention.h"
 #include "cpu/kernels/elementwise.h"
 #include "cpu/kernels/rope.h"
 
@@ -27,7 +28,8 @@ constexpr KernelTable make_table(core::TypeList<Real...>, core::TypeList<Quantiz
   return {.quantize = {quantize_row<Real>(core::QuantizedTypes{})...},
           .dequantize = {dequantize_row<Quantized>(core::RealTypes{})...},
           .amax = {AmaxKernels{amax_rows<Real>, amax_columns<Real>}...},
-          .transform = {transform_rows<Real>...}};
+          .transform = {transform_rows<Real>...},
+          .attention = {attention_scores, attention_exponentials, attention_accumulate}};
 }
 
 }  // namespace

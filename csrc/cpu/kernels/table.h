@@ -70,6 +70,20 @@ struct HeadTransform {
 using TransformRows = void (*)(const void* in, void* out, std::int64_t columns, const Rows& rows,
                                const HeadTransform& transform, float* scratch);
 
+// Attention on fp32 rows. Rows have `columns` elements, a multiple of kAttentionPadding, and are padded with zeros.
+inline constexpr std::int64_t kAttentionPadding = 16;
+
+struct AttentionKernels {
+  // scores[r * scores_stride + k] = product of row r of the queries and row k of the keys.
+  void (*scores)(const float* queries, const float* keys, float* scores, std::int64_t num_rows, std::int64_t num_keys,
+                 std::int64_t columns, std::int64_t scores_stride);
+  // x[i] = exp(x[i] - maximum), for a maximum that no x exceeds; the sum of these.
+  float (*exponentials)(float* x, std::int64_t count, float maximum);
+  // out = factor * out + sum of weights[v] * row v of the values.
+  void (*accumulate)(const float* weights, const float* values, float* out, float factor, std::int64_t num_values,
+                     std::int64_t columns);
+};
+
 using QuantizeRow = std::array<ElementwiseKernels, core::QuantizedTypes::kSize>;
 using DequantizeRow = std::array<ElementwiseKernels, core::RealTypes::kSize>;
 
@@ -78,6 +92,7 @@ struct KernelTable {
   std::array<DequantizeRow, core::QuantizedTypes::kSize> dequantize;  // [quantized_index(input)][real_index(result)]
   std::array<AmaxKernels, core::RealTypes::kSize> amax;               // [real_index(input)]
   std::array<TransformRows, core::RealTypes::kSize> transform;        // [real_index(input)]
+  AttentionKernels attention;
 };
 
 namespace generic {

@@ -1,0 +1,215 @@
+// Validation of attention on the paged cache and its AttentionLayout.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <string>
+
+#include "core/attention_layout.h"
+#include "core/formats.h"
+#include "core/lower_cache.h"
+#include "core/lower_query.h"
+
+namespace fp8kv {
+namespace core {
+namespace {
+
+constexpr const char* kOp = "paged_attention";
+constexpr std::int64_t kMaxLength = std::numeric_limits<std::int32_t>::max();  // of a sequence: lengths are Int32
+constexpr TensorView kAbsent{.ndim = 1};                                       // of no element: overlaps nothing
+
+Argument optional(const char* name, const std::optional<TensorView>& view) { return {kOp, name, view ? *view : kAbsent}; }
+
+// --- Numbers ----------
+
+std::string number(float value) {
+  if (std::isnan(value)) return "nan";
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", static_cast<double>(value));
+  return text;
+}
+
+void check_at_least(const char* name, std::int64_t value, std::int64_t least) {
+  if (value < least) fail(kOp, name, "be at least " + std::to_string(least), std::to_string(value));
+}
+
+void check_numbers(const PagedAttention& p) {
+  if (!std::isfinite(p.softmax_scale)) fail(kOp, "softmax_scale", "be finite", number(p.softmax_scale));
+  if (!std::isfinite(p.softcap) || p.softcap < 0) fail(kOp, "softcap", "be finite and at least 0", number(p.softcap));
+  check_at_least("max_query_len", p.max_query_len, 1);
+  check_at_least("max_seq_len", p.max_seq_len, 0);
+  check_at_least("sliding_window", p.sliding_window, 0);
+  check_at_least("num_splits", p.num_splits, 0);
+}
+
+// --- Tensors ----------
+
+// A stride that counts: that of a dimension of one element is 0.
+std::int64_t stride(const TensorView& view, int dim) { return view.sizes[dim] > 1 ? view.strides[dim] : 0; }
+
+bool is_per_channel(const TensorView& view, const CacheLayout& cache) {
+  return view.ndim == 2 && view.sizes[0] == cache.num_heads && view.sizes[1] == cache.head_size;
+}
+
+ChannelScales lower_channel_scales(const Argument& a, const CacheLayout& cache, const Argument& query) {
+  check_companion(a, query, check_float32);
+  const TensorView& view = a.view;
+  ChannelScales scales{.data = static_cast<const float*>(view.data)};
+  if (is_scale_cache(view, cache)) {
+    scales.block = stride(view, 0), scales.offset = stride(view, 1), scales.head = stride(view, 2);
+  } else if (is_per_channel(view, cache)) {
+    scales.head = stride(view, 0), scales.dim = stride(view, 1);
+  } else if (view.numel() == 1 || view.numel() == cache.num_heads) {
+    scales.head = even_stride(a);
+  } else {
+    fail(kOp, a.name,
+         "have 1 or num_kv_heads=" + std::to_string(cache.num_heads) + " elements, or the shape [num_kv_heads, head_size=" +
+             std::to_string(cache.head_size) + "] or [num_blocks=" + std::to_string(cache.num_blocks) +
+             ", block_size=" + std::to_string(cache.block_size) + ", num_kv_heads]",
+         "shape " + shape_string(view));
+  }
+  return is_quantized(cache.cache_dtype) ? scales : ChannelScales{};
+}
+
+OffsetView lower_offset(const Argument& a, const CacheLayout& cache, const Argument& query) {
+  check_companion(a, query, check_float32);
+  if (!is_quantized(cache.cache_dtype)) fail(kOp, a.name, "be None as the caches are not FP8", "shape " + shape_string(a.view));
+  if (!is_per_channel(a.view, cache))
+    fail(kOp, a.name,
+         "have the shape [num_kv_heads=" + std::to_string(cache.num_heads) + ", head_size=" + std::to_string(cache.head_size) +
+             "]",
+         "shape " + shape_string(a.view));
+  return {static_cast<const float*>(a.view.data), a.view.strides[0], a.view.strides[1]};
+}
+
+View1D lower_sinks(const Argument& a, std::int64_t num_heads, const Argument& query) {
+  check_view(a);
+  if (!is_real(query.view.dtype)) check_float32(a);  // sinks are never FP8
+  const View1D sinks = lower_vector(a, query);
+  check_ndim(a, 1, "[num_heads]");
+  if (a.view.sizes[0] != num_heads)
+    fail(kOp, a.name, "have num_heads=" + std::to_string(num_heads) + " elements", "shape " + shape_string(a.view));
+  return sinks;
+}
+
+LseView lower_lse(const Argument& a, std::int64_t num_heads, const Argument& query) {
+  check_companion(a, query, check_float32);
+  check_ndim(a, 2, "[num_tokens, num_heads]");
+  if (a.view.sizes[1] != num_heads)
+    fail(kOp, a.name, "have num_heads=" + std::to_string(num_heads) + " columns", "shape " + shape_string(a.view));
+  return {static_cast<float*>(a.view.data), a.view.strides[0], a.view.strides[1]};
+}
+
+void check_uint8(const Argument& a) {
+  if (a.view.dtype != DType::UInt8) fail(a.op, a.name, "be uint8", name(a.view.dtype));
+}
+
+void check_contiguous(const Argument& a) {
+  std::int64_t inner = 1;
+  for (int i = a.view.ndim - 1; i >= 0 && a.view.numel() > 0; --i) {
+    if (a.view.sizes[i] > 1 && a.view.strides[i] != inner)
+      fail(a.op, a.name, "be contiguous",
+           "stride " + std::to_string(a.view.strides[i]) + " in dimension " + std::to_string(i) + " of shape " +
+               shape_string(a.view));
+    inner *= a.view.sizes[i];
+  }
+}
+
+View1D int32_view(const TensorView& view) { return {view.data, view.strides[view.ndim - 1], DType::Int32}; }
+
+// What the block table can hold, of lengths that Int32 can count.
+std::int64_t capacity(std::int64_t max_blocks, std::int64_t block_size) {
+  std::int64_t positions = 0;
+  return __builtin_mul_overflow(max_blocks, block_size, &positions) ? kMaxLength : std::min(positions, kMaxLength);
+}
+
+}  // namespace
+
+AttentionLayout lower(const PagedAttention& p) {
+  const Argument query{kOp, "query", p.query}, key_cache{kOp, "key_cache", p.key_cache},
+      value_cache{kOp, "value_cache", p.value_cache}, out{kOp, "out", p.out}, table{kOp, "block_table", p.block_table},
+      seq_lens{kOp, "seq_lens", p.seq_lens}, k_scale{kOp, "k_scale", p.k_scale}, v_scale{kOp, "v_scale", p.v_scale};
+  const Argument cu_query_lens = optional("cu_query_lens", p.cu_query_lens), q_scale = optional("q_scale", p.q_scale),
+                 seq_starts = optional("seq_starts", p.seq_starts), sinks = optional("sinks", p.sinks),
+                 k_offset = optional("k_offset", p.k_offset), v_offset = optional("v_offset", p.v_offset),
+                 lse = optional("lse", p.lse), workspace = optional("workspace", p.workspace);
+  for (const Argument* a : {&query, &key_cache, &value_cache, &out}) check_view(*a);
+  const CacheLayout cache = lower_caches(key_cache, value_cache, p.kv_cache_dtype, false, query);
+  AttentionLayout layout;
+  layout.num_kv_heads = cache.num_heads;
+  layout.head_size = cache.head_size;
+  layout.num_blocks = cache.num_blocks;
+  layout.block_size = cache.block_size;
+  layout.cache_dtype = cache.cache_dtype;
+  layout.key_cache = cache.k.cache;
+  layout.value_cache = cache.v.cache;
+
+  layout.query_dtype = real_or_as_caches(query, cache.cache_dtype);
+  layout.num_heads = count_query_heads(query);
+  layout.query = lower_query_rows(query, layout.num_heads, cache);
+  check_group_of_heads(query, layout.num_heads, cache);
+  check_real(out);
+  check_same_device(out, query);
+  layout.out_dtype = p.out.dtype;
+  layout.out = lower_query_rows(out, layout.num_heads, cache);
+  layout.num_rows = std::min(p.query.sizes[0], p.out.sizes[0]);
+  if (p.lse) {
+    layout.lse = lower_lse(lse, layout.num_heads, query);
+    layout.num_rows = std::min(layout.num_rows, p.lse->sizes[0]);
+  }
+
+  layout.num_seqs = count_sequences(table, query);
+  layout.max_blocks = p.block_table.sizes[1];
+  layout.block_table = int32_view(p.block_table);
+  layout.block_table_row = p.block_table.strides[0];
+  check_per_sequence(seq_lens, layout.num_seqs, query);
+  layout.seq_lens = int32_view(p.seq_lens);
+  if (p.cu_query_lens) {
+    check_sums(cu_query_lens, layout.num_seqs, query);
+    layout.cu_query_lens = int32_view(*p.cu_query_lens);
+  } else {
+    for (const Argument* a : {&query, &out}) check_rows(*a, layout.num_seqs, "sequence");
+    if (p.lse) check_rows(lse, layout.num_seqs, "sequence");
+  }
+  if (p.seq_starts) {
+    check_per_sequence(seq_starts, layout.num_seqs, query);
+    layout.seq_starts = int32_view(*p.seq_starts);
+  }
+
+  layout.k_scale = lower_channel_scales(k_scale, cache, query);
+  layout.v_scale = lower_channel_scales(v_scale, cache, query);
+  if (is_quantized(layout.query_dtype) != p.q_scale.has_value())
+    fail(kOp, "q_scale",
+         p.q_scale ? std::string("be None as query is ") + name(layout.query_dtype)
+                   : std::string("be given as query is ") + name(p.query.dtype),
+         p.q_scale ? "shape " + shape_string(*p.q_scale) : "None");
+  if (p.q_scale) {
+    const QueryScales scales = lower_query_scales(q_scale, layout.num_heads, cache, query);
+    layout.q_scale = scales.data, layout.q_scale_stride = scales.stride, layout.heads_per_q_scale = scales.heads_per_scale;
+  }
+  if (p.sinks) layout.sinks = lower_sinks(sinks, layout.num_heads, query);
+  if (p.k_offset) layout.k_offset = lower_offset(k_offset, cache, query);
+  if (p.v_offset) layout.v_offset = lower_offset(v_offset, cache, query);
+  if (p.workspace) check_companion(workspace, query, check_uint8);
+
+  check_numbers(p);
+  layout.softmax_scale = p.softmax_scale;
+  layout.softcap = p.softcap;
+  layout.sliding_window = std::min(p.sliding_window, kMaxLength);
+  // Bounds that are larger than what the tensors can hold tell a plan nothing.
+  const std::int64_t max_seq_len = capacity(layout.max_blocks, layout.block_size);
+  layout.max_seq_len = p.max_seq_len > 0 ? std::min(p.max_seq_len, max_seq_len) : max_seq_len;
+  layout.max_query_len = p.cu_query_lens ? std::clamp<std::int64_t>(layout.num_rows, 1, p.max_query_len) : 1;
+  layout.num_splits = p.num_splits;
+
+  check_written({&out, &lse, &workspace}, {&query, &key_cache, &value_cache, &table, &seq_lens, &k_scale, &v_scale,
+                                           &cu_query_lens, &q_scale, &seq_starts, &sinks, &k_offset, &v_offset});
+  if (p.workspace) check_contiguous(workspace);
+  return layout;
+}
+
+}  // namespace core
+
+void validate(const PagedAttention& problem) { core::lower(problem); }
+
+}  // namespace fp8kv
