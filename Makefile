@@ -8,7 +8,7 @@ VENV ?= .venv
 TORCH ?= torch==2.11.*
 BUILD ?= build/dev
 # Python tests in two processes; in one where pytest-xdist is not installed.
-PYTEST_JOBS = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo -n 2 --dist loadgroup)
+PYTEST_JOBS = $(shell $(PY) -c 'import xdist' 2>/dev/null && printf '%s' '-n 2 --dist loadgroup')
 
 ifeq ($(VENV),none)
   PY := $(PYTHON)

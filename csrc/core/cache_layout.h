@@ -1,4 +1,5 @@
-// CacheLayout: the problems of the paged cache in the form that all backends work from.
+// CacheLayout: the problems of the paged cache in the form that all backends work from. NHD, HND and other layouts of a cache
+// are nothing but strides here.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Validation of the attention step and its RopeLayout.
+// Validation of the fused step and its RopeLayout.
 #include <algorithm>
 #include <string>
 

@@ -16,7 +16,7 @@ inline constexpr int kVecSize = 8;
 
 // The three ways through memory. Every operation has a kernel of the first kind, which takes anything.
 enum class KernelPath : std::uint8_t {
-  Scalar,      // one element per thread, all indices computed
+  Scalar,      // one element per thread, or one head per warp; all indices computed
   Vectorized,  // stride 1 and one scale along a row: a vector of 8 elements per thread
   PerColumn,   // stride 1 along a row, with scales that change along it: a thread owns 8 columns and loops over rows
 };

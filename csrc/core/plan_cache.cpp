@@ -27,7 +27,7 @@ bool cache_vecs_aligned(const CacheLayout& layout) {
   return layout.head_size % kVecSize == 0;
 }
 
-// With given scales. `max_slot`: the last that a token may be at.
+// With given scales; the start of a plan with dynamic ones. `max_slot`: the last that a token may be at.
 CachePlan plan_given_scales(const CacheLayout& layout, std::int64_t max_slot) {
   CachePlan plan;
   plan.tokens = layout.num_tokens;

@@ -1,4 +1,4 @@
-// RopeLayout: the attention step (fp8kv/rope.h) in the form that all backends work from.
+// RopeLayout: the fused step (fp8kv/rope.h) in the form that all backends work from.
 #pragma once
 
 #include "core/cache_layout.h"
@@ -16,7 +16,7 @@ struct RopeLayout {
   std::int64_t num_heads = 0;
   HeadsView query;
   HeadsView query_out;
-  DType query_out_dtype = DType::Float32;  // of query_out
+  DType query_out_dtype = DType::Float32;  // quantized: with q_scale
   const float* q_scale = nullptr;
   std::int64_t q_scale_stride = 0;   // from one scale to the next
   std::int64_t heads_per_scale = 1;  // neighboring query heads that share one

@@ -8,7 +8,11 @@
 namespace fp8kv::core {
 namespace {
 
-std::string group_string(const GroupShape& g) { return std::string("(") + std::to_string(g.rows) + ", " + std::to_string(g.cols) + ")"; }
+std::string group_string(const GroupShape& g) {
+  std::string text = "(";  // in steps: GCC 12 warns of its own operator+
+  text += std::to_string(g.rows);
+  return text + ", " + std::to_string(g.cols) + ")";
+}
 
 // The matrix view of an input and the groups that a GroupShape divides it into.
 struct GroupGrid {

@@ -4,6 +4,7 @@
 //   all of them       -O3 -fno-math-errno -fno-trapping-math
 //   avx2.cpp          -mavx2 -mfma -mf16c
 //   avx512.cpp        -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl
+//                     -mprefer-vector-width=512
 // FP8KV_X86 says that the AVX files are part of the build. Every other file is compiled for the baseline processor.
 #include "cpu/isa.h"
 

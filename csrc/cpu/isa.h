@@ -5,7 +5,7 @@
 
 namespace fp8kv::cpu {
 
-// The table of a family for the active instruction set. `generic`, `avx2` and `avx512` are tables of one type; where the
+// The table of kernels for the active instruction set. `generic`, `avx2` and `avx512` are tables of one type; where the
 // build has no AVX kernels, all three are the generic one.
 template <class Table>
 const Table& pick(const Table& generic, [[maybe_unused]] const Table& avx2, [[maybe_unused]] const Table& avx512) {

@@ -117,7 +117,7 @@ void merge_amax(float& amax, std::int32_t bits) {
     if (shared.compare_exchange_weak(seen, std::bit_cast<float>(bits), std::memory_order_relaxed)) return;
 }
 
-// Merges neighboring spans of one group on the way.
+// Merges neighboring segments of one group on the way.
 void amax_of_segments(const Amax& a, std::int64_t begin, std::int64_t end) {
   std::int64_t group = -1;
   std::int32_t largest = 0, found[kMaxRows];

@@ -52,7 +52,7 @@ ElementwiseKernels kernels_for(DType in, DType out) {
   return copy;
 }
 
-// Not inlined or analysed: its division must stay where the floating-point environment is set.
+// Not inlined or analyzed: its division must stay where the floating-point environment is set.
 [[gnu::noipa]] float dynamic_scale_of(DType quantized, float amax, float upper_bound) {
   float scale = 0.0f;
   core::visit_quantized(quantized, [&]<class T>(core::Type<T>) { scale = dynamic_scale<T>(amax, upper_bound); });

@@ -1,4 +1,5 @@
-// fp8kv._introspect: the C++ library as tests and `fp8kv doctor` see it - versions, instruction sets, the scalar codec, plans.
+// fp8kv._introspect: the C++ library as tests, `fp8kv doctor` and `fp8kv bench` see it - versions, instruction sets, the scalar
+// codec, plans.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,4 +1,4 @@
-// The attention step in one launch: RMSNorm, RoPE and quantization of Q and K, quantization of V, and the append to the paged
+// The fused step in one launch: RMSNorm, RoPE and quantization of Q and K, quantization of V, and the append to the paged
 // cache of kv_cache.h, whose rules on caches, slots and scales hold here too.
 #pragma once
 

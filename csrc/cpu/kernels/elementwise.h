@@ -1,4 +1,4 @@
-// QuantizeKernel and dequantize rows with given scales.
+// Quantize and dequantize rows with given scales.
 #pragma once
 
 #include "cpu/kernels/codec.h"

@@ -39,7 +39,7 @@ FP8KV_INLINE void rotate(float* x, const HeadTransform& t) {
   for (; i < t.pairs; ++i) rotate(x[i], y[i], t.cos[i], t.sin[i]);
 }
 
-// A tile.
+// Rounds a tile to its type and stores it; NaN becomes the quiet NaN.
 template <class Real>
 FP8KV_INLINE void store_rounded(const float* x, Real* out) {
   F32 tile[4];

