@@ -184,8 +184,8 @@ void run(const PagedAttention& problem, Stream stream) {
   constexpr const char* op = "paged_attention";
   const AttentionLayout layout = core::lower(problem);
   core::check_on_device({op, "query", problem.query}, current_device());
-  if (layout.empty()) return;
   if (debugging(stream)) debug_check_attention(problem, layout, stream);
+  if (layout.empty()) return;
   // As many warps as fit what every kernel may have of shared memory.
   constexpr std::int64_t kSharedFloats = 48 * 1024 / sizeof(float) - 64;
   const std::int64_t warps = std::min<std::int64_t>(4, kSharedFloats / layout.head_size - 1);
