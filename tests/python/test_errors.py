@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,6 +80,14 @@ USUAL: dict[str, dict[str, Make]] = {
         "kv_cache_dtype": text("fp8"), "k_scale": sevens(1, dtype=torch.float32),
         "v_scale": sevens(4, dtype=torch.float32),
     },
+    "paged_attention": {
+        "query": new(3, 8, 6), "key_cache": new(2, 5, 4, 6, dtype=E4M3),
+        "value_cache": new(2, 5, 4, 6, dtype=E4M3), "out": sevens(3, 8, 6, dtype=torch.float32),
+        "block_table": new(2, 3, dtype=torch.int32), "seq_lens": integers(11, 1, dtype=torch.int32),
+        "kv_cache_dtype": text("fp8"), "k_scale": sevens(1, dtype=torch.float32),
+        "v_scale": sevens(4, dtype=torch.float32), "cu_query_lens": integers(0, 2, 3, dtype=torch.int32),
+        "lse": sevens(3, 8, dtype=torch.float32),
+    },
 }  # fmt: skip
 WRITTEN = {
     "static_scaled_fp8_quant": ["result"],
@@ -89,6 +98,7 @@ WRITTEN = {
     "reshape_and_cache_flash_dynamic": ["key_cache", "value_cache", "k_scale_cache", "v_scale_cache"],
     "rope_quant_and_cache": ["query_out", "key_cache", "value_cache"],
     "gather_and_dequant_cache": ["key", "value"],
+    "paged_attention": ["out", "lse"],
 }
 REAL = "float32, float16 or bfloat16"
 FP8 = "float8_e4m3fn or float8_e5m2"
@@ -325,6 +335,154 @@ def wrong_slots() -> list[Case]:
     ]  # fmt: skip
 
 
+def wrong_attention() -> list[Case]:
+    """What no other operator has: rows of query and out, sequences, scales, options."""
+    rows, heads = "the shape [num_tokens, num_heads, head_size]", "num_heads=8 and head_size=6"
+    scales = (
+        "1 or num_kv_heads=4 elements, or the shape [num_kv_heads, head_size=6] or "
+        "[num_blocks=2, block_size=5, num_kv_heads]"
+    )
+    fits = "num_seqs=2 elements, as block_table has rows"
+    per_channel = "the shape [num_kv_heads=4, head_size=6]"
+    formats = f"float8_e4m3fn or uint8 as the caches are, or {REAL}"
+    plain = new(2, 5, 4, 6, dtype=torch.bfloat16)
+    unquantized = {"key_cache": plain, "value_cache": plain, "kv_cache_dtype": text("auto")}
+    without_sums: dict[str, Make] = {"cu_query_lens": lambda device: None}
+
+    def number(name: str, value: float, expected: str, got: str | None = None) -> Case:
+        return Case(
+            f"{name}={value}",
+            f"{name} must be {expected}, got {got or value}",
+            {name: lambda device: value},
+        )
+
+    def few(name: str, make: Make, shape: str) -> Case:
+        return Case(
+            f"few rows of {name}",
+            f"{name} must have at least 2 rows, one for each sequence, got shape {shape}",
+            {name: make, **without_sums},
+        )
+
+    return [
+        *every_dtype_but(
+            "query", formats, "float8_e4m3fn", "uint8", "float32", "float16", "bfloat16"
+        ),
+        *every_dtype_but("out", REAL, "float32", "float16", "bfloat16"),
+        *every_dtype_but("lse", "float32", "float32"),
+        *(
+            too_many_dimensions(name, dtype)
+            for name, dtype in (("query", F32), ("out", F32), ("lse", F32), ("block_table", INT32),
+                                ("seq_lens", INT32), ("cu_query_lens", INT32), ("seq_starts", INT32),
+                                ("k_scale", F32), ("v_scale", F32), ("sinks", F32), ("k_offset", F32),
+                                ("v_offset", F32), ("key_cache", E4M3), ("value_cache", E4M3))
+        ),
+        *wrong_shape("query", rows, F32, (3, 48), (1, 3, 8, 6), (3,), ()),
+        *wrong_shape("query", heads, F32, (3, 8, 7)),
+        Case(
+            "heads that are no multiple",
+            "query must have a number of heads that is a multiple of num_kv_heads=4, got num_heads=6",
+            {"query": new(3, 6, 6)},
+        ),
+        *wrong_shape("out", rows, F32, (3, 48), (1, 3, 8, 6), ()),
+        *wrong_shape("out", heads, F32, (3, 4, 6), (3, 8, 7)),
+        *wrong_shape("lse", "the shape [num_tokens, num_heads]", F32, (24,), (3, 8, 1)),
+        *wrong_shape("lse", "num_heads=8 columns", F32, (3, 4), (8, 3)),
+        few("query", new(1, 8, 6), "[1, 8, 6]"),
+        few("out", sevens(1, 8, 6, dtype=F32), "[1, 8, 6]"),
+        few("lse", sevens(0, 8, dtype=F32), "[0, 8]"),
+        *every_dtype_but(
+            "key_cache", 'float8_e4m3fn or uint8 as kv_cache_dtype is "fp8"', "float8_e4m3fn", "uint8"
+        ),
+        *every_dtype_but("value_cache", "float8_e4m3fn as key_cache is", "float8_e4m3fn"),
+        *wrong_shape("key_cache", f"the shape {CACHE}", E4M3, (5, 4, 6), ()),
+        *wrong_shape("value_cache", "the shape of key_cache, [2, 5, 4, 6]", E4M3, (3, 5, 4, 6), (5, 4, 6)),
+        *(
+            case
+            for name in ("block_table", "seq_lens", "cu_query_lens", "seq_starts")
+            for case in every_dtype_but(name, "int32", "int32")
+        ),
+        *wrong_shape("block_table", "the shape [num_seqs, max_blocks]", INT32, (2,), (1, 2, 3), ()),
+        *(
+            case
+            for name in ("seq_lens", "seq_starts")
+            for case in (
+                *wrong_shape(name, "the shape [num_seqs]", INT32, (2, 1), ()),
+                *wrong_shape(name, fits, INT32, (1,), (3,), (0,)),
+            )
+        ),
+        *wrong_shape("cu_query_lens", "the shape [num_seqs + 1]", INT32, (3, 1), ()),
+        *wrong_shape(
+            "cu_query_lens", "num_seqs + 1 = 3 elements, as block_table has num_seqs rows", INT32, (2,), (4,)
+        ),
+        *(
+            case
+            for name in ("k_scale", "v_scale")
+            for case in (
+                *every_dtype_but(name, "float32", "float32"),
+                *wrong_shape(name, scales, F32, (2,), (0,), (8,), (6, 4), (24,), (5, 2, 4), (2, 5, 4, 1)),
+            )
+        ),
+        Case(
+            "k_scale with several strides",
+            "k_scale must have even steps between its elements, got several strides in shape [2, 2]",
+            {"k_scale": lambda device: torch.ones(2, 9, device=device)[:, :2]},
+        ),
+        Case(
+            "q_scale of a query that is not quantized",
+            "q_scale must be None as query is float32, got shape [1]", {"q_scale": new(1)},
+        ),
+        Case(
+            "no q_scale", "q_scale must be given as query is float8_e4m3fn, got None",
+            {"query": new(3, 8, 6, dtype=E4M3)},
+        ),
+        Case(
+            "2 elements of q_scale",
+            "q_scale must have 1, num_kv_heads=4 or num_heads=8 elements, got shape [2]",
+            {"query": new(3, 8, 6, dtype=E4M3), "q_scale": new(2)},
+        ),
+        Case(
+            "q_scale in float16", "q_scale must be float32, got float16",
+            {"query": new(3, 8, 6, dtype=E4M3), "q_scale": new(1, dtype=torch.float16)},
+        ),
+        Case(
+            "FP8 query of plain caches",
+            f"query must be {REAL} as the caches are not FP8, got float8_e4m3fn",
+            {"query": new(3, 8, 6, dtype=E4M3), "q_scale": new(1), **unquantized},
+        ),
+        Case(
+            "sinks in bfloat16 with an FP8 query", "sinks must be float32, got bfloat16",
+            {"query": new(3, 8, 6, dtype=E4M3), "q_scale": new(1), "sinks": new(8, dtype=torch.bfloat16)},
+        ),
+        Case(
+            "sinks in bfloat16 with a query in float16",
+            "sinks must be float32 or float16 as query is, got bfloat16",
+            {"query": new(3, 8, 6, dtype=torch.float16), "sinks": new(8, dtype=torch.bfloat16)},
+        ),
+        *wrong_shape("sinks", "the shape [num_heads]", F32, (8, 1), ()),
+        *wrong_shape("sinks", "num_heads=8 elements", F32, (4,), (1,), (0,)),
+        *(
+            case
+            for name in ("k_offset", "v_offset")
+            for case in (
+                *every_dtype_but(name, "float32", "float32"),
+                *wrong_shape(name, per_channel, F32, (4,), (24,), (6, 4), (1, 4, 6), ()),
+                Case(
+                    f"{name} of plain caches",
+                    f"{name} must be None as the caches are not FP8, got shape [4, 6]",
+                    {name: new(4, 6), **unquantized},
+                ),
+            )
+        ),
+        *(number("softmax_scale", x, "finite", str(x)) for x in (math.nan, math.inf)),
+        *(number("softcap", x, "finite and at least 0", str(x)) for x in (-0.5, math.nan, math.inf)),
+        number("max_query_len", 0, "at least 1"),
+        number("max_query_len", -3, "at least 1"),
+        number("max_seq_len", -1, "at least 0"),
+        number("sliding_window", -1, "at least 0"),
+        number("num_splits", -2, "at least 0"),
+    ]  # fmt: skip
+
+
 def wrong_cache_scales(*, or_cache: bool) -> list[Case]:
     count = "1 or num_kv_heads=4 elements"
     if or_cache:
@@ -540,6 +698,13 @@ CASES: dict[str, list[Case]] = {
         *wrong_sequences(),
         *cache_overlaps("gather_and_dequant_cache", ("seq_starts", new(2, dtype=INT32))),
     ],
+    "paged_attention": [
+        *wrong_attention(), *contradictions(quantized_only=False),
+        *cache_overlaps(
+            "paged_attention", ("seq_starts", new(2, dtype=INT32)), ("sinks", new(8)),
+            ("k_offset", new(4, 6)), ("v_offset", new(4, 6)),
+        ),
+    ],
 }  # fmt: skip
 
 
@@ -611,13 +776,21 @@ def test_the_usual_arguments_are_accepted(device: torch.device, op: str) -> None
             if argument not in ("key", "kv_cache_dtype")
         ),
         ("gather_and_dequant_cache", "seq_starts", "key"),
+        *(
+            ("paged_attention", argument, "query")
+            for argument in (*USUAL["paged_attention"], "seq_starts", "sinks", "k_offset", "v_offset")
+            if argument not in ("query", "kv_cache_dtype")
+        ),
     ],
 )
 @pytest.mark.parametrize("stray", ["cpu", "cuda:0"])
 def test_devices_that_differ(cuda: torch.device, op: str, argument: str, other: str, stray: str) -> None:
     home = "cuda:0" if stray == "cpu" else "cpu"
     arguments = {name: make(torch.device(home)) for name, make in USUAL[op].items()}
-    optional = {"scale_ub": new(1), "seq_starts": new(2, dtype=INT32)}
+    optional = {
+        "scale_ub": new(1), "seq_starts": new(2, dtype=INT32), "sinks": new(8), "k_offset": new(4, 6),
+        "v_offset": new(4, 6),
+    }  # fmt: skip
     arguments[argument] = (USUAL[op] | optional)[argument](torch.device(stray))
     with pytest.raises(RuntimeError) as error:
         getattr(fp8kv, op)(**arguments)

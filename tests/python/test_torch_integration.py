@@ -48,6 +48,13 @@ def arguments(device: torch.device) -> dict[str, tuple[object, ...]]:
             key.to(E4M3).view(2, 4, 2, 24), value.to(E4M3).view(2, 4, 2, 24), torch.zeros_like(key),
             torch.zeros_like(value), table, sums, "fp8", k_scale, v_scale, sums[:2],
         ),
+        "paged_attention": (
+            x.view(8, 2, 24).to(E4M3), *caches, torch.zeros(8, 2, 24, device=device), table, sums[1:], "fp8",
+            k_scale, scale_caches[1], 0.2, sums, 5, 8, v_scale, sums[:2], 3, 2.0,
+            torch.ones(2, device=device),
+            torch.ones(2, 24, device=device), torch.ones(2, 24, device=device),
+            torch.zeros(8, 2, device=device), torch.zeros(1024, dtype=torch.uint8, device=device), 1,
+        ),
     }  # fmt: skip
 
 
@@ -60,6 +67,7 @@ OPS = [
     "reshape_and_cache_flash_dynamic",
     "rope_quant_and_cache",
     "gather_and_dequant_cache",
+    "paged_attention",
 ]
 each_op = pytest.mark.parametrize("op", OPS)
 
@@ -83,6 +91,15 @@ def _allclose_knows_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
 @each_op
 def test_opcheck(device: torch.device, op: str) -> None:
     torch.library.opcheck(getattr(ops, op).default, arguments(device)[op])
+
+
+@pytest.mark.usefixtures("_allclose_knows_fp8")
+def test_opcheck_of_attention_without_options(device: torch.device) -> None:
+    all_arguments = arguments(device)["paged_attention"]
+    query = torch.ones(2, 4, 24, dtype=torch.bfloat16, device=device)
+    torch.library.opcheck(
+        ops.paged_attention.default, (query, *all_arguments[1:3], query.clone(), *all_arguments[4:10])
+    )
 
 
 @pytest.mark.usefixtures("_allclose_knows_fp8")
@@ -111,6 +128,12 @@ SCHEMAS = {
     "gather_and_dequant_cache": "(Tensor key_cache, Tensor value_cache, Tensor(a!) key, Tensor(b!) value, "
     "Tensor block_table, Tensor cu_seq_lens, str kv_cache_dtype, Tensor k_scale, Tensor v_scale, "
     "Tensor? seq_starts=None) -> ()",
+    "paged_attention": "(Tensor query, Tensor key_cache, Tensor value_cache, Tensor(a!) out, "
+    "Tensor block_table, Tensor seq_lens, str kv_cache_dtype, Tensor k_scale, Tensor v_scale, "
+    "float softmax_scale, Tensor? cu_query_lens=None, int max_query_len=1, int max_seq_len=0, "
+    "Tensor? q_scale=None, Tensor? seq_starts=None, int sliding_window=0, float softcap=0., "
+    "Tensor? sinks=None, Tensor? k_offset=None, Tensor? v_offset=None, Tensor(b!)? lse=None, "
+    "Tensor(c!)? workspace=None, int num_splits=0) -> ()",
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -112,11 +114,11 @@ def paged_attention(
 
     See also: `reshape_and_cache_flash`, `PagedKVCache.attend`.
     """
-    num_rows, _, head_size = query.shape
+    # Of any number of dimensions, as it is the operator that refuses a query without three.
     if softmax_scale is None:
-        softmax_scale = max(1, head_size) ** -0.5
+        softmax_scale = max(1, math.prod(query.shape[-1:])) ** -0.5
     if max_query_len is None:
-        max_query_len = 1 if cu_query_lens is None else max(1, num_rows)
+        max_query_len = 1 if cu_query_lens is None else max(1, math.prod(query.shape[:1]))
     if out is None:
         dtype = query.dtype if query.dtype in REAL_DTYPES else torch.bfloat16
         out = torch.empty(query.shape, dtype=dtype, device=query.device)
