@@ -41,7 +41,7 @@ struct AttentionLayout {
   std::int64_t head_size = 0;
   std::int64_t num_blocks = 0;
   std::int64_t block_size = 0;
-  std::int64_t max_blocks = 0;  // columns of the block table
+  std::int64_t max_blocks = 0;         // columns of the block table
   DType query_dtype = DType::Float32;  // quantized: with q_scale
   DType out_dtype = DType::Float32;
   DType cache_dtype = DType::Float32;  // not quantized: scales and offsets are not used

@@ -1,19 +1,19 @@
-// Attention that reads the paged cache of kv_cache.h: one struct, its validator, and its launcher. On the CPU; there are no CUDA
-// kernels yet.
+// Attention that reads the paged cache of kv_cache.h: one struct, its validator, and its launcher. On the CPU; there are no
+// CUDA kernels yet.
 //
 // Sequence s has seq_lens[s] tokens in the cache, those of its own queries included; position p lies in block
-// block_table[s, p / block_size] at p % block_size. Its queries are rows cu_query_lens[s] to cu_query_lens[s + 1] of `query`, or
-// row s where cu_query_lens is absent. The i-th of its L queries is the token at position seq_lens[s] - L + i; it sees the
-// positions from seq_starts[s] (0 if absent) to its own, and with sliding_window = w > 0 only the last w of them. Rows that belong
-// to no sequence stay untouched.
+// block_table[s, p / block_size] at p % block_size. Its queries are rows cu_query_lens[s] to cu_query_lens[s + 1] of `query`,
+// or row s where cu_query_lens is absent. The i-th of its L queries is the token at position seq_lens[s] - L + i; it sees the
+// positions from seq_starts[s] (0 if absent) to its own, and with sliding_window = w > 0 only the last w of them. Rows that
+// belong to no sequence stay untouched.
 //
 //   logit = softmax_scale * (q . k),  with q = q_scale * query and k = k_scale * key_cache + k_offset, in fp32
 //   logit = softcap * tanh(logit / softcap), where softcap > 0
 //   out   = sum of softmax(logits, sinks[head])[p] * (v_scale * value_cache[p] + v_offset)
 //   lse   = log(sum of exp(logit) + exp(sinks[head]))
 //
-// A sink is one more logit in the denominator, without a value. A query that sees nothing gets zeros, and the logit of its sink as
-// lse, or -infinity. Bytes of positions that are not seen never matter, NaN included; a NaN that is seen gives NaN.
+// A sink is one more logit in the denominator, without a value. A query that sees nothing gets zeros, and the logit of its sink
+// as lse, or -infinity. Bytes of positions that are not seen never matter, NaN included; a NaN that is seen gives NaN.
 //
 // Example (one query per sequence, scales per head, on the CPU):
 //   fp8kv::PagedAttention problem{
@@ -57,12 +57,12 @@ struct PagedAttention {
   std::optional<TensorView> cu_query_lens{};  // Int32 [num_seqs + 1], beginning with 0
   std::int64_t max_query_len = 1;             // upper bounds that the host knows: they choose the plan only
   std::int64_t max_seq_len = 0;               // 0: what the block table can hold
-  std::optional<TensorView> q_scale{};        // Float32 with 1, num_kv_heads or num_heads elements; for FP8 queries, and only them
-  std::optional<TensorView> seq_starts{};     // Int32 [num_seqs]
-  std::int64_t sliding_window = 0;            // 0: none
-  float softcap = 0.0f;                       // 0: none
-  std::optional<TensorView> sinks{};          // Float32 or the type of query [num_heads]
-  std::optional<TensorView> k_offset{};       // Float32 [num_kv_heads, head_size]; quantized caches only
+  std::optional<TensorView> q_scale{};     // Float32 with 1, num_kv_heads or num_heads elements; for FP8 queries, and only them
+  std::optional<TensorView> seq_starts{};  // Int32 [num_seqs]
+  std::int64_t sliding_window = 0;         // 0: none
+  float softcap = 0.0f;                    // 0: none
+  std::optional<TensorView> sinks{};       // Float32 or the type of query [num_heads]
+  std::optional<TensorView> k_offset{};    // Float32 [num_kv_heads, head_size]; quantized caches only
   std::optional<TensorView> v_offset{};
   std::optional<TensorView> lse{};        // Float32 [at least num_tokens, num_heads], written
   std::optional<TensorView> workspace{};  // UInt8; the CPU needs none
@@ -74,8 +74,8 @@ FP8KV_API void validate(const PagedAttention& problem);
 
 namespace cpu {
 
-// On the calling thread, unless `parallel_for` spreads the work. All views must be on the CPU. Lengths, starts and blocks that are
-// out of range throw Error before anything is written.
+// On the calling thread, unless `parallel_for` spreads the work. All views must be on the CPU. Lengths, starts and blocks that
+// are out of range throw Error before anything is written.
 FP8KV_API void run(const PagedAttention& problem, const ParallelFor& parallel_for = {});
 
 }  // namespace cpu

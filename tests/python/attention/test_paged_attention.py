@@ -66,7 +66,9 @@ def test_cuda_tensors_are_refused(cuda: torch.device) -> None:
     inputs = make(Problem(**DECODE))
     options = {k: x.to(cuda) if isinstance(x, Tensor) else x for k, x in inputs.options.items()}
     tensors = [x.to(cuda) for x in (inputs.query, *inputs.caches, inputs.table, int32(*DECODE["lengths"]))]
-    with pytest.raises(RuntimeError, match="query must be on the cpu, as there are no CUDA kernels for it yet"):
+    with pytest.raises(
+        RuntimeError, match="query must be on the cpu, as there are no CUDA kernels for it yet"
+    ):
         fp8kv.paged_attention(*tensors, **options)
 
 
