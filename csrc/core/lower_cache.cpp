@@ -11,23 +11,23 @@ namespace core {
 namespace {
 
 // What the elements of the caches are; `wanted` and the tensors must agree.
-DType cache_element(const Argument& key_cache, const Argument& value_cache, std::optional<DType> wanted, bool must_quantize) {
-  const DType actual = key_cache.view.dtype, element = wanted.value_or(actual);
-  const bool quantized = is_quantized(element);
-  if (!quantized && (must_quantize || !is_real(element))) {
+DType cache_format(const Argument& key_cache, const Argument& value_cache, std::optional<DType> wanted, bool must_quantize) {
+  const DType actual = key_cache.view.dtype, format = wanted.value_or(actual);
+  const bool quantized = is_quantized(format);
+  if (!quantized && (must_quantize || !is_real(format))) {
     const std::string types = "be " + (must_quantize ? names_of(QuantizedTypes{}) : names_of(RealTypes{} + QuantizedTypes{}));
-    if (wanted) fail(key_cache.op, "kv_cache_dtype", types, name(element));
-    fail(key_cache.op, key_cache.name, types + ", as kv_cache_dtype is not given", name(element));
+    if (wanted) fail(key_cache.op, "kv_cache_dtype", types, name(format));
+    fail(key_cache.op, key_cache.name, types + ", as kv_cache_dtype is not given", name(format));
   }
-  if (actual != element && !(quantized && actual == DType::UInt8))
+  if (actual != format && !(quantized && actual == DType::UInt8))
     fail(key_cache.op, key_cache.name,
-         std::string("be ") + name(element) + (quantized ? " or uint8" : "") + " as kv_cache_dtype is \"" +
-             std::string(cache_format_name(element)) + "\"",
+         std::string("be ") + name(format) + (quantized ? " or uint8" : "") + " as kv_cache_dtype is \"" +
+             std::string(cache_format_name(format)) + "\"",
          name(actual));
   if (value_cache.view.dtype != actual)
     fail(value_cache.op, value_cache.name, std::string("be ") + name(actual) + " as key_cache is",
          name(value_cache.view.dtype));
-  return element;
+  return format;
 }
 
 }  // namespace
@@ -53,7 +53,7 @@ void check_companion(const Argument& a, const Argument& key, void (*check_dtype)
 CacheLayout lower_caches(const Argument& key_cache, const Argument& value_cache, std::optional<DType> kv_cache_dtype,
                          bool must_quantize, const Argument& key) {
   CacheLayout layout;
-  layout.cache_dtype = cache_element(key_cache, value_cache, kv_cache_dtype, must_quantize);
+  layout.cache_dtype = cache_format(key_cache, value_cache, kv_cache_dtype, must_quantize);
   for (const Argument* a : {&key_cache, &value_cache}) check_same_device(*a, key);
   check_ndim(key_cache, 4, "[num_blocks, block_size, num_kv_heads, head_size]");
   check_same_shape(value_cache, key_cache);

@@ -42,13 +42,13 @@ inline constexpr std::int64_t kGrain = 1 << 15;
 template <class Body>
 void parallel(const ParallelFor& parallel_for, std::int64_t count, std::int64_t item_size, const Body& body) {
   if (count <= 0) return;
-  const auto span = [&body](std::int64_t begin, std::int64_t end) {
+  const auto in_environment = [&body](std::int64_t begin, std::int64_t end) {
     const DefaultFloatEnvironment environment;
     body(begin, end);
   };
   const std::int64_t grain = item_size >= kGrain ? 1 : kGrain / (item_size > 0 ? item_size : 1);
-  if (!parallel_for || count <= grain) return span(0, count);
-  parallel_for(count, grain, span);
+  if (!parallel_for || count <= grain) return in_environment(0, count);
+  parallel_for(count, grain, in_environment);
 }
 
 }  // namespace fp8kv::cpu

@@ -70,7 +70,7 @@ class HeadTransformer {
 struct HeadRoute {
   int which;
   HeadsView in;
-  DType element;  // of the result
+  DType out_dtype;
   std::int64_t out_head;
   const float* scale;
   std::int64_t scale_stride, heads_per_scale;
@@ -81,7 +81,7 @@ template <class Place>
 void run_heads(const RopeAppend& problem, const RopeLayout& layout, const HeadRoute& route, std::int64_t first,
                std::int64_t count, const Place& place) {
   const CacheLayout& cache = layout.cache;
-  const ElementwiseKernels elementwise = kernels_for(cache.row_dtype, route.element);
+  const ElementwiseKernels elementwise = kernels_for(cache.row_dtype, route.out_dtype);
   RowScales scales;
   for (std::int64_t r = 0; r < count; ++r)
     scales.scale[r] = route.scale[(first + r) / route.heads_per_scale * route.scale_stride];
