@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "core/attention_layout.h"
@@ -24,26 +25,23 @@ constexpr std::int64_t kChunk = 32;          // positions whose keys and values 
 constexpr std::int64_t kTileRows = 32;       // query tokens times query heads of a KV head
 constexpr std::int64_t kSplitLength = 2048;  // positions that are worth a part of their own
 
-// The int32 index tensors of a problem, which are read on the host.
+// The index tensors of a problem.
 class Sequences {
  public:
-  explicit Sequences(const AttentionLayout& layout) : layout_(layout) {}
-
-  std::int64_t length(std::int64_t s) const { return at(layout_.seq_lens, s); }
-  std::int64_t start(std::int64_t s) const { return layout_.seq_starts.data ? at(layout_.seq_starts, s) : 0; }
-  std::int64_t first_row(std::int64_t s) const { return layout_.cu_query_lens.data ? at(layout_.cu_query_lens, s) : s; }
-  std::int64_t num_queries(std::int64_t s) const { return first_row(s + 1) - first_row(s); }
-  std::int64_t block(std::int64_t s, std::int64_t index) const {
-    return static_cast<const std::int32_t*>(
-        layout_.block_table.data)[s * layout_.block_table_row + index * layout_.block_table.stride];
+  explicit Sequences(const PagedAttention& p) : lengths_(p.seq_lens), table_(p.block_table) {
+    if (p.seq_starts) starts_.emplace(*p.seq_starts);
+    if (p.cu_query_lens) first_rows_.emplace(*p.cu_query_lens);
   }
+
+  std::int64_t length(std::int64_t s) const { return lengths_[s]; }
+  std::int64_t start(std::int64_t s) const { return starts_ ? (*starts_)[s] : 0; }
+  std::int64_t first_row(std::int64_t s) const { return first_rows_ ? (*first_rows_)[s] : s; }
+  std::int64_t num_queries(std::int64_t s) const { return first_row(s + 1) - first_row(s); }
+  std::int64_t block(std::int64_t s, std::int64_t index) const { return table_(s, index); }
 
  private:
-  static std::int64_t at(const core::View1D& view, std::int64_t i) {
-    return static_cast<const std::int32_t*>(view.data)[i * view.stride];
-  }
-
-  const AttentionLayout& layout_;
+  core::Indices lengths_, table_;
+  std::optional<core::Indices> starts_, first_rows_;
 };
 
 // The positions [begin, end) that a query sees.
@@ -80,21 +78,22 @@ void merge_into(Partial& into, float* out, const Partial& from, const float* oth
 
 class Attention {
  public:
-  explicit Attention(const AttentionLayout& layout)
+  Attention(const PagedAttention& problem, const AttentionLayout& layout)
       : layout_(layout),
-        sequences_(layout),
+        sequences_(problem),
         group_(layout.heads_per_kv_head()),
         columns_(ceil_div(layout.head_size, kAttentionPadding) * kAttentionPadding),
         load_query_(kernels_for(layout.query_dtype, DType::Float32)),
         load_cache_(kernels_for(layout.cache_dtype, DType::Float32)),
         store_out_(kernels_for(DType::Float32, layout.out_dtype)),
         kernels_(kernels().attention) {
-    // By the lengths alone, not by the number of threads: the same input gives the same bits.
-    splits_ = layout.num_splits;
-    if (splits_ == 0)
-      for (std::int64_t s = 0; s < layout.num_seqs; ++s)
-        splits_ = std::max(splits_, ceil_div(sequences_.length(s), kSplitLength));
-    splits_ = std::clamp<std::int64_t>(splits_, 1, 1 << 16);
+    // By the lengths alone, not by the number of threads: the same input gives the same bits. More parts than chunks would be
+    // empty.
+    std::int64_t longest = 0;
+    for (std::int64_t s = 0; s < layout.num_seqs; ++s) longest = std::max(longest, sequences_.length(s));
+    splits_ = layout.num_splits > 0 ? layout.num_splits : ceil_div(longest, kSplitLength);
+    splits_ = std::clamp<std::int64_t>(splits_, 1, std::max<std::int64_t>(1, ceil_div(longest, kChunk)));
+    if (layout.sinks.data) sinks_ = in_fp32(layout.sinks, 0, layout.num_heads, sinks_buffer_);
   }
 
   void run(const ParallelFor& parallel_for) {
@@ -269,22 +268,12 @@ class Attention {
       }
   }
 
-  float sink_of(std::int64_t head) const {
-    if (!layout_.sinks.data) return -kInfinity;
-    float sink = 0.0f;
-    const StridedElements all{static_cast<std::byte*>(const_cast<void*>(layout_.sinks.data)), size_of(layout_.sinks.dtype), 1};
-    const float one = 1.0f;
-    convert_strided_rows(kernels_for(layout_.sinks.dtype, DType::Float32), all.at(head * layout_.sinks.stride),
-                         {reinterpret_cast<std::byte*>(&sink), sizeof(float), 1}, 1, Rows{}, &one);
-    return sink;
-  }
-
   // Sink, scale and offset of V, and the rounding to the type of out.
   void finish(std::int64_t row, std::int64_t head, const Partial& partial, float* out) const {
     const std::int64_t kv_head = head / group_;
     const bool saw_nothing = partial.sum == 0.0f;  // of what is seen, the largest logit counts 1
     Partial total = partial;
-    const float sink = sink_of(head);
+    const float sink = sinks_ ? sinks_[head] : -kInfinity;
     if (sink != -kInfinity) {
       total.maximum = std::max(partial.maximum, sink);
       total.sum =
@@ -314,6 +303,8 @@ class Attention {
   const ElementwiseKernels load_query_, load_cache_, store_out_;
   const AttentionKernels& kernels_;
   std::int64_t splits_ = 1;
+  std::vector<float> sinks_buffer_;
+  const float* sinks_ = nullptr;           // of each query head; nullptr: none
   mutable std::vector<Partial> partials_;  // [row, head, split], each written by one item
   mutable std::vector<float> outputs_;
 };
@@ -326,7 +317,7 @@ void run(const PagedAttention& problem, const ParallelFor& parallel_for) {
   core::check_on_device({op, "query", problem.query}, Device{});
   core::check_attention(problem, layout);
   if (layout.empty()) return;
-  Attention(layout).run(parallel_for);
+  Attention(problem, layout).run(parallel_for);
 }
 
 }  // namespace fp8kv::cpu

@@ -1,7 +1,6 @@
 // rope_quant_and_cache on the CPU: norm and RoPE of some heads of a token into a buffer, then the kernels that append.
 #include <vector>
 
-#include "core/dispatch.h"
 #include "core/rope_layout.h"
 #include "cpu/cache.h"
 
@@ -9,18 +8,6 @@ namespace fp8kv::cpu {
 namespace {
 
 using core::RopeLayout;
-using core::View1D;
-
-// The elements of a vector in fp32: where they are, or copied to `buffer`.
-const float* in_fp32(const View1D& from, std::int64_t offset, std::int64_t count, std::vector<float>& buffer) {
-  if (from.dtype == DType::Float32 && from.stride == 1) return static_cast<const float*>(from.data) + offset;
-  buffer.resize(count);
-  core::visit_real(from.dtype, [&]<class T>(core::Type<T>) {
-    const T* x = static_cast<const T*>(from.data) + offset;
-    for (std::int64_t i = 0; i < count; ++i) buffer[i] = decode(x[i * from.stride]);
-  });
-  return buffer.data();
-}
 
 // Norm and RoPE of neighboring heads of Q (0) or K (1), with the memory they need.
 class HeadTransformer {
@@ -30,7 +17,7 @@ class HeadTransformer {
         columns_(layout.cache.head_size),
         kernel_(kernels().transform[core::real_index(layout.cache.row_dtype)]),
         scratch_(columns_) {
-    const View1D& weight = layout.norm_weights[which];
+    const core::View1D& weight = layout.norm_weights[which];
     if (weight.data) transform_.norm_weight = in_fp32(weight, 0, columns_, weight_);
     transform_.norm_eps = layout.norm_eps;
     transform_.pairs = layout.rotary_dim / 2;

@@ -109,4 +109,14 @@ void amax_strided_rows(const AmaxKernels& kernels, const StridedElements& in, st
   }
 }
 
+const float* in_fp32(const core::View1D& from, std::int64_t offset, std::int64_t count, std::vector<float>& buffer) {
+  if (from.dtype == DType::Float32 && from.stride == 1) return static_cast<const float*>(from.data) + offset;
+  buffer.resize(count);
+  core::visit_real(from.dtype, [&]<class T>(core::Type<T>) {
+    const T* x = static_cast<const T*>(from.data) + offset;
+    for (std::int64_t i = 0; i < count; ++i) buffer[i] = decode(x[i * from.stride]);
+  });
+  return buffer.data();
+}
+
 }  // namespace fp8kv::cpu

@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "core/check.h"
+#include "core/rope_layout.h"
 #include "cpu/kernels/table.h"
 #include "fp8kv/views.h"
 
@@ -75,5 +77,8 @@ void load_row_scales(const ElementwiseKernels& kernels, RowScales& scales, const
                      std::int64_t count);
 void amax_strided_rows(const AmaxKernels& kernels, const StridedElements& in, std::int32_t* amax, std::int64_t columns,
                        const Rows& rows);
+
+// `count` elements of a view from `offset` (in elements) on, in fp32: where they are, or copied to `buffer`.
+const float* in_fp32(const core::View1D& from, std::int64_t offset, std::int64_t count, std::vector<float>& buffer);
 
 }  // namespace fp8kv::cpu
