@@ -54,7 +54,7 @@ def paged_attention(
     gets zeros, and as `lse` the sink or -inf. Bytes and scales of positions that are not seen never matter.
     The result is within ``2^-8 * max|v|`` of `fp8kv.reference.paged_attention`, which computes in fp64.
 
-    On the CPU: there are no CUDA kernels yet, and CUDA tensors are refused.
+    Lengths stay on the device: nothing is synchronized, so calls can be captured in CUDA graphs.
 
     Args:
         query: ``[num_tokens, num_heads, head_size]``, any strides, such as a slice of a fused QKV tensor:
