@@ -65,7 +65,7 @@ struct PagedAttention {
   std::optional<TensorView> k_offset{};    // Float32 [num_kv_heads, head_size]; quantized caches only
   std::optional<TensorView> v_offset{};
   std::optional<TensorView> lse{};        // Float32 [at least num_tokens, num_heads], written
-  std::optional<TensorView> workspace{};  // UInt8 of at least workspace_size(problem) bytes, written
+  std::optional<TensorView> workspace{};  // UInt8, on CUDA of cuda::workspace_size(problem) bytes, aligned to 16; written
   std::int64_t num_splits = 0;            // parts that the keys of a sequence are divided into; 0: the plan chooses
 };
 
@@ -82,8 +82,13 @@ FP8KV_API void run(const PagedAttention& problem, const ParallelFor& parallel_fo
 
 namespace cuda {
 
-// Enqueues on `stream` of the current device, on which all views must be. Allocates nothing and, without FP8KV_DEBUG=1, waits for
-// nothing. A position whose block is out of range is not seen.
+// The bytes of workspace that a problem needs on the current device; `workspace` itself is not looked at. 0: none. It depends on
+// shapes, bounds and num_splits, not on what the index tensors hold, and may have any contents. Calls behind each other on one
+// stream can share it.
+FP8KV_API std::int64_t workspace_size(const PagedAttention& problem);
+
+// Enqueues on `stream` of the current device, on which all views must be. Allocates nothing and, without FP8KV_DEBUG=1, waits
+// for nothing. A position whose block is out of range is not seen.
 FP8KV_API void run(const PagedAttention& problem, Stream stream = nullptr);
 
 }  // namespace cuda

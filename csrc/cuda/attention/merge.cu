@@ -1,0 +1,131 @@
+// The end of items that several blocks of the tiled kernel have parts of.
+#include "cuda/attention/finish.cuh"
+#include "cuda/attention/kernels.h"
+#include "cuda/attention/schedule.cuh"
+#include "device/pdl.cuh"
+
+namespace fp8kv::cuda::attention {
+namespace {
+
+constexpr int kThreads = 512;
+
+struct MergeArgs {
+  AttentionLayout layout;
+  AttentionPlan plan;
+  void* workspace;
+};
+
+// Parts of a sum, with the maximum that each was computed with.
+struct Part {
+  Softmax softmax;
+  float4 sums = {};
+
+  __device__ void add(const Softmax& other, const float4& other_sums) {
+    const float maximum = fmaxf(softmax.maximum, other.maximum);
+    const float kept = device::exp2_approximation(softmax.maximum - maximum);
+    const float added = device::exp2_approximation(other.maximum - maximum);
+    softmax = {maximum, softmax.sum * kept + other.sum * added};
+    sums = {sums.x * kept + other_sums.x * added, sums.y * kept + other_sums.y * added, sums.z * kept + other_sums.z * added,
+            sums.w * kept + other_sums.w * added};
+  }
+};
+
+// An item, and the slots that its parts are in: `first`, then `others` with a distance of `step`.
+struct DividedItem {
+  Sequence sequence;
+  int first_head;
+  int first_column;
+  int num_columns;
+  std::int64_t first_slot;
+  std::int64_t next_slot;
+  std::int64_t step;
+  int num_slots;
+};
+
+// Four elements of a column per thread; if there are more threads, they share the slots.
+__device__ void merge(const MergeArgs& args, const DividedItem& item, Part* scratch) {
+  const AttentionLayout& l = args.layout;
+  const AttentionPlan& plan = args.plan;
+  const Slots slots(l, plan, args.workspace);
+  const int fours = static_cast<int>(l.head_size / 4), elements = plan.heads * item.num_columns * fours;
+  const int sharers = max(1, min(kThreads / elements, item.num_slots));
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int first = 0; first < elements; first += kThreads / sharers) {
+    const int sharer = thread / (kThreads / sharers), element = first + thread % (kThreads / sharers);
+    const bool active = sharer < sharers && element < elements;
+    const int head = element / fours / item.num_columns, column = element / fours % item.num_columns, four = element % fours;
+    const int in_slot = head * plan.columns + column;
+    const auto slot_of = [&](int i) { return i == 0 ? item.first_slot : item.next_slot + (i - 1) * item.step; };
+    Part part;
+    float base = 0.0f;
+    if (active) {
+#pragma unroll 4
+      for (int i = sharer; i < item.num_slots; i += sharers) {
+        const float4 softmax = __ldcg(slots.softmax(slot_of(i), in_slot));
+        base = softmax.z;
+        part.add({softmax.x, softmax.y}, __ldcg(slots.sums(slot_of(i), in_slot) + four));
+      }
+    }
+    __syncthreads();
+    if (sharer > 0) scratch[thread] = part;
+    __syncthreads();
+    if (!active || sharer > 0) continue;
+    for (int i = 1; i < sharers; ++i) {
+      const Part& other = scratch[i * (kThreads / sharers) + thread];
+      part.add(other.softmax, other.sums);
+    }
+    const int at = item.first_column + column, group = static_cast<int>(l.heads_per_kv_head());
+    const Finish end(l, {item.sequence.first_row + at / group, (item.first_head + head) * group + at % group}, part.softmax, base);
+    end.store(4 * four, part.sums, plan.out_vectors);
+    if (four == 0) end.store_lse();
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) merge_parts(const __grid_constant__ MergeArgs args) {
+  extern __shared__ __align__(16) std::byte shared_memory[];
+  device::wait_then_release();
+  const AttentionPlan& plan = args.plan;
+  Schedule schedule(args.layout, plan);
+  const std::int64_t total = schedule.total();
+  if (total == 0) return;
+  const Share share(plan, total);
+  // parts == 0: a block merges the item that the block of the same number ends with and has begun.
+  const std::int64_t count = plan.parts == 0 ? share.blocks - 1 : min(total, plan.slots) / plan.parts;
+  for (std::int64_t i = blockIdx.x; i < count; i += gridDim.x) {
+    const std::int64_t unit = plan.parts == 0 ? share.begin(i + 1) - 1 : i * plan.parts;
+    schedule.seek(unit);
+    const Sequence& sequence = schedule.sequence();
+    const std::int64_t units = schedule.units_per_item(sequence);
+    const std::int64_t number = (unit - schedule.first_unit()) / units, begin = schedule.first_unit() + number * units;
+    DividedItem item{.sequence = sequence};
+    if (plan.parts == 0) {
+      if (begin < share.begin(i) || begin + units == unit + 1) continue;
+      item.first_slot = slot_of_share(i, true);
+      item.next_slot = slot_of_share(i + 1, false);
+      item.step = 2;
+      item.num_slots = static_cast<int>(share.block_of(begin + units - 1) - i + 1);
+    } else {
+      item.first_slot = unit, item.next_slot = unit + 1, item.step = 1, item.num_slots = static_cast<int>(plan.parts);
+    }
+    const std::int64_t column_blocks = schedule.num_items(sequence) / plan.head_groups;
+    const int group = static_cast<int>(args.layout.heads_per_kv_head());
+    item.first_head = static_cast<int>(number / column_blocks) * plan.heads;
+    item.first_column = static_cast<int>(number % column_blocks) * plan.columns;
+    item.num_columns = min(plan.columns, sequence.num_queries * group - item.first_column);
+    merge(args, item, reinterpret_cast<Part*>(shared_memory));
+  }
+}
+
+}  // namespace
+
+void launch_merge(const AttentionLayout& layout, const AttentionPlan& plan, void* workspace, cudaStream_t stream) {
+  const MergeArgs args{layout, plan, workspace};
+  const LaunchShape shape{.grid = static_cast<unsigned>(plan.merge_blocks),
+                          .threads = kThreads,
+                          .shared_memory = kThreads * sizeof(Part),
+                          .dependent = device_limits().has_dependent_launch};
+  launch(merge_parts, shape, stream, args);
+  check_launch("paged_attention");
+}
+
+}  // namespace fp8kv::cuda::attention
