@@ -282,19 +282,13 @@ class TiledAttention {
                              float& base) const {
     constexpr int kElements = Shape::kKeyBytes;  // neighboring ones of a lane
     const std::int64_t kv_head = item.first_head + head_;
-    float x[Shape::kKeyParts][kElements] = {};
+    float x[Shape::kKeyParts][kElements] = {}, q_scale = 1.0f;
     if (column < item.num_columns) {
       const Column place = place_of(item, head_, column);
       const std::int64_t at = place.row * l_.query.token + place.head * l_.query.head;
 #pragma unroll
       for (int c = 0; c < Shape::kKeyParts; ++c) load_elements(at + (c * 4 + t_) * kElements, x[c]);
-      if (l_.q_scale) {
-        const float q_scale = __ldg(l_.q_scale + place.head / l_.heads_per_q_scale * l_.q_scale_stride);
-#pragma unroll
-        for (int c = 0; c < Shape::kKeyParts; ++c)
-#pragma unroll
-          for (int i = 0; i < kElements; ++i) x[c][i] *= q_scale;
-      }
+      if (l_.q_scale) q_scale = __ldg(l_.q_scale + place.head / l_.heads_per_q_scale * l_.q_scale_stride);
     }
     float largest = 0.0f, product = 0.0f;
 #pragma unroll
@@ -322,7 +316,7 @@ class TiledAttention {
         halves[k][1] = device::half2_of(ldexpf(four[2], -exponent), ldexpf(four[3], -exponent));
       }
     // With softcap the logits themselves, else those in units of log2(e).
-    const float unit = l_.softcap > 0.0f ? l_.softmax_scale : l_.softmax_scale * kLog2e;
+    const float unit = q_scale * (l_.softcap > 0.0f ? l_.softmax_scale : l_.softmax_scale * kLog2e);
     const bool one_scale = l_.k_scale.dim == 0 && !l_.k_scale.per_token();
     factor = ldexpf(unit * (one_scale ? __ldg(l_.k_scale.data + kv_head * l_.k_scale.head) : 1.0f), exponent);
     base = unit * product;
