@@ -79,9 +79,9 @@ void fit_memory(const AttentionLayout& l, const DeviceLimits& limits, AttentionP
 }
 
 // Upper bounds of items and tiles.
-std::int64_t max_items(const AttentionLayout& l, const AttentionPlan& plan) {
+std::int64_t max_items(const AttentionLayout& l, const AttentionPlan& plan, std::int64_t max_query_len) {
   const std::int64_t group = l.heads_per_kv_head();
-  const std::int64_t by_length = l.num_seqs * ceil_div(l.max_query_len * group, plan.columns);
+  const std::int64_t by_length = l.num_seqs * ceil_div(max_query_len * group, plan.columns);
   const std::int64_t by_rows = l.num_seqs + l.num_rows * group / plan.columns;
   return std::min(by_length, by_rows) * plan.head_groups;
 }
@@ -131,12 +131,16 @@ AttentionPlan plan_attention(const AttentionLayout& l, const DeviceLimits& limit
                                                      : 1;
     return std::int64_t{limits.multiprocessors} * per_multiprocessor;
   };
+  // Units count in 31 bits.
+  plan.head_groups = l.num_kv_heads;
+  const std::int64_t tiles = std::max<std::int64_t>(1, ceil_div(l.capacity, kTile));
+  if (plan.parts == 0 && max_items(l, plan, l.num_rows) > kMaxChunk / tiles) plan.parts = 1;
   choose_heads(l, resident(), plan);
   plan.head_groups = l.num_kv_heads / plan.heads;
   plan.shared_memory = memory_of(l, plan);
   plan.out_vectors = out_vecs_aligned(l);
 
-  const std::int64_t items = max_items(l, plan);
+  const std::int64_t items = max_items(l, plan, l.max_query_len);
   if (plan.parts == 0) {
     plan.least_units = plan.warps / plan.heads;
     plan.blocks = std::min(resident(), ceil_div(items * max_tiles(l), plan.least_units));

@@ -21,10 +21,47 @@ struct Softmax {
   __device__ bool saw_nothing() const { return sum == 0.0f; }
 };
 
+// What a block does at a time: a sequence, some of its queries, some KV heads, a range of its tiles.
+struct Item {
+  Sequence sequence;
+  int index;         // of the sequence
+  int first_head;    // KV head
+  int first_column;  // of those of the sequence and a KV head
+  int num_columns;
+  Positions tiles;
+  int slot;  // of the workspace; -1: the block has all tiles
+};
+
+// An item of the current sequence by its number, without tiles.
+__device__ __forceinline__ Item item_of(const AttentionLayout& l, const AttentionPlan& plan, const Schedule& schedule,
+                                        unsigned number) {
+  const unsigned column_blocks = schedule.num_items() / static_cast<unsigned>(plan.head_groups);
+  const unsigned head_group = number / column_blocks;
+  Item item{.sequence = schedule.sequence(), .index = schedule.index(), .slot = -1};
+  item.first_head = static_cast<int>(head_group) * plan.heads;
+  item.first_column = static_cast<int>(number - head_group * column_blocks) * plan.columns;
+  const int columns = item.sequence.num_queries * static_cast<int>(l.heads_per_kv_head());
+  item.num_columns = min(plan.columns, columns - item.first_column);
+  return item;
+}
+
 // A query row and head.
 struct Column {
   int row;
   int head;
+};
+
+// Of a number that is not negative; -127 for 0 and subnormal numbers.
+__device__ __forceinline__ int exponent_of(float x) { return static_cast<int>(__float_as_uint(x) >> 23) - 127; }
+
+// 2^exponent as two factors, for exponents that fp32 has no normal number for.
+struct PowerOfTwo {
+  float first, second;
+
+  __device__ explicit PowerOfTwo(int exponent)
+      : first(__uint_as_float((exponent / 2 + 127u) << 23)), second(__uint_as_float((exponent - exponent / 2 + 127u) << 23)) {}
+
+  __device__ float times(float x) const { return x * first * second; }
 };
 
 __device__ __forceinline__ float load_element(const void* data, DType dtype, std::int64_t i) {

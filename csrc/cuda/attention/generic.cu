@@ -57,9 +57,9 @@ struct Query {
       to[d] = x;
     }
     largest = max_of_warp(largest);
-    const int exponent = largest > 0.0f ? ilogbf(largest) : 0;
-    for (std::int64_t d = lane; d < l.head_size; d += kWarp) to[d] = ldexpf(to[d], -exponent);
-    return {ldexpf(l.softmax_scale, exponent), l.softmax_scale * sum_of_warp(product)};
+    const PowerOfTwo down(-exponent_of(largest)), up(exponent_of(largest));
+    for (std::int64_t d = lane; d < l.head_size; d += kWarp) to[d] = down.times(to[d]);
+    return {up.times(l.softmax_scale), l.softmax_scale * sum_of_warp(product)};
   }
 };
 

@@ -30,40 +30,34 @@ struct Part {
   }
 };
 
-// An item, and the slots that its parts are in: `first`, then `others` with a distance of `step`.
-struct DividedItem {
-  Sequence sequence;
-  int first_head;
-  int first_column;
-  int num_columns;
-  std::int64_t first_slot;
-  std::int64_t next_slot;
-  std::int64_t step;
-  int num_slots;
+// The slots that the parts of an item are in: `first`, then `next` and others with a distance of `step`.
+struct PartSlots {
+  int first, next, step, count;
+
+  __device__ std::int64_t at(int i) const { return i == 0 ? first : next + std::int64_t{i - 1} * step; }
 };
 
 // Four elements of a column per thread; if there are more threads, they share the slots.
-__device__ void merge(const MergeArgs& args, const DividedItem& item, Part* scratch) {
+__device__ void merge(const MergeArgs& args, const Item& item, const PartSlots& parts, Part* scratch) {
   const AttentionLayout& l = args.layout;
   const AttentionPlan& plan = args.plan;
   const Slots slots(l, plan, args.workspace);
   const int fours = static_cast<int>(l.head_size / 4), elements = plan.heads * item.num_columns * fours;
-  const int sharers = max(1, min(kThreads / elements, item.num_slots));
+  const int sharers = max(1, min(kThreads / elements, parts.count));
   const int thread = static_cast<int>(threadIdx.x);
   for (int first = 0; first < elements; first += kThreads / sharers) {
     const int sharer = thread / (kThreads / sharers), element = first + thread % (kThreads / sharers);
     const bool active = sharer < sharers && element < elements;
     const int head = element / fours / item.num_columns, column = element / fours % item.num_columns, four = element % fours;
     const int in_slot = head * plan.columns + column;
-    const auto slot_of = [&](int i) { return i == 0 ? item.first_slot : item.next_slot + (i - 1) * item.step; };
     Part part;
     float base = 0.0f;
     if (active) {
 #pragma unroll 4
-      for (int i = sharer; i < item.num_slots; i += sharers) {
-        const float4 softmax = __ldcg(slots.softmax(slot_of(i), in_slot));
+      for (int i = sharer; i < parts.count; i += sharers) {
+        const float4 softmax = __ldcg(slots.softmax(parts.at(i), in_slot));
         base = softmax.z;
-        part.add({softmax.x, softmax.y}, __ldcg(slots.sums(slot_of(i), in_slot) + four));
+        part.add({softmax.x, softmax.y}, __ldcg(slots.sums(parts.at(i), in_slot) + four));
       }
     }
     __syncthreads();
@@ -86,33 +80,24 @@ __global__ void __launch_bounds__(kThreads) merge_parts(const __grid_constant__ 
   device::wait_then_release();
   const AttentionPlan& plan = args.plan;
   Schedule schedule(args.layout, plan);
-  const std::int64_t total = schedule.total();
+  const unsigned total = schedule.total();
   if (total == 0) return;
   const Share share(plan, total);
   // parts == 0: a block merges the item that the block of the same number ends with and has begun.
-  const std::int64_t count = plan.parts == 0 ? share.blocks - 1 : min(total, plan.slots) / plan.parts;
-  for (std::int64_t i = blockIdx.x; i < count; i += gridDim.x) {
-    const std::int64_t unit = plan.parts == 0 ? share.begin(i + 1) - 1 : i * plan.parts;
+  const auto parts = static_cast<unsigned>(plan.parts);
+  const unsigned count = parts == 0 ? share.blocks - 1 : min(total, static_cast<unsigned>(plan.slots)) / parts;
+  for (unsigned i = blockIdx.x; i < count; i += gridDim.x) {
+    const unsigned unit = parts == 0 ? share.begin(i + 1) - 1 : i * parts;
     schedule.seek(unit);
-    const Sequence& sequence = schedule.sequence();
-    const std::int64_t units = schedule.units_per_item(sequence);
-    const std::int64_t number = (unit - schedule.first_unit()) / units, begin = schedule.first_unit() + number * units;
-    DividedItem item{.sequence = sequence};
-    if (plan.parts == 0) {
-      if (begin < share.begin(i) || begin + units == unit + 1) continue;
-      item.first_slot = slot_of_share(i, true);
-      item.next_slot = slot_of_share(i + 1, false);
-      item.step = 2;
-      item.num_slots = static_cast<int>(share.block_of(begin + units - 1) - i + 1);
-    } else {
-      item.first_slot = unit, item.next_slot = unit + 1, item.step = 1, item.num_slots = static_cast<int>(plan.parts);
+    const unsigned units = schedule.units_per_item(), number = (unit - schedule.first_unit()) / units;
+    const unsigned first = schedule.first_unit() + number * units;
+    PartSlots slots{static_cast<int>(unit), static_cast<int>(unit) + 1, 1, static_cast<int>(parts)};
+    if (parts == 0) {
+      if (first < share.begin(i) || first + units == unit + 1) continue;
+      const unsigned last_block = share.block_of(first + units - 1);
+      slots = {slot_of_share(i, true), slot_of_share(i + 1, false), 2, static_cast<int>(last_block - i + 1)};
     }
-    const std::int64_t column_blocks = schedule.num_items(sequence) / plan.head_groups;
-    const int group = static_cast<int>(args.layout.heads_per_kv_head());
-    item.first_head = static_cast<int>(number / column_blocks) * plan.heads;
-    item.first_column = static_cast<int>(number % column_blocks) * plan.columns;
-    item.num_columns = min(plan.columns, sequence.num_queries * group - item.first_column);
-    merge(args, item, reinterpret_cast<Part*>(shared_memory));
+    merge(args, item_of(args.layout, plan, schedule, number), slots, reinterpret_cast<Part*>(shared_memory));
   }
 }
 

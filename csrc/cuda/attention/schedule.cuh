@@ -72,34 +72,25 @@ struct Sequence {
   }
 };
 
-// The units of all sequences, and the sequence that a unit belongs to. All threads of a warp call everything together.
+// The units of all sequences, and the sequence that a unit belongs to. All threads of a warp call everything together. Units
+// count in 32 bits: the plan sees to that.
 class Schedule {
  public:
   __device__ Schedule(const AttentionLayout& layout, const AttentionPlan& plan)
-      : layout_(layout), plan_(plan), per_lane_((layout.num_seqs + 31) / 32) {
+      : layout_(layout), plan_(plan), per_lane_((static_cast<int>(layout.num_seqs) + 31) / 32) {
     const int lane = static_cast<int>(threadIdx.x % 32);
     lane_units_ = units_of_range(lane * per_lane_, (lane + 1) * per_lane_);
     lane_sum_ = inclusive_sum(lane_units_);
     total_ = __shfl_sync(kAllLanes, lane_sum_, 31);
   }
 
-  __device__ std::int64_t total() const { return total_; }
-
-  // Items of this sequence, and units of one of them.
-  __device__ std::int64_t num_items(const Sequence& s) const {
-    const std::int64_t columns = s.num_queries * layout_.heads_per_kv_head();
-    return plan_.head_groups * ((columns + plan_.columns - 1) / plan_.columns);
-  }
-  __device__ std::int64_t units_per_item(const Sequence& s) const {
-    if (plan_.parts > 0) return plan_.parts;
-    const Positions tiles = s.seen_by_any(layout_, 0, s.num_queries).tiles();
-    return max(tiles.end - tiles.begin, 1);  // where nothing is seen, zeros are written
-  }
+  __device__ unsigned total() const { return total_; }
 
   // Makes the sequence of a unit below total() the current one.
-  __device__ void seek(std::int64_t unit) {
+  __device__ void seek(unsigned unit) {
     // The lane whose sequences hold it, then the same among these.
-    std::int64_t per_lane = per_lane_, first = 0, count = layout_.num_seqs, sum = lane_sum_, units = lane_units_;
+    int per_lane = per_lane_, first = 0, count = static_cast<int>(layout_.num_seqs);
+    unsigned sum = lane_sum_, units = lane_units_;
     const int lane = static_cast<int>(threadIdx.x % 32);
     before_ = 0;
     while (true) {
@@ -112,40 +103,54 @@ class Schedule {
       units = units_of_range(first + min(lane * per_lane, count), first + min((lane + 1) * per_lane, count));
       sum = inclusive_sum(units);
     }
-    set(static_cast<int>(first));
+    set(first);
   }
 
   // The current sequence moves on until it is that of the unit.
-  __device__ void advance(std::int64_t unit) {
-    while (unit >= before_ + units_) {
-      before_ += units_;
+  __device__ void advance(unsigned unit) {
+    while (unit - before_ >= num_items_ * units_per_item_) {
+      before_ += num_items_ * units_per_item_;
       set(index_ + 1);
     }
   }
 
+  // Of the current sequence.
   __device__ int index() const { return index_; }
   __device__ const Sequence& sequence() const { return sequence_; }
-  __device__ std::int64_t first_unit() const { return before_; }  // of the current sequence
+  __device__ unsigned first_unit() const { return before_; }
+  __device__ unsigned num_items() const { return num_items_; }
+  __device__ unsigned units_per_item() const { return units_per_item_; }
 
  private:
   __device__ void set(int index) {
     index_ = index;
     sequence_ = Sequence::load(layout_, index);
-    units_ = num_items(sequence_) * units_per_item(sequence_);
+    num_items_ = items_of(sequence_);
+    units_per_item_ = units_of_item(sequence_);
   }
 
-  __device__ std::int64_t units_of_range(std::int64_t first, std::int64_t last) const {
-    std::int64_t units = 0;
-    for (std::int64_t s = first; s < min(last, layout_.num_seqs); ++s) {
+  __device__ unsigned items_of(const Sequence& s) const {
+    const auto columns = static_cast<unsigned>(s.num_queries * layout_.heads_per_kv_head());
+    return static_cast<unsigned>(plan_.head_groups) * ((columns + plan_.columns - 1) / plan_.columns);
+  }
+  __device__ unsigned units_of_item(const Sequence& s) const {
+    if (plan_.parts > 0) return static_cast<unsigned>(plan_.parts);
+    const Positions tiles = s.seen_by_any(layout_, 0, s.num_queries).tiles();
+    return max(tiles.end - tiles.begin, 1);  // where nothing is seen, zeros are written
+  }
+
+  __device__ unsigned units_of_range(int first, int last) const {
+    unsigned units = 0;
+    for (int s = first; s < min(last, static_cast<int>(layout_.num_seqs)); ++s) {
       const Sequence sequence = Sequence::load(layout_, s);
-      units += num_items(sequence) * units_per_item(sequence);
+      units += items_of(sequence) * units_of_item(sequence);
     }
     return units;
   }
 
-  __device__ static std::int64_t inclusive_sum(std::int64_t value) {
+  __device__ static unsigned inclusive_sum(unsigned value) {
     for (int distance = 1; distance < 32; distance *= 2) {
-      const std::int64_t other = __shfl_up_sync(kAllLanes, value, distance);
+      const unsigned other = __shfl_up_sync(kAllLanes, value, distance);
       if (static_cast<int>(threadIdx.x % 32) >= distance) value += other;
     }
     return value;
@@ -153,26 +158,32 @@ class Schedule {
 
   const AttentionLayout& layout_;
   const AttentionPlan& plan_;
-  std::int64_t per_lane_, lane_units_, lane_sum_, total_;
-  std::int64_t before_ = 0, units_ = 0;
-  int index_ = 0;
+  int per_lane_, index_ = 0;
+  unsigned lane_units_, lane_sum_, total_;
+  unsigned before_ = 0, num_items_ = 0, units_per_item_ = 0;
   Sequence sequence_{};
 };
 
-// parts == 0: the units of a block. Blocks beyond the last that is worth starting have none.
+// parts == 0: the units of each block; the first `longer` blocks have one more. Blocks beyond those that are worth starting have
+// none.
 struct Share {
-  std::int64_t total;
-  std::int64_t blocks;
+  unsigned blocks, units, longer;
 
-  __device__ Share(const AttentionPlan& plan, std::int64_t total_units)
-      : total(total_units), blocks(min(plan.blocks, (total_units + plan.least_units - 1) / plan.least_units)) {}
+  __device__ Share(const AttentionPlan& plan, unsigned total)
+      : blocks(min(static_cast<unsigned>(plan.blocks), (total - 1) / static_cast<unsigned>(plan.least_units) + 1)),
+        units(total / blocks),
+        longer(total - units * blocks) {}
 
-  __device__ std::int64_t begin(std::int64_t block) const { return total * block / blocks; }
-  // The block that has this unit: the last whose first unit is not above it.
-  __device__ std::int64_t block_of(std::int64_t unit) const { return ((unit + 1) * blocks - 1) / total; }
+  __device__ unsigned begin(unsigned block) const { return block * units + min(block, longer); }
+  __device__ unsigned block_of(unsigned unit) const {
+    const unsigned in_longer = longer * (units + 1);
+    return unit < in_longer ? unit / (units + 1) : longer + (unit - in_longer) / units;
+  }
 };
 
 // A block has at most two items that it doesn't finish alone: the one it begins with and the one it ends with.
-__device__ __forceinline__ std::int64_t slot_of_share(std::int64_t block, bool begins_item) { return 2 * block + begins_item; }
+__device__ __forceinline__ int slot_of_share(unsigned block, bool begins_item) {
+  return static_cast<int>(2 * block + begins_item);
+}
 
 }  // namespace fp8kv::cuda::attention

@@ -71,17 +71,6 @@ constexpr int blocks_per_multiprocessor(int head_size, int column_tiles) {
   return head_size <= 128 && column_tiles == 1 ? 2 : 1;
 }
 
-// Of an item: a sequence, some of its queries, some KV heads, a range of its tiles.
-struct Item {
-  Sequence sequence;
-  int index;         // of the sequence
-  int first_head;    // KV head
-  int first_column;  // of those of the sequence and a KV head
-  int num_columns;
-  Positions tiles;
-  int slot;  // of the workspace; -1: the block has all tiles
-};
-
 template <class Fp8, int kHeadSize, int kColumnTiles, bool kPerToken>
 class TiledAttention {
   using Shape = TileShape<kHeadSize, kPerToken>;
@@ -305,20 +294,21 @@ class TiledAttention {
       largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, lanes));
       product += __shfl_xor_sync(kAllLanes, product, lanes);
     }
-    const int exponent = largest > 0.0f ? ilogbf(largest) : 0;
+    const int exponent = exponent_of(largest);
+    const PowerOfTwo down(-exponent), up(exponent);
 #pragma unroll
     for (int c = 0; c < Shape::kKeyParts; ++c)
 #pragma unroll
-      for (int w = 0; w < Shape::kKeyWords; ++w) {
-        const float* four = &x[c][4 * w];
-        const int k = c * Shape::kKeyWords + w;
-        halves[k][0] = device::half2_of(ldexpf(four[0], -exponent), ldexpf(four[1], -exponent));
-        halves[k][1] = device::half2_of(ldexpf(four[2], -exponent), ldexpf(four[3], -exponent));
-      }
+      for (int w = 0; w < Shape::kKeyWords; ++w)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float* pair = &x[c][4 * w + 2 * i];
+          halves[c * Shape::kKeyWords + w][i] = device::half2_of(down.times(pair[0]), down.times(pair[1]));
+        }
     // With softcap the logits themselves, else those in units of log2(e).
     const float unit = q_scale * (l_.softcap > 0.0f ? l_.softmax_scale : l_.softmax_scale * kLog2e);
     const bool one_scale = l_.k_scale.dim == 0 && !l_.k_scale.per_token();
-    factor = ldexpf(unit * (one_scale ? __ldg(l_.k_scale.data + kv_head * l_.k_scale.head) : 1.0f), exponent);
+    factor = up.times(unit * (one_scale ? __ldg(l_.k_scale.data + kv_head * l_.k_scale.head) : 1.0f));
     base = unit * product;
   }
 
@@ -670,45 +660,46 @@ template <class F>
 __device__ __forceinline__ void for_each_item(const TiledArgs& args, const F& attend) {
   const AttentionPlan& plan = args.plan;
   const AttentionLayout& l = args.layout;
+  const auto parts = static_cast<unsigned>(plan.parts);
+  const unsigned block = blockIdx.x;
   Schedule schedule(l, plan);
-  const std::int64_t total = schedule.total(), block = blockIdx.x;
-  if (total == 0) return;
-  const Share share(plan, total);
-  if (plan.parts == 0 && block >= share.blocks) return;
-  std::int64_t unit = plan.parts == 0 ? share.begin(block) : block;
-  const std::int64_t end = plan.parts == 0 ? share.begin(block + 1) : total;
+  if (schedule.total() == 0) return;
+  const Share share(plan, schedule.total());
+  if (parts == 0 && block >= share.blocks) return;
+  unsigned unit = parts == 0 ? share.begin(block) : block;
+  const unsigned end = parts == 0 ? share.begin(block + 1) : schedule.total();
   if (unit >= end) return;
   schedule.seek(unit);
   while (true) {
     const Sequence& sequence = schedule.sequence();
-    const std::int64_t units = schedule.units_per_item(sequence), in_sequence = unit - schedule.first_unit();
-    const std::int64_t number = in_sequence / units, from = in_sequence % units, items = schedule.num_items(sequence);
-    const std::int64_t column_blocks = items / plan.head_groups;
-    const int group = static_cast<int>(l.heads_per_kv_head());
-    Item item{.sequence = sequence, .index = schedule.index(), .slot = -1};
-    item.first_head = static_cast<int>(number / column_blocks) * plan.heads;
-    item.first_column = static_cast<int>(number % column_blocks) * plan.columns;
-    item.num_columns = min(plan.columns, sequence.num_queries * group - item.first_column);
-    // Parts are those of all tiles of the sequence, of which a query may see only some.
+    const unsigned units = schedule.units_per_item(), in_sequence = unit - schedule.first_unit();
+    const unsigned number = in_sequence / units, from = in_sequence - number * units;
+    Item item = item_of(l, plan, schedule, number);
+    // Units are those of all tiles of the sequence, of which the queries of an item may see only some.
     const Positions all = sequence.seen_by_any(l, 0, sequence.num_queries).tiles();
-    const std::int64_t tiles = all.end - all.begin;
-    std::int64_t first = 0, last = tiles, next;
-    if (plan.parts == 0) {
-      const std::int64_t to = min(units, from + end - unit);
-      if (from > 0 || to < units) item.slot = static_cast<int>(slot_of_share(block, from == 0)), first = from, last = to;
-      next = unit + to - from;
+    const unsigned tiles = max(all.end - all.begin, 0);
+    unsigned first = 0, last = tiles, next;
+    bool has_tiles = true;
+    if (parts == 0) {
+      const unsigned to = min(units, from + (end - unit));
+      if (from > 0 || to < units) item.slot = slot_of_share(block, from == 0), first = from, last = to;
+      next = unit + (to - from);
     } else {
       // Without a slot the first part has everything.
-      const bool divided = plan.parts > 1 && (unit / plan.parts + 1) * plan.parts <= plan.slots;
-      if (divided) item.slot = static_cast<int>(unit), first = tiles * from / plan.parts, last = tiles * (from + 1) / plan.parts;
-      if (!divided && from > 0) last = -1;
-      next = unit + gridDim.x;
+      if (parts > 1 && unit - from + parts <= plan.slots) {
+        item.slot = static_cast<int>(unit);
+        first = static_cast<unsigned>(std::uint64_t{tiles} * from / parts);
+        last = static_cast<unsigned>(std::uint64_t{tiles} * (from + 1) / parts);
+      } else {
+        has_tiles = from == 0;
+      }
+      next = unit + gridDim.x < unit ? end : unit + gridDim.x;
     }
-    if (last >= first) {
-      item.tiles = {all.begin + static_cast<int>(first), all.begin + static_cast<int>(last)};
-      const int last_query = (item.first_column + item.num_columns - 1) / group;
-      const Positions seen = sequence.seen_by_any(l, item.first_column / group, last_query + 1).tiles();
-      item.tiles = {max(item.tiles.begin, seen.begin), min(item.tiles.end, seen.end)};
+    if (has_tiles) {
+      const int last_query = (item.first_column + item.num_columns - 1) / static_cast<int>(args.group.divisor);
+      const int first_query = item.first_column / static_cast<int>(args.group.divisor);
+      const Positions seen = sequence.seen_by_any(l, first_query, last_query + 1).tiles();
+      item.tiles = {max(all.begin + static_cast<int>(first), seen.begin), min(all.begin + static_cast<int>(last), seen.end)};
       attend(item);
     }
     unit = next;
