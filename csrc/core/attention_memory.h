@@ -24,8 +24,8 @@ struct TileBytes {
         size(missing + 16) {}
 };
 
-// The rings of all warps, and at the end of an item the sums of all warps in their place; a maximum and a sum for each column of
-// a warp; a factor and a base for each column of the block; and where a warp has several column tiles, the queries.
+// The rings of all warps, and at the end of an item the sums of all warps in their place; a maximum and a sum for each column
+// of a warp; a factor and a base for each column of the block; and where a warp has several column tiles, the queries.
 struct AttentionMemory {
   int sums_pitch, softmax, scales, queries, size;
 

@@ -202,18 +202,18 @@ enum class AttentionKernel : std::uint8_t {
   Tiled,    // on the tensor cores, for FP8 caches of the usual head sizes and block sizes
 };
 
-// A block of threads has `warps / heads` warps for each of its KV heads. `column_warps` of them multiply the same tiles of K and V
-// with columns of their own: query heads of the KV head times query tokens, 8 to a column tile. The others take other tiles. How
-// the work is divided between blocks: csrc/cuda/attention/schedule.cuh.
+// A block of threads has `warps / heads` warps for each of its KV heads. `column_warps` of them multiply the same tiles of K
+// and V with columns of their own: query heads of the KV head times query tokens, 8 to a column tile. The others take other
+// tiles. How the work is divided between blocks: csrc/cuda/attention/schedule.cuh.
 struct AttentionPlan {
   AttentionKernel kernel = AttentionKernel::Generic;
-  int warps = 4;             // per block
-  int heads = 1;             // KV heads per block
-  int column_tiles = 1;      // per warp: 1, 2 or 4
-  int column_warps = 1;      // 1, 2 or 4
-  int columns = 8;           // per block and KV head
-  bool out_vectors = false;  // the output can be written in aligned vectors of 4 elements
-  int shared_memory = 0;     // bytes per block
+  int warps = 4;                    // per block
+  int heads = 1;                    // KV heads per block
+  int column_tiles = 1;             // per warp: 1, 2 or 4
+  int column_warps = 1;             // 1, 2 or 4
+  int columns = 8;                  // per block and KV head
+  bool out_vectors = false;         // the output can be written in aligned vectors of 4 elements
+  int shared_memory = 0;            // bytes per block
   std::int64_t head_groups = 1;     // of `heads` KV heads
   std::int64_t blocks = 0;          // that are launched
   std::int64_t parts = 0;           // that the tiles of an item are divided into; 0: the blocks share all tiles equally

@@ -8,8 +8,8 @@ namespace fp8kv::core {
 namespace {
 
 constexpr int kMaxWarps = 8;
-constexpr int kMaxColumns = 64;         // that share a reading of K and V
-constexpr int kReservedMemory = 1024;   // bytes of shared memory that every block costs beyond its own
+constexpr int kMaxColumns = 64;        // that share a reading of K and V
+constexpr int kReservedMemory = 1024;  // bytes of shared memory that every block costs beyond its own
 constexpr std::int64_t kMaxSlots = 1 << 30;
 
 bool is_tiled_head_size(std::int64_t size) { return size == 64 || size == 96 || size == 128 || size == 192 || size == 256; }
@@ -126,9 +126,9 @@ AttentionPlan plan_attention(const AttentionLayout& l, const DeviceLimits& limit
   choose_columns(l, plan);
   fit_memory(l, limits, plan);
   const auto resident = [&] {
-    const int per_multiprocessor =
-        plan.column_tiles == 1 && l.head_size <= 128 ? std::min(2, limits.shared_memory / (memory_of(l, plan) + kReservedMemory))
-                                                     : 1;
+    const int per_multiprocessor = plan.column_tiles == 1 && l.head_size <= 128
+                                       ? std::min(2, limits.shared_memory / (memory_of(l, plan) + kReservedMemory))
+                                       : 1;
     return std::int64_t{limits.multiprocessors} * per_multiprocessor;
   };
   // Units count in 31 bits.

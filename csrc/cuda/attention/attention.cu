@@ -17,8 +17,7 @@ constexpr int kAlignment = 16;  // of the workspace
 void check_plan(const PagedAttention& p, const AttentionLayout& layout, const AttentionPlan& plan) {
   if (plan.warps < 1)
     core::fail(kOp, "query", "have a head_size of at most 6112", "head_size=" + std::to_string(layout.head_size));
-  if (plan.blocks > INT32_MAX)
-    core::fail(kOp, "query", "have less than 2^31 rows times heads", std::to_string(plan.blocks));
+  if (plan.blocks > INT32_MAX) core::fail(kOp, "query", "have less than 2^31 rows times heads", std::to_string(plan.blocks));
   if (plan.workspace_size == 0) return;
   const std::string expected = "have at least " + std::to_string(plan.workspace_size) + " bytes, aligned to 16";
   if (!p.workspace) core::fail(kOp, "workspace", expected, "None");

@@ -1,5 +1,6 @@
 // What is known of a query head after some of its positions, how such partial results are merged, and the end of it: sink, lse,
-// scale and offset of V, the type of the output. Logits are in units of log2(e) here, without what k_offset adds to all of them.
+// scale and offset of V, the type of the output. Logits are in units of log2(e) here, without what k_offset adds to all of
+// them.
 #pragma once
 
 #include <cfloat>
@@ -108,7 +109,8 @@ class Finish {
   // An element of the output from the weighted sum of V.
   __device__ void store(std::int64_t dim, float sum) const {
     const core::HeadsView& out = layout_.out;
-    store_element(out.data, layout_.out_dtype, column_.row * out.token + column_.head * out.head + dim * out.dim, value(dim, sum));
+    store_element(out.data, layout_.out_dtype, column_.row * out.token + column_.head * out.head + dim * out.dim,
+                  value(dim, sum));
   }
 
   // Elements dim to dim + 3.

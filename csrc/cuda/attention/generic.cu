@@ -1,5 +1,5 @@
-// paged_attention for anything: every head size, block size, stride, alignment, dtype and kind of scale, one block per query row
-// and head. Right everywhere, and not made for speed.
+// paged_attention for anything: every head size, block size, stride, alignment, dtype and kind of scale, one block per query
+// row and head. Right everywhere, and not made for speed.
 #include "core/dispatch.h"
 #include "cuda/attention/finish.cuh"
 #include "cuda/attention/kernels.h"

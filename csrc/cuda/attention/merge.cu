@@ -69,7 +69,8 @@ __device__ void merge(const MergeArgs& args, const Item& item, const PartSlots& 
       part.add(other.softmax, other.sums);
     }
     const int at = item.first_column + column, group = static_cast<int>(l.heads_per_kv_head());
-    const Finish end(l, {item.sequence.first_row + at / group, (item.first_head + head) * group + at % group}, part.softmax, base);
+    const Finish end(l, {item.sequence.first_row + at / group, (item.first_head + head) * group + at % group}, part.softmax,
+                     base);
     end.store(4 * four, part.sums, plan.out_vectors);
     if (four == 0) end.store_lse();
   }

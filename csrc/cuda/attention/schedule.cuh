@@ -1,4 +1,5 @@
-// How blocks of threads share the work of attention. Lengths are known on the device only, so every block finds its share there.
+// How blocks of threads share the work of attention. Lengths are known on the device only, so every block finds its share
+// there.
 //
 // A tile is 16 neighboring positions of a sequence. An item is what a block does at a time: the tiles of one sequence, for some
 // of its KV heads and some of its queries. Items are counted in units, in the order of the sequences:
@@ -164,8 +165,8 @@ class Schedule {
   Sequence sequence_{};
 };
 
-// parts == 0: the units of each block; the first `longer` blocks have one more. Blocks beyond those that are worth starting have
-// none.
+// parts == 0: the units of each block; the first `longer` blocks have one more. Blocks beyond those that are worth starting
+// have none.
 struct Share {
   unsigned blocks, units, longer;
 

@@ -16,7 +16,7 @@ namespace fp8kv::cuda::attention {
 
 using device::FastDiv;
 
-inline constexpr int kMaxWarps = 8;       // of a block
+inline constexpr int kMaxWarps = 8;        // of a block
 inline constexpr float kMaxGrowth = 8.0f;  // of a maximum, in powers of two, before what was summed up is scaled anew
 
 struct TiledArgs {
@@ -27,9 +27,9 @@ struct TiledArgs {
   void* workspace;
 };
 
-// How a tile lies in shared memory, and what a lane reads of it: of K, kKeyBytes neighboring bytes of each of kKeyParts parts of
-// rows g and g + 8; of V, kValueBytes neighboring bytes of rows 2t, 2t + 1, 2t + 8 and 2t + 9. Rows are padded, or their chunks
-// of 16 bytes permuted, so that no two lanes of an access need the same bank.
+// How a tile lies in shared memory, and what a lane reads of it: of K, kKeyBytes neighboring bytes of each of kKeyParts parts
+// of rows g and g + 8; of V, kValueBytes neighboring bytes of rows 2t, 2t + 1, 2t + 8 and 2t + 9. Rows are padded, or their
+// chunks of 16 bytes permuted, so that no two lanes of an access need the same bank.
 template <int kHeadSize, bool kPerToken>
 struct TileShape {
   static_assert(kHeadSize % 32 == 0);
@@ -168,9 +168,9 @@ class TiledAttention {
       const int first = any_.begin - tile * kTile, last = block < 0 ? first : any_.end - tile * kTile;
       std::byte* to = ring(warp_) + iteration % core::kRingTiles * Shape::kBytes.size;
       copy_rows<Shape::kBytes.key_pitch>(to, keys_, l_.key_cache, block, within, first, last,
-                                  [](int row, int chunk) { return Shape::key_chunk(row, chunk); });
+                                         [](int row, int chunk) { return Shape::key_chunk(row, chunk); });
       copy_rows<Shape::kBytes.value_pitch>(to + Shape::kBytes.values, values_, l_.value_cache, block, within, first, last,
-                                    [](int row, int chunk) { return Shape::value_chunk(row, chunk); });
+                                           [](int row, int chunk) { return Shape::value_chunk(row, chunk); });
       if constexpr (kPerToken) copy_scales(item, to + Shape::kBytes.scales, block, within, first, last);
       if (lane_ == 0) *reinterpret_cast<int*>(to + Shape::kBytes.missing) = block < 0;
     }
@@ -243,8 +243,9 @@ class TiledAttention {
         }
         if (writes && t_ == 0) scales()[column_in_block(head_, column_of(j, g_))] = {factor, base};
       }
-      if constexpr (kColumnTiles == 1) factor_[j][0] = __shfl_sync(kAllLanes, factor, 8 * t_), factor_[j][1] = __shfl_sync(kAllLanes, factor, 8 * t_ + 4),
-                                       base_[j][0] = __shfl_sync(kAllLanes, base, 8 * t_), base_[j][1] = __shfl_sync(kAllLanes, base, 8 * t_ + 4);
+      if constexpr (kColumnTiles == 1)
+        factor_[j][0] = __shfl_sync(kAllLanes, factor, 8 * t_), factor_[j][1] = __shfl_sync(kAllLanes, factor, 8 * t_ + 4),
+        base_[j][0] = __shfl_sync(kAllLanes, base, 8 * t_), base_[j][1] = __shfl_sync(kAllLanes, base, 8 * t_ + 4);
     }
     if constexpr (kColumnTiles > 1) {
       __syncthreads();
@@ -378,7 +379,8 @@ class TiledAttention {
 #pragma unroll
     for (int i = 0; i < Shape::kValueBytes; i += kAccess) {
       const int at = g_ * Shape::kValueBytes + i;
-      load_shared<kAccess>(words + i / 4, values + row * Shape::kBytes.value_pitch + Shape::value_chunk(row, at / 16) * 16 + at % 16);
+      load_shared<kAccess>(words + i / 4,
+                           values + row * Shape::kBytes.value_pitch + Shape::value_chunk(row, at / 16) * 16 + at % 16);
     }
   }
 
@@ -427,8 +429,7 @@ class TiledAttention {
 #pragma unroll
       for (int j = 0; j < kColumnTiles; ++j)
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          logits[j][i] = l_.softcap * tanhf((logits[j][i] + base_[j][i % 2]) / l_.softcap) * kLog2e;
+        for (int i = 0; i < 4; ++i) logits[j][i] = l_.softcap * tanhf((logits[j][i] + base_[j][i % 2]) / l_.softcap) * kLog2e;
     }
   }
 
@@ -519,8 +520,8 @@ class TiledAttention {
 
   // out_ with the products of the values, merged by `merge(sum, product, column tile)`; the product begins with the sum.
   template <class Merge>
-  __device__ void add_values(const std::uint32_t (&value)[4][Shape::kValueWords], const std::uint32_t (&weights)[kColumnTiles][2],
-                             const Merge& merge) {
+  __device__ void add_values(const std::uint32_t (&value)[4][Shape::kValueWords],
+                             const std::uint32_t (&weights)[kColumnTiles][2], const Merge& merge) {
 #pragma unroll
     for (int w = 0; w < Shape::kValueWords; ++w)
 #pragma unroll
@@ -532,7 +533,7 @@ class TiledAttention {
                             a2 = device::halves_of<Fp8, false>(lower), a3 = device::halves_of<Fp8, true>(lower);
 #pragma unroll
         for (int j = 0; j < kColumnTiles; ++j) {
-          float(&sum)[4] = out_[j][2 * w + pair];
+          float (&sum)[4] = out_[j][2 * w + pair];
           float product[4] = {sum[0], sum[1], sum[2], sum[3]};
           device::multiply_add(product, a0, a1, a2, a3, weights[j][0], weights[j][1]);
           merge(sum, product, j);

@@ -13,7 +13,8 @@ void launch_tiled_kernel(const TiledArgs& args, cudaStream_t stream) {
   // Set once, to the most that any plan asks for: it can't fall below what another thread is about to launch with.
   static PerDevice<bool> raised;
   raised.get([&] {
-    check_query(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device_limits().shared_memory - 1024));
+    check_query(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device_limits().shared_memory - 1024));
     return true;
   });
   const auto blocks = static_cast<unsigned>(args.plan.blocks);
