@@ -78,9 +78,9 @@ __device__ void merge(const MergeArgs& args, const Item& item, const PartSlots& 
 
 __global__ void __launch_bounds__(kThreads) merge_parts(const __grid_constant__ MergeArgs args) {
   extern __shared__ __align__(16) std::byte shared_memory[];
-  device::wait_then_release();
   const AttentionPlan& plan = args.plan;
-  Schedule schedule(args.layout, plan);
+  Schedule schedule(args.layout, plan);  // while the kernel before, which has waited for all that came before it, still runs
+  device::wait_then_release();
   const unsigned total = schedule.total();
   if (total == 0) return;
   const Share share(plan, total);
