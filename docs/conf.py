@@ -99,6 +99,12 @@ def insert_commands(app: Sphinx, docname: str, source: list[str]) -> None:
         source[0] = source[0].replace("<!-- commands -->", commands)
 
 
+def skip_fields(app: Sphinx, what: str, name: str, obj: object, skip: bool, options: Any) -> bool | None:
+    """Fields of a NamedTuple say nothing that its docstring does not say."""
+    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("autodoc-skip-member", skip_fields)
     app.add_transform(LinkSource)
     app.connect("source-read", insert_commands)

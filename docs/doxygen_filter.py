@@ -40,7 +40,8 @@ def convert(text: str) -> list[str]:
             result += block(comment, indent, is_file=line == "#pragma once")
             comment = []
         record = bool(re.match(r"(struct|class|enum) .*{", line)) or (record and line != "};")
-        if (match := BEHIND.match(line)) and (record or not line.startswith(" ")):
+        declares = not line.startswith("   " if record else " ")  # deeper are the bodies of functions
+        if declares and (match := BEHIND.match(line)):
             line = f"{match[1]}///< {match[2]}"
         result.append(line)
     return result

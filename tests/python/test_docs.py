@@ -84,19 +84,77 @@ def test_relative_links_of_a_page_lead_somewhere(page: Path) -> None:
      "fp8kv.transformers"],
 )  # fmt: skip
 def test_every_public_name_is_on_a_page_of_the_reference(module: str) -> None:
-    pages = "".join(
-        page.read_text(encoding="utf-8") for page in (ROOT / "docs/reference/python").glob("*.md")
-    )
-    shown = set(re.findall(r"^\.\. auto\w+:: (fp8kv\.\S+)", pages, re.MULTILINE))
-    whole = set(re.findall(r"^\.\. automodule:: (\S+)\n   :members:\n", pages, re.MULTILINE))
-    if module in whole:
-        return
-    names = importlib.import_module(module).__all__
-    missing = [name for name in names if not {f"{module}.{name}", f"fp8kv.{name}"} & (shown | whole)]
-    assert missing == []
+    folder = ROOT / "docs" / "reference" / "python"
+    pages = "".join(page.read_text(encoding="utf-8") for page in folder.glob("*.md"))
+    shown = set(re.findall(r"^\.\. auto(?!module)\w+:: (\S+)", pages, re.MULTILINE))
+    for of_module, members in re.findall(r"^\.\. automodule:: (\S+)\n   :members:(.*)", pages, re.MULTILINE):
+        names = members.replace(",", " ").split() or getattr(
+            importlib.import_module(of_module), "__all__", ()
+        )
+        shown |= {of_module, *(f"{of_module}.{name}" for name in names)}
+    public = importlib.import_module(module).__all__
+    assert [name for name in public if not {f"{module}.{name}", f"fp8kv.{name}"} & shown] == []
 
 
 def test_the_version_of_the_first_page() -> None:
     """Its picture, and the words that stand for it."""
     assert f"![version {fp8kv.__version__}]" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert f">{fp8kv.__version__}<" in (ROOT / "docs/images/version.svg").read_text(encoding="utf-8")
+
+
+HEADER = """\
+// Views.
+//
+// Example:
+//   validate(problem);
+//
+// No framework.
+#pragma once
+#include "fp8kv/dtype.h"
+
+// A view.
+struct View {
+  void* data = nullptr;  // the first element
+  // Of elements.
+  int stride = 1;
+  int size() const {
+    return 1;  // alone
+  }
+};
+int version();  // of the library
+"""
+DOXYGEN = """\
+/**
+@file
+Views.
+
+Example:
+@verbatim
+  validate(problem);
+
+@endverbatim
+No framework.
+*/
+#pragma once
+#include "fp8kv/dtype.h"
+
+/**
+A view.
+*/
+struct View {
+  void* data = nullptr;  ///< the first element
+  /**
+Of elements.
+  */
+  int stride = 1;
+  int size() const {
+    return 1;  // alone
+  }
+};
+int version();  ///< of the library
+"""
+
+
+def test_comments_of_a_header_become_those_of_doxygen() -> None:
+    convert = runpy.run_path(str(ROOT / "docs" / "doxygen_filter.py"))["convert"]
+    assert "\n".join(convert(HEADER)) == DOXYGEN
