@@ -142,7 +142,7 @@ def table(report: Report) -> Table:
 
 
 def peer_table(report: Report) -> Table | None:
-    """Microseconds and error of the peers whose errors are known; None where there are none.
+    """Microseconds and error of peers, the fastest first, where errors are known; None where none are.
 
     Beside the last instruction set of a CPU, which is the best.
     """
@@ -152,18 +152,22 @@ def peer_table(report: Report) -> Table | None:
     rows = [row for row in _of_last_isa(report) if row.errors and row.peers]
     if not rows:
         return None
-    names = _peers_of(report)
-    isa = f", {rows[0].isa}" if rows[0].isa else ""
-    result = Table(title=f"us and relative error, {report.device}{isa}")
-    result.add_column("work")
-    for name in ("shape", *(("threads",) if isa else ()), OURS, *names):
-        result.add_column(name, justify="right")
+    isa = rows[0].isa
+    result = Table(title=f"Beside peers on {report.device}" + (f", {isa}" if isa else ""))
+    result.add_column("work", no_wrap=True)
+    for name in ("shape", *(("threads",) if isa else ()), f"{OURS} us", "fastest peer"):
+        result.add_column(name, justify="right", no_wrap=True)
+    result.add_column("peers: us (relative error)")
     for row in rows:
-        times = {OURS: row.us} | row.peers
-        cells = [row.work, _times(row.shape), *((str(row.threads),) if isa else ())]
-        for name in (OURS, *names):
-            cells.append(f"{_us(times[name])}\n{row.errors[name]:.1e}" if name in times else "")
-        result.add_row(*cells)
+        peers = sorted(row.peers.items(), key=lambda peer: peer[1])
+        result.add_row(
+            row.work,
+            _times(row.shape),
+            *((str(row.threads),) if isa else ()),
+            _us(row.us),
+            f"{peers[0][1] / row.us:.2f} x",
+            ", ".join(f"{name} {_us(us)} ({row.errors[name]:.1e})" for name, us in peers),
+        )
     return result
 
 
@@ -303,8 +307,10 @@ def _draw_peers(panels: Panels, rows: Sequence[Row]) -> list[Line2D]:
 
     The share is that of a read of the FP8 cache, for peers that read 16 bits, too.
     """
+    from matplotlib import colormaps
+
     names = [OURS, *dict.fromkeys(name for row in rows for name in row.peers)]
-    colors = dict(zip(names, ["black", *_colors(len(names) - 1)], strict=True))
+    colors = dict(zip(names, ["black", *map(colormaps["tab10"], range(10))], strict=False))
     styles = dict(zip(dict.fromkeys(row.threads for row in rows), ("-", ":"), strict=False))
     for axes, panel in panels:
         sizes = list(dict.fromkeys(_times(row.shape[:2]) for row in panel))

@@ -500,7 +500,7 @@ def test_the_tables_of_attention() -> None:
         assert words in text
     assert "SDPA flash" not in text
     peers = text_of(bench.peer_table(report))
-    for words in ("SDPA flash", "20.00", "2.7e-03", "fp8kv", "10.00"):
+    for words in ("SDPA flash 20.00 (2.7e-03)", "fp8kv us", "10.00", "2.00 x"):
         assert words in peers
     assert bench.peer_table(replace(report, rows=[replace(row, errors={})])) is None
 
