@@ -45,7 +45,7 @@ def sdpa(
 
     def peer(b: Buffers) -> Call:
         rows = _rows(case, dtype)
-        _gather(case, b, rows)
+        _gather(case, b, rows)()
         attend = _attend(case, b, [x.contiguous() for x in _dense(case, rows)], grouped)
 
         def call() -> Tensor:
@@ -64,10 +64,11 @@ def gather_and_sdpa(case: AttentionCase) -> Peer | None:
     rows = _rows(case, INPUT)
 
     def peer(b: Buffers) -> Call:
+        gather = _gather(case, b, rows)
         attend = _attend(case, b, _dense(case, rows), grouped=case.how.queries == 1)
 
         def call() -> Tensor:
-            _gather(case, b, rows)
+            gather()
             return attend()
 
         return call
@@ -88,13 +89,13 @@ def _rows(case: AttentionCase, dtype: torch.dtype, window: bool = True) -> Tenso
     )
 
 
-def _gather(case: AttentionCase, b: Buffers, rows: Tensor) -> None:
-    """Fills `rows` with the last positions of each sequence."""
+def _gather(case: AttentionCase, b: Buffers, rows: Tensor) -> Call:
+    """A call that fills `rows` with the last positions of each sequence."""
     seen = rows.shape[1] // case.batch
     sums = torch.arange(case.batch + 1, dtype=torch.int32, device=case.device) * seen
     starts = torch.full_like(sums[1:], case.context - seen)
     key, value = rows
-    fp8kv.gather_and_dequant_cache(
+    return lambda: fp8kv.gather_and_dequant_cache(
         b.key_cache, b.value_cache, key, value, b.table, sums, KV_CACHE_DTYPE, b.k_scale, b.v_scale, starts
     )
 
@@ -220,7 +221,7 @@ def _pages(case: AttentionCase, b: Buffers, order: Tensor, fp8: bool) -> list[Te
         used = b.table.flatten().long()
         return [_reordered(cache[used], order).view(FP8) for cache in (b.key_cache, b.value_cache)]
     rows = _rows(case, INPUT, window=False)
-    _gather(case, b, rows)
+    _gather(case, b, rows)()
     shape = (-1, BLOCK_SIZE, case.num_kv_heads, case.head_size)
     return [_reordered(x.view(shape), order) for x in rows]
 

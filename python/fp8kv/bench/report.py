@@ -48,8 +48,7 @@ class Report:
 
     `against`: "copy" or "read", what the floor is the time of. `specified_gbps`: the bandwidth that the maker
     of the card gives. `warm`: the buffers stayed in the L2 cache. `pdl`: with programmatic dependent launch
-    (FP8KV_PDL=1).
-    `notes`: what was left out and why, and in which cases.
+    (FP8KV_PDL=1). `notes`: what was left out and why, and in which cases.
     """
 
     what: str
@@ -111,7 +110,7 @@ def table(report: Report) -> Table:
         *(("isa", "threads") if on_cpu else ()),
         "us",
         "GB/s",
-        *(("of the card's",) if report.specified_gbps else ()),
+        *(("of specified",) if report.specified_gbps else ()),
         f"{report.against} us",
         f"share of {report.against}",
         *(("error",) if inexact else ()),
