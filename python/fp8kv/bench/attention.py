@@ -2,8 +2,8 @@
 
 The bytes of a call are those of the keys and values that its queries see, with their scales where each token
 and head has one. K and V of all calls lie in two allocations; each call has blocks of its own, in random
-order. Queries are bf16. The error of a result is the norm of what it differs by from fp64 arithmetic on the
-dequantized cache, relative to the norm of that: for the first KV head of the first and the last sequence.
+order. Queries are bf16. The error of a result is the norm of its difference to fp64 arithmetic on the
+dequantized cache, relative to the norm of that, for the first KV head of the first and the last sequence.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ WORK_SIZES = {"cuda": ((16, 8192), (64, 8192)), "cpu": ((8, 4096),)}
 QUICK_SIZES = {"cuda": ((16, 1024),), "cpu": ((2, 256),)}
 #: Standard deviation of the elements of the caches, without their scale.
 SPREAD = 32.0
+#: Elements after which they repeat; a prime number, so that neither K and V nor heads are alike.
+PATTERN = 1_000_003
 #: The dimensions of the caches as they follow each other: K or V, block, offset, head, channel.
 _IN_MEMORY = {"NHD": (0, 1, 2, 3, 4), "HND": (0, 1, 3, 2, 4), "side by side": (1, 2, 3, 0, 4)}
 
@@ -185,7 +187,7 @@ class AttentionCase(Case[Buffers]):
         """K and V, [blocks, block size, num_kv_heads, head_size]"""
         shape = (2, blocks, BLOCK_SIZE, self.num_kv_heads, self.head_size)
         in_memory = _IN_MEMORY[self.how.layout]
-        pattern = SPREAD * torch.randn(1 << 20, generator=generator, device=self.device)
+        pattern = SPREAD * torch.randn(PATTERN, generator=generator, device=self.device)
         size = math.prod(shape)
         memory = pattern.to(FP8).view(torch.uint8).repeat(-(-size // len(pattern)))[:size]
         caches = memory.view([shape[i] for i in in_memory])

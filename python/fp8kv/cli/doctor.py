@@ -309,7 +309,7 @@ def _gather(
 
 #: norm(out - reference) / norm(reference), by the dtype of the result: docs/attention.md.
 _NORM_RULE = {torch.float32: 1e-3, torch.float16: 1e-3, torch.bfloat16: 2.5e-3}
-#: Of 6 blocks of 16 tokens with 2 heads of 64, as powers of 2.
+#: Shapes of scales, for 6 blocks of 16 tokens with 2 heads of 64.
 _ATTENTION_SCALES = {"tensor": (1,), "head": (2,), "channel": (2, 64), "token and head": (6, 16, 2)}
 
 
