@@ -218,7 +218,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode peers h100": lambda: peers(
         "decode_h100_peers", ["separate ops", "torch.compile", "torch eager"], 32, 8, 128
     ),
-    "attention cpu": lambda: attention("attention_cpu", threads=2),
+    "attention cpu": lambda: attention("attention_cpu", threads=1),
     "host": lambda: host({"H100": "h100", "H200": "h200", "CPU": "cpu"}),
 }
 

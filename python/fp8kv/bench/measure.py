@@ -380,19 +380,21 @@ def _cpu_floors(case: Case[Any], count: int, threads: int, kind: str) -> list[li
 def cpu_time(calls: Sequence[Call], samples: int) -> float:
     """Microseconds of one call: the median of `samples`, each of all calls and at least two milliseconds.
 
-    Calls that take long get fewer samples, but three.
+    Calls that take long get fewer samples, but three. With one thread it is the time of that thread, which
+    does not count while others have the processor.
     """
-    start = time.perf_counter()
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     for call in calls:
         call()
-    rounds = max(1, math.ceil(2e-3 / (time.perf_counter() - start)))
+    rounds = max(1, math.ceil(2e-3 / (clock() - start)))
     measured = []
     for _ in range(samples):
-        start = time.perf_counter()
+        start = clock()
         for _ in range(rounds):
             for call in calls:
                 call()
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         measured.append(seconds * 1e6 / (rounds * len(calls)))
         if len(measured) >= 3 and seconds > 0.2:
             break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from types import ModuleType, SimpleNamespace
@@ -49,6 +50,23 @@ def test_every_instruction_set_is_measured_and_the_one_in_use_stays() -> None:
     report = bench.run("cpu", quick=True, only="dequant tensor", host=False)
     assert {row.isa for row in report.rows} == set(fp8kv.build_info()["cpu_isas"])
     assert (fp8kv.build_info()["cpu_isa"], torch.get_num_threads()) == before
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_one_thread_waits_for_does_not_count(threads: int) -> None:
+    def call() -> None:
+        end = time.thread_time() + 0.002
+        while time.thread_time() < end:
+            pass
+        time.sleep(0.03)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        us = measure.cpu_time([call], 3)
+    finally:
+        torch.set_num_threads(before)
+    assert us < 20_000 if threads == 1 else us > 30_000
 
 
 def test_a_regular_expression_chooses_the_works() -> None:
