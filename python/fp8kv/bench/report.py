@@ -308,20 +308,20 @@ def _draw_peers(panels: Panels, rows: Sequence[Row]) -> list[Line2D]:
     """
     from matplotlib import colormaps
 
-    names = [OURS, *dict.fromkeys(name for row in rows for name in row.peers)]
+    def shares(row: Row) -> dict[str, float]:
+        return {name: 100 * row.floor_us / us for name, us in ({OURS: row.us} | row.peers).items()}
+
+    names = list(dict.fromkeys(name for row in rows for name in shares(row)))
     colors = dict(zip(names, ["black", *map(colormaps["tab10"], range(10))], strict=False))
     styles = dict(zip(dict.fromkeys(row.threads for row in rows), ("-", ":"), strict=False))
+    highest = max(share for row in rows for share in shares(row).values())
     for axes, panel in panels:
         sizes = list(dict.fromkeys(_times(row.shape[:2]) for row in panel))
         for name, threads in product(names, styles):
-            shares = {
-                sizes.index(_times(row.shape[:2])): 100 * row.floor_us / ({OURS: row.us} | row.peers)[name]
-                for row in panel
-                if row.threads == threads and (name == OURS or name in row.peers)
-            }
+            line = [row for row in panel if row.threads == threads and name in shares(row)]
             axes.plot(
-                list(shares),
-                list(shares.values()),
+                [sizes.index(_times(row.shape[:2])) for row in line],
+                [shares(row)[name] for row in line],
                 linestyle=styles[threads],
                 color=colors[name],
                 linewidth=2 if name == OURS else 1,
@@ -329,9 +329,9 @@ def _draw_peers(panels: Panels, rows: Sequence[Row]) -> list[Line2D]:
             )
         axes.set_xticks(range(len(sizes)), sizes, fontsize=7, rotation=30)
         axes.set_xlabel("sequences x tokens")
-        axes.set_ylim(0, max(110, 103 * max(row.share for row in rows)))
         axes.set_ylabel("share of a read of K and V in FP8, %", fontsize=8)
         _mark(axes.axhline)
+        axes.set_ylim(0, 110 if highest > 50 else 1.1 * highest)
     legend = [_line(name, color=color) for name, color in colors.items()]
     return legend + [
         _line(f"threads: {n}", color="gray", linestyle=style) for n, style in styles.items() if n
