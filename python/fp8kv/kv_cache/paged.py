@@ -91,8 +91,7 @@ class PagedKVCache:
         self.layout = layout
         self.kv_cache_dtype, self.dtype = _cache_dtype(dtype)
         self.dynamic = isinstance(scales, str) and scales == "dynamic"
-        # On the host, as they were given; None where they are not known there.
-        self._scales = self._checked_scales(scales)
+        given = self._checked_scales(scales)
 
         inner = (block_size, num_kv_heads) if layout == "NHD" else (num_kv_heads, block_size)
         device = torch.get_default_device() if device is None else device
@@ -103,13 +102,13 @@ class PagedKVCache:
             torch.zeros((num_blocks, block_size, num_kv_heads), device=self.device, dtype=torch.float32)
             if scale is None
             else scale.to(self.device, copy=True)
-            for scale in self._scales
+            for scale in given
         )
         counts = scales is None and self.dtype in FORMATS
         self.clip_counter = ClipCounter(FORMATS[self.dtype].max, self.device) if counts else None
 
     def _checked_scales(self, scales: Any) -> tuple[Tensor | None, Tensor | None]:
-        """Those of K and V; None where they are computed."""
+        """Those of K and V, on the host; None where they are computed."""
         if scales is None:
             return self._checked_scale("scales.k", 1.0), self._checked_scale("scales.v", 1.0)
         if self.dtype not in FORMATS:
@@ -172,7 +171,6 @@ class PagedKVCache:
                     f"got {dtype_name(scale.dtype)} of shape {list(scale.shape)} on {scale.device}"
                 )
         self.k_scale, self.v_scale = k_scale, v_scale
-        self._scales = (None, None)
         self.clip_counter = None
 
     def append(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
@@ -206,7 +204,7 @@ class PagedKVCache:
                 self.v_scale,
             )  # fmt: skip
         if self.clip_counter is not None:
-            self.clip_counter.add(key, value, slot_mapping)
+            self.clip_counter.add(key, value, slot_mapping, self.k_scale, self.v_scale)
             # Looking at the count of a GPU would make every step wait.
             if self.device.type == "cpu" and not torch.compiler.is_compiling():
                 self._clipped_with_warning(self.clip_counter)
@@ -402,7 +400,8 @@ class PagedKVCache:
         """Copies blocks of this cache, or of another one, byte by byte and with the scales of dynamic caches.
 
         All source blocks are read before any block is written. They are copied once in between, on their
-        device.
+        device. Scales of another cache are compared as they are at this moment, which waits for the device,
+        unless both caches use the same tensors (`use_scales`).
 
         Args:
             block_mapping: pairs of source block and destination block: a list, or integers ``[n, 2]`` on any
@@ -429,7 +428,8 @@ class PagedKVCache:
             1.0
         """
         source = self if source is None else source
-        self._check_source(source)
+        if source is not self:
+            self._check_source(source)
         mapping = self._checked_mapping(block_mapping, source)
         origin, target = mapping[:, 0].to(source.device), mapping[:, 1].to(self.device)
         copies = [part.index_select(0, origin) for part in source._words()]
@@ -445,20 +445,19 @@ class PagedKVCache:
                 raise ValueError(
                     f"PagedKVCache.copy_blocks: source must have {name}={ours} as this cache, got {theirs}"
                 )
-        for name, a, b in zip(("k_scale", "v_scale"), self._on_host(), source._on_host(), strict=True):
-            heads = (self.num_kv_heads,)
-            if not self.dynamic and not torch.equal(a.expand(heads), b.expand(heads)):
+        if self.dynamic or self.dtype not in FORMATS:
+            return
+        for name in ("k_scale", "v_scale"):
+            ours, theirs = getattr(self, name), getattr(source, name)
+            # As they are now on their devices: a copy on the host would not see changes in place.
+            if ours is not theirs and not torch.equal(self._of_heads(ours), self._of_heads(theirs)):
                 raise ValueError(
-                    f"PagedKVCache.copy_blocks: source must have the {name} of this cache, {a.tolist()}, "
-                    f"got {b.tolist()}"
+                    f"PagedKVCache.copy_blocks: source must have the {name} of this cache, "
+                    f"{ours.flatten().tolist()}, got {theirs.flatten().tolist()}"
                 )
 
-    def _on_host(self) -> list[Tensor]:
-        """The scales. Those of `use_scales` are read here, which waits for their device."""
-        if self.dynamic:
-            return [self.k_scale, self.v_scale]
-        scales = zip(self._scales, (self.k_scale, self.v_scale), strict=True)
-        return [now.cpu().reshape(-1) if at_first is None else at_first for at_first, now in scales]
+    def _of_heads(self, scale: Tensor) -> Tensor:
+        return scale.flatten().expand(self.num_kv_heads).to(self.device)
 
     def _checked_mapping(
         self, block_mapping: Sequence[tuple[int, int]] | Tensor, source: PagedKVCache

@@ -54,8 +54,9 @@ def test_tokens_are_counted_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clipping, "_CHUNK", 5)  # two tokens of two elements
     counter = ClipCounter(448.0, torch.device("cpu"))
     x = tokens(*[[900.0, 1.0]] * 7)
-    counter.add(x, -x, torch.arange(7))
-    counter.add(x[:0], x[:0], torch.arange(0))
+    one = torch.ones(1)
+    counter.add(x, -x, torch.arange(7), one, one)
+    counter.add(x[:0], x[:0], torch.arange(0), one, one)
     assert counter.read() == (7, 7)
 
 
@@ -83,9 +84,17 @@ def test_scales_that_come_later_end_the_count() -> None:
     assert cache.clipped() is None
 
 
+def test_a_scale_that_was_changed_in_place_is_the_one_that_clips(device: torch.device) -> None:
+    cache = PagedKVCache(2, 4, 2, 1, device=device)
+    cache.k_scale.fill_(2.0)
+    x = torch.tensor([[[896.0], [900.0]]], device=device)
+    quiet_append(cache, x, x, [0])
+    assert cache.clipped() == (1, 2)
+
+
 SENTENCE = (
-    "PagedKVCache: 1 elements of K and 0 of V were clipped to 448, the end of the range with the scale 1.0 "
-    "of a cache that was given no scales; give it those of fp8kv.calibrate or of a checkpoint, or "
+    "PagedKVCache: 1 elements of K and 0 of V were clipped, as they were beyond the range of a cache that "
+    "was given no scales (448 with the scale 1.0); give it those of fp8kv.calibrate or of a checkpoint, or "
     'scales="dynamic"'
 )
 
