@@ -168,6 +168,7 @@ def test_without_scales_they_are_1(device: torch.device, kind: str) -> None:
 # append and gather
 
 
+@pytest.mark.filterwarnings("ignore:PagedKVCache. .* were clipped")
 @each_layout
 @each_kind
 @each_real
