@@ -54,6 +54,9 @@ class AttentionScales(nn.Module):
         calculate_kv_scales: `quantize_query`, `update_cache` and `append_step` observe what they quantize,
             until `freeze`.
         dtype: float8_e4m3fn or float8_e5m2, of queries and cache.
+        first_kv_head: the number in the layer of the first KV head of this rank, under tensor parallelism:
+            statistics of several ranks are merged head by head then. None: ranks whose statistics are merged
+            must have the same heads.
         device: None is PyTorch's default device.
 
     Attributes:
@@ -64,7 +67,7 @@ class AttentionScales(nn.Module):
             the counts `q_clipped`, `k_clipped`, `v_clipped`, `q_observed`, `k_observed`, `v_observed`, int64.
         calculate_kv_scales: as above; `freeze` makes it False. It is a constant in compiled and captured
             code: compiled code is compiled again when it changes, captured code goes on observing.
-        num_heads, num_kv_heads, head_size, strategy, dtype: as above.
+        num_heads, num_kv_heads, head_size, strategy, dtype, first_kv_head: as above.
 
     Raises:
         ValueError: an argument can't be used.
@@ -96,6 +99,7 @@ class AttentionScales(nn.Module):
         strategy: str = "tensor",
         calculate_kv_scales: bool = False,
         dtype: torch.dtype = torch.float8_e4m3fn,
+        first_kv_head: int | None = None,
         device: torch.device | str | int | None = None,
     ) -> None:
         super().__init__()
@@ -108,6 +112,8 @@ class AttentionScales(nn.Module):
                 f"AttentionScales: num_heads must be a multiple of num_kv_heads={num_kv_heads}, "
                 f"got {num_heads}"
             )
+        if first_kv_head is not None and first_kv_head < 0:
+            raise ValueError(f"AttentionScales: first_kv_head must be at least 0, got {first_kv_head}")
         check_choice("AttentionScales: strategy", strategy, STRATEGIES)
         if dtype not in FORMATS:
             names = listed(map(dtype_name, FORMATS))
@@ -116,6 +122,7 @@ class AttentionScales(nn.Module):
         self.strategy = strategy
         self.calculate_kv_scales = calculate_kv_scales
         self.dtype = dtype
+        self.first_kv_head = first_kv_head
         self._shape = LayerShape(num_heads, num_kv_heads, strategy)
         count = self._shape.num_scales
         for letter in "qkv":
@@ -386,11 +393,12 @@ class AttentionScales(nn.Module):
         It waits for the device.
 
         Args:
-            group: all its ranks must call; they get the largest magnitudes and the sums of the counts. None:
-                those of this process.
+            group: all its ranks must call; they get the largest magnitudes and the sums of the counts, per
+                head those of the ranks that have it; see `freeze`. None: those of this process.
 
         Raises:
-            ValueError: `group` is not a process group that this rank belongs to.
+            ValueError: `group` is not a process group that this rank belongs to, or its ranks don't have the
+                same heads, which `first_kv_head` tells apart.
 
         Example:
             >>> import torch, fp8kv
@@ -404,7 +412,8 @@ class AttentionScales(nn.Module):
         counts = torch.stack(
             [self._buffer(letter, kind) for kind in ("clipped", "observed") for letter in "qkv"]
         )
-        amax, counts = reduced(amax, counts, group)
+        first = self.first_kv_head if self.strategy == "attn_head" else None
+        amax, counts = reduced(amax, counts, group, first)
         clipped, observed = counts.chunk(2)
         rows = zip(amax.tolist(), clipped.tolist(), observed.tolist(), strict=True)
         return Observations(*(Observed(*map(tuple, row)) for row in rows))
@@ -418,9 +427,10 @@ class AttentionScales(nn.Module):
         Args:
             group: all its ranks must call; the largest magnitudes of all become the same scales everywhere.
                 With strategy "tensor" these are all ranks that run this layer: those of tensor parallelism,
-                which must have the same scale, and of data parallelism. With "attn_head" each rank owns its
-                heads, so they are the ranks with the same heads only: replicas of data parallelism, not those
-                of tensor parallelism. None: this process alone.
+                which must have the same scale, and of data parallelism. With "attn_head" and `first_kv_head`
+                they may be all of these too: a scale is that of the ranks that have the head. Without
+                `first_kv_head` nobody knows which heads a rank has, so they are ranks with the same heads
+                only: replicas of data parallelism, not those of tensor parallelism. None: this process alone.
             margin: room for what was not seen; 1.0 puts the largest magnitude at the end of the range.
 
         Returns:
@@ -429,7 +439,7 @@ class AttentionScales(nn.Module):
 
         Raises:
             RuntimeError: no rank has seen keys and values. Nothing is changed then.
-            ValueError: `margin` is not finite or not above 0, or `group` is not one of this rank.
+            ValueError: `margin` is not finite or not above 0, or `group` doesn't fit, as for `observations`.
 
         Example:
             >>> import torch, fp8kv
@@ -601,7 +611,9 @@ class AttentionScales(nn.Module):
         return *cache, "auto" if cache[0].dtype in REAL_DTYPES else CACHE_NAMES[self.dtype]
 
     def _take_over(self, cache: PagedKVCache | tuple[Tensor, Tensor], name: str) -> None:
-        if isinstance(cache, PagedKVCache) and name != "auto" and cache.k_scale is not self.k_scale:
+        if not isinstance(cache, PagedKVCache) or name == "auto":
+            return
+        if cache.k_scale is not self.k_scale or cache.v_scale is not self.v_scale:
             cache.use_scales(self.k_scale, self.v_scale)
 
     def _heads(self, method: str, name: str, x: Tensor, num_heads: int) -> Tensor:
@@ -650,10 +662,11 @@ class AttentionScales(nn.Module):
                 )
 
     def extra_repr(self) -> str:
+        first = "" if self.first_kv_head is None else f", first_kv_head={self.first_kv_head}"
         return (
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_size={self.head_size}, "
             f"strategy={self.strategy!r}, dtype={dtype_name(self.dtype)}, "
-            f"calculate_kv_scales={self.calculate_kv_scales}"
+            f"calculate_kv_scales={self.calculate_kv_scales}{first}"
         )
 
 

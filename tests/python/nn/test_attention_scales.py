@@ -111,6 +111,7 @@ def test_the_default_device_and_dtype(device: torch.device) -> None:
         ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
         ({"num_kv_heads": -2}, "num_kv_heads must be at least 1, got -2"),
         ({"head_size": 0}, "head_size must be at least 1, got 0"),
+        ({"first_kv_head": -1}, "first_kv_head must be at least 0, got -1"),
         ({"num_heads": 7}, "num_heads must be a multiple of num_kv_heads=2, got 7"),
         ({"num_heads": 1}, "num_heads must be a multiple of num_kv_heads=2, got 1"),
         ({"strategy": "channel"}, 'strategy must be "tensor" or "attn_head", got \'channel\''),
