@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from fp8kv._checks import STRATEGIES, check_choice, listed
 from fp8kv._dtypes import CACHE_NAMES, FORMATS, REAL_DTYPES, dtype_name
 from fp8kv.checkpoint.scales import LayerScales
-from fp8kv.kv_cache import PagedKVCache, reshape_and_cache_flash, rope_quant_and_cache
+from fp8kv.kv_cache import PagedKVCache, paged_attention, reshape_and_cache_flash, rope_quant_and_cache
 from fp8kv.nn._loading import LayerShape, LayerState, name_below_owner, parse_relative_name
 from fp8kv.nn.statistics import Observations, Observed, observe_groups, reduced
 from fp8kv.quantization import scale_of_amax, static_scaled_fp8_quant
@@ -271,6 +271,8 @@ class AttentionScales(nn.Module):
             ...     query, key, value, cache, torch.tensor([48, 49, 50]), torch.arange(3), cos_sin_cache)
             >>> q.shape, q.dtype
             (torch.Size([3, 256]), torch.float8_e4m3fn)
+
+        See also: `attend_step`.
         """
         keys = self._heads("append_step", "key", key, self.num_kv_heads)
         values = self._heads("append_step", "value", value, self.num_kv_heads)
@@ -307,6 +309,89 @@ class AttentionScales(nn.Module):
         else:
             self.quantize_query(queries, result[: len(queries)])
         self.update_cache(keys, values, cache, slot_mapping)
+        return out
+
+    def attend_step(
+        self,
+        query: Tensor,
+        cache: PagedKVCache | tuple[Tensor, Tensor],
+        block_table: Tensor,
+        seq_lens: Tensor,
+        *,
+        softmax_scale: float | None = None,
+        cu_query_lens: Tensor | None = None,
+        max_query_len: int | None = None,
+        max_seq_len: int | None = None,
+        seq_starts: Tensor | None = None,
+        sliding_window: int | None = None,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+        k_offset: Tensor | None = None,
+        v_offset: Tensor | None = None,
+        lse: Tensor | None = None,
+        num_splits: int = 0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of the queries of `append_step` to the cache that it has appended to, in one launch.
+
+        It is `fp8kv.paged_attention` with the scales of this module and the format of the cache. Nothing is
+        looked at on the host and nothing is allocated but the result. On the CPU only, so far.
+
+        Args:
+            query: what `append_step` returned, or queries of a real type, of the shape
+                ``[num_tokens, num_heads, head_size]`` or ``[num_tokens, num_heads * head_size]``.
+            cache: as for `append_step`. A `PagedKVCache` is read with its own scales, which are those of this
+                module once it has stored something there.
+            block_table: int32 ``[num_seqs, max_blocks]``, the blocks of each sequence.
+            seq_lens: int32 ``[num_seqs]``, tokens of each sequence, those of this step included.
+            softmax_scale: as for `fp8kv.paged_attention`, as are all others.
+            cu_query_lens: likewise.
+            max_query_len: likewise.
+            max_seq_len: likewise.
+            seq_starts: likewise.
+            sliding_window: likewise.
+            softcap: likewise.
+            sinks: likewise.
+            k_offset: likewise.
+            v_offset: likewise.
+            lse: likewise.
+            num_splits: likewise.
+            out: receives the result, of a real type and a shape as `query` may have. None: a new tensor of
+                the shape of `query` and its dtype, bfloat16 for FP8.
+
+        Returns:
+            `out`, or the new tensor.
+
+        Raises:
+            ValueError: the cache is dynamic, or `query` or `out` has another shape.
+            RuntimeError: as `fp8kv.paged_attention`.
+
+        Example:
+            >>> import torch, fp8kv
+            >>> scales = fp8kv.AttentionScales(num_heads=4, num_kv_heads=2, head_size=64)
+            >>> cache = fp8kv.PagedKVCache(8, 16, 2, 64)
+            >>> query, key, value = torch.randn(1, 4 * 64), torch.randn(1, 2 * 64), torch.ones(1, 2 * 64)
+            >>> q = scales.append_step(query, key, value, cache, torch.tensor([48]))  # block 3
+            >>> out = scales.attend_step(q, cache, torch.tensor([[3]]).int(), torch.tensor([1]).int())
+            >>> out.shape, out.dtype, out.unique().tolist()
+            (torch.Size([1, 256]), torch.bfloat16, [1.0])
+
+        See also: `PagedKVCache.attend`, `fp8kv.merge_attention`.
+        """
+        queries = self._heads("attend_step", "query", query, self.num_heads)
+        key_cache, value_cache, name = self._storage_of("attend_step", cache)
+        if out is None:
+            dtype = query.dtype if query.dtype in REAL_DTYPES else torch.bfloat16
+            out = torch.empty(query.shape, dtype=dtype, device=query.device)
+        scales = cache if isinstance(cache, PagedKVCache) else self
+        paged_attention(
+            queries, key_cache, value_cache, block_table, seq_lens, kv_cache_dtype=name,
+            k_scale=scales.k_scale, v_scale=scales.v_scale, softmax_scale=softmax_scale,
+            cu_query_lens=cu_query_lens, max_query_len=max_query_len, max_seq_len=max_seq_len,
+            q_scale=None if query.dtype in REAL_DTYPES else self.q_scale, seq_starts=seq_starts,
+            sliding_window=sliding_window, softcap=softcap, sinks=sinks, k_offset=k_offset, v_offset=v_offset,
+            lse=lse, num_splits=num_splits, out=self._heads("attend_step", "out", out, self.num_heads),
+        )  # fmt: skip
         return out
 
     def descales(self, num_seqs: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -607,7 +692,7 @@ class AttentionScales(nn.Module):
                     f"AttentionScales.{method}: cache must take the scales of this module, got a dynamic "
                     "PagedKVCache, which computes its own"
                 )
-            cache = cache.key_cache, cache.value_cache
+            cache = cache._caches()
         return *cache, "auto" if cache[0].dtype in REAL_DTYPES else CACHE_NAMES[self.dtype]
 
     def _take_over(self, cache: PagedKVCache | tuple[Tensor, Tensor], name: str) -> None:
