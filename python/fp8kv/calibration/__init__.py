@@ -44,12 +44,11 @@ def calibrate(
 ) -> KVScales:
     """Finds scales for the KV cache of a causal language model of `transformers`.
 
-    The model reads all batches; K and V are observed as its cache receives them, after RoPE and all norms.
-    Of models with latent attention (DeepSeek's MLA) the row is observed that engines cache, the latent and
-    the RoPE part; K and V have the same scale then.
-    NaN and infinite elements are left out, with a warning. A head of zeros gets the smallest scale,
-    ``1 / (448 * 512)``. Nothing of the cache is kept, but for models that read the layers of their cache, and
-    the model is afterwards as it was before.
+    The model reads all batches; K and V are observed as its cache receives them, after RoPE and all norms. Of
+    latent attention (DeepSeek's MLA) the row is observed that engines cache, the latent and the RoPE part: K
+    and V have the same scale. NaN and infinite elements are left out, with a warning. A head of zeros gets
+    the smallest scale, ``1 / (448 * 512)``. Nothing of the cache is kept, but for models that read the layers
+    of their cache, and the model is afterwards as it was before.
 
     When `torch.distributed` is initialized, all ranks must call this, each with its share of the batches
     (`share`), which may be empty; all get the same scales, those of all batches. The ranks of tensor
@@ -202,7 +201,8 @@ def _is_tensor_parallel(model: nn.Module) -> bool:
         return (getattr(model, "tp_size", None) or 1) > 1
     return any(
         isinstance(x, DTensor) and any(placement.is_shard() for placement in x.placements)
-        for x in model.parameters()
+        for name, x in model.named_parameters()
+        if "attn" in name or "attention" in name
     )
 
 

@@ -141,7 +141,8 @@ class PagedKVCache:
     def use_scales(self, k_scale: Tensor, v_scale: Tensor) -> None:
         """Uses these tensors as scales without a copy: later changes in place apply.
 
-        What is in the cache is not touched; it means something else if the values differ.
+        What is in the cache is not touched; it means something else if the values differ. A cache that was
+        given no scales counts no longer what it clips.
 
         Args:
             k_scale: float32 of 1 or num_kv_heads elements, on the device of the cache.

@@ -568,13 +568,11 @@ def sharded_config() -> LlamaConfig:
     return LlamaConfig(**SIZES | {"num_attention_heads": 8, "num_key_value_heads": 4})
 
 
-def tensor_parallel(model: Any, size: int) -> Any:
-    """Each rank computes the heads of its own."""
-    plan: dict[str, Any] = {f"{name}_proj": ColwiseParallel() for name in "qkv"}
+def tensor_parallel(model: Any, size: int, module: str, columns: str, row: str) -> Any:
+    """A module of each layer is spread over the ranks: of attention, each computes heads of its own."""
+    plan: dict[str, Any] = {name: ColwiseParallel() for name in columns.split()} | {row: RowwiseParallel()}
     for layer in model.model.layers:
-        parallelize_module(
-            layer.self_attn, init_device_mesh("cpu", (size,)), plan | {"o_proj": RowwiseParallel()}
-        )
+        parallelize_module(getattr(layer, module), init_device_mesh("cpu", (size,)), plan)
     return model
 
 
@@ -597,7 +595,13 @@ def of_one_rank(rank: int, size: int, folder: Path) -> None:
             return f"{type(error).__name__}: {error}"
         return "no error"
 
-    sharded = tensor_parallel(make(config=sharded_config()), size)
+    whole_heads = tensor_parallel(
+        make(config=sharded_config()), size, "mlp", "gate_proj up_proj", "down_proj"
+    )
+    found["tensor parallel, whole heads"] = fp8kv.calibrate(whole_heads, [IDS], strategy="attn_head")[1].k
+    sharded = tensor_parallel(
+        make(config=sharded_config()), size, "self_attn", "q_proj k_proj v_proj", "o_proj"
+    )
     merged = fp8kv.calibrate(sharded, [IDS], strategy="tensor", query=True)[1]
     found["tensor parallel"] = {"q": merged.q, "k": merged.k, "v": merged.v}
     found["heads of tensor parallelism"] = attempt(sharded, [IDS])
@@ -700,6 +704,12 @@ def test_tensor_parallel_ranks_have_the_scales_of_all_heads(ranks: list[dict[str
     for found in ranks:
         for name in "qkv":
             torch.testing.assert_close(found["tensor parallel"][name], getattr(expected, name))
+
+
+def test_tensor_parallel_ranks_that_have_all_heads(ranks: list[dict[str, Any]]) -> None:
+    expected = fp8kv.calibrate(make(config=sharded_config()), [IDS], strategy="attn_head")[1].k
+    for found in ranks:
+        torch.testing.assert_close(found["tensor parallel, whole heads"], expected)
 
 
 def test_heads_of_other_tensor_parallel_ranks_are_not_merged(ranks: list[dict[str, Any]]) -> None:
