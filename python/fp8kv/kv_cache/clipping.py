@@ -69,7 +69,7 @@ class ClipCounter:
         stored = (slot_mapping >= 0).view(-1, 1, 1)
         for count, x, scale in zip(self.counts.unbind(), (key, value), (k_scale, v_scale), strict=True):
             x, bound = x.detach()[:num_tokens], scale.view(1, -1, 1) * self.limit
-            # Compiled code needs no temporary memory, and its sizes should stay symbols.
+            # Not in compiled code: it is fused, so that it needs no such memory, and its sizes are symbols.
             rows = num_tokens if torch.compiler.is_compiling() else _CHUNK // max(1, x[:1].numel())
             rows = max(1, rows)
             for part, kept in zip(torch.split(x, rows), torch.split(stored, rows), strict=True):

@@ -206,8 +206,9 @@ class PagedKVCache:
             )  # fmt: skip
         if self.clip_counter is not None:
             self.clip_counter.add(key, value, slot_mapping, self.k_scale, self.v_scale)
-            # Looking at the count of a GPU would make every step wait.
-            if self.device.type == "cpu" and not torch.compiler.is_compiling():
+            # Looking at the count of a GPU would make every step wait, and traced tensors have no values.
+            on_host = self.device.type == "cpu" and type(self.clip_counter.counts) is Tensor
+            if on_host and not torch.compiler.is_compiling():
                 self._clipped_with_warning(self.clip_counter)
 
     def clipped(self) -> Clipped | None:

@@ -144,6 +144,16 @@ def test_inference_mode_inside_and_outside() -> None:
     assert cache.clipped() == (2, 0)
 
 
+def test_tensors_without_values_are_not_looked_at() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        cache = PagedKVCache(2, 4, 1, 1)
+        cache.append(torch.ones(3, 1, 1), torch.ones(3, 1, 1), torch.arange(3))
+    assert cache.clip_counter is not None
+    assert cache.clip_counter.counts.shape == (2,)
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_code_counts_any_number_of_tokens(device: torch.device) -> None:
     cache = PagedKVCache(4, 4, 1, 2, device=device)

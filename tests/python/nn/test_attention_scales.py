@@ -786,6 +786,16 @@ def test_tokens_in_caches_of_every_layout_and_dtype(
     check_tokens_in_caches(device, HEADS["GQA"], "attn_head", fp8, layout, in_bytes)
 
 
+@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+def test_a_paged_cache_takes_over_what_it_lost_of_the_scales(device: torch.device, name: str) -> None:
+    module, cache = make((6, 2), "tensor", device), PagedKVCache(3, 4, 2, SIZE, device=device)
+    key, value = (x.to(device) for x in key_and_value(5, 2, SIZE, torch.bfloat16))
+    of_the_module = {"k_scale": module.k_scale, "v_scale": module.v_scale}
+    cache.use_scales(**of_the_module | {name: torch.ones(1, device=device)})
+    module.update_cache(key, value, cache, SLOTS.to(device))
+    assert getattr(cache, name) is of_the_module[name]
+
+
 @each_strategy
 def test_a_paged_cache_takes_over_the_scales(device: torch.device, strategy: str) -> None:
     module = make((6, 2), strategy, device)
