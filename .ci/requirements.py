@@ -1,10 +1,12 @@
-"""Print what pyproject.toml asks for at run time and for development, one requirement a line, but for PyTorch.
+"""Print what pyproject.toml asks for, one requirement a line, but for PyTorch.
 
-Left out is the group of a package that asks for other versions of PyTorch and Transformers.
+Without arguments: at run time and for development. Left out are the extra of a package that asks for other versions of
+PyTorch and Transformers, and that of the documentation. With arguments: the extras of these names alone.
 """
 
 import pathlib
 import re
+import sys
 
 try:
     import tomllib
@@ -12,7 +14,11 @@ except ModuleNotFoundError:  # Python 3.10
     from pip._vendor import tomli as tomllib  # type: ignore[no-redef]
 
 project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]
-extras = [extra for name, extra in project["optional-dependencies"].items() if name != "llmcompressor"]
-for requirement in (*project["dependencies"], *(requirement for extra in extras for requirement in extra)):
+extras = project["optional-dependencies"]
+names = sys.argv[1:]
+requirements = [] if names else project["dependencies"]
+for name in names or [name for name in extras if name not in ("docs", "llmcompressor")]:
+    requirements += extras[name]
+for requirement in requirements:
     if not re.match(r"(torch|fp8kv)\b", requirement):  # fp8kv[...]: extras that are printed anyway
         print(requirement)

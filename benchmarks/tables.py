@@ -122,6 +122,22 @@ def peers(name: str, others: Sequence[str], *geometry: int, shapes: Sequence[Sha
     return _matrix(works, shapes or results.shapes(*geometry), cell)
 
 
+def attention(name: str, threads: int | None = None) -> str:
+    """Microseconds and share of a read, and microseconds of each peer, by work and shape."""
+    rows = Results(name, threads).rows
+    others = list(dict.fromkeys(other for row in rows.values() for other in row["peers"]))
+    lines = [
+        [
+            f"{work}, {'x'.join(map(str, shape))}",
+            _number(row["floor_us"]),
+            f"{_number(row['us'])}, {row['share']:.0%}",
+            *(_number(row["peers"][other]) if other in row["peers"] else "" for other in others),
+        ]
+        for (work, shape), row in rows.items()
+    ]
+    return _table("us", ["read", "fp8kv", *others], lines)
+
+
 def host(names: dict[str, str]) -> str:
     """What an eager call costs the host: us, and of torch.zero_ in the same run."""
     cells: dict[str, list[str]] = {}
@@ -202,6 +218,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode peers h100": lambda: peers(
         "decode_h100_peers", ["separate ops", "torch.compile", "torch eager"], 32, 8, 128
     ),
+    "attention cpu": lambda: attention("attention_cpu", threads=1),
     "host": lambda: host({"H100": "h100", "H200": "h200", "CPU": "cpu"}),
 }
 

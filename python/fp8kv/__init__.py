@@ -31,6 +31,7 @@ from fp8kv.group_shape import GroupShape
 from fp8kv.kv_cache import (
     PagedKVCache,
     gather_and_dequant_cache,
+    merge_attention,
     paged_attention,
     reshape_and_cache_flash,
     reshape_and_cache_flash_dynamic,
@@ -74,6 +75,7 @@ __all__ = [
     "group_amax",
     "include_dir",
     "load_kv_scales",
+    "merge_attention",
     "paged_attention",
     "quantize",
     "reference",

@@ -1,10 +1,9 @@
-"""Every example runs: the docstrings of the package, and the Python blocks of README.md and docs/."""
+"""Examples in docstrings and on pages run, links lead somewhere, and every public name has its place."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
-import os
 import re
 import runpy
 from pathlib import Path
@@ -20,7 +19,7 @@ MODULES = [
     for path in sorted((PACKAGE / "fp8kv").rglob("*.py"))
     if path.name != "__main__.py"
 ]
-PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if page.exists()]
+PAGES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md")), *(ROOT / "examples").rglob("*.md")]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -61,8 +60,101 @@ def test_the_tables_of_a_page_hold_the_numbers_of_the_results(page: Path) -> Non
     assert render(text) == text, "run `python benchmarks/tables.py`"
 
 
+def anchors(page: Path) -> set[str]:
+    """What `#...` may name in a page: its headings, in the form that GitHub and the site give them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_relative_links_of_a_page_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-        if not re.match(r"[a-z]+:", target):
-            assert os.path.exists(page.parent / target), f"{page.name} links to {target}"
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path = page.parent / target if target else page
+        assert path.exists(), f"{page.name} links to {target}"
+        if anchor and path.suffix == ".md":
+            assert anchor in anchors(path), f"{page.name} links to {target}#{anchor}"
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["fp8kv", "fp8kv.calibration", "fp8kv.checkpoint", "fp8kv.evaluation", "fp8kv.nn", "fp8kv.reference",
+     "fp8kv.transformers"],
+)  # fmt: skip
+def test_every_public_name_is_on_a_page_of_the_reference(module: str) -> None:
+    folder = ROOT / "docs" / "reference" / "python"
+    pages = "".join(page.read_text(encoding="utf-8") for page in folder.glob("*.md"))
+    shown = set(re.findall(r"^\.\. auto(?!module)\w+:: (\S+)", pages, re.MULTILINE))
+    for of_module, members in re.findall(r"^\.\. automodule:: (\S+)\n   :members:(.*)", pages, re.MULTILINE):
+        names = members.replace(",", " ").split() or getattr(
+            importlib.import_module(of_module), "__all__", ()
+        )
+        shown |= {of_module, *(f"{of_module}.{name}" for name in names)}
+    public = importlib.import_module(module).__all__
+    assert [name for name in public if not {f"{module}.{name}", f"fp8kv.{name}"} & shown] == []
+
+
+def test_the_version_of_the_first_page() -> None:
+    """Its picture, and the words that stand for it."""
+    assert f"![version {fp8kv.__version__}]" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f">{fp8kv.__version__}<" in (ROOT / "docs/images/version.svg").read_text(encoding="utf-8")
+
+
+HEADER = """\
+// Views.
+//
+// Example:
+//   validate(problem);
+//
+// No framework.
+#pragma once
+#include "fp8kv/dtype.h"
+
+// A view.
+struct View {
+  void* data = nullptr;  // the first element
+  // Of elements.
+  int stride = 1;
+  int size() const {
+    return 1;  // alone
+  }
+};
+int version();  // of the library
+"""
+DOXYGEN = """\
+/**
+@file
+Views.
+
+Example:
+@verbatim
+  validate(problem);
+
+@endverbatim
+No framework.
+*/
+#pragma once
+#include "fp8kv/dtype.h"
+
+/**
+A view.
+*/
+struct View {
+  void* data = nullptr;  ///< the first element
+  /**
+Of elements.
+  */
+  int stride = 1;
+  int size() const {
+    return 1;  // alone
+  }
+};
+int version();  ///< of the library
+"""
+
+
+def test_comments_of_a_header_become_those_of_doxygen() -> None:
+    convert = runpy.run_path(str(ROOT / "docs" / "doxygen_filter.py"))["convert"]
+    assert "\n".join(convert(HEADER)) == DOXYGEN

@@ -7,6 +7,9 @@ kernel, moving as many bytes as the operator reads and writes, measured the same
 there an operator finds what the kernel before it has just written. On CPU the floor is a copy with as many
 threads as the operator has.
 
+Attention only reads: its floor is a plain read of the bytes of K and V that are seen, on the CPU their sum.
+As it is not exact, errors of a sample are measured, too: see `fp8kv.bench.attention`.
+
 Example:
     >>> import fp8kv.bench
     >>> report = fp8kv.bench.run("cpu", quick=True, only="static tensor", host=False)
@@ -24,25 +27,42 @@ from typing import Any, NamedTuple
 import torch
 
 from fp8kv._checks import listed, quoted
-from fp8kv.bench import decode, kv_cache, quantize
+from fp8kv.bench import attention, attention_peers, decode, kv_cache, quantize
 from fp8kv.bench.measure import PEERS, Call, Case, Settings, host_cost, run_cases
-from fp8kv.bench.report import Report, Row, host_table, plot, table
+from fp8kv.bench.report import Report, Row, host_table, peer_table, plot, table
 
-__all__ = ["SUITES", "Report", "Row", "Suite", "host_table", "plot", "run", "table"]
+__all__ = ["SUITES", "Report", "Row", "Suite", "host_table", "peer_table", "plot", "run", "table"]
 
 
 class Suite(NamedTuple):
-    """One benchmark: ``cases(device, quick, warm)`` yields its cases."""
+    """One benchmark: ``cases(device, quick, warm)`` yields its cases.
+
+    `peers` are those on CUDA, `cpu_peers` those on the CPU, where `torch.compile` alone must be asked for.
+    """
 
     cases: Callable[[torch.device, bool, bool], Iterable[Case[Any]]]
     host_calls: Callable[[torch.device], dict[str, Call]]
     peers: tuple[str, ...] = PEERS
+    cpu_peers: tuple[str, ...] = ("torch eager", "torch.compile")
+    floor: str = "copy"
+
+    def chosen_peers(self, device: torch.device, asked: bool) -> tuple[str, ...]:
+        if device.type == "cuda":
+            return self.peers if asked else ()
+        return tuple(name for name in self.cpu_peers if asked or name != "torch.compile")
 
 
 SUITES = {
     "quantize": Suite(lambda device, quick, warm: quantize.cases(device, quick), quantize.host_calls),
     "cache": Suite(kv_cache.cases, kv_cache.host_calls),
     "decode": Suite(decode.cases, decode.host_calls, decode.PEERS),
+    "attention": Suite(
+        attention.cases,
+        attention.host_calls,
+        tuple(attention_peers.CUDA_PEERS),
+        tuple(attention_peers.CPU_PEERS),
+        "read",
+    ),
 }
 
 
@@ -61,12 +81,14 @@ def run(
 
     Args:
         device: "cpu", "cuda" or "cuda:N".
-        what: "quantize", "cache" or "decode".
+        what: "quantize", "cache", "decode" or "attention".
         quick: few shapes and few repetitions.
         only: a regular expression; measures only works in whose "name MxN" (for caches and steps "name
-            TOKENSx... models") it is found.
+            TOKENSx... models", for attention "name BATCHxCONTEXTx... models") it is found.
         peers: also measures PyTorch eager, torch.compile and, when they are installed, vLLM (quantization and
-            appends) and FlashInfer (steps). One that raises is left out, with a note in the report.
+            appends) and FlashInfer (steps); beside attention on CUDA that of PyTorch, of vLLM and of
+            FlashInfer. One that raises is left out, with a note in the report. On the CPU all are measured
+            but torch.compile, which must be asked for.
         warm: keeps all buffers within the L2 cache, on CUDA; leaves out works that don't fit.
         host: also measures what an eager call costs the host.
         progress: is told what is measured next.
@@ -91,7 +113,7 @@ def run(
     if not cases:
         raise ValueError(f"fp8kv.bench: no work matches {only!r}")
     with torch.inference_mode():
-        settings = Settings(quick, suite.peers if peers else (), warm, progress)
+        settings = Settings(quick, suite.chosen_peers(device, peers), warm, progress, suite.floor)
         report = run_cases(what, device, cases, settings)
         report.pdl = device.type == "cuda" and os.environ.get("FP8KV_PDL") == "1"
         if not report.rows:

@@ -1,4 +1,4 @@
-"""How things are measured: times on CUDA and on the CPU, of copies next to them, and of the host."""
+"""How things are measured: times on CUDA and on the CPU, of copies or reads next to them, and of the host."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from fp8kv._checks import require
 from fp8kv._dtypes import DEFAULT_FORMAT
 from fp8kv._machine import cpu_name
 from fp8kv._ops import each_cpu_isa
-from fp8kv.bench.report import Report, Row
+from fp8kv.bench.cards import specified_gbps
+from fp8kv.bench.report import OURS, Report, Row
 
 Call = Callable[[], object]
+TimeOf = Callable[[Sequence[Call]], float]  # microseconds of one of the calls
 Buffers = TypeVar("Buffers")
 cuda: Any = torch.cuda  # largely without annotations
 
@@ -66,6 +68,10 @@ class Case(ABC, Generic[Buffers]):
     def peer(self, name: str) -> Callable[[Buffers], Call] | None:
         """How a peer does this work on given buffers; None when it can't, or is not installed."""
 
+    def error(self, b: Buffers, result: Any) -> float | None:
+        """How far off what a call on these buffers returned is; None where results are exact."""
+        return None
+
 
 def torch_peer(name: str, expression: Callable[..., object]) -> Callable[..., object]:
     """The expression as the peer of that name runs it."""
@@ -84,12 +90,13 @@ def vllm_ops() -> Any:
 
 
 class Settings(NamedTuple):
-    """See `fp8kv.bench.run`; `peers` are the names of those to measure."""
+    """See `fp8kv.bench.run`; `peers` are the names of those to measure, `floor` is "copy" or "read"."""
 
     quick: bool
     peers: tuple[str, ...]
     warm: bool
     progress: Callable[[str], None]
+    floor: str = "copy"
 
 
 def run_cases(what: str, device: torch.device, cases: Sequence[Case[Any]], settings: Settings) -> Report:
@@ -99,36 +106,50 @@ def run_cases(what: str, device: torch.device, cases: Sequence[Case[Any]], setti
     return _run_cpu(what, cases, settings)
 
 
-def _row(case: Case[Any], us: float, floor_us: float, peers: dict[str, float]) -> Row:
-    return Row(
-        work=case.work,
-        shape=list(case.shape),
-        us=round(us, 3),
-        gbps=round(case.size / us / 1e3, 1),
-        floor_us=round(floor_us, 3),
-        share=round(floor_us / us, 4),
-        peers={name: round(value, 3) for name, value in peers.items()},
-        models=list(case.models),
-    )
+class _Measured(NamedTuple):
+    """Microseconds, and what `Case.error` says."""
+
+    us: float
+    error: float | None
 
 
-def _peer_times(
+def _measured(case: Case[Buffers], calls: Sequence[Call], b: Buffers, time_of: TimeOf) -> _Measured:
+    """Of calls, the first of which works on the buffers `b`."""
+    return _Measured(time_of(calls), case.error(b, calls[0]()))
+
+
+def _measured_peers(
     names: Sequence[str],
     case: Case[Buffers],
     buffers: Sequence[Buffers],
-    time_of: Callable[[Sequence[Call]], float],
+    time_of: TimeOf,
     report: Report,
-) -> dict[str, float]:
-    times = {}
+) -> dict[str, _Measured]:
+    found = {}
     for name in names:
         try:
             peer = case.peer(name)
             if peer is not None:
-                times[name] = time_of([peer(b) for b in buffers])
+                found[name] = _measured(case, [peer(b) for b in buffers], buffers[0], time_of)
         except Exception as error:  # whatever a peer raises is no reason to lose the other numbers
             reason = (str(error).splitlines() or [""])[0]
             report.note(f"{name} left out: {type(error).__name__}: {reason}", case.name)
-    return times
+    return found
+
+
+def _row(case: Case[Any], ours: _Measured, floor_us: float, peers: dict[str, _Measured]) -> Row:
+    errors = {name: found.error for name, found in ({OURS: ours} | peers).items()}
+    return Row(
+        work=case.work,
+        shape=list(case.shape),
+        us=round(ours.us, 3),
+        gbps=round(case.size / ours.us / 1e3, 1),
+        floor_us=round(floor_us, 3),
+        share=round(floor_us / ours.us, 4),
+        peers={name: round(found.us, 3) for name, found in peers.items()},
+        models=list(case.models),
+        errors={name: float(f"{error:.3g}") for name, error in errors.items() if error is not None},
+    )
 
 
 # CUDA
@@ -136,10 +157,15 @@ def _peer_times(
 
 def _run_cuda(what: str, device: torch.device, cases: Sequence[Case[Any]], settings: Settings) -> Report:
     replays = 5 if settings.quick else 15
+
+    def time_of(calls: Sequence[Call]) -> float:
+        return graph_time(calls, replays)
+
     with torch.cuda.device(device):
-        floors = _CudaFloor(device, replays)
+        floors = _CudaFloor(device, replays, settings.floor)
         report = Report.begin(what, torch.cuda.get_device_name(device), floors.description)
-        report.warm = settings.warm
+        report.warm, report.against = settings.warm, settings.floor
+        report.specified_gbps = specified_gbps(report.device)
         memory = torch.cuda.get_device_properties(device).total_memory
         for case in cases:
             count = _rotation(case.size, device, settings.warm)
@@ -152,12 +178,10 @@ def _run_cuda(what: str, device: torch.device, cases: Sequence[Case[Any]], setti
             settings.progress(case.name)
             cuda.empty_cache()  # else small buffers lie scattered over what earlier cases left behind
             buffers = case.buffers(count)
-            us = graph_time([case.ours(b) for b in buffers], replays)
-            times = _peer_times(
-                settings.peers, case, buffers, lambda calls: graph_time(calls, replays), report
-            )
+            ours = _measured(case, [case.ours(b) for b in buffers], buffers[0], time_of)
+            peers = _measured_peers(settings.peers, case, buffers, time_of, report)
             del buffers
-            report.rows.append(_row(case, us, floors.time(case.size, count), times))
+            report.rows.append(_row(case, ours, floors.time(case.size, count), peers))
     return report
 
 
@@ -205,35 +229,76 @@ extern "C" __global__ void copy16(const uint4* __restrict__ source, uint4* __res
   if (i < (unsigned)count) target[i] = source[i];
 }
 """
+# The store, which random bytes hardly ever lead to, keeps the loads.
+_READ_SOURCE = """
+extern "C" __global__ void read16(const uint4* __restrict__ source, unsigned* target, int count) {
+  const unsigned first = blockIdx.x * blockDim.x * VECTORS + threadIdx.x;
+  uint4 x[VECTORS];
+#pragma unroll
+  for (unsigned k = 0; k < VECTORS; ++k) {
+    const unsigned i = first + k * blockDim.x;
+    x[k] = i < (unsigned)count ? source[i] : make_uint4(0, 0, 0, 0);
+  }
+  unsigned bits = 0;
+#pragma unroll
+  for (unsigned k = 0; k < VECTORS; ++k) bits ^= x[k].x ^ x[k].y ^ x[k].z ^ x[k].w;
+  if (bits == 0x9e3779b9u) *target = bits;
+}
+"""
 
 
 class _CudaFloor:
-    """The time of a copy that reads half the bytes and writes the other half; remembered by size."""
+    """The time of a copy that reads half the bytes and writes the other half, or of a read of them all.
 
-    def __init__(self, device: torch.device, replays: int) -> None:
+    Remembered by size.
+    """
+
+    def __init__(self, device: torch.device, replays: int, kind: str) -> None:
         self.device = device
         self.replays = replays
+        self.kind = kind
         self.known: dict[tuple[int, int], float] = {}
-        self.kernel = _copy_kernel()
-        self.description = "the better of cudaMemcpyAsync and a 16-byte copy kernel"
-        if self.kernel is None:
-            self.description = "cudaMemcpyAsync only: PyTorch could not compile the copy kernel"
+        if kind == "copy":
+            self.kernels = _kernels(_COPY_SOURCE, "copy16", 1)
+            self.description = "the better of cudaMemcpyAsync and a 16-byte copy kernel"
+            if not self.kernels:
+                self.description = "cudaMemcpyAsync only: PyTorch could not compile the copy kernel"
+        else:
+            self.kernels = _kernels(_READ_SOURCE, "read16", 2, 8)
+            self.description = "the better of two kernels that read the bytes, 2 or 8 times 16 a thread"
+            if not self.kernels:
+                self.description = "torch.sum of the bytes: PyTorch could not compile the kernels that read"
 
     def time(self, size: int, count: int) -> float:
         key = (size, count)
         if key not in self.known:
-            half = -(-size // 32) * 16
             cuda.empty_cache()
-            pairs = [tuple(_random_bytes(half, self.device) for _ in range(2)) for _ in range(count)]
-            times = [graph_time([_copy_call(torch.Tensor.copy_, b, a) for a, b in pairs], self.replays)]
-            if self.kernel is not None:
-                times.append(graph_time([_copy_call(self.kernel, b, a) for a, b in pairs], self.replays))
-            self.known[key] = min(times)
+            choices = self._copies(size, count) if self.kind == "copy" else self._reads(size, count)
+            self.known[key] = min(graph_time(calls, self.replays) for calls in choices)
         return self.known[key]
 
+    def _copies(self, size: int, count: int) -> list[list[Call]]:
+        half = -(-size // 32) * 16
+        pairs = [tuple(_random_bytes(half, self.device) for _ in range(2)) for _ in range(count)]
+        return [
+            [_call(torch.Tensor.copy_, target, source) for source, target in pairs],
+            *([_call(kernel, source, target) for source, target in pairs] for kernel in self.kernels),
+        ]
 
-def _copy_call(copy: Callable[[Tensor, Tensor], object], target: Tensor, source: Tensor) -> Call:
-    return lambda: copy(target, source)
+    def _reads(self, size: int, count: int) -> list[list[Call]]:
+        sources = [_random_bytes(-(-size // 16) * 16, self.device) for _ in range(count)]
+        target = torch.empty(16, dtype=torch.uint8, device=self.device)
+        choices = [[_call(kernel, source, target) for source in sources] for kernel in self.kernels]
+        return choices or [_sums(sources)]
+
+
+def _call(function: Callable[[Tensor, Tensor], object], a: Tensor, b: Tensor) -> Call:
+    return lambda: function(a, b)
+
+
+def _sums(sources: Sequence[Tensor]) -> list[Call]:
+    """Sums of the bytes, 8 at a time."""
+    return [source.view(torch.int64).sum for source in sources]
 
 
 def _random_bytes(count: int, device: torch.device) -> Tensor:
@@ -241,18 +306,22 @@ def _random_bytes(count: int, device: torch.device) -> Tensor:
     return torch.randint(256, (count,), dtype=torch.uint8, device=device)
 
 
-def _copy_kernel() -> Callable[[Tensor, Tensor], object] | None:
-    """A plain copy kernel with one 16-byte access a thread; None where PyTorch can't compile it."""
+def _kernels(source: str, name: str, *vectors: int) -> list[Callable[[Tensor, Tensor], object]]:
+    """A kernel for each number of 16-byte accesses a thread; none where PyTorch can't compile them."""
     try:
-        compiled = cuda._compile_kernel(_COPY_SOURCE, "copy16")
+        return [_kernel(source.replace("VECTORS", str(n)), name, n) for n in vectors]
     except (AttributeError, OSError, RuntimeError):
-        return None
+        return []
 
-    def copy(target: Tensor, source: Tensor) -> object:
-        count = target.numel() // 16
-        return compiled((-(-count // 256), 1, 1), (256, 1, 1), [source, target, count])
 
-    return copy
+def _kernel(source: str, name: str, vectors: int) -> Callable[[Tensor, Tensor], object]:
+    compiled = cuda._compile_kernel(source, name)
+
+    def run(source: Tensor, target: Tensor) -> object:
+        count = source.numel() // 16
+        return compiled((-(-count // (256 * vectors)), 1, 1), (256, 1, 1), [source, target, count])
+
+    return run
 
 
 # CPU
@@ -261,59 +330,71 @@ def _copy_kernel() -> Callable[[Tensor, Tensor], object] | None:
 def _run_cpu(what: str, cases: Sequence[Case[Any]], settings: Settings) -> Report:
     require("numpy", "cli", "fp8kv.bench on the CPU")
     samples = 3 if settings.quick else 7
-    report = Report.begin(
-        what,
-        f"{cpu_name()} ({os.cpu_count()} CPUs)",
-        "copy of as many bytes with as many threads; with one, the better of Tensor.copy_ and memmove",
-    )
-    peers = ("torch eager", *(name for name in settings.peers if name == "torch.compile"))
+    report = Report.begin(what, f"{cpu_name()} ({os.cpu_count()} CPUs)", _CPU_FLOORS[settings.floor])
+    report.against = settings.floor
     before = torch.get_num_threads()
     try:
         for threads in sorted({1, before}):
             torch.set_num_threads(threads)
             for case in cases:
                 settings.progress(f"{case.name}, {threads} threads")
-                report.rows += _cpu_rows(case, threads, samples, peers, report)
+                report.rows += _cpu_rows(case, threads, samples, settings, report)
     finally:
         torch.set_num_threads(before)
     return report
 
 
+_CPU_FLOORS = {
+    "copy": "copy of as many bytes with as many threads; with one, the better of Tensor.copy_ and memmove",
+    "read": "Tensor.sum of as many bytes, as 64-bit integers, with as many threads",
+}
+
+
 def _cpu_rows(
-    case: Case[Any], threads: int, samples: int, peers: Sequence[str], report: Report
+    case: Case[Any], threads: int, samples: int, settings: Settings, report: Report
 ) -> Iterator[Row]:
+    def time_of(calls: Sequence[Call]) -> float:
+        return cpu_time(calls, samples)
+
     count = max(2, min(32, (64 << 20) // case.size))
     buffers = case.buffers(count)
-    half = case.size // 2
-    pairs = [tuple(_random_bytes(half, case.device) for _ in range(2)) for _ in range(count)]
+    floor_us = min(map(time_of, _cpu_floors(case, count, threads, settings.floor)))
+    peers = _measured_peers(settings.peers, case, buffers, time_of, report)
+    for isa in each_cpu_isa():
+        ours = _measured(case, [case.ours(b) for b in buffers], buffers[0], time_of)
+        row = _row(case, ours, floor_us, peers)
+        row.isa, row.threads = isa, threads
+        yield row
+
+
+def _cpu_floors(case: Case[Any], count: int, threads: int, kind: str) -> list[list[Call]]:
+    if kind == "read":
+        return [_sums([_random_bytes(case.size // 8 * 8, case.device) for _ in range(count)])]
+    pairs = [tuple(_random_bytes(case.size // 2, case.device) for _ in range(2)) for _ in range(count)]
     copies: list[Callable[[Tensor, Tensor], object]] = [torch.Tensor.copy_]
     if threads == 1:
         copies.append(_memmove)
-    floor_us = min(cpu_time([_copy_call(copy, b, a) for a, b in pairs], samples) for copy in copies)
-    times = _peer_times(peers, case, buffers, lambda calls: cpu_time(calls, samples), report)
-    for isa in each_cpu_isa():
-        us = cpu_time([case.ours(b) for b in buffers], samples)
-        row = _row(case, us, floor_us, times)
-        row.isa, row.threads = isa, threads
-        yield row
+    return [[_call(copy, b, a) for a, b in pairs] for copy in copies]
 
 
 def cpu_time(calls: Sequence[Call], samples: int) -> float:
     """Microseconds of one call: the median of `samples`, each of all calls and at least two milliseconds.
 
-    Calls that take long get fewer samples, but three.
+    Calls that take long get fewer samples, but three. With one thread it is the time of that thread, which
+    does not count while others have the processor.
     """
-    start = time.perf_counter()
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     for call in calls:
         call()
-    rounds = max(1, math.ceil(2e-3 / (time.perf_counter() - start)))
+    rounds = max(1, math.ceil(2e-3 / (clock() - start)))
     measured = []
     for _ in range(samples):
-        start = time.perf_counter()
+        start = clock()
         for _ in range(rounds):
             for call in calls:
                 call()
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         measured.append(seconds * 1e6 / (rounds * len(calls)))
         if len(measured) >= 3 and seconds > 0.2:
             break

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Row:
-    """One measurement. Times are in microseconds, `gbps` is 1e9 bytes a second, `share` is floor / time."""
+    """One measurement. Times are in microseconds, `gbps` is 1e9 bytes a second, `share` is floor / time.
+
+    `errors`, of this library and of peers, where results are not exact: what `Case.error` says.
+    """
 
     work: str
     shape: list[int]
@@ -36,14 +39,16 @@ class Row:
     models: list[str] = field(default_factory=list)
     isa: str | None = None
     threads: int | None = None
+    errors: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class Report:
     """All measurements of one run on one device.
 
-    `warm`: the buffers stayed in the L2 cache. `pdl`: with programmatic dependent launch (FP8KV_PDL=1).
-    `notes`: what was left out and why, and in which cases.
+    `against`: "copy" or "read", what the floor is the time of. `specified_gbps`: the bandwidth that the maker
+    of the card gives. `warm`: the buffers stayed in the L2 cache. `pdl`: with programmatic dependent launch
+    (FP8KV_PDL=1). `notes`: what was left out and why, and in which cases.
     """
 
     what: str
@@ -52,6 +57,8 @@ class Report:
     date: str
     fp8kv: str
     floor: str
+    against: str = "copy"
+    specified_gbps: float | None = None
     warm: bool = False
     pdl: bool = False
     rows: list[Row] = field(default_factory=list)
@@ -87,13 +94,14 @@ class Report:
 
 
 def table(report: Report) -> Table:
-    """The report as a rich table."""
+    """The report as a rich table; peers whose errors are known get a table of their own, `peer_table`."""
     require("rich", "cli", "a table")
     from rich.table import Table
 
     on_cpu = any(row.isa for row in report.rows)
     with_models = any(row.models for row in report.rows)
-    peers = list(dict.fromkeys(name for row in report.rows for name in row.peers))
+    inexact = any(row.errors for row in report.rows)
+    peers = [] if inexact else _peers_of(report)
     result = Table(title=f"{report.title}, bf16 and e4m3, PyTorch {report.torch}")
     for name in ("work", *(("models",) if with_models else ())):
         result.add_column(name, no_wrap=True)
@@ -102,8 +110,10 @@ def table(report: Report) -> Table:
         *(("isa", "threads") if on_cpu else ()),
         "us",
         "GB/s",
-        "copy us",
-        "share of copy",
+        *(("of specified",) if report.specified_gbps else ()),
+        f"{report.against} us",
+        f"share of {report.against}",
+        *(("error",) if inexact else ()),
         *peers,
     ):
         result.add_column(name, justify="right", no_wrap=True)
@@ -118,11 +128,55 @@ def table(report: Report) -> Table:
         cells.append(_times(row.shape))
         if on_cpu:
             cells += [row.isa or "", str(row.threads)]
-        cells += [f"{row.us:.2f}", f"{row.gbps:.0f}", f"{row.floor_us:.2f}", f"[{color}]{row.share:.0%}[/]"]
+        cells += [f"{row.us:.2f}", f"{row.gbps:.0f}"]
+        if report.specified_gbps:
+            cells.append(f"{row.gbps / report.specified_gbps:.0%}")
+        cells += [f"{row.floor_us:.2f}", f"[{color}]{row.share:.0%}[/]"]
+        if inexact:
+            cells.append(f"{row.errors[OURS]:.1e}" if OURS in row.errors else "")
         cells += [f"{row.peers[name]:.2f}" if name in row.peers else "" for name in peers]
         result.add_row(*cells)
         previous = row.work
     return result
+
+
+def peer_table(report: Report) -> Table | None:
+    """Microseconds and error of peers, the fastest first, where errors are known; None where none are.
+
+    Beside the last instruction set of a CPU, which is the best.
+    """
+    require("rich", "cli", "a table")
+    from rich.table import Table
+
+    rows = [row for row in _of_last_isa(report) if row.errors and row.peers]
+    if not rows:
+        return None
+    isa = rows[0].isa
+    result = Table(title=f"Beside peers on {report.device}" + (f", {isa}" if isa else ""))
+    result.add_column("work", no_wrap=True)
+    for name in ("shape", *(("threads",) if isa else ()), f"{OURS} us", "fastest peer"):
+        result.add_column(name, justify="right", no_wrap=True)
+    result.add_column("peers: us (relative error)")
+    for row in rows:
+        peers = sorted(row.peers.items(), key=lambda peer: peer[1])
+        result.add_row(
+            row.work,
+            _times(row.shape),
+            *((str(row.threads),) if isa else ()),
+            _us(row.us),
+            f"{peers[0][1] / row.us:.2f} x",
+            ", ".join(f"{name} {_us(us)} ({row.errors[name]:.1e})" for name, us in peers),
+        )
+    return result
+
+
+def _peers_of(report: Report) -> list[str]:
+    return list(dict.fromkeys(name for row in report.rows for name in row.peers))
+
+
+def _of_last_isa(report: Report) -> list[Row]:
+    """All rows, or of a CPU those of its last instruction set, which is the best."""
+    return [row for row in report.rows if row.isa == report.rows[-1].isa]
 
 
 def host_table(report: Report) -> Table:
@@ -144,10 +198,11 @@ def host_table(report: Report) -> Table:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Writes a picture (PNG) of the share of a copy, with a panel for each work and a line at `MARK`.
+    """Writes a picture (PNG) of the share of the floor, with a panel for each work and a line at `MARK`.
 
     Of quantization a bar for each shape. Of caches and steps the share over the number of tokens, with a line
-    for each geometry. Of the CPU's instruction sets the last only, which is the best.
+    for each geometry. Of attention a panel for each work and geometry, with a line for this library and for
+    each peer over the sizes. Of the CPU's instruction sets the last only, which is the best.
     """
     require("matplotlib", "plot", "a chart")
     import matplotlib
@@ -155,9 +210,13 @@ def plot(report: Report, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    isa = report.rows[-1].isa
-    rows = [row for row in report.rows if row.isa == isa]
-    works = list(dict.fromkeys(row.work for row in rows))
+    rows = _of_last_isa(report)
+    isa = rows[0].isa
+    draw = {"quantize": _draw_bars, "attention": _draw_peers}.get(report.what, _draw_lines)
+    works: dict[str, list[Row]] = {}
+    for row in rows:
+        title = f"{row.work}\n{_geometry(row)}" if draw is _draw_peers else row.work
+        works.setdefault(title, []).append(row)
     columns = min(3, len(works))
     lines = -(-len(works) // columns)
     figure, grid = pyplot.subplots(
@@ -171,21 +230,22 @@ def plot(report: Report, path: Path) -> None:
     for axes in grid.flat[len(works) :]:
         axes.set_axis_off()
     panels = []
-    for axes, work in zip(grid.flat, works, strict=False):
-        axes.set_title(work, fontsize=10)
+    for axes, (title, panel) in zip(grid.flat, works.items(), strict=False):
+        axes.set_title(title, fontsize=10)
         axes.set_axisbelow(True)
         axes.grid(alpha=0.3)
-        panels.append((axes, [row for row in rows if row.work == work]))
-    draw = _draw_bars if report.what == "quantize" else _draw_lines
+        panels.append((axes, panel))
     legend = draw(panels, rows)
-    legend.append(_line(f"{MARK:.0%} of a copy", color="black", linestyle="--"))
+    legend.append(_line(f"{MARK:.0%} of a {report.against}", color="black", linestyle="--"))
     figure.legend(handles=legend, fontsize=8, loc="outside lower center", ncols=columns + 1)
     figure.suptitle(report.title + (f", {isa}" if isa else ""), fontsize=10)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
-#: The share of a copy at which a dashed line is drawn.
+#: What this library is called beside its peers.
+OURS = "fp8kv"
+#: The share of the floor at which a dashed line is drawn.
 MARK = 0.95
 SHARE = "share of a copy of the same bytes, %"
 Panels = Sequence[tuple["Axes", list[Row]]]  # one work each
@@ -201,9 +261,7 @@ def _draw_bars(panels: Panels, rows: Sequence[Row]) -> list[Line2D]:
         for row in panel:
             y = shapes.index(tuple(row.shape)) - 0.45 + height * (threads.index(row.threads) + 0.5)
             axes.barh(y, row.share * 100, height=height, color=colors[row.threads], alpha=0.5)
-            axes.text(
-                2, y, f"{row.us:,.2f} us" if row.us < 100 else f"{row.us:,.0f} us", va="center", fontsize=7
-            )
+            axes.text(2, y, f"{_us(row.us)} us", va="center", fontsize=7)
         axes.set_yticks(range(len(shapes)), [_times(shape) for shape in shapes], fontsize=8)
         axes.set_xlim(0, max(110, 100 * max(row.share for row in rows)))
         axes.set_xlabel(SHARE)
@@ -243,6 +301,48 @@ def _draw_lines(panels: Panels, rows: Sequence[Row]) -> list[Line2D]:
     ]
 
 
+def _draw_peers(panels: Panels, rows: Sequence[Row]) -> list[Line2D]:
+    """A line over batch x context for this library and each peer, in a style for each number of threads.
+
+    The share is that of a read of the FP8 cache, for peers that read 16 bits, too.
+    """
+    from matplotlib import colormaps
+
+    def shares(row: Row) -> dict[str, float]:
+        return {name: 100 * row.floor_us / us for name, us in ({OURS: row.us} | row.peers).items()}
+
+    names = list(dict.fromkeys(name for row in rows for name in shares(row)))
+    colors = dict(zip(names, ["black", *map(colormaps["tab10"], range(10))], strict=False))
+    styles = dict(zip(dict.fromkeys(row.threads for row in rows), ("-", ":"), strict=False))
+    highest = max(share for row in rows for share in shares(row).values())
+    for axes, panel in panels:
+        sizes = list(dict.fromkeys(_times(row.shape[:2]) for row in panel))
+        for name, threads in product(names, styles):
+            line = [row for row in panel if row.threads == threads and name in shares(row)]
+            axes.plot(
+                [sizes.index(_times(row.shape[:2])) for row in line],
+                [shares(row)[name] for row in line],
+                linestyle=styles[threads],
+                color=colors[name],
+                linewidth=2 if name == OURS else 1,
+                marker=".",
+            )
+        axes.set_xticks(range(len(sizes)), sizes, fontsize=7, rotation=30)
+        axes.set_xlabel("sequences x tokens")
+        axes.set_ylabel("share of a read of K and V in FP8, %", fontsize=8)
+        _mark(axes.axhline)
+        axes.set_ylim(0, 110 if highest > 50 else 1.1 * highest)
+    legend = [_line(name, color=color) for name, color in colors.items()]
+    return legend + [
+        _line(f"threads: {n}", color="gray", linestyle=style) for n, style in styles.items() if n
+    ]
+
+
+def _geometry(row: Row) -> str:
+    """Heads and head size of attention, and the models that have them."""
+    return " ".join((_times(row.shape[2:]), ", ".join(row.models)))
+
+
 def _mark(line: Callable[..., object]) -> None:
     line(100, color="black", linewidth=0.8)
     line(MARK * 100, color="black", linewidth=0.8, linestyle="--")
@@ -253,6 +353,10 @@ def _line(label: str, **style: Any) -> Line2D:
     from matplotlib.lines import Line2D
 
     return Line2D([], [], label=label, **style)
+
+
+def _us(us: float) -> str:
+    return f"{us:,.2f}" if us < 100 else f"{us:,.0f}"
 
 
 def _times(sizes: Sequence[int]) -> str:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from fp8kv._checks import STRATEGIES, Strategy, check_choice, require
 from fp8kv.calibration import _progress
-from fp8kv.calibration._model_reader import reading
-from fp8kv.calibration._recorder import Recorder, all_ranks, is_first_rank
+from fp8kv.calibration._model_reader import latent_sizes, reading
+from fp8kv.calibration._recorder import Recorder, all_ranks, is_distributed, is_first_rank
 from fp8kv.calibration.observers import check_observer, make_observer
 from fp8kv.calibration.texts import beginning, token_ids, windows_at
 from fp8kv.checkpoint.scales import KVScales
@@ -44,12 +44,15 @@ def calibrate(
 ) -> KVScales:
     """Finds scales for the KV cache of a causal language model of `transformers`.
 
-    The model reads all batches; K and V are observed as its cache receives them, after RoPE and all norms.
-    NaN and infinite elements are left out, with a warning. A head of zeros gets the smallest scale,
-    ``1 / (448 * 512)``. Nothing of the cache is kept, and the model is afterwards as it was before.
+    The model reads all batches; K and V are observed as its cache receives them, after RoPE and all norms. Of
+    latent attention (DeepSeek's MLA) the row is observed that engines cache, the latent and the RoPE part: K
+    and V have the same scale. NaN and infinite elements are left out, with a warning. A head of zeros gets
+    the smallest scale, ``1 / (448 * 512)``. Nothing of the cache is kept, but for models that read the layers
+    of their cache, and the model is afterwards as it was before.
 
     When `torch.distributed` is initialized, all ranks must call this, each with its share of the batches
-    (`share`), which may be empty; all get the same scales, those of all batches.
+    (`share`), which may be empty; all get the same scales, those of all batches. The ranks of tensor
+    parallelism read the same batches, and share the scales of a tensor only.
 
     Args:
         model: a causal language model of `transformers`, on one device or spread over many by `accelerate`.
@@ -88,7 +91,7 @@ def calibrate(
     )
     first = is_first_rank(group)
     with all_ranks(recorder, group):
-        _check_arguments(model, strategy, observer, percentile)
+        _check_arguments(model, strategy, observer, percentile, query)
         shown = progress if first or progress is not True else None
         with _reporting(shown, batches) as report, reading(model, recorder, query=query) as read:
             for batch in batches:
@@ -163,7 +166,7 @@ def share(batches: Iterable[T], rank: int, size: int) -> Iterable[T]:
 # Checks
 
 
-def _check_arguments(model: nn.Module, strategy: str, observer: str, percentile: float) -> None:
+def _check_arguments(model: nn.Module, strategy: str, observer: str, percentile: float, query: bool) -> None:
     require("transformers", "transformers", "calibrate")
     check_choice("calibrate: strategy", strategy, STRATEGIES)
     check_observer("calibrate: observer", observer)
@@ -175,6 +178,32 @@ def _check_arguments(model: nn.Module, strategy: str, observer: str, percentile:
         raise ValueError(
             f"calibrate: model must be a causal language model of transformers, got {type(model).__name__}"
         )
+    if query and latent_sizes(config) is not None:
+        raise ValueError(
+            f"calibrate: query must be False for {type(model).__name__}, as attention that reads its latent "
+            "cache quantizes other queries than the model computes, got True"
+        )
+    if strategy == "attn_head" and _is_tensor_parallel(model):
+        raise ValueError(
+            'calibrate: strategy must be "tensor" for a model whose heads are spread over tensor-parallel '
+            'ranks, got "attn_head"; load the model with device_map="auto" instead'
+        )
+
+
+def _is_tensor_parallel(model: nn.Module) -> bool:
+    """Whether this process has a part of the heads only; FSDP shards weights too, but computes all heads."""
+    if not is_distributed():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        return (getattr(model, "tp_size", None) or 1) > 1
+    return any(
+        isinstance(x, DTensor) and any(placement.is_shard() for placement in x.placements)
+        for name, x in model.named_parameters()
+        if "attn" in name or "attention" in name
+    )
 
 
 def _check_what_was_seen(recorder: Recorder, model: nn.Module, query: bool) -> None:

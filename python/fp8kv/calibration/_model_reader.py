@@ -32,13 +32,24 @@ def reading(model: Any, recorder: Recorder, *, query: bool) -> Iterator[Callable
     """
     device = _input_device(model)
     num_embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    keeps = False  # until the model is seen to read what it has cached
 
     def read(batch: Batch) -> int:
+        nonlocal keeps
         ids, mask = _tokens(batch, num_embeddings)
         if ids.numel():
-            recorder.expect(mask)
-            model(**_inputs(model, ids.to(device), mask.to(device), _recording_cache(model, recorder)))
+            try:
+                observe(ids, mask)
+            except _CacheIsReadError:
+                recorder.forget_batch()
+                keeps = True
+                observe(ids, mask)
         return int(mask.sum())
+
+    def observe(ids: Tensor, mask: Tensor) -> None:
+        recorder.expect(mask)
+        cache = _recording_cache(model, recorder, keeps=keeps)
+        model(**_inputs(model, ids.to(device), mask.to(device), cache))
 
     # Not inference_mode: buffers that a model computes in a forward pass would not be fit for training.
     with _evaluating(model), torch.no_grad(), _queries_of(recorder) if query else nullcontext():
@@ -123,18 +134,77 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _recording_cache(model: Any, recorder: Recorder) -> Cache:
-    """A cache for the model's kinds of layers that shows what it is given and keeps nothing of it."""
+class _CacheIsReadError(Exception):
+    """The model reads keys or values of the cache that were not kept."""
+
+
+def _recording_cache(model: Any, recorder: Recorder, *, keeps: bool) -> Cache:
+    """A cache for the model's kinds of layers that shows what it is given.
+
+    It keeps nothing of it, for the memory, but for models that look into the layers of their cache.
+    """
     from transformers import DynamicCache
+
+    latent = latent_sizes(model.config)
 
     class RecordingCache(DynamicCache):
         def update(
             self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
         ) -> tuple[Tensor, Tensor]:
-            recorder.keys_and_values(layer_idx, key_states, value_states)
+            seen = key_states, value_states
+            if latent is not None and _is_latent(model, layer_idx, *seen, *latent):
+                seen = (torch.cat(seen, -1),) * 2
+            recorder.keys_and_values(layer_idx, *seen)
+            if keeps:
+                super().update(key_states, value_states, layer_idx, *args, **kwargs)
             return key_states, value_states
 
-    return RecordingCache(config=model.config)
+    cache = RecordingCache(config=model.config)
+    if not keeps:
+        for layer in cache.layers:
+            _refuse_reads(layer)
+    return cache
+
+
+def latent_sizes(config: Any) -> tuple[int, int] | None:
+    """Elements of the latent and of the RoPE part in a row of a latent cache; None without latent attention.
+
+    Models of `transformers` cache the two as a key and a value of one head; engines as one row, with one
+    scale.
+    """
+    config = config.get_text_config(decoder=True)
+    latent, rope = getattr(config, "kv_lora_rank", None), getattr(config, "qk_rope_head_dim", None)
+    return None if latent is None or rope is None else (latent, rope)
+
+
+def _is_latent(model: Any, layer: int, key: Tensor, value: Tensor, latent: int, rope: int) -> bool:
+    """Whether these are the two parts of a latent row; layers of other attention may be beside such ones.
+
+    Raises:
+        RuntimeError: the model has expanded them to keys and values of all heads, which engines don't cache.
+    """
+    sizes = key.shape[-1], value.shape[-1]
+    config = model.config.get_text_config(decoder=True)
+    if sizes == (getattr(config, "qk_nope_head_dim", 0) + rope, getattr(config, "v_head_dim", None)):
+        raise RuntimeError(
+            f"calibrate: layer {layer} of {type(model).__name__} must give its cache the latent of {latent} "
+            f"elements and the RoPE part of {rope}, as engines store them, got keys and values of {sizes[0]} "
+            f"and {sizes[1]} elements for {key.shape[1]} heads"
+        )
+    return sizes == (latent, rope)
+
+
+def _refuse_reads(layer: Any) -> None:
+    """Lets the keys and values of a layer of a cache, which are not there, raise when they are looked at."""
+
+    def refuse(self: Any) -> Tensor:
+        raise _CacheIsReadError
+
+    def ignore(self: Any, value: Any) -> None:
+        """Layers set them to None."""
+
+    fields = {name: property(refuse, ignore) for name in ("keys", "values")}
+    layer.__class__ = type(type(layer).__name__, (type(layer),), fields)
 
 
 @contextmanager

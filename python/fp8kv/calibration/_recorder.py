@@ -46,6 +46,16 @@ class Recorder:
         self._attending = None
         self.num_tokens += int(mask.sum())
 
+    def forget_batch(self) -> None:
+        """What came of this batch, the first one, is not counted: it comes again."""
+        if self.num_tokens > int(self._mask.sum()):
+            raise RuntimeError(
+                "calibrate: the model must read the layers of its cache in every batch or in none, but does "
+                "in this one and did not in those before"
+            )
+        self.observers.clear()
+        self.num_tokens = 0
+
     def keys_and_values(self, layer: int, key: Tensor, value: Tensor) -> None:
         """``[B, num_kv_heads, N, head_size]``."""
         self._update(layer, "k", key, key.shape[1])
@@ -131,7 +141,7 @@ def is_first_rank(group: ProcessGroup | None) -> bool:
     Raises:
         ValueError: this rank is not in the group.
     """
-    rank = distributed.get_rank(group) if _is_distributed() else 0
+    rank = distributed.get_rank(group) if is_distributed() else 0
     if rank < 0:
         raise ValueError("calibrate: group must contain the rank that calls, got one without it")
     return rank == 0
@@ -144,7 +154,7 @@ def all_ranks(recorder: Recorder, group: ProcessGroup | None) -> Iterator[None]:
     Raises:
         RuntimeError: another rank failed, or has another model.
     """
-    if not _is_distributed():
+    if not is_distributed():
         yield
         return
     try:
@@ -173,5 +183,6 @@ def _exchange(
     return told
 
 
-def _is_distributed() -> bool:
+def is_distributed() -> bool:
+    """Whether there may be other ranks."""
     return distributed.is_available() and distributed.is_initialized()

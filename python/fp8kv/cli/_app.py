@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
 
@@ -14,6 +15,7 @@ from fp8kv._checks import require
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fp8kv.cli.doctor import Check
     from fp8kv.evaluation.inspection import Inspection
 
 app = typer.Typer(
@@ -36,34 +38,60 @@ CacheDir = Annotated[
 ]
 
 
-def _console() -> Console:
-    """Wide enough for the tables where there is no terminal whose width counts."""
+Json = Annotated[
+    OptionalPath, typer.Option(help='Write everything to this file; "-": to stdout, and nothing else.')
+]
+_STDOUT = Path("-")
+
+
+def _console(json: Path | None = None) -> Console:
+    """Wide enough for tables where there is no terminal; silent if JSON goes to stdout."""
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=160)
+    console = Console(quiet=json == _STDOUT)
+    return console if console.is_terminal else Console(width=160, quiet=console.quiet)
+
+
+def _write_json(path: Path | None, value: object) -> None:
+    if path is None:
+        return
+    text = jsonlib.dumps(value, indent=1, allow_nan=False)
+    if path == _STDOUT:
+        typer.echo(text)
+    else:
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 @app.command()
-def doctor() -> None:
-    """Shows what works here, with a bit-exactness self-test; exit status 1 if something does not."""
-    from fp8kv.cli.doctor import checks
+def doctor(json: Json = None) -> None:
+    """Shows what works here, with a self-test, and what would make it faster; exit status 1 on failures."""
+    from fp8kv.cli import doctor as command
 
-    console = _console()
-    failed = False
-    for check in checks():
+    _check_file("--json", json)
+    console = _console(json)
+    found = []
+    for check in command.checks():
         mark = {True: "[green]ok  [/]", None: "[yellow]note[/]", False: "[red]FAIL[/]"}[check.ok]
-        console.print(f"{mark} [bold]{check.name}[/]: ", end="", highlight=False)
-        console.print(check.detail, markup=False, highlight=False, soft_wrap=True)
-        failed = failed or check.ok is False
-    if failed:
+        _show_check(console, mark, check)
+        found.append(check)
+    faster = list(command.advice())
+    for check in faster:
+        _show_check(console, "[cyan]tip [/]", check)
+    result = command.as_dict(found, faster)
+    _write_json(json, result)
+    if not result["ok"]:
         raise typer.Exit(1)
+
+
+def _show_check(console: Console, mark: str, check: Check) -> None:
+    console.print(f"{mark} [bold]{check.name}[/]: ", end="", highlight=False)
+    console.print(check.detail, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
 def bench(
     what: Annotated[
-        str, typer.Argument(metavar="WHAT", help='"quantize", "cache" or "decode".')
+        str, typer.Argument(metavar="WHAT", help='"quantize", "cache", "decode" or "attention".')
     ] = "quantize",
     device: Device = "auto",
     quick: Annotated[bool, typer.Option(help="Few shapes, few repetitions.")] = False,
@@ -71,20 +99,20 @@ def bench(
         str, typer.Option(help='Only works whose "name SHAPE models" matches this regular expression.')
     ] = "",
     peers: Annotated[
-        bool, typer.Option(help="Also PyTorch eager, torch.compile and, if installed, vLLM or FlashInfer.")
+        bool, typer.Option(help="Also what PyTorch has and, if installed, vLLM or FlashInfer.")
     ] = False,
     warm: Annotated[bool, typer.Option(help="Keep all buffers in the L2 cache of the GPU.")] = False,
-    json: Annotated[OptionalPath, typer.Option(help="Write all numbers to this file.")] = None,
+    json: Json = None,
     plot: Annotated[OptionalPath, typer.Option(help="Write a chart (PNG) to this file.")] = None,
 ) -> None:
-    """Measures every operator against a copy of the same bytes in the same run."""
+    """Measures every operator against a copy or a read of the same bytes in the same run."""
     from fp8kv import bench as benchmarks
-    from fp8kv.cli._command import CommandError
+    from fp8kv.cli._command import CommandError, reason_of
     from fp8kv.cli._device import device_of
 
     for option, path in (("--json", json), ("--plot", plot)):
         _check_file(option, path)
-    console = _console()
+    console = _console(json)
     try:
         place = device_of(device)
         with console.status("...") as status:
@@ -95,13 +123,17 @@ def bench(
         _fail(error.sentence, error.status)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    except RuntimeError as error:
+        _fail(f"fp8kv bench: {reason_of(error)}", 1)
     console.print(benchmarks.table(report))
-    console.print(f"copy: {report.floor}", highlight=False)
+    peers_found = benchmarks.peer_table(report)
+    if peers_found is not None:
+        console.print(peers_found)
+    console.print(f"{report.against}: {report.floor}", highlight=False)
     for note, cases in report.notes.items():
         console.print(f"note: {note} ({len(cases)} cases, such as {cases[0]})", markup=False, highlight=False)
     console.print(benchmarks.host_table(report))
-    if json is not None:
-        report.write_json(json)
+    _write_json(json, asdict(report))
     if plot is not None:
         benchmarks.plot(report, plot)
 
@@ -191,9 +223,7 @@ def eval_(
 @app.command("inspect")
 def inspect_(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's directory.")],
-    json: Annotated[
-        OptionalPath, typer.Option(help='Write everything to this file; "-": to stdout, and nothing else.')
-    ] = None,
+    json: Json = None,
     plot: Annotated[OptionalPath, typer.Option(help="Write a heat map (PNG) to this file.")] = None,
 ) -> None:
     """Shows the scales of a checkpoint and what is wrong with them; exit status 1 if it is an error."""
@@ -205,14 +235,8 @@ def inspect_(
         found = inspection.inspect_checkpoint(checkpoint)
     except (OSError, ValueError) as error:
         _fail(str(error), 2)
-    if json is not None:
-        text = jsonlib.dumps(found.as_dict(), indent=1, allow_nan=False)
-        if json == Path("-"):
-            typer.echo(text)
-        else:
-            json.write_text(text + "\n", encoding="utf-8")
-    if json != Path("-"):
-        _show(found, _console())
+    _write_json(json, found.as_dict())
+    _show(found, _console(json))
     if plot is not None:
         inspection.plot(found, plot)
     raise typer.Exit(0 if found.ok else 1)

@@ -1,4 +1,6 @@
-"""`fp8kv doctor`: what works here, with a self-test of every operator against `fp8kv.reference`.
+"""`fp8kv doctor`: what works here, and what would make it faster.
+
+A self-test compares every operator with `fp8kv.reference`: bytes, and of attention how near the results are.
 
 Example:
     >>> import fp8kv.cli.doctor
@@ -8,11 +10,12 @@ Example:
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
 
@@ -34,6 +37,15 @@ class Check:
     name: str
     ok: bool | None
     detail: str
+
+
+def as_dict(found: list[Check], faster: list[Check]) -> dict[str, Any]:
+    """For JSON: what works here and what would make it faster; `ok` if nothing fails."""
+    return {
+        "ok": all(check.ok is not False for check in found),
+        "checks": [asdict(check) for check in found],
+        "faster": [{"name": check.name, "detail": check.detail} for check in faster],
+    }
 
 
 def checks() -> Iterator[Check]:
@@ -67,6 +79,29 @@ def _cuda_checks(info: dict[str, Any]) -> Iterator[Check]:
             continue
         runs = architecture_runs(info["cuda_architectures"], major, minor)
         yield Check(f"GPU {index}", runs, name if runs else f"{name}: no kernels for it in this build")
+
+
+def advice() -> Iterator[Check]:
+    """What would make it faster here; `ok` is None."""
+    info = fp8kv.build_info()
+    best = info["cpu_isas"][-1]
+    if info["cpu_isa"] != best:
+        yield Check("FP8KV_CPU_ISA", None, f"without it the CPU kernels use {best}, not {info['cpu_isa']}")
+    threads, cpus = torch.get_num_threads(), os.cpu_count() or 1
+    if "OMP_NUM_THREADS" in os.environ and threads < cpus:
+        yield Check("OMP_NUM_THREADS", None, f"operators on the CPU use {threads} of {cpus} CPUs")
+    if info["cuda_architectures"] is None or not cuda.is_available():
+        yield Check("GPU", None, "operators on one that PyTorch can use are much faster than on the CPU")
+        return
+    if os.environ.get("FP8KV_DEBUG") == "1":
+        yield Check("FP8KV_DEBUG", None, "without it operators on CUDA do not wait for the GPU")
+    capabilities = [cuda.get_device_capability(index) for index in range(cuda.device_count())]
+    if os.environ.get("FP8KV_PDL") != "1" and max(capabilities) >= (9, 0):
+        yield Check("FP8KV_PDL", None, "with FP8KV_PDL=1 kernels of a decode step overlap")
+    for major, minor in sorted(set(capabilities)):
+        if f"{major}{minor}" not in info["cuda_architectures"]:
+            detail = f"a build for {major}.{minor} has code made for this GPU"
+            yield Check("CUDA architectures", None, detail)
 
 
 def _driver() -> str:
@@ -112,6 +147,9 @@ def _self_tests(info: dict[str, Any]) -> Iterator[Check]:
     if info["cuda_architectures"] is not None and cuda.is_available():
         for index in range(cuda.device_count()):
             yield _self_test_check(f"self-test on GPU {index}", f"cuda:{index}")
+            refusal = _refusal(f"cuda:{index}")
+            if refusal is not None:
+                yield Check(f"attention on GPU {index}", None, refusal)
 
 
 def _self_test_check(name: str, device: str) -> Check:
@@ -119,7 +157,10 @@ def _self_test_check(name: str, device: str) -> Check:
         failures = self_test(device)
     except RuntimeError as error:
         return Check(name, False, str(error).splitlines()[0])
-    return Check(name, not failures, "; ".join(failures) or "the same bytes as fp8kv.reference")
+    return Check(name, not failures, "; ".join(failures) or PASSED)
+
+
+PASSED = "the same bytes as fp8kv.reference, and attention as near to it as it must be"
 
 
 _GROUPS = {
@@ -134,12 +175,16 @@ _GROUPS = {
 def self_test(device: str | torch.device) -> list[str]:
     """Compares every operator with `fp8kv.reference` on hostile values; the names of those that differ.
 
-    The reference runs on the CPU, so that a fault of the device can't hide in both.
+    Attention must be near to it on values that are not hostile, and is left out where it does not run. The
+    reference runs on the CPU, so that a fault of the device can't hide in both.
     """
+    compared = [_quantization_failures, _cache_failures]
+    if _refusal(device) is None:
+        compared.append(_attention_failures)
     return [
         failure.replace("torch.", "")
         for input_type in (torch.float32, torch.float16, torch.bfloat16)
-        for compare in (_quantization_failures, _cache_failures)
+        for compare in compared
         for failure in compare(device, input_type)
     ]
 
@@ -260,6 +305,75 @@ def _gather(
         key_cache, value_cache, key, value, table, sums, name, k_scale, v_scale, starts
     )
     return [key, value]
+
+
+#: norm(out - reference) / norm(reference), by the dtype of the result: docs/attention.md.
+_NORM_RULE = {torch.float32: 1e-3, torch.float16: 1e-3, torch.bfloat16: 2.5e-3}
+#: Shapes of scales, for 6 blocks of 16 tokens with 2 heads of 64.
+_ATTENTION_SCALES = {"tensor": (1,), "head": (2,), "channel": (2, 64), "token and head": (6, 16, 2)}
+
+
+def _attention_failures(device: str | torch.device, input_type: torch.dtype) -> Iterator[str]:
+    for name, shape in _ATTENTION_SCALES.items():
+        for dtype in FORMATS:
+            scale = torch.exp2(torch.randn(shape, generator=torch.Generator().manual_seed(0)) / 2)
+            actual = _attend(fp8kv, device, input_type, dtype, scale).cpu().double()
+            exact = _attend(reference, "cpu", input_type, dtype, scale, torch.float64)
+            error = actual - exact
+            near = error.abs().max() <= 2.0**-8 * _LARGEST * scale.max()
+            if not (near and error.norm() <= _NORM_RULE[input_type] * exact.norm()):
+                yield f"paged_attention ({input_type}, {dtype}, per {name})"
+
+
+#: No value of the caches of `_attend` is larger.
+_LARGEST = 4.0
+
+
+def _attend(
+    ops: ModuleType,
+    device: str | torch.device,
+    input_type: torch.dtype,
+    dtype: torch.dtype,
+    scale: Tensor,
+    output_type: torch.dtype | None = None,
+) -> Tensor:
+    """4 queries of two sequences, with sinks, softcap and a window, to K and V that lie side by side."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(4, 8, 64, generator=generator)
+    stored = torch.randn(6, 16, 2, 128, generator=generator)
+    stored = stored.clamp(-_LARGEST, _LARGEST).to(dtype).to(device)
+    table, lengths, sums = (
+        torch.tensor(x, dtype=torch.int32, device=device)
+        for x in ([[5, 0, 3], [1, 4, -1]], [45, 20], [0, 3, 4])
+    )
+    result: Tensor = ops.paged_attention(
+        query.to(device, input_type),
+        stored[..., :64],
+        stored[..., 64:],
+        table,
+        lengths,
+        kv_cache_dtype=CACHE_NAMES[dtype],
+        k_scale=scale.to(device),
+        v_scale=scale.to(device),
+        cu_query_lens=sums,
+        sliding_window=40,
+        softcap=20.0,
+        sinks=torch.linspace(-1, 1, 8, device=device),
+        out=torch.empty(4, 8, 64, dtype=output_type or input_type, device=device),
+    )
+    return result
+
+
+def _refusal(device: str | torch.device) -> str | None:
+    """The sentence in which attention refuses this device; None if it runs there, rightly or not."""
+    if torch.device(device).type == "cpu":
+        return None
+    try:
+        _attend(fp8kv, device, torch.bfloat16, torch.float8_e4m3fn, torch.ones(1))
+    except RuntimeError as error:
+        sentence = str(error).splitlines()[0]
+        return sentence if "there are no CUDA kernels" in sentence else None
+    return None
 
 
 def _values(dtype: torch.dtype) -> Tensor:

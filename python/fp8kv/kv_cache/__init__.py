@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fp8kv.kv_cache.attention import paged_attention
+from fp8kv.kv_cache.attention import merge_attention, paged_attention
 from fp8kv.kv_cache.ops import (
     gather_and_dequant_cache,
     reshape_and_cache_flash,
@@ -14,6 +14,7 @@ from fp8kv.kv_cache.paged import PagedKVCache
 __all__ = [
     "PagedKVCache",
     "gather_and_dequant_cache",
+    "merge_attention",
     "paged_attention",
     "reshape_and_cache_flash",
     "reshape_and_cache_flash_dynamic",

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fp8kv._dtypes import REAL_DTYPES
+from fp8kv._dtypes import REAL_DTYPES, dtype_name
 from fp8kv._ops import operator
 
 attention = operator("paged_attention")
@@ -85,7 +85,7 @@ def paged_attention(
         k_offset: float32 ``[num_kv_heads, head_size]``; None: 0. For FP8 caches.
         v_offset: likewise.
         lse: float32 ``[num_tokens, num_heads]``, any strides; written. With it, results for parts of a
-            sequence can be merged.
+            sequence can be merged: `merge_attention`.
         num_splits: into how many parts the keys of a sequence are divided; 0: as many as are best. The same
             number gives the same bits in every run; with 1 they do not depend on the rest of the batch.
         out: float32, float16 or bfloat16 ``[num_tokens, num_heads, head_size]``, any strides; written. Rows
@@ -112,7 +112,7 @@ def paged_attention(
         >>> out.shape, out.dtype, out.round(decimals=2).unique().tolist()
         (torch.Size([1, 8, 64]), torch.float32, [1.0])
 
-    See also: `reshape_and_cache_flash`, `PagedKVCache.attend`.
+    See also: `reshape_and_cache_flash`, `PagedKVCache.attend`, `merge_attention`.
     """
     # Of any number of dimensions, as it is the operator that refuses a query without three.
     if softmax_scale is None:
@@ -128,3 +128,70 @@ def paged_attention(
         sliding_window or 0, softcap, sinks, k_offset, v_offset, lse, None, num_splits,
     )  # fmt: skip
     return out
+
+
+def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """The result of attention over two sets of keys, from the results over each of them.
+
+    For parts of a sequence, or several caches, such as a prefix that many sequences share. With sinks, give
+    them to one of the two only: each `lse` counts those it was given. ::
+
+        lse = log(exp(lse_a) + exp(lse_b))
+        out = exp(lse_a - lse) * out_a + exp(lse_b - lse) * out_b
+
+    A result whose lse is -inf, of a query that saw nothing, has no influence, whatever its `out` is. It is
+    made of PyTorch's operations, in fp32, on any device.
+
+    Args:
+        out_a: float32, float16 or bfloat16 ``[num_tokens, num_heads, head_size]``, as of `paged_attention`.
+        lse_a: float32 ``[num_tokens, num_heads]``, as `paged_attention` writes it.
+        out_b: likewise, of the shape and dtype of `out_a`.
+        lse_b: likewise.
+
+    Returns:
+        ``(out, lse)`` of both, of the dtype of `out_a` and float32, to be merged with further ones.
+
+    Raises:
+        ValueError: an argument doesn't fit.
+
+    Example:
+        >>> import torch, fp8kv
+        >>> zero, one = torch.zeros(1, 2, 4), torch.ones(1, 2, 4)
+        >>> of_one_key, of_three_keys = torch.full((1, 2), 1.0).log(), torch.full((1, 2), 3.0).log()
+        >>> out, lse = fp8kv.merge_attention(zero, of_one_key, one, of_three_keys)
+        >>> out.unique().tolist(), lse.exp().round(decimals=4).unique().tolist()
+        ([0.75], [4.0])
+
+    See also: `paged_attention`.
+    """
+    _check_results(out_a, lse_a, out_b, lse_b)
+    lse = torch.logaddexp(lse_a, lse_b)
+    a, b = (_share(out, part, lse) for out, part in ((out_a, lse_a), (out_b, lse_b)))
+    return (a + b).to(out_a.dtype), lse
+
+
+def _share(out: Tensor, part: Tensor, lse: Tensor) -> Tensor:
+    """Of a result in that over all keys: float32, 0 where it saw none."""
+    return torch.where((part == -math.inf).unsqueeze(-1), 0.0, (part - lse).exp().unsqueeze(-1) * out)
+
+
+def _check_results(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+    if out_a.dtype not in REAL_DTYPES or out_a.dim() == 0:
+        raise ValueError(
+            "merge_attention: out_a must be float32, float16 or bfloat16 "
+            f"[num_tokens, num_heads, head_size], got {_described(out_a)}"
+        )
+    for name, x, dtype, shape in (
+        ("lse_a", lse_a, torch.float32, out_a.shape[:-1]),
+        ("out_b", out_b, out_a.dtype, out_a.shape),
+        ("lse_b", lse_b, torch.float32, out_a.shape[:-1]),
+    ):
+        if x.dtype != dtype or x.shape != shape or x.device != out_a.device:
+            raise ValueError(
+                f"merge_attention: {name} must be {dtype_name(dtype)} of shape {list(shape)} on "
+                f"{out_a.device} as out_a is, got {_described(x)}"
+            )
+
+
+def _described(x: Tensor) -> str:
+    return f"{dtype_name(x.dtype)} of shape {list(x.shape)} on {x.device}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from fp8kv._checks import LAYOUTS, check_choice, check_scale_values, quoted
 from fp8kv._dtypes import CACHE_DTYPES, CACHE_NAMES, FORMATS, dtype_name
 from fp8kv.kv_cache import ops
 from fp8kv.kv_cache.attention import paged_attention
+from fp8kv.kv_cache.clipping import ClipCounter, Clipped, clipped_sentence
 from fp8kv.quantization import dequantize, quantize
 
 _INT32 = torch.iinfo(torch.int32)
@@ -29,9 +31,9 @@ class PagedKVCache:
         dtype: "fp8" or "fp8_e4m3", "fp8_e5m2", "float16", "bfloat16", "float32", or the torch dtype.
         layout: "NHD" or "HND": whether the heads of a token, or the tokens of a head, lie together.
         device: None is PyTorch's default device.
-        scales: None: 1.0. An object with ``.k`` and ``.v``: floats, or tensors of 1 or num_kv_heads elements
-            of any floating-point dtype; they are copied. "dynamic": one scale for each token and head, which
-            `append` computes. FP8 only.
+        scales: None: 1.0, and what that clips is counted; see `clipped`. An object with ``.k`` and ``.v``:
+            floats, or tensors of 1 or num_kv_heads elements of any floating-point dtype; they are copied.
+            "dynamic": one scale for each token and head, which `append` computes. FP8 only.
 
     Attributes:
         storage: the one tensor of K and V, 0 at first: NHD
@@ -45,6 +47,8 @@ class PagedKVCache:
         kv_cache_dtype: the string for the operators.
         dtype: the dtype of `storage`.
         dynamic: whether there is a scale for each token and head.
+        clip_counter: the `fp8kv.kv_cache.clipping.ClipCounter` of a cache that was given no scales; else
+            None. One cache may go on with the counter of another.
         num_blocks, block_size, num_kv_heads, head_size, layout, device: as above.
 
     Raises:
@@ -87,8 +91,7 @@ class PagedKVCache:
         self.layout = layout
         self.kv_cache_dtype, self.dtype = _cache_dtype(dtype)
         self.dynamic = isinstance(scales, str) and scales == "dynamic"
-        # On the host, as they were given; None where they are not known there.
-        self._scales = self._checked_scales(scales)
+        given = self._checked_scales(scales)
 
         inner = (block_size, num_kv_heads) if layout == "NHD" else (num_kv_heads, block_size)
         device = torch.get_default_device() if device is None else device
@@ -99,11 +102,13 @@ class PagedKVCache:
             torch.zeros((num_blocks, block_size, num_kv_heads), device=self.device, dtype=torch.float32)
             if scale is None
             else scale.to(self.device, copy=True)
-            for scale in self._scales
+            for scale in given
         )
+        counts = scales is None and self.dtype in FORMATS
+        self.clip_counter = ClipCounter(FORMATS[self.dtype].max, self.device) if counts else None
 
     def _checked_scales(self, scales: Any) -> tuple[Tensor | None, Tensor | None]:
-        """Those of K and V; None where they are computed."""
+        """Those of K and V, on the host; None where they are computed."""
         if scales is None:
             return self._checked_scale("scales.k", 1.0), self._checked_scale("scales.v", 1.0)
         if self.dtype not in FORMATS:
@@ -136,7 +141,8 @@ class PagedKVCache:
     def use_scales(self, k_scale: Tensor, v_scale: Tensor) -> None:
         """Uses these tensors as scales without a copy: later changes in place apply.
 
-        What is in the cache is not touched; it means something else if the values differ.
+        What is in the cache is not touched; it means something else if the values differ. A cache that was
+        given no scales counts no longer what it clips.
 
         Args:
             k_scale: float32 of 1 or num_kv_heads elements, on the device of the cache.
@@ -166,7 +172,7 @@ class PagedKVCache:
                     f"got {dtype_name(scale.dtype)} of shape {list(scale.shape)} on {scale.device}"
                 )
         self.k_scale, self.v_scale = k_scale, v_scale
-        self._scales = (None, None)
+        self.clip_counter = None
 
     def append(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         """Stores tokens at their slots.
@@ -198,6 +204,41 @@ class PagedKVCache:
                 key, value, key_cache, value_cache, slot_mapping, self.kv_cache_dtype, self.k_scale,
                 self.v_scale,
             )  # fmt: skip
+        if self.clip_counter is not None:
+            self.clip_counter.add(key, value, slot_mapping, self.k_scale, self.v_scale)
+            # Looking at the count of a GPU would make every step wait, and traced tensors have no values.
+            on_host = self.device.type == "cpu" and type(self.clip_counter.counts) is Tensor
+            if on_host and not torch.compiler.is_compiling():
+                self._clipped_with_warning(self.clip_counter)
+
+    def clipped(self) -> Clipped | None:
+        """How many elements `append` has clipped in a cache that was given no scales.
+
+        Such a cache has the scale 1.0, which clips what is beyond 448, or 57344 in E5M2: silently, and at the
+        cost of the model's answers. It counts on the device, in CUDA graphs and compiled code too. A warning
+        tells once that something was clipped: on the CPU when it happens, else when this method is called,
+        which waits for the device.
+
+        Returns:
+            The numbers for K and V; None if the cache was given scales, computes them or is not FP8, as
+            nothing is counted then.
+
+        Example:
+            >>> import torch, fp8kv
+            >>> cache = fp8kv.PagedKVCache(4, 16, 1, 2)
+            >>> cache.append(torch.ones(1, 1, 2), torch.ones(1, 1, 2), torch.tensor([20]))
+            >>> cache.clipped()
+            Clipped(k=0, v=0)
+        """
+        return None if self.clip_counter is None else self._clipped_with_warning(self.clip_counter)
+
+    def _clipped_with_warning(self, counter: ClipCounter) -> Clipped:
+        """The warning points at the caller of `append` or `clipped`."""
+        clipped = counter.read()
+        if any(clipped) and not counter.warned:
+            counter.warned = True
+            warnings.warn(clipped_sentence("PagedKVCache", clipped, counter.limit), stacklevel=3)
+        return clipped
 
     def gather(
         self,
@@ -361,7 +402,8 @@ class PagedKVCache:
         """Copies blocks of this cache, or of another one, byte by byte and with the scales of dynamic caches.
 
         All source blocks are read before any block is written. They are copied once in between, on their
-        device.
+        device. Scales of another cache are compared as they are at this moment, which waits for the device,
+        unless both caches use the same tensors (`use_scales`).
 
         Args:
             block_mapping: pairs of source block and destination block: a list, or integers ``[n, 2]`` on any
@@ -388,7 +430,8 @@ class PagedKVCache:
             1.0
         """
         source = self if source is None else source
-        self._check_source(source)
+        if source is not self:
+            self._check_source(source)
         mapping = self._checked_mapping(block_mapping, source)
         origin, target = mapping[:, 0].to(source.device), mapping[:, 1].to(self.device)
         copies = [part.index_select(0, origin) for part in source._words()]
@@ -404,20 +447,19 @@ class PagedKVCache:
                 raise ValueError(
                     f"PagedKVCache.copy_blocks: source must have {name}={ours} as this cache, got {theirs}"
                 )
-        for name, a, b in zip(("k_scale", "v_scale"), self._on_host(), source._on_host(), strict=True):
-            heads = (self.num_kv_heads,)
-            if not self.dynamic and not torch.equal(a.expand(heads), b.expand(heads)):
+        if self.dynamic or self.dtype not in FORMATS:
+            return
+        for name in ("k_scale", "v_scale"):
+            ours, theirs = getattr(self, name), getattr(source, name)
+            # As they are now on their devices: a copy on the host would not see changes in place.
+            if ours is not theirs and not torch.equal(self._of_heads(ours), self._of_heads(theirs)):
                 raise ValueError(
-                    f"PagedKVCache.copy_blocks: source must have the {name} of this cache, {a.tolist()}, "
-                    f"got {b.tolist()}"
+                    f"PagedKVCache.copy_blocks: source must have the {name} of this cache, "
+                    f"{ours.flatten().tolist()}, got {theirs.flatten().tolist()}"
                 )
 
-    def _on_host(self) -> list[Tensor]:
-        """The scales. Those of `use_scales` are read here, which waits for their device."""
-        if self.dynamic:
-            return [self.k_scale, self.v_scale]
-        scales = zip(self._scales, (self.k_scale, self.v_scale), strict=True)
-        return [now.cpu().reshape(-1) if at_first is None else at_first for at_first, now in scales]
+    def _of_heads(self, scale: Tensor) -> Tensor:
+        return scale.flatten().expand(self.num_kv_heads).to(self.device)
 
     def _checked_mapping(
         self, block_mapping: Sequence[tuple[int, int]] | Tensor, source: PagedKVCache

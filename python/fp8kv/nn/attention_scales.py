@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from fp8kv._checks import STRATEGIES, check_choice, listed
 from fp8kv._dtypes import CACHE_NAMES, FORMATS, REAL_DTYPES, dtype_name
 from fp8kv.checkpoint.scales import LayerScales
-from fp8kv.kv_cache import PagedKVCache, reshape_and_cache_flash, rope_quant_and_cache
+from fp8kv.kv_cache import PagedKVCache, paged_attention, reshape_and_cache_flash, rope_quant_and_cache
 from fp8kv.nn._loading import LayerShape, LayerState, name_below_owner, parse_relative_name
 from fp8kv.nn.statistics import Observations, Observed, observe_groups, reduced
 from fp8kv.quantization import scale_of_amax, static_scaled_fp8_quant
@@ -54,6 +54,9 @@ class AttentionScales(nn.Module):
         calculate_kv_scales: `quantize_query`, `update_cache` and `append_step` observe what they quantize,
             until `freeze`.
         dtype: float8_e4m3fn or float8_e5m2, of queries and cache.
+        first_kv_head: the number in the layer of the first KV head of this rank, under tensor parallelism:
+            statistics of several ranks are merged head by head then. None: ranks whose statistics are merged
+            must have the same heads.
         device: None is PyTorch's default device.
 
     Attributes:
@@ -64,7 +67,7 @@ class AttentionScales(nn.Module):
             the counts `q_clipped`, `k_clipped`, `v_clipped`, `q_observed`, `k_observed`, `v_observed`, int64.
         calculate_kv_scales: as above; `freeze` makes it False. It is a constant in compiled and captured
             code: compiled code is compiled again when it changes, captured code goes on observing.
-        num_heads, num_kv_heads, head_size, strategy, dtype: as above.
+        num_heads, num_kv_heads, head_size, strategy, dtype, first_kv_head: as above.
 
     Raises:
         ValueError: an argument can't be used.
@@ -96,6 +99,7 @@ class AttentionScales(nn.Module):
         strategy: str = "tensor",
         calculate_kv_scales: bool = False,
         dtype: torch.dtype = torch.float8_e4m3fn,
+        first_kv_head: int | None = None,
         device: torch.device | str | int | None = None,
     ) -> None:
         super().__init__()
@@ -108,6 +112,8 @@ class AttentionScales(nn.Module):
                 f"AttentionScales: num_heads must be a multiple of num_kv_heads={num_kv_heads}, "
                 f"got {num_heads}"
             )
+        if first_kv_head is not None and first_kv_head < 0:
+            raise ValueError(f"AttentionScales: first_kv_head must be at least 0, got {first_kv_head}")
         check_choice("AttentionScales: strategy", strategy, STRATEGIES)
         if dtype not in FORMATS:
             names = listed(map(dtype_name, FORMATS))
@@ -116,6 +122,7 @@ class AttentionScales(nn.Module):
         self.strategy = strategy
         self.calculate_kv_scales = calculate_kv_scales
         self.dtype = dtype
+        self.first_kv_head = first_kv_head
         self._shape = LayerShape(num_heads, num_kv_heads, strategy)
         count = self._shape.num_scales
         for letter in "qkv":
@@ -264,6 +271,8 @@ class AttentionScales(nn.Module):
             ...     query, key, value, cache, torch.tensor([48, 49, 50]), torch.arange(3), cos_sin_cache)
             >>> q.shape, q.dtype
             (torch.Size([3, 256]), torch.float8_e4m3fn)
+
+        See also: `attend_step`.
         """
         keys = self._heads("append_step", "key", key, self.num_kv_heads)
         values = self._heads("append_step", "value", value, self.num_kv_heads)
@@ -300,6 +309,89 @@ class AttentionScales(nn.Module):
         else:
             self.quantize_query(queries, result[: len(queries)])
         self.update_cache(keys, values, cache, slot_mapping)
+        return out
+
+    def attend_step(
+        self,
+        query: Tensor,
+        cache: PagedKVCache | tuple[Tensor, Tensor],
+        block_table: Tensor,
+        seq_lens: Tensor,
+        *,
+        softmax_scale: float | None = None,
+        cu_query_lens: Tensor | None = None,
+        max_query_len: int | None = None,
+        max_seq_len: int | None = None,
+        seq_starts: Tensor | None = None,
+        sliding_window: int | None = None,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+        k_offset: Tensor | None = None,
+        v_offset: Tensor | None = None,
+        lse: Tensor | None = None,
+        num_splits: int = 0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of the queries of `append_step` to the cache that it has appended to, in one launch.
+
+        It is `fp8kv.paged_attention` with the scales of this module and the format of the cache. Nothing is
+        looked at on the host and nothing is allocated but the result. On the CPU only, so far.
+
+        Args:
+            query: what `append_step` returned, or queries of a real type, of the shape
+                ``[num_tokens, num_heads, head_size]`` or ``[num_tokens, num_heads * head_size]``.
+            cache: as for `append_step`. A `PagedKVCache` is read with its own scales, which are those of this
+                module once it has stored something there.
+            block_table: int32 ``[num_seqs, max_blocks]``, the blocks of each sequence.
+            seq_lens: int32 ``[num_seqs]``, tokens of each sequence, those of this step included.
+            softmax_scale: as for `fp8kv.paged_attention`, as are all others.
+            cu_query_lens: likewise.
+            max_query_len: likewise.
+            max_seq_len: likewise.
+            seq_starts: likewise.
+            sliding_window: likewise.
+            softcap: likewise.
+            sinks: likewise.
+            k_offset: likewise.
+            v_offset: likewise.
+            lse: likewise.
+            num_splits: likewise.
+            out: receives the result, of a real type and a shape as `query` may have. None: a new tensor of
+                the shape of `query` and its dtype, bfloat16 for FP8.
+
+        Returns:
+            `out`, or the new tensor.
+
+        Raises:
+            ValueError: the cache is dynamic, or `query` or `out` has another shape.
+            RuntimeError: as `fp8kv.paged_attention`.
+
+        Example:
+            >>> import torch, fp8kv
+            >>> scales = fp8kv.AttentionScales(num_heads=4, num_kv_heads=2, head_size=64)
+            >>> cache = fp8kv.PagedKVCache(8, 16, 2, 64)
+            >>> query, key, value = torch.randn(1, 4 * 64), torch.randn(1, 2 * 64), torch.ones(1, 2 * 64)
+            >>> q = scales.append_step(query, key, value, cache, torch.tensor([48]))  # block 3
+            >>> out = scales.attend_step(q, cache, torch.tensor([[3]]).int(), torch.tensor([1]).int())
+            >>> out.shape, out.dtype, out.unique().tolist()
+            (torch.Size([1, 256]), torch.bfloat16, [1.0])
+
+        See also: `PagedKVCache.attend`, `fp8kv.merge_attention`.
+        """
+        queries = self._heads("attend_step", "query", query, self.num_heads)
+        key_cache, value_cache, name = self._storage_of("attend_step", cache)
+        if out is None:
+            dtype = query.dtype if query.dtype in REAL_DTYPES else torch.bfloat16
+            out = torch.empty(query.shape, dtype=dtype, device=query.device)
+        scales = cache if isinstance(cache, PagedKVCache) else self
+        paged_attention(
+            queries, key_cache, value_cache, block_table, seq_lens, kv_cache_dtype=name,
+            k_scale=scales.k_scale, v_scale=scales.v_scale, softmax_scale=softmax_scale,
+            cu_query_lens=cu_query_lens, max_query_len=max_query_len, max_seq_len=max_seq_len,
+            q_scale=None if query.dtype in REAL_DTYPES else self.q_scale, seq_starts=seq_starts,
+            sliding_window=sliding_window, softcap=softcap, sinks=sinks, k_offset=k_offset, v_offset=v_offset,
+            lse=lse, num_splits=num_splits, out=self._heads("attend_step", "out", out, self.num_heads),
+        )  # fmt: skip
         return out
 
     def descales(self, num_seqs: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -386,11 +478,12 @@ class AttentionScales(nn.Module):
         It waits for the device.
 
         Args:
-            group: all its ranks must call; they get the largest magnitudes and the sums of the counts. None:
-                those of this process.
+            group: all its ranks must call; they get the largest magnitudes and the sums of the counts, per
+                head those of the ranks that have it; see `freeze`. None: those of this process.
 
         Raises:
-            ValueError: `group` is not a process group that this rank belongs to.
+            ValueError: `group` is not a process group that this rank belongs to, or its ranks don't have the
+                same heads, which `first_kv_head` tells apart.
 
         Example:
             >>> import torch, fp8kv
@@ -404,7 +497,8 @@ class AttentionScales(nn.Module):
         counts = torch.stack(
             [self._buffer(letter, kind) for kind in ("clipped", "observed") for letter in "qkv"]
         )
-        amax, counts = reduced(amax, counts, group)
+        first = self.first_kv_head if self.strategy == "attn_head" else None
+        amax, counts = reduced(amax, counts, group, first)
         clipped, observed = counts.chunk(2)
         rows = zip(amax.tolist(), clipped.tolist(), observed.tolist(), strict=True)
         return Observations(*(Observed(*map(tuple, row)) for row in rows))
@@ -418,9 +512,10 @@ class AttentionScales(nn.Module):
         Args:
             group: all its ranks must call; the largest magnitudes of all become the same scales everywhere.
                 With strategy "tensor" these are all ranks that run this layer: those of tensor parallelism,
-                which must have the same scale, and of data parallelism. With "attn_head" each rank owns its
-                heads, so they are the ranks with the same heads only: replicas of data parallelism, not those
-                of tensor parallelism. None: this process alone.
+                which must have the same scale, and of data parallelism. With "attn_head" and `first_kv_head`
+                they may be all of these too: a scale is that of the ranks that have the head. Without
+                `first_kv_head` nobody knows which heads a rank has, so they are ranks with the same heads
+                only: replicas of data parallelism, not those of tensor parallelism. None: this process alone.
             margin: room for what was not seen; 1.0 puts the largest magnitude at the end of the range.
 
         Returns:
@@ -429,7 +524,7 @@ class AttentionScales(nn.Module):
 
         Raises:
             RuntimeError: no rank has seen keys and values. Nothing is changed then.
-            ValueError: `margin` is not finite or not above 0, or `group` is not one of this rank.
+            ValueError: `margin` is not finite or not above 0, or `group` doesn't fit, as for `observations`.
 
         Example:
             >>> import torch, fp8kv
@@ -597,11 +692,13 @@ class AttentionScales(nn.Module):
                     f"AttentionScales.{method}: cache must take the scales of this module, got a dynamic "
                     "PagedKVCache, which computes its own"
                 )
-            cache = cache.key_cache, cache.value_cache
+            cache = cache._caches()
         return *cache, "auto" if cache[0].dtype in REAL_DTYPES else CACHE_NAMES[self.dtype]
 
     def _take_over(self, cache: PagedKVCache | tuple[Tensor, Tensor], name: str) -> None:
-        if isinstance(cache, PagedKVCache) and name != "auto" and cache.k_scale is not self.k_scale:
+        if not isinstance(cache, PagedKVCache) or name == "auto":
+            return
+        if cache.k_scale is not self.k_scale or cache.v_scale is not self.v_scale:
             cache.use_scales(self.k_scale, self.v_scale)
 
     def _heads(self, method: str, name: str, x: Tensor, num_heads: int) -> Tensor:
@@ -650,10 +747,11 @@ class AttentionScales(nn.Module):
                 )
 
     def extra_repr(self) -> str:
+        first = "" if self.first_kv_head is None else f", first_kv_head={self.first_kv_head}"
         return (
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_size={self.head_size}, "
             f"strategy={self.strategy!r}, dtype={dtype_name(self.dtype)}, "
-            f"calculate_kv_scales={self.calculate_kv_scales}"
+            f"calculate_kv_scales={self.calculate_kv_scales}{first}"
         )
 
 

@@ -149,19 +149,49 @@ torch.library.register_fake("fp8kv::_observe_groups", lambda *args: None, lib=_o
 observe_groups = torch.ops.fp8kv._observe_groups.default
 
 
-def reduced(amax: Tensor, counts: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """The largest `amax` and the sum of the `counts` of all ranks, on the host.
+def reduced(
+    amax: Tensor, counts: Tensor, group: ProcessGroup | None, first_head: int | None
+) -> tuple[Tensor, Tensor]:
+    """The largest `amax` and the sum of the `counts` of the ranks that have a head, on the host.
+
+    Args:
+        amax: float32 ``[n, num_scales]`` of this rank.
+        counts: int64 ``[m, num_scales]``.
+        group: None: this rank alone.
+        first_head: the number of its first head in the layer; None: all ranks have the same heads.
 
     Raises:
-        ValueError: `group` is not a process group of this rank.
+        ValueError: `group` is not a process group of this rank, or its ranks don't fit together; on all ranks
+            then.
     """
-    if group is not None:
-        import torch.distributed as dist
+    if group is None:
+        return amax.cpu(), counts.cpu()
+    import torch.distributed as dist
 
-        if not isinstance(group, dist.ProcessGroup):
-            raise ValueError(
-                f"AttentionScales: group must be a process group that this rank belongs to, got {group!r}"
-            )
-        dist.all_reduce(amax, dist.ReduceOp.MAX, group=group)
-        dist.all_reduce(counts, dist.ReduceOp.SUM, group=group)
-    return amax.cpu(), counts.cpu()
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(
+            f"AttentionScales: group must be a process group that this rank belongs to, got {group!r}"
+        )
+    num_heads = amax.shape[1]
+    own = torch.tensor([num_heads, -1 if first_head is None else first_head], device=amax.device)
+    ranks = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(ranks, own, group=group)
+    places = [(heads, first) for heads, first in torch.stack(ranks).tolist()]
+    if any(first < 0 for _, first in places) and len(set(places)) > 1:
+        raise ValueError(
+            "AttentionScales: the ranks of group must have the same heads or each its first_kv_head, got "
+            f"{listed((_place(*place) for place in places), 'and')}"
+        )
+    # All heads of the layer, those of other ranks empty.
+    first, total = first_head or 0, max(heads + max(first, 0) for heads, first in places)
+    mine = slice(first, first + num_heads)
+    all_amax, all_counts = (x.new_zeros(len(x), total) for x in (amax, counts))
+    all_amax[:, mine], all_counts[:, mine] = amax, counts
+    dist.all_reduce(all_amax, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(all_counts, dist.ReduceOp.SUM, group=group)
+    return all_amax[:, mine].cpu(), all_counts[:, mine].cpu()
+
+
+def _place(num_heads: int, first_head: int) -> str:
+    scales = f"{num_heads} scale{'s' if num_heads > 1 else ''}"
+    return scales if first_head < 0 else f"{scales} from head {first_head} on"

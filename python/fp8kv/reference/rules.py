@@ -27,7 +27,7 @@ def round_to(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def finite_magnitude(values: Tensor) -> Tensor:
-    """|values| in fp32, 0 for NaN and infinities."""
+    """``|values|`` in fp32, 0 for NaN and infinities."""
     magnitude = values.float().abs()
     return torch.where(magnitude.isfinite(), magnitude, torch.zeros_like(magnitude))
 

@@ -168,6 +168,7 @@ def test_without_scales_they_are_1(device: torch.device, kind: str) -> None:
 # append and gather
 
 
+@pytest.mark.filterwarnings("ignore:PagedKVCache. .* were clipped")
 @each_layout
 @each_kind
 @each_real
@@ -567,6 +568,51 @@ def test_copies_of_blocks_look_at_the_scales_in_use(device: torch.device) -> Non
         second.copy_blocks([(0, 1)], source=first)
     second.use_scales(torch.full((1,), 0.5, device=device), torch.ones(1, device=device))
     second.copy_blocks([(0, 1)], source=first)
+
+
+#: Ways in which new weights come; PyTorch's version counter sees the first only.
+CHANGES: dict[str, Callable[[Tensor, float], object]] = {
+    "in place": lambda scale, x: scale.fill_(x),
+    "by .data": lambda scale, x: scale.data.fill_(x),
+    "by memory": lambda scale, x: torch.from_dlpack(scale.detach()).fill_(x),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["", "inference mode"])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+def test_copies_of_blocks_see_scales_that_changed_on_the_device(
+    device: torch.device, name: str, change: str, inference: bool
+) -> None:
+    with torch.inference_mode(inference):
+        source, target = (PagedKVCache(2, 4, 3, 24, device=device, scales=Scales(0.5, 0.5)) for _ in range(2))
+        bits = fill(source)
+        CHANGES[change](getattr(source, name), 0.25)
+        with pytest.raises(ValueError, match=rf"the {name} of this cache, \[0.5\], got \[0.25\]"):
+            target.copy_blocks([(0, 0)], source)
+        assert not raw(target.storage).any()
+        CHANGES[change](getattr(target, name), 0.25)
+        target.copy_blocks([(0, 0)], source)
+        assert_same_bytes(target.key_cache[0], bits[0][0])
+
+
+def test_caches_with_the_same_scales_are_copied_without_a_wait(cuda: torch.device) -> None:
+    source, target = PagedKVCache(2, 4, 3, 24, device=cuda), PagedKVCache(2, 4, 3, 24, device=cuda)
+    target.use_scales(source.k_scale, source.v_scale)
+    pairs = torch.tensor([[0, 1]], device=cuda)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        target.copy_blocks(pairs, source)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_copies_of_16_bit_blocks_have_no_scales_to_compare() -> None:
+    source, target = (PagedKVCache(2, 4, 3, 24, dtype="bfloat16") for _ in range(2))
+    bits = fill(source)
+    source.k_scale.fill_(0.5)
+    target.copy_blocks([(0, 0)], source)
+    assert_same_bytes(target.key_cache[0], bits[0][0])
 
 
 @pytest.mark.parametrize(

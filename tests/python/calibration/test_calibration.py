@@ -6,7 +6,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, wraps
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BatchEncoding,
     DynamicCache,
@@ -22,6 +25,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     Qwen3Config,
     T5Config,
@@ -33,6 +37,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import fp8kv
 from devices import require_gpus
 from fp8kv.calibration import share, text_batches
+from fp8kv.calibration.observers import make_observer
 from helpers import assert_same_bytes, each_strategy, torch_threads
 
 SIZES: dict[str, Any] = {
@@ -196,6 +201,126 @@ def test_layers_without_a_cache_of_their_own_have_no_scales() -> None:
     scales = fp8kv.calibrate(model, [tokens(2, 20)], strategy="attn_head", query=True)
     assert list(scales) == [0, 1]
     assert_scales(scales, [cached(model, tokens(2, 20))])
+
+
+def latent_config(model_type: str = "deepseek_v3", **fields: Any) -> Any:
+    """Of latent attention: rows of 16 + 8 elements."""
+    return AutoConfig.for_model(
+        model_type, **SIZES | {"num_key_value_heads": 6}, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8,
+        qk_nope_head_dim=16, v_head_dim=16, first_k_dense_replace=3, n_routed_experts=4, n_group=1,
+        topk_group=1, num_experts_per_tok=1, moe_intermediate_size=32, **fields,
+    )  # fmt: skip
+
+
+@each_strategy
+@each_observer
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3", "minicpm3"])
+def test_the_two_scales_of_a_latent_cache_are_those_of_its_row(
+    model_type: str, observer: str, strategy: Any
+) -> None:
+    """Whichever of its parts is larger."""
+    model = make(config=latent_config(model_type))
+    for layer, factor in enumerate((1, 200, 0.01)):
+        model.model.layers[layer].self_attn.kv_a_proj_with_mqa.weight.data[16:] *= factor
+    ids = tokens(2, 20)
+    scales = fp8kv.calibrate(model, [ids], strategy=strategy, observer=observer)
+    rows = [torch.cat(parts, -1) for parts in cached(model, ids)]
+    assert [row.shape for row in rows] == [(2, 1, 20, 24)] * 3
+    for layer, row in enumerate(rows):
+        assert_same_bytes(scales[layer].k, scales[layer].v)
+        expected = make_observer(observer, 1)
+        expected.update(row.transpose(1, 2).flatten(0, 1))
+        assert_same_bytes(scales[layer].k, expected.scales())
+        if observer == "static_minmax":
+            assert_same_bytes(scales[layer].k, scale([row], strategy))
+    assert rows[1][..., 16:].abs().max() > 10 * rows[1][..., :16].abs().max()
+    assert rows[2][..., 16:].abs().max() < rows[2][..., :16].abs().max() / 10
+
+
+def test_latent_attention_that_caches_all_heads() -> None:
+    """As the models of some repositories do: an engine stores other numbers."""
+    model = make(config=latent_config())
+
+    def cached_by_head(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        name = "cache" if "cache" in kwargs else "past_key_values"
+        recording = kwargs[name]
+
+        class Expanding:
+            def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **options: Any) -> Any:
+                expanded = module.expand_kv(key, value)
+                recording.update(*expanded, layer)
+                return key, value
+
+        return args, kwargs | {name: Expanding()}
+
+    hook = model.model.layers[1].self_attn.register_forward_pre_hook(cached_by_head, with_kwargs=True)
+    with pytest.raises(RuntimeError) as error:
+        fp8kv.calibrate(model, [tokens(2, 20)], strategy="tensor")
+    hook.remove()
+    assert str(error.value) == (
+        "calibrate: layer 1 of DeepseekV3ForCausalLM must give its cache the latent of 16 elements and the "
+        "RoPE part of 8, as engines store them, got keys and values of 24 and 16 elements for 6 heads"
+    )
+
+
+def test_queries_of_latent_attention() -> None:
+    with pytest.raises(ValueError) as error:
+        fp8kv.calibrate(make(config=latent_config()), [IDS], strategy="tensor", query=True)
+    assert str(error.value) == (
+        "calibrate: query must be False for DeepseekV3ForCausalLM, as attention that reads its latent cache "
+        "quantizes other queries than the model computes, got True"
+    )
+
+
+class ReadsItsCache(LlamaForCausalLM):
+    """Looks into the layers of its cache, as a second decoder does, in batches of at least `since` tokens."""
+
+    since = 0
+
+    @wraps(LlamaForCausalLM.forward)
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        output = super().forward(input_ids, **kwargs)
+        if input_ids.shape[1] >= self.since:
+            kept = kwargs.get("cache", kwargs.get("past_key_values"))
+            for layer, (key, value) in enumerate(cached(make(), input_ids)):
+                assert_same_bytes(kept.layers[layer].keys, key)
+                assert_same_bytes(kept.layers[layer].values, value)
+        return output
+
+
+def reader_of_its_cache(since: int = 0) -> ReadsItsCache:
+    model = ReadsItsCache(CONFIGS[LLAMA]()).eval()
+    model.load_state_dict(make().state_dict())
+    model.since = since
+    return model
+
+
+@each_observer
+def test_models_that_read_the_layers_of_their_cache(observer: str) -> None:
+    batches = [tokens(2, 20), tokens(1, 33, seed=1)]
+    arguments: dict[str, Any] = {"strategy": "attn_head", "observer": observer, "query": True}
+    scales = fp8kv.calibrate(reader_of_its_cache(), batches, **arguments)
+    assert_same_scales(scales, fp8kv.calibrate(make(), batches, **arguments))
+
+
+def test_a_model_that_begins_to_read_its_cache_later() -> None:
+    with pytest.raises(RuntimeError) as error:
+        fp8kv.calibrate(reader_of_its_cache(since=30), [tokens(2, 20), tokens(1, 33)], strategy="tensor")
+    assert str(error.value) == (
+        "calibrate: the model must read the layers of its cache in every batch or in none, but does in this "
+        "one and did not in those before"
+    )
+
+
+def test_nothing_is_kept_for_other_models() -> None:
+    model, kept = make(), []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: kept.append(kwargs.get("cache", kwargs.get("past_key_values"))),
+        with_kwargs=True,
+    )
+    fp8kv.calibrate(model, [tokens(2, 20)], strategy="tensor")
+    hook.remove()
+    assert [cache.get_seq_length() for cache in kept] == [0]
 
 
 def test_models_of_other_families() -> None:
@@ -439,6 +564,18 @@ def failing(rank: int) -> Iterator[Tensor]:
         raise OSError("no more text")
 
 
+def sharded_config() -> LlamaConfig:
+    return LlamaConfig(**SIZES | {"num_attention_heads": 8, "num_key_value_heads": 4})
+
+
+def tensor_parallel(model: Any, size: int, module: str, columns: str, row: str) -> Any:
+    """A module of each layer is spread over the ranks: of attention, each computes heads of its own."""
+    plan: dict[str, Any] = {name: ColwiseParallel() for name in columns.split()} | {row: RowwiseParallel()}
+    for layer in model.model.layers:
+        parallelize_module(getattr(layer, module), init_device_mesh("cpu", (size,)), plan)
+    return model
+
+
 def of_one_rank(rank: int, size: int, folder: Path) -> None:
     """All that needs several processes, in one start of them; the findings go into a file."""
     torch.set_num_threads(1)
@@ -458,6 +595,16 @@ def of_one_rank(rank: int, size: int, folder: Path) -> None:
             return f"{type(error).__name__}: {error}"
         return "no error"
 
+    whole_heads = tensor_parallel(
+        make(config=sharded_config()), size, "mlp", "gate_proj up_proj", "down_proj"
+    )
+    found["tensor parallel, whole heads"] = fp8kv.calibrate(whole_heads, [IDS], strategy="attn_head")[1].k
+    sharded = tensor_parallel(
+        make(config=sharded_config()), size, "self_attn", "q_proj k_proj v_proj", "o_proj"
+    )
+    merged = fp8kv.calibrate(sharded, [IDS], strategy="tensor", query=True)[1]
+    found["tensor parallel"] = {"q": merged.q, "k": merged.k, "v": merged.v}
+    found["heads of tensor parallelism"] = attempt(sharded, [IDS])
     other = make("Llama, one head") if rank == 0 else model
     groups = [distributed.new_group([member]) for member in range(size)]
     found["a rank fails"] = attempt(model, failing(rank))
@@ -475,7 +622,9 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """What each rank found."""
     folder = tmp_path_factory.mktemp("ranks")
     context = get_context("forkserver")
-    context.set_forkserver_preload(["fp8kv", "transformers.models.llama.modeling_llama"])
+    context.set_forkserver_preload(
+        ["fp8kv", "torch.distributed.tensor.parallel", "transformers.models.llama.modeling_llama"]
+    )
     processes = [
         context.Process(target=of_one_rank, args=(rank, request.param, folder))
         for rank in range(request.param)
@@ -548,6 +697,27 @@ def test_a_failure_of_one_rank_is_one_of_all(
 )
 def test_what_every_rank_refuses(ranks: list[dict[str, Any]], case: str, sentence: str) -> None:
     assert [found[case] for found in ranks] == [sentence] * len(ranks)
+
+
+def test_tensor_parallel_ranks_have_the_scales_of_all_heads(ranks: list[dict[str, Any]]) -> None:
+    expected = fp8kv.calibrate(make(config=sharded_config()), [IDS], strategy="tensor", query=True)[1]
+    for found in ranks:
+        for name in "qkv":
+            torch.testing.assert_close(found["tensor parallel"][name], getattr(expected, name))
+
+
+def test_tensor_parallel_ranks_that_have_all_heads(ranks: list[dict[str, Any]]) -> None:
+    expected = fp8kv.calibrate(make(config=sharded_config()), [IDS], strategy="attn_head")[1].k
+    for found in ranks:
+        torch.testing.assert_close(found["tensor parallel, whole heads"], expected)
+
+
+def test_heads_of_other_tensor_parallel_ranks_are_not_merged(ranks: list[dict[str, Any]]) -> None:
+    sentence = (
+        'ValueError: calibrate: strategy must be "tensor" for a model whose heads are spread over '
+        'tensor-parallel ranks, got "attn_head"; load the model with device_map="auto" instead'
+    )
+    assert [found["heads of tensor parallelism"] for found in ranks] == [sentence] * len(ranks)
 
 
 def test_a_group_of_one_rank_shares_nothing(ranks: list[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from fp8kv import bench
 from fp8kv.cli import _app, doctor
 
 runner = CliRunner()
+Wrong = Callable[[torch.Tensor], object]
 
 
 def test_python_m_fp8kv_shows_the_commands() -> None:
@@ -63,6 +65,65 @@ def test_doctor_exits_with_1_when_bytes_differ(monkeypatch: pytest.MonkeyPatch) 
     assert result.exit_code == 1
     assert "FAIL" in result.output
     assert "static_scaled_fp8_quant (bfloat16, float8_e4m3fn, per token)" in result.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda x: x.mul_(1.01), lambda x: x.view(-1)[7].add_(0.1)], ids=["all", "one"]
+)
+def test_doctor_sees_attention_that_is_not_near(monkeypatch: pytest.MonkeyPatch, wrong: Wrong) -> None:
+    honest = fp8kv.paged_attention
+
+    def off(*args: object, **kwargs: object) -> torch.Tensor:
+        out = honest(*args, **kwargs)
+        wrong(out)
+        return out
+
+    monkeypatch.setattr(fp8kv, "paged_attention", off)
+    failures = doctor.self_test("cpu")
+    assert len(failures) == 3 * 2 * 4
+    assert "paged_attention (bfloat16, float8_e5m2, per token and head)" in failures
+
+
+def test_doctor_writes_json(tmp_path: Path) -> None:
+    result = runner.invoke(_app.app, ["doctor", "--json", "-"])
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert found["ok"] is True
+    checks = {check["name"]: check for check in found["checks"]}
+    assert checks["PyTorch"]["ok"] is True
+    assert checks["PyTorch"]["detail"].startswith(torch.__version__)
+    assert all(set(tip) == {"name", "detail"} for tip in found["faster"])
+
+
+def test_a_failure_is_in_the_json_of_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "self_test", lambda device: ["some_operator"])
+    result = runner.invoke(_app.app, ["doctor", "--json", "-"])
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert found["ok"] is False
+    assert {
+        "name": f"self-test on CPU, {fp8kv.build_info()['cpu_isa']}",
+        "ok": False,
+        "detail": "some_operator",
+    } in (found["checks"])
+
+
+def test_what_would_make_it_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    info = fp8kv.build_info() | {"cpu_isa": "generic", "cpu_isas": ["generic", "avx2"]}
+    monkeypatch.setattr(fp8kv, "build_info", lambda: info)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(doctor.os, "cpu_count", lambda: 1000)
+    found = {check.name: check.detail for check in doctor.advice()}
+    assert found["FP8KV_CPU_ISA"] == "without it the CPU kernels use avx2, not generic"
+    assert found["OMP_NUM_THREADS"] == f"operators on the CPU use {torch.get_num_threads()} of 1000 CPUs"
+    assert ("GPU" in found) == (not torch.cuda.is_available())
+
+
+def test_nothing_is_said_of_what_is_at_its_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    info = fp8kv.build_info()
+    monkeypatch.setattr(fp8kv, "build_info", lambda: info | {"cpu_isa": info["cpu_isas"][-1]})
+    assert {check.name for check in doctor.advice()} <= {"GPU", "FP8KV_PDL", "CUDA architectures"}
 
 
 @pytest.mark.parametrize(
@@ -133,7 +194,37 @@ def test_bench_refuses_what_matches_nothing() -> None:
 
 
 def test_bench_refuses_an_unknown_benchmark() -> None:
-    result = runner.invoke(_app.app, ["bench", "attention", "--device", "cpu"])
+    result = runner.invoke(_app.app, ["bench", "nothing", "--device", "cpu"])
     assert result.exit_code == 2
     sentence = " ".join(result.output.replace("│", " ").split())
-    assert 'what must be "quantize", "cache" or "decode", got "attention"' in sentence
+    assert 'what must be "quantize", "cache", "decode" or "attention", got "nothing"' in sentence
+
+
+def test_bench_writes_json_to_stdout_and_nothing_else() -> None:
+    result = runner.invoke(
+        _app.app, ["bench", "--quick", "--device", "cpu", "--only", "static tensor", "--json", "-"]
+    )
+    assert result.exit_code == 0
+    assert {row["work"] for row in json.loads(result.stdout)["rows"]} == {"static tensor"}
+
+
+def test_bench_of_attention_writes_tables_json_and_picture(tmp_path: Path) -> None:
+    numbers, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    output = output_of(
+        "bench", "attention", "--quick", "--device", "cpu", "--only", "decode head NHD|ragged",
+        "--json", numbers, "--plot", picture,
+    )  # fmt: skip
+    report = bench.Report.read_json(numbers)
+    assert (report.what, report.against) == ("attention", "read")
+    assert {row.work for row in report.rows} == {"decode head NHD", "ragged head NHD"}
+    assert all(row.errors["fp8kv"] <= 2.5e-3 for row in report.rows)
+    for words in ("share of read", "Beside peers", "gather", "SDPA", "paged_attention"):
+        assert words in output
+    assert picture.read_bytes().startswith(PNG)
+
+
+def test_bench_of_attention_on_cuda_is_refused_in_a_sentence(cuda: torch.device) -> None:
+    result = runner.invoke(_app.app, ["bench", "attention", "--quick", "--device", "cuda"])
+    assert result.exit_code == 1
+    assert "error: fp8kv bench: " in result.output
+    assert "there are no CUDA kernels for it yet" in result.output

@@ -111,6 +111,7 @@ def test_the_default_device_and_dtype(device: torch.device) -> None:
         ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
         ({"num_kv_heads": -2}, "num_kv_heads must be at least 1, got -2"),
         ({"head_size": 0}, "head_size must be at least 1, got 0"),
+        ({"first_kv_head": -1}, "first_kv_head must be at least 0, got -1"),
         ({"num_heads": 7}, "num_heads must be a multiple of num_kv_heads=2, got 7"),
         ({"num_heads": 1}, "num_heads must be a multiple of num_kv_heads=2, got 1"),
         ({"strategy": "channel"}, 'strategy must be "tensor" or "attn_head", got \'channel\''),
@@ -783,6 +784,16 @@ def test_tokens_in_caches_of_every_layout_and_dtype(
     device: torch.device, fp8: torch.dtype, layout: str, in_bytes: bool
 ) -> None:
     check_tokens_in_caches(device, HEADS["GQA"], "attn_head", fp8, layout, in_bytes)
+
+
+@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+def test_a_paged_cache_takes_over_what_it_lost_of_the_scales(device: torch.device, name: str) -> None:
+    module, cache = make((6, 2), "tensor", device), PagedKVCache(3, 4, 2, SIZE, device=device)
+    key, value = (x.to(device) for x in key_and_value(5, 2, SIZE, torch.bfloat16))
+    of_the_module = {"k_scale": module.k_scale, "v_scale": module.v_scale}
+    cache.use_scales(**of_the_module | {name: torch.ones(1, device=device)})
+    module.update_cache(key, value, cache, SLOTS.to(device))
+    assert getattr(cache, name) is of_the_module[name]
 
 
 @each_strategy

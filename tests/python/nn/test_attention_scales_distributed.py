@@ -19,6 +19,7 @@ from torch import Tensor
 
 from devices import require_gpus
 from fp8kv import AttentionScales, KVCacheScheme, KVScales, LayerScales, PagedKVCache, reference
+from fp8kv._checks import listed
 from helpers import each_strategy, random_scales, values
 
 NUM_HEADS, HEAD_SIZE, TOKENS = 8, 16, 10
@@ -237,6 +238,66 @@ def test_scales_per_head_are_reduced_over_replicas_of_the_heads(ranks: Ranks) ->
     for replica in (results[:tp_size], results[tp_size:]):
         together = [[x for part in parts for x in part] for parts in zip(*replica, strict=True)]
         assert together == expected
+
+
+def freeze_heads_of_tensor_parallelism(
+    rank: int, size: int, device: torch.device, num_kv_heads: int, strategy: str
+) -> Any:
+    """All ranks in one group. With fewer KV heads than ranks, neighbors have the same head."""
+    heads = slice(rank * NUM_HEADS // size, (rank + 1) * NUM_HEADS // size)
+    first = rank * num_kv_heads // size
+    kv_heads = slice(first, max((rank + 1) * num_kv_heads // size, first + 1))
+    query, key, value = (x.to(device) for x in share(0, num_kv_heads))
+    query, key, value = query[:, heads], key[:, kv_heads], value[:, kv_heads]
+    module = AttentionScales(
+        query.shape[1], key.shape[1], HEAD_SIZE, strategy=strategy, first_kv_head=first, device=device
+    )
+    module.observe(query, key, value)
+    report = module.freeze(dist.group.WORLD)
+    return first, lists(module), report.k.observed
+
+
+@each_strategy
+@pytest.mark.parametrize("num_kv_heads", [8, 4, 2, 1])
+def test_statistics_of_a_head_are_those_of_the_ranks_that_have_it(
+    ranks: Ranks, num_kv_heads: int, strategy: str
+) -> None:
+    expected = expected_scales([share(0, num_kv_heads)], num_kv_heads if strategy == "attn_head" else 1)
+    elements = TOKENS * HEAD_SIZE * max(1, ranks.size // num_kv_heads)
+    for first, scales, observed in ranks(freeze_heads_of_tensor_parallelism, num_kv_heads, strategy):
+        if strategy == "tensor":
+            assert scales == expected
+        else:
+            mine = slice(first, first + len(observed))
+            assert scales == [letter[mine] for letter in expected]
+            assert observed == (elements,) * len(observed)
+
+
+def freeze_with_ranks_that_do_not_fit(rank: int, size: int, device: torch.device, case: str) -> Any:
+    num_kv_heads = 2 if case == "numbers" and rank == 0 else 1
+    first = 0 if case == "known to one" and rank == 0 else None
+    module = AttentionScales(
+        2, num_kv_heads, HEAD_SIZE, strategy="attn_head", first_kv_head=first, device=device
+    )
+    module.observe(None, *torch.ones(2, 3, num_kv_heads, HEAD_SIZE, device=device))
+    try:
+        module.freeze(dist.group.WORLD)
+    except ValueError as error:
+        return str(error), lists(module)[1]
+    return "", lists(module)[1]
+
+
+@pytest.mark.parametrize(
+    ("case", "first_rank"), [("numbers", "2 scales"), ("known to one", "1 scale from head 0 on")]
+)
+def test_ranks_whose_heads_do_not_fit_together(ranks: Ranks, case: str, first_rank: str) -> None:
+    others = ["1 scale"] * (ranks.size - 1)
+    for sentence, scales in ranks(freeze_with_ranks_that_do_not_fit, case):
+        assert sentence == (
+            "AttentionScales: the ranks of group must have the same heads or each its first_kv_head, got "
+            f"{listed([first_rank, *others], 'and')}"
+        )
+        assert set(scales) == {1.0}
 
 
 # Slices of tensor parallelism

@@ -1,0 +1,254 @@
+"""What else attends to keys and values: for each an adapter, which makes calls for the buffers of a case.
+
+An adapter returns None where the peer can't do the work. It raises an ImportError where the peer is not
+installed, and the peer raises what it likes; both become notes of the report.
+
+Peers that read 16 or 32 bits get what the FP8 cache stands for, rounded to bf16 or fp32. Those that read
+pages get them in random order.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+import fp8kv
+from fp8kv.bench.kv_cache import BLOCK_SIZE, KV_CACHE_DTYPE
+from fp8kv.bench.measure import FP8, INPUT, Call
+
+if TYPE_CHECKING:
+    from fp8kv.bench.attention import AttentionCase, Buffers
+
+Peer = Callable[["Buffers"], Call]
+
+
+# Dense keys and values
+
+
+def sdpa(
+    case: AttentionCase,
+    dtype: torch.dtype = INPUT,
+    backend: SDPBackend | None = None,
+    grouped: bool = False,
+) -> Peer | None:
+    """PyTorch's attention to K and V that are dense already; see `_attend` about `grouped`."""
+    if not _fits_sdpa(case) or (grouped and (case.how.queries > 1 or case.num_heads == case.num_kv_heads)):
+        return None
+
+    def peer(b: Buffers) -> Call:
+        rows = _rows(case, dtype)
+        _gather(case, b, rows)()
+        attend = _attend(case, b, [x.contiguous() for x in _dense(case, rows)], grouped)
+
+        def call() -> Tensor:
+            with nullcontext() if backend is None else sdpa_kernel(backend):
+                return attend()
+
+        return call
+
+    return peer
+
+
+def gather_and_sdpa(case: AttentionCase) -> Peer | None:
+    """`gather_and_dequant_cache` into a workspace of bf16 that all calls share, and PyTorch's attention."""
+    if not _fits_sdpa(case):
+        return None
+    rows = _rows(case, INPUT)
+
+    def peer(b: Buffers) -> Call:
+        gather = _gather(case, b, rows)
+        attend = _attend(case, b, _dense(case, rows), grouped=case.how.queries == 1)
+
+        def call() -> Tensor:
+            gather()
+            return attend()
+
+        return call
+
+    return peer
+
+
+def _fits_sdpa(case: AttentionCase) -> bool:
+    how = case.how
+    return not (how.ragged or how.softcap or how.sinks or (how.window and how.queries > 1))
+
+
+def _rows(case: AttentionCase, dtype: torch.dtype, window: bool = True) -> Tensor:
+    """For K and V of all sequences, of the sliding window only: [2, tokens, num_kv_heads, head_size]"""
+    seen = min(case.context, case.how.window or case.context) if window else case.context
+    return torch.empty(
+        2, case.batch * seen, case.num_kv_heads, case.head_size, dtype=dtype, device=case.device
+    )
+
+
+def _gather(case: AttentionCase, b: Buffers, rows: Tensor) -> Call:
+    """A call that fills `rows` with the last positions of each sequence."""
+    seen = rows.shape[1] // case.batch
+    sums = torch.arange(case.batch + 1, dtype=torch.int32, device=case.device) * seen
+    starts = torch.full_like(sums[1:], case.context - seen)
+    key, value = rows
+    return lambda: fp8kv.gather_and_dequant_cache(
+        b.key_cache, b.value_cache, key, value, b.table, sums, KV_CACHE_DTYPE, b.k_scale, b.v_scale, starts
+    )
+
+
+def _dense(case: AttentionCase, rows: Tensor) -> list[Tensor]:
+    """K and V, [batch, num_kv_heads, positions, head_size]"""
+    shape = (2, case.batch, -1, case.num_kv_heads, case.head_size)
+    return list(rows.view(shape).transpose(2, 3))
+
+
+def _attend(case: AttentionCase, b: Buffers, dense: list[Tensor], grouped: bool) -> Callable[[], Tensor]:
+    """PyTorch's attention; returns [tokens, num_heads, head_size].
+
+    `grouped`: the query heads that share a KV head are the queries of one head, which reads K and V once.
+    """
+    key, value = dense
+    query = b.query.to(key.dtype)
+    if grouped:
+        q = query.view(case.batch, case.num_kv_heads, -1, case.head_size)
+        return lambda: scaled_dot_product_attention(q, key, value).view(query.shape)
+    queries, seen = case.how.queries, key.shape[2]
+    q = query.view(case.batch, queries, case.num_heads, case.head_size).transpose(1, 2)
+    mask = None
+    if queries > 1:
+        mask = torch.ones(queries, seen, dtype=torch.bool, device=case.device).tril(seen - queries)
+    gqa = case.num_heads > case.num_kv_heads
+    return lambda: (
+        scaled_dot_product_attention(q, key, value, mask, enable_gqa=gqa).transpose(1, 2).flatten(0, 1)
+    )
+
+
+# Pages
+
+
+def flash_attention_3(case: AttentionCase, fp8: bool) -> Peer | None:
+    """Of vLLM, without metadata of its scheduler that were made before; with FP8 its queries are FP8, too."""
+    if fp8 and case.how.scales == "token-head":
+        return None
+    attend = importlib.import_module("vllm.vllm_flash_attn").flash_attn_varlen_func
+    order = _order(case)
+    window = case.how.window
+
+    def peer(b: Buffers) -> Call:
+        query, table = b.query, order.view_as(b.table).int()
+        descales: dict[str, Tensor] = {}
+        if fp8:
+            groups = query.view(-1, case.num_kv_heads, case.group * case.head_size)
+            amax = groups.abs().float().amax((0, 2))
+            scale = amax / torch.finfo(FP8).max
+            query = (query / scale.repeat_interleave(case.group).view(-1, 1)).to(FP8)
+            names = {"q_descale": scale, "k_descale": b.k_scale, "v_descale": b.v_scale}
+            descales = {name: x.expand(case.batch, case.num_kv_heads) for name, x in names.items()}
+        key, value = _pages(case, b, order, fp8)
+        out = torch.empty_like(b.query)
+        sinks = None if b.sinks is None else b.sinks.to(INPUT)
+        return lambda: attend(
+            query, key, value, case.how.queries, b.cu_query_lens, case.context, seqused_k=b.lengths,
+            causal=True, window_size=[window - 1, 0] if window else [-1, -1], softcap=case.how.softcap,
+            block_table=table, out=out, fa_version=3, s_aux=sinks, **descales,
+        )  # fmt: skip
+
+    return peer
+
+
+def flashinfer(case: AttentionCase, fp8: bool) -> Peer | None:
+    """Its decode, planned before; in FP8 with scales per tensor, or per token and head."""
+    how = case.how
+    if fp8 and how.scales == "head":
+        return None
+    decode = importlib.import_module("flashinfer.decode")
+    order = _order(case)
+    pages = [-(-length // BLOCK_SIZE) for length in case.lengths]
+    table = order.view(case.batch, -1).int()
+    indices = torch.cat([row[:count] for row, count in zip(table, pages, strict=True)])
+    numbers = torch.tensor([0, *pages], device=case.device)
+    sums = numbers.cumsum(0).int()
+    last = torch.tensor([(n - 1) % BLOCK_SIZE + 1 for n in case.lengths], device=case.device).int()
+    wrapper = decode.BatchDecodeWithPagedKVCacheWrapper(
+        torch.zeros(FLASHINFER_WORKSPACE, dtype=torch.uint8, device=case.device),
+        "NHD",
+        use_cuda_graph=True,
+        use_tensor_cores=True,
+        paged_kv_indptr_buffer=torch.empty_like(sums),
+        paged_kv_indices_buffer=torch.empty_like(indices),
+        paged_kv_last_page_len_buffer=torch.empty_like(last),
+    )
+    token_head = fp8 and how.scales == "token-head"
+    # What older versions lack is passed only where it is needed.
+    options = {"q_len_per_req": how.queries} if how.queries > 1 else {}
+    options |= {"use_token_head_sf": True} if token_head else {}
+    wrapper.plan(
+        sums, indices, last, case.num_heads, case.num_kv_heads, case.head_size, BLOCK_SIZE,
+        window_left=how.window - 1, logits_soft_cap=how.softcap, q_data_type=INPUT,
+        kv_data_type=FP8 if fp8 else INPUT, **options,
+    )  # fmt: skip
+
+    def peer(b: Buffers) -> Call:
+        caches = tuple(_pages(case, b, order, fp8))
+        out = torch.empty_like(b.query)
+        options: dict[str, Any] = {} if b.sinks is None else {"sinks": b.sinks}
+        if token_head:
+            scales = (_reordered(x[b.table.flatten().long()], order) for x in (b.k_scale, b.v_scale))
+            options["kv_cache_sf"] = tuple(scales)
+        elif fp8:
+            options |= {"k_scale": b.k_scale.item(), "v_scale": b.v_scale.item()}
+        return lambda: wrapper.run(b.query, caches, out=out, **options)
+
+    return peer
+
+
+FLASHINFER_WORKSPACE = 128 << 20  # bytes, as its documentation recommends
+
+
+def _order(case: AttentionCase) -> Tensor:
+    """Where the pages of a call go that stand in the rows of its block table."""
+    generator = torch.Generator(case.device).manual_seed(0)
+    return torch.randperm(case.batch * (case.context // BLOCK_SIZE), generator=generator, device=case.device)
+
+
+def _pages(case: AttentionCase, b: Buffers, order: Tensor, fp8: bool) -> list[Tensor]:
+    """Copies of the pages of a call, in FP8 or bf16: K and V, [pages, block size, num_kv_heads, head_size]"""
+    if fp8:
+        used = b.table.flatten().long()
+        return [_reordered(cache[used], order).view(FP8) for cache in (b.key_cache, b.value_cache)]
+    rows = _rows(case, INPUT, window=False)
+    _gather(case, b, rows)()
+    shape = (-1, BLOCK_SIZE, case.num_kv_heads, case.head_size)
+    return [_reordered(x.view(shape), order) for x in rows]
+
+
+def _reordered(pages: Tensor, order: Tensor) -> Tensor:
+    result = torch.empty_like(pages)
+    result[order] = pages
+    return result
+
+
+Adapter = Callable[["AttentionCase"], Peer | None]
+CUDA_PEERS: dict[str, Adapter] = {
+    "SDPA cuDNN": partial(sdpa, backend=SDPBackend.CUDNN_ATTENTION),
+    "SDPA flash": partial(sdpa, backend=SDPBackend.FLASH_ATTENTION),
+    "SDPA efficient": partial(sdpa, backend=SDPBackend.EFFICIENT_ATTENTION),
+    "SDPA math": partial(sdpa, backend=SDPBackend.MATH),
+    "SDPA grouped": partial(sdpa, grouped=True),
+    "gather + SDPA": gather_and_sdpa,
+    "FA3 bf16": partial(flash_attention_3, fp8=False),
+    "FA3 fp8": partial(flash_attention_3, fp8=True),
+    "FlashInfer bf16": partial(flashinfer, fp8=False),
+    "FlashInfer fp8": partial(flashinfer, fp8=True),
+}
+CPU_PEERS: dict[str, Adapter] = {
+    "SDPA bf16": sdpa,
+    "SDPA fp32": partial(sdpa, dtype=torch.float32),
+    "SDPA bf16 grouped": partial(sdpa, grouped=True),
+    "SDPA fp32 grouped": partial(sdpa, dtype=torch.float32, grouped=True),
+    "gather + SDPA": gather_and_sdpa,
+}
