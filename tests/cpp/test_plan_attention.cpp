@@ -188,6 +188,32 @@ TEST(PlanAttention, TwoSlotsPerBlock) {
   EXPECT_EQ(plan.workspace_size, plan.slots * 8 * (128 + 4) * 4);
 }
 
+// fp8kv.attention_workspace_size, which allocates before there is a plan.
+std::int64_t upper_bound(const Shape& s, int multiprocessors) {
+  if (s.num_splits == 1) return 0;
+  const std::int64_t bytes_per_column = 4 * (s.head_size + 4), group = s.heads / s.kv_heads, rows = s.seqs * s.queries;
+  if (s.num_splits == 0) return 2 * multiprocessors * (s.head_size <= 128 ? 2 : 1) * 64 * bytes_per_column;
+  std::int64_t columns = 8;
+  while (columns < std::min<std::int64_t>(64, group * s.queries)) columns *= 2;
+  const std::int64_t by_length = s.seqs * ceil_div(group * s.queries, columns), by_rows = s.seqs + rows * group / columns;
+  return std::min(by_length, by_rows) * s.kv_heads * s.num_splits * columns * bytes_per_column;
+}
+
+TEST(PlanAttention, NeedsNoMoreThanTheUpperBound) {
+  for (int bytes : {100 * 1024, 228 * 1024})
+    for (std::int64_t seqs : {1, 7, 300})
+      for (auto [heads, kv_heads] : {std::pair{32, 8}, {8, 8}, {36, 4}, {64, 1}, {10, 5}})
+        for (std::int64_t head_size : {64, 96, 128, 192, 256})
+          for (std::int64_t queries : {1, 2, 3, 8, 100})
+            for (std::int64_t num_splits : {0, 1, 2, 5}) {
+              const Shape s{seqs, 4096, heads, kv_heads, head_size, 16, queries, num_splits};
+              const AttentionPlan plan = plan_of(s, with_shared_memory(bytes));
+              ASSERT_EQ(plan.kernel, AttentionKernel::Tiled);
+              EXPECT_LE(plan.workspace_size, upper_bound(s, kMultiprocessors))
+                  << seqs << " " << heads << " " << kv_heads << " " << head_size << " " << queries << " " << num_splits;
+            }
+}
+
 TEST(PlanAttention, OneBlockMergesNothing) {
   const AttentionPlan plan = plan_of({.seqs = 1, .max_len = 16, .heads = 4, .kv_heads = 1});
   EXPECT_EQ(plan.blocks, 1);
