@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8kv._checks import is_scale, require
-from fp8kv.checkpoint._read.scales import Entry, Key, read_numbers
+from fp8kv.checkpoint._read.inventory import Entry, Key
+from fp8kv.checkpoint._read.scales import read_numbers
 from fp8kv.checkpoint.load import examine
 from fp8kv.checkpoint.names import parse_scale_name
 from fp8kv.checkpoint.problems import Problem
