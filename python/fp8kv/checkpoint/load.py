@@ -293,7 +293,7 @@ class _Examination:
                 self.path, layers_of_config(section_of_model(self.config))
             )
         except (OSError, ValueError) as error:
-            self._add([make_problem("file-corrupt", str(error))])
+            self._add([make_problem("json-unreadable", str(error))])
             self.complete = False
             return
         section = section_of_model(self.config)

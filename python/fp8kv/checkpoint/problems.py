@@ -98,6 +98,10 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "not-quantized": ("error", "Calibrate the model, for example with fp8kv calibrate."),
     "file-missing": ("error", _DOWNLOAD),
     "file-corrupt": ("error", _DOWNLOAD),
+    "json-unreadable": (
+        "error",
+        "Give it one of the forms in docs/checkpoints.md, or the checkpoint's directory.",
+    ),
     "tensor-missing": ("error", "Download or copy the index and this file again, from one source."),
     "layer-missing": (
         "error",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8kv._checks import Strategy as Strategy
-from fp8kv.checkpoint._read.config import read_configs
+from fp8kv.checkpoint._read.config import CONFIG_FILE, read_configs
 from fp8kv.checkpoint._read.quantization import COMPRESSED_TENSORS as COMPRESSED_TENSORS
 from fp8kv.checkpoint._read.quantization import Statement, contradicts, read_statements
 
@@ -99,7 +99,7 @@ def declared(configs: Mapping[str, Mapping[str, Any]]) -> Declared:
     Raises:
         ValueError: a scheme is not supported.
     """
-    found = [(name, one) for name, config in configs.items() for one in read_statements(config)]
+    found = [(name, one) for name, config in configs.items() for one in _statements(name, config)]
     first = next(((name, one) for name, one in found if one.is_quantized), None)
     if first is None:
         return Declared()
@@ -107,6 +107,14 @@ def declared(configs: Mapping[str, Mapping[str, Any]]) -> Declared:
     return Declared(
         first[1], [_contradiction(*one, *two) for one, two in pairs if contradicts(one[1], two[1])]
     )
+
+
+def _statements(name: str, config: Mapping[str, Any]) -> list[Statement]:
+    try:
+        return read_statements(config)
+    except ValueError as error:
+        where = "" if name in ("", CONFIG_FILE) else f" in {name}"
+        raise ValueError(f"{error}{where}") from None
 
 
 def scheme_of(statement: Statement) -> KVCacheScheme:
@@ -117,11 +125,10 @@ def scheme_of(statement: Statement) -> KVCacheScheme:
 
 
 def _contradiction(name: str, one: Statement, other_name: str, other: Statement) -> str:
-    return f"{_where(name)} must say the same as {_where(other_name)}, got {_text(one)} and {_text(other)}"
-
-
-def _where(name: str) -> str:
-    return name or "the config"
+    places = [
+        f"{field} in {file or 'the config'}" for file, field in ((name, one.field), (other_name, other.field))
+    ]
+    return f"{places[0]} must say the same as {places[1]}, got {_text(one)} and {_text(other)}"
 
 
 def _text(statement: Statement) -> str:

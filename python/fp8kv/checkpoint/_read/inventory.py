@@ -199,11 +199,11 @@ def choose_model(models: Models, wanted: str | None) -> str:
         ValueError: it is not there, or a choice is needed; the sentence begins with "model must be".
     """
     if wanted is not None:
-        for name, tensors in models.items():
-            stack = tensors.stack.removesuffix(".")
-            if wanted in (name, stack, stack.rpartition(".")[0]) and wanted:
-                return name
-        raise ValueError(f"model must be {_listed(models)}, got {wanted!r}")
+        exact = [name for name, tensors in models.items() if wanted in _names(name, tensors)]
+        found = exact or [name for name in models if name.endswith(f".{wanted}")]
+        if len(found) != 1:
+            raise ValueError(f"model must be {_listed(models)}, got {wanted!r}")
+        return found[0]
     with_scales = [name for name, tensors in models.items() if tensors.entries or tensors.unknown]
     language = [name for name in models if not models[name].is_side and not _is_attention_to(name, models)]
     choice = [name for name in with_scales if name in language]
@@ -215,6 +215,12 @@ def choose_model(models: Models, wanted: str | None) -> str:
     if len(choice) > 1:
         raise ValueError(f"model must be {_listed({name: models[name] for name in choice})}, got None")
     return choice[0]
+
+
+def _names(name: str, tensors: ModelTensors) -> set[str]:
+    """All that a model may be called."""
+    stack = tensors.stack.removesuffix(".")
+    return {name, stack, stack.rpartition(".")[0]} - {""}
 
 
 def _is_attention_to(name: str, models: Models) -> bool:

@@ -70,15 +70,13 @@ def _of_ranks(path: Path, cache: Mapping[str, Any], layers: Layers | None) -> Mo
         raise ValueError(f"{where}.scaling_factor must map ranks to layers, got {_kind(ranks)}")
     by_rank = [_of_rank(f"{where}.scaling_factor.{rank}", ranks[rank]) for rank in _in_order(where, ranks)]
     tensors = ModelTensors("model.layers.")
+    same = all(repr(numbers) == repr(by_rank[0]) for numbers in by_rank)
     for layer in sorted({layer for numbers in by_rank for layer in numbers}):
+        if not all(layer in numbers for numbers in by_rank):
+            raise ValueError(f"{where}.scaling_factor must have layer {layer} for all ranks, got some")
         for number, letter in enumerate("kv"):
-            values = [numbers[layer][number] for numbers in by_rank if layer in numbers]
-            if len(values) < len(by_rank):
-                raise ValueError(f"{where}.scaling_factor must have layer {layer} for all ranks, got some")
-            if len(set(map(repr, values))) == 1:
-                values = values[:1]
-            else:
-                values = _by_head(where, layer, values, layers)
+            values = [numbers[layer][number] for numbers in by_rank]
+            values = values[:1] if same else _by_head(where, layer, values, layers)
             name = f"kv_cache.scaling_factor.{layer}.{letter}"
             tensors.entries[Key(layer, letter, "scale")] = [Entry(name, _written(path, values))]
     return tensors

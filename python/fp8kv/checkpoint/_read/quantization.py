@@ -82,7 +82,8 @@ class Statement:
         by_layer: patterns of names, or indices, of layers with another format.
         left_out: patterns of the names of modules that are not quantized.
         before_rope: Quark: whether keys were observed before norm and RoPE; None: not said.
-        said: the field and its value, for errors.
+        field: which says it.
+        said: why it is not FP8, for errors.
     """
 
     producer: str
@@ -93,6 +94,7 @@ class Statement:
     by_layer: Mapping[str, Formats] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     before_rope: bool | None = None
+    field: str = ""
     said: str = ""
 
     @property
@@ -168,7 +170,9 @@ def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _producer(quantization: Mapping[str, Any]) -> str:
     producer = quantization.get("producer")
     name = producer.get("name") if isinstance(producer, dict) else None
-    return str(quantization.get("quant_method") or name or COMPRESSED_TENSORS)
+    # TensorRT-LLM names none.
+    usual = "modelopt" if "kv_cache_quant_algo" in quantization else COMPRESSED_TENSORS
+    return str(quantization.get("quant_method") or name or usual)
 
 
 # Words
@@ -182,7 +186,7 @@ def _of_words(quantization: Mapping[str, Any], producer: str) -> Statement | Non
                 continue
             return _of_value(name, value, producer, "FP8")
     if _LAYER_FIELD in quantization:
-        return Statement(producer, _ALL_REAL, said=_LAYER_FIELD)
+        return Statement(producer, _ALL_REAL, field=_LAYER_FIELD, said=_LAYER_FIELD)
     return None
 
 
@@ -191,9 +195,10 @@ def _of_value(name: str, value: Any, producer: str, usual: str) -> Statement:
     if isinstance(value, list) and value:
         value = {str(n): word for n, word in enumerate(value)}
     if isinstance(value, dict) and value:
-        return Statement(producer, _ALL_REAL, by_layer=_map(name, value, producer), said=name)
+        by_layer = _map(name, value, producer)
+        return Statement(producer, _ALL_REAL, by_layer=by_layer, field=name, said=f"{name} must have FP8")
     formats = _formats(name, value, usual)
-    return Statement(producer, formats, said=f"{name} must be {_json(usual)}, got {_json(value)}")
+    return Statement(producer, formats, field=name, said=f"{name} must be {_json(usual)}, got {_json(value)}")
 
 
 def _formats(name: str, value: Any, usual: str) -> Formats:
@@ -206,7 +211,7 @@ def _formats(name: str, value: Any, usual: str) -> Formats:
 
 
 def _is_mixed(statement: Statement) -> bool:
-    return _MIXED in statement.said.lower() or statement.said == _LAYER_FIELD
+    return _MIXED in statement.said.lower() or statement.field == _LAYER_FIELD
 
 
 # Layers
@@ -284,15 +289,20 @@ def _of_scheme(quantization: Mapping[str, Any], producer: str) -> Statement | No
         return _of_value("kv_cache_scheme", scheme, producer, "static")
     if isinstance(scheme, list) and scheme and all(isinstance(item, (dict, str)) for item in scheme):
         scheme = {str(n): item for n, item in enumerate(scheme)}
-    if isinstance(scheme, dict) and scheme and not scheme.keys() & _SCHEME_FIELDS:
-        return _of_map(scheme, producer)
     schemes = {} if scheme is None else {"kv_cache_scheme": scheme}
+    if isinstance(scheme, dict) and scheme and not scheme.keys() & _SCHEME_FIELDS:
+        sides = {name.lower().removesuffix("_cache").removesuffix("s")[:1]: name for name in scheme}
+        if len(scheme) != 2 or sides.keys() != {"k", "v"}:
+            return _of_value("kv_cache_scheme", scheme, producer, "static")
+        schemes = {f"kv_cache_scheme.{sides[side]}": scheme[sides[side]] for side in "kv"}
     groups = dict(_attention_groups(quantization))
     schemes |= groups
     if not schemes:
         return None
     parsed = {name: _scheme(name, value, producer) for name, value in schemes.items()}
     (first, (formats, strategy)), *others = parsed.items()
+    if first.startswith("kv_cache_scheme."):
+        formats = Formats(formats.k, others[0][1][0].v)
     for name, (_, other) in others:
         one, two = strategy or "tensor", other or "tensor"
         if one != two:
@@ -300,17 +310,9 @@ def _of_scheme(quantization: Mapping[str, Any], producer: str) -> Statement | No
     observers = [x["observer"] for x in schemes.values() if x.get("observer") is not None]
     observer = str(observers[0]) if observers else None
     query = any(name.endswith("input_activations") for name in groups)
-    return Statement(producer, formats, strategy, query, observer, said=f"{first}.num_bits must be 8, got 4")
-
-
-def _of_map(scheme: Mapping[str, Any], producer: str) -> Statement:
-    """A scheme for K and one for V, or one for each layer."""
-    sides = {name.lower().removesuffix("_cache").removesuffix("s")[:1]: name for name in scheme}
-    if len(scheme) == 2 and sides.keys() == {"k", "v"}:
-        name = "kv_cache_scheme"
-        k, v = (_map(name, {sides[side]: scheme[sides[side]]}, producer)[sides[side]] for side in "kv")
-        return Statement(producer, Formats(k.k, v.v), said=name)
-    return _of_value("kv_cache_scheme", dict(scheme), producer, "static")
+    return Statement(
+        producer, formats, strategy, query, observer, field=first, said=f"{first}.num_bits must be 8, got 4"
+    )
 
 
 def _attention_groups(quantization: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -401,6 +403,7 @@ def _of_quark(quantization: Mapping[str, Any]) -> Statement | None:
     post = quantization.get("kv_cache_post_rope", export.get("kv_cache_post_rope"))
     return Statement(
         "quark",
+        field="output_tensors",
         by_layer=by_layer,
         left_out=tuple(_texts(quantization, _LEFT_OUT)),
         before_rope=None if post is None else not post,
