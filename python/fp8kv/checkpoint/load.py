@@ -169,6 +169,7 @@ class Examined:
     """What a checkpoint holds.
 
     Attributes:
+        path: of its directory, or its file.
         scheme: what the config says; where it says nothing, what the tensors show. None if the config cannot
             be read or its scheme is not supported, and if there are no scales.
         heads: of the layers that have a KV cache, by index; None if nothing is known of them.
@@ -177,6 +178,7 @@ class Examined:
         problems: all of them, errors first.
     """
 
+    path: Path
     scheme: KVCacheScheme | None = None
     heads: dict[int, Heads] | None = None
     entries: dict[Key, list[Entry]] = field(default_factory=dict)
@@ -228,7 +230,7 @@ class _Examination:
 
     def __init__(self, path: Path, query: bool) -> None:
         self.path, self.query = path, query
-        self.result = Examined()
+        self.result = Examined(path)
         self.config: Mapping[str, Any] = {}
         self.statement: Statement | None = None
         self.layers: Layers | None = None
@@ -297,7 +299,7 @@ class _Examination:
             self.complete = False
             return
         section = section_of_model(self.config)
-        types = {self.config.get("model_type"), section.get("model_type")} - {None}
+        types = [part["model_type"] for part in (self.config, section) if part.get("model_type") is not None]
         if model_type is not None and types and model_type not in types:
             message = f"{self.path.name} is for models of type {model_type}, but the config beside it is not"
             self._add([make_problem("sources-differ", message, value=model_type)])
@@ -331,11 +333,9 @@ class _Examination:
         by_tensors: Strategy = "tensor"
         if any(max(entry.stored.shape, default=1) > 1 for entry in scales):
             by_tensors = "attn_head"
-        if self.is_json:
-            if scales:
-                self.result.scheme = KVCacheScheme(by_tensors, has_query, producer="JSON file")
-            return
-        if self.statement is not None:
+        if self.is_json and scales:
+            self.result.scheme = KVCacheScheme(by_tensors, has_query, producer="JSON file")
+        elif self.statement is not None:
             if not (self.statement.has_fp8 or scales):
                 self._add([make_problem("scheme-unsupported", self.statement.said)])
                 return
@@ -347,8 +347,10 @@ class _Examination:
             message = f"config.json must have a kv_cache_scheme, as there is {scales[0].name}"
             self._add([make_problem("scheme-missing", message)])
             self.result.scheme = KVCacheScheme(by_tensors, has_query, producer="unknown")
-        elif not self.tensors.unknown:
+        elif not self.tensors.unknown and (self.complete or not self.is_json):
             message = "config.json must have a kv_cache_scheme and there must be scales, got none"
+            if self.is_json:
+                message = f"{self.path} must have scales of the language model, got none"
             self._add([make_problem("not-quantized", message)])
         else:
             self._add(presence.check_unknown(self.tensors, {}))

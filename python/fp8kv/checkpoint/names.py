@@ -22,7 +22,7 @@ _BELOW = r"(?:attn|attn_mqa|attn_mha|mla_attn(?:\.mla_attn)?|core_attention|atte
 
 #: Layer and attention of a tensor; the first number that fits, as T5 has another one behind it.
 _PLACE = re.compile(
-    rf"(?P<stack>(?:.*?\.)?)(?P<layer>\d{{1,5}})\.(?:(?:{_ABOVE})\.)?(?P<module>{_SELF}|{_CROSS})\.(?P<rest>.*)"
+    rf"(?P<stack>(?:.*?\.)?)(?P<layer>\d{{1,4}})\.(?:(?:{_ABOVE})\.)?(?P<module>{_SELF}|{_CROSS})\.(?P<rest>.*)"
 )
 #: EAGLE-3 has one layer, without a number.
 _ONLY_LAYER = re.compile(rf"(?P<stack>(?:.*\.)?midlayer)\.(?P<module>{_SELF})\.(?P<rest>.*)")

@@ -131,7 +131,7 @@ def sort_tensors(named: Mapping[str, list[StoredTensor]]) -> Models:
     models = _with_cross_layers(models)
     for tensors in models.values():
         tensors.entries = dict(sorted(tensors.entries.items()))
-        number = re.compile(rf"{re.escape(tensors.stack)}(\d{{1,5}})\.")
+        number = re.compile(rf"{re.escape(tensors.stack)}(\d{{1,4}})\.")
         found = (number.match(name) for name in named if name.startswith(tensors.stack))
         tensors.present = {int(match[1]) for match in found if match}
     return models
@@ -147,7 +147,7 @@ def _model_of(place: Place) -> str:
 def _add_unknown(models: Models, names: list[str]) -> None:
     for name in names:
         place = find_place(name)
-        match = re.match(r"(?P<stack>(?:.*?\.)?)(?P<layer>\d{1,5})\.", name)
+        match = re.match(r"(?P<stack>(?:.*?\.)?)(?P<layer>\d{1,4})\.", name)
         stack = place.stack if place else match["stack"] if match else name.rpartition(".")[0]
         model = _model_of(place) if place else model_of_stack(stack) if match else ""
         layer = place.layer if place else int(match["layer"]) if match else None

@@ -117,7 +117,7 @@ def _by_head(where: str, layer: int, values: list[float], layers: Layers | None)
 
 def _in_order(where: str, numbered: Mapping[str, Any]) -> list[str]:
     for number in numbered:
-        if not (number.isdecimal() and len(number) < 6):
+        if not (number.isdecimal() and len(number) < 5):
             raise ValueError(f"{where} must have numbers of ranks and layers, got {number!r}")
     return sorted(numbered, key=int)
 
@@ -139,7 +139,7 @@ def _of_lists(path: Path, content: Mapping[str, Any], scales: Mapping[str, Any])
                 f"{where} must be a list, as long as layer_ids if there is one, got {_kind(values)}"
             )
         for layer, value in zip(layers, values, strict=True):
-            if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < 100_000:
+            if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < 10_000:
                 raise ValueError(f"{path}: layer_ids must be numbers of layers, got {layer!r}")
             numbers = [_number(where, x) for x in (value if isinstance(value, list) else [value])]
             name = f"scales.{letter}_scales.{layer}"
