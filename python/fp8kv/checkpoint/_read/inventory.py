@@ -219,6 +219,8 @@ def choose_model(models: Models, wanted: str | None) -> str:
 
 def _names(name: str, tensors: ModelTensors) -> set[str]:
     """All that a model may be called."""
+    if is_cross(name.rpartition(".")[2]):
+        return {name}
     stack = tensors.stack.removesuffix(".")
     return {name, stack, stack.rpartition(".")[0]} - {""}
 
