@@ -40,9 +40,9 @@ _FORMS = [
         # ModelOpt; and what loaders of fused projections make of it
         rf"(?P<letter>[qkv])_proj\.(?P=letter)_{_KIND}",
         rf"(?:{_FUSED})\.{_LETTER}_{_KIND}",
-        # Quark, and compressed-tensors before 0.6
+        # Quark, and older compressed-tensors
         rf"(?P<letter>[qkv])_proj\.output_{_KIND}",
-        # AutoFP8 in Transformers
+        # Seen in the wild
         rf"(?P<letter>q|[kv](?=_cache))(?:_cache)?\.{_KIND}",
         # Checkpoints of TensorRT-LLM
         r"(?P<letter>k|v|kv)_cache_(?P<scale>scaling_factor)",

@@ -1,4 +1,4 @@
-"""Which model of a checkpoint scales belong to, and tensors that look like scales and are none that is known."""
+"""Which model of a checkpoint scales belong to, and tensors that look like scales of no known name."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
 def test_two_models_that_nothing_tells_apart_need_a_choice(tmp_path: Path) -> None:
     tensors = layers("a.layers.{}.self_attn", 1.0, 1.0, 1.0) | layers("b.layers.{}.self_attn", 2.0, 2.0, 2.0)
     write_checkpoint(tmp_path, tensors, config("tensor"))
-    with pytest.raises(CheckpointError, match='model must be "a" or "b", got None. Choose one of them'):
+    with pytest.raises(CheckpointError, match=r'model must be "a" or "b", got None\. Choose one of them'):
         load_kv_scales(tmp_path)
     assert [kind for kind, _, _ in found(tmp_path)] == ["several-models"]
     assert keys_of(load_kv_scales(tmp_path, model="b")) == {0: 2.0, 1: 2.0, 2: 2.0}
@@ -165,7 +165,8 @@ def test_layers_of_cross_attention_need_no_scales(tmp_path: Path, with_cross: bo
 @pytest.mark.parametrize(
     "name",
     [
-        "self_attn.{}_scale_inv", "self_attn.{}_bmm_quantizer._amax", "self_attn.{}_global_scale", "attn_block.{}_scale",
+        "self_attn.{}_scale_inv", "self_attn.{}_bmm_quantizer._amax", "self_attn.{}_global_scale",
+        "attn_block.{}_scale",
         "{}_scale", "self_attn.{}_proj.{}_descale_scale", "self_attn.{}_proj.scale",
     ],
 )  # fmt: skip
@@ -194,8 +195,10 @@ def test_unknown_names_beside_a_whole_layer_are_a_note(tmp_path: Path) -> None:
     "name",
     [
         "self_attn.k_proj.weight_scale", "self_attn.v_proj.input_scale", "self_attn.o_proj.output_scale",
-        "self_attn.prob_output_scale", "attention.wk.qscale_act", "self_attn.k_norm.scale", "self_attn.k_proj.scales",
-        "self_attn.indexer.k_scale", "self_attn.logit_scale", "mlp.experts.0.w1.weight_scale", "self_attn.scale",
+        "self_attn.prob_output_scale", "attention.wk.qscale_act", "self_attn.k_norm.scale",
+        "self_attn.k_proj.scales",
+        "self_attn.indexer.k_scale", "self_attn.logit_scale", "mlp.experts.0.w1.weight_scale",
+        "self_attn.scale",
     ],
 )  # fmt: skip
 def test_scales_of_other_things_are_no_findings(tmp_path: Path, name: str) -> None:
