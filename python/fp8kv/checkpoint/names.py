@@ -21,6 +21,7 @@ _ABOVE = r"layer\.\d+|norm_attn_norm"
 _BELOW = r"(?:attn|attn_mqa|attn_mha|mla_attn(?:\.mla_attn)?|core_attention|attention|self)"
 
 #: Layer and attention of a tensor; the first number that fits, as T5 has another one behind it.
+_ATTENTION = re.compile(r"att|Att|mixer|temporal_block")  # most tensors are those of experts
 _PLACE = re.compile(
     rf"(?P<stack>(?:.*?\.)?)(?P<layer>\d{{1,4}})\.(?:(?:{_ABOVE})\.)?(?P<module>{_SELF}|{_CROSS})\.(?P<rest>.*)"
 )
@@ -159,8 +160,11 @@ def parse_scale_name(name: str) -> tuple[int, str, str] | None:
 def find_scale_name(name: str) -> ScaleName | None:
     """Whose scale a tensor is, in whatever model; None if it is none that is understood."""
     place = find_place(name)
-    if place is None:
-        return None
+    return None if place is None else scale_at(place)
+
+
+def scale_at(place: Place) -> ScaleName | None:
+    """Whose scale is at a place in attention; None if there is something else."""
     for form in _FORMS:
         match = form.fullmatch(place.rest)
         if match is not None:
@@ -171,6 +175,8 @@ def find_scale_name(name: str) -> ScaleName | None:
 
 def find_place(name: str) -> Place | None:
     """Layer and attention of a tensor, or of a module with a point behind; None if it is not in attention."""
+    if not _ATTENTION.search(name):
+        return None
     match = _PLACE.fullmatch(name)
     if match is not None:
         return Place(match["stack"], int(match["layer"]), match["module"], match["rest"])
@@ -188,13 +194,11 @@ def looks_like_scale(name: str) -> bool:
         >>> looks_like_scale("model.layers.3.self_attn.k_proj.weight_scale_inv")
         False
     """
-    end = ".".join(name.split(".")[-2:])
-    return bool(
-        _SCALE_WORD.search(end.rpartition(".")[2])
-        and _LETTER_WORD.search(end)
-        and not _OTHER_SCALE.search(end)
-        and "indexer" not in name
-    )
+    above, _, last = name.rpartition(".")
+    if not _SCALE_WORD.search(last) or "indexer" in name:
+        return False
+    end = f"{above.rpartition('.')[2]}.{last}"
+    return not _OTHER_SCALE.search(end) and _LETTER_WORD.search(end) is not None
 
 
 def is_cross(module: str) -> bool:

@@ -16,17 +16,14 @@ from fp8kv.checkpoint._read.safetensors import StoredTensor, read_header
 from fp8kv.checkpoint.names import (
     Place,
     find_place,
-    find_scale_name,
     is_cross,
     is_side_model,
     is_tower,
     looks_like_scale,
     model_of_stack,
+    scale_at,
 )
 from fp8kv.checkpoint.problems import Problem, make_problem
-
-#: Names without one of these are of no concern; most are those of experts.
-_OF_CONCERN = re.compile(r"att|mixer|temporal_block|scal|zero_?point|_amax", re.IGNORECASE)
 
 
 class Key(NamedTuple):
@@ -108,26 +105,22 @@ def take_inventory(checkpoint: Path) -> tuple[Models, list[Problem]]:
 def sort_tensors(named: Mapping[str, list[StoredTensor]]) -> Models:
     """Tensors of all kinds by the model whose attention they belong to."""
     models: Models = {}
-    shapes: dict[tuple[str, int], dict[str, tuple[int, ...]]] = defaultdict(dict)
-    unknown = []
-    for name, copies in sorted(named.items()):
-        if not _OF_CONCERN.search(name):
-            continue
-        scale, place = find_scale_name(name), find_place(name)
+    # Most tensors are those of experts, and are not even sorted.
+    for name in sorted(name for name in named if find_place(name) or looks_like_scale(name)):
+        place = find_place(name)
+        scale = None if place is None else scale_at(place)
         if place is not None:
-            model = _model_of(place)
-            tensors = models.setdefault(model, ModelTensors(place.stack))
-            where = shapes[model, place.layer]
-            tensors.attention.setdefault(place.layer, Attention(name.removesuffix(f".{place.rest}"), where))
+            tensors = models.setdefault(_model_of(place), ModelTensors(place.stack))
+            module = name.removesuffix(f".{place.rest}")
+            attention = tensors.attention.setdefault(place.layer, Attention(module))
             if scale is None:
-                where[place.rest] = copies[0].shape
+                attention.shapes[place.rest] = named[name][0].shape
         if scale is not None:
-            entries = [Entry(name, stored) for stored in copies]
+            entries = [Entry(name, stored) for stored in named[name]]
             for letter in scale.letters:
                 tensors.entries.setdefault(Key(scale.layer, letter, scale.kind), []).extend(entries)
         elif looks_like_scale(name) and f"{name.rpartition('.')[0]}.weight" not in named:
-            unknown.append(name)
-    _add_unknown(models, unknown)
+            _add_unknown(models, name, place)
     models = _with_cross_layers(models)
     for tensors in models.values():
         tensors.entries = dict(sorted(tensors.entries.items()))
@@ -144,14 +137,15 @@ def _model_of(place: Place) -> str:
     return f"{model}.{place.module}".removeprefix(".") if is_cross(place.module) else model
 
 
-def _add_unknown(models: Models, names: list[str]) -> None:
-    for name in names:
-        place = find_place(name)
-        match = re.match(r"(?P<stack>(?:.*?\.)?)(?P<layer>\d{1,4})\.", name)
-        stack = place.stack if place else match["stack"] if match else name.rpartition(".")[0]
-        model = _model_of(place) if place else model_of_stack(stack) if match else ""
-        layer = place.layer if place else int(match["layer"]) if match else None
-        models.setdefault(model, ModelTensors(stack)).unknown.append(Unknown(name, layer))
+def _add_unknown(models: Models, name: str, place: Place | None) -> None:
+    """A name of no known form, to the model that its place or what stands before its first number says."""
+    if place is not None:
+        model, stack, layer = _model_of(place), place.stack, place.layer
+    elif match := re.match(r"(?P<stack>(?:.*?\.)?)(?P<layer>\d{1,4})\.", name):
+        model, stack, layer = model_of_stack(match["stack"]), match["stack"], int(match["layer"])
+    else:
+        model, stack, layer = "", "", None
+    models.setdefault(model, ModelTensors(stack)).unknown.append(Unknown(name, layer))
 
 
 def _with_cross_layers(models: Models) -> Models:

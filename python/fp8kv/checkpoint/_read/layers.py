@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from fp8kv.checkpoint._read.config import LAYERS, field_of, first_of, positive
@@ -74,7 +74,7 @@ class Attention:
     """
 
     name: str
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def parts(self) -> frozenset[str]:
@@ -179,13 +179,13 @@ def layers_of_config(config: Mapping[str, Any]) -> Layers | None:
 
 def _with_attention(config: Mapping[str, Any], num_layers: int) -> tuple[Collection[int], str | None]:
     """The layers with attention, and the field that says so; all of them if there is none."""
-    for field, read, _ in _LAYER_RULES:
-        value = field_of(config, field)
+    for path, read, _ in _LAYER_RULES:
+        value = field_of(config, path)
         layers = None if value is None else read(value, num_layers)
         if layers is not None:
             # A list of types may be shorter than the model.
             rest = range(len(value), num_layers) if read is _by_type else ()
-            return layers | set(rest), field
+            return layers | set(rest), path
     period, offset = positive(config.get("attn_layer_period")), config.get("attn_layer_offset", 0)  # Jamba
     if period is not None and isinstance(offset, int):
         return {n for n in range(num_layers) if n % period == offset}, "attn_layer_period"
@@ -412,8 +412,8 @@ def _numbers(
     config: Mapping[str, Any], name: re.Pattern[str], without: Collection[str] = ()
 ) -> Iterator[int]:
     """The numbers in all fields of such names."""
-    for field, value in _fields(config):
-        last = field.rpartition(".")[2]
+    for path, value in _fields(config):
+        last = path.rpartition(".")[2]
         if name.search(last) and last not in without:
             yield from filter(None, map(positive, value if isinstance(value, list) else [value]))
 
