@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -204,9 +205,13 @@ def examine(
     path = locate(checkpoint, caller)
     found = _Examination(path, query)
     try:
-        found.examine(model)
+        name = choose_model(found.models, model)
     except ValueError as error:
-        raise ValueError(f"{caller}: {error}") from None
+        if model is not None:
+            raise ValueError(f"{caller}: {error}") from None
+        found.add([make_problem("several-models", str(error))])
+    else:
+        found.examine(name)
     result = found.result
     result.problems = [
         replace(problem, severity="warning") if problem.kind in accept else problem
@@ -226,39 +231,37 @@ def _check_accept(accept: Collection[str], caller: str) -> None:
 
 
 class _Examination:
-    """One pass over a checkpoint; `result` is what it finds."""
+    """One pass over a checkpoint: its files are read first, and then one of the `models` is examined."""
 
     def __init__(self, path: Path, query: bool) -> None:
         self.path, self.query = path, query
+        self.is_json = path.suffix == ".json" and not path.is_dir()
         self.result = Examined(path)
         self.config: Mapping[str, Any] = {}
+        #: Who has scales and no scheme.
+        self.producer: str | None = "JSON file" if self.is_json else None
         self.statement: Statement | None = None
         self.layers: Layers | None = None
         self.models: Models = {}
         self.tensors = ModelTensors("model.layers.")
         self.complete = True  # else what is absent is so because its file is
-
-    def examine(self, model: str | None) -> None:
-        usable = self._read_config()
+        self.usable = self._read_config()
         self._read_tensors()
-        name = self._choose(model)
-        if name is None:
-            return
+
+    def examine(self, name: str) -> None:
+        """Everything about the model of this name."""
         self.tensors = self.models.get(name, self.tensors)
         self._find_layers(name)
         self.result.entries = self.tensors.entries if self.query else _without_query(self.tensors.entries)
-        if usable:
+        if self.usable:
             self._find_scheme()
         if self.result.scheme is not None:
             self._examine_scales(self.result.scheme)
-        self._add(presence.check_other_models(self.models, name))
+        self.add(presence.check_other_models(self.models, name))
 
-    def _add(self, problems: Any) -> None:
+    def add(self, problems: Iterable[Problem]) -> None:
+        """To those of the result."""
         self.result.problems += problems
-
-    @property
-    def is_json(self) -> bool:
-        return self.path.suffix == ".json" and self.path.is_file()
 
     def _read_config(self) -> bool:
         """False if the config cannot be read, or its scheme not be used."""
@@ -267,52 +270,42 @@ class _Examination:
             configs = read_configs(folder)
         except (OSError, ValueError) as error:
             if not self.is_json:
-                self._add([make_problem("config-unreadable", str(error))])
+                self.add([make_problem("config-unreadable", str(error))])
             return self.is_json
         self.config = next(iter(configs.values()))
         if self.is_json:
             return True
         if MISTRAL_FILE in configs:
-            self.statement = Statement("mistral")
+            self.producer = "mistral"
             return True
         try:
             said = declared(configs)
         except ValueError as error:
-            self._add([make_problem("scheme-unsupported", str(error))])
+            self.add([make_problem("scheme-unsupported", str(error))])
             return False
         self.statement = said.statement
-        self._add(make_problem("sources-differ", sentence) for sentence in said.contradictions)
+        self.add(make_problem("sources-differ", sentence) for sentence in said.contradictions)
         return True
 
     def _read_tensors(self) -> None:
         if not self.is_json:
             self.models, problems = take_inventory(self.path)
             self.complete = not problems
-            self._add(problems)
+            self.add(problems)
             return
         try:
             self.models, model_type = read_json_scales(
                 self.path, layers_of_config(section_of_model(self.config))
             )
         except (OSError, ValueError) as error:
-            self._add([make_problem("json-unreadable", str(error))])
+            self.add([make_problem("json-unreadable", str(error))])
             self.complete = False
             return
         section = section_of_model(self.config)
         types = [part["model_type"] for part in (self.config, section) if part.get("model_type") is not None]
         if model_type is not None and types and model_type not in types:
             message = f"{self.path.name} is for models of type {model_type}, but the config beside it is not"
-            self._add([make_problem("sources-differ", message, value=model_type)])
-
-    def _choose(self, model: str | None) -> str | None:
-        """The name of the model; None if a choice is needed."""
-        try:
-            return choose_model(self.models, model)
-        except ValueError as error:
-            if model is not None:
-                raise
-            self._add([make_problem("several-models", str(error))])
-            return None
+            self.add([make_problem("sources-differ", message, value=model_type)])
 
     def _find_layers(self, name: str) -> None:
         alone = sum(bool(x.attention) for x in self.models.values()) <= 1
@@ -330,14 +323,12 @@ class _Examination:
             entry for key, copies in self.result.entries.items() if key.kind == "scale" for entry in copies
         ]
         has_query = any(key.letter == "q" for key in self.result.entries)
-        by_tensors: Strategy = "tensor"
-        if any(max(entry.stored.shape, default=1) > 1 for entry in scales):
-            by_tensors = "attn_head"
-        if self.is_json and scales:
-            self.result.scheme = KVCacheScheme(by_tensors, has_query, producer="JSON file")
+        by_tensors = _strategy(self.result.entries)
+        if self.producer is not None and scales:
+            self.result.scheme = KVCacheScheme(by_tensors, has_query, producer=self.producer)
         elif self.statement is not None:
             if not (self.statement.has_fp8 or scales):
-                self._add([make_problem("scheme-unsupported", self.statement.said)])
+                self.add([make_problem("scheme-unsupported", self.statement.said)])
                 return
             scheme = scheme_of(replace(self.statement, strategy=self.statement.strategy or by_tensors))
             no_field = scheme.producer != COMPRESSED_TENSORS  # for queries, in configs of others
@@ -345,30 +336,32 @@ class _Examination:
             self.result.scheme = replace(scheme, quantizes_query=quantizes_query)
         elif scales:
             message = f"config.json must have a kv_cache_scheme, as there is {scales[0].name}"
-            self._add([make_problem("scheme-missing", message)])
+            self.add([make_problem("scheme-missing", message)])
             self.result.scheme = KVCacheScheme(by_tensors, has_query, producer="unknown")
         elif not self.tensors.unknown and (self.complete or not self.is_json):
             message = "config.json must have a kv_cache_scheme and there must be scales, got none"
             if self.is_json:
                 message = f"{self.path} must have scales of the language model, got none"
-            self._add([make_problem("not-quantized", message)])
+            self.add([make_problem("not-quantized", message)])
         else:
-            self._add(presence.check_unknown(self.tensors, {}))
+            self.add(presence.check_unknown(self.tensors, {}))
 
     def _examine_scales(self, scheme: KVCacheScheme) -> None:
         entries = self.result.entries
         if not scheme.quantizes_query:
-            self._add(presence.check_unused_query(entries))
+            self.add(presence.check_unused_query(entries))
             entries = _without_query(entries)
         stored, problems = read_scales(entries)
         heads = self._heads(stored, scheme)
         wrong, bad = check_values(stored, scheme.strategy, heads)
-        self._add([*problems, *wrong, *presence.check_observer(scheme)])
-        self._add(presence.check_unexpected(stored, self.layers))
-        self._add(presence.check_unknown(self.tensors, stored))
+        self.add([*problems, *wrong, *presence.check_observer(scheme)])
+        self.add(presence.check_unexpected(stored, self.layers))
+        self.add(presence.check_unknown(self.tensors, stored))
+        if self.config.get("kv_lora_rank") is not None:
+            self.add(presence.check_latent(stored))
         if self.statement is not None:
-            self._add(presence.check_rope(entries, self.statement))
-            self._add(presence.check_formats(stored, self.statement, self._module))
+            self.add(presence.check_rope(entries, self.statement))
+            self.add(presence.check_formats(stored, self.statement, self._module))
         for layer, by_letter in stored.items():
             usable = {
                 letter: scale.values for letter, scale in by_letter.items() if (layer, letter) not in bad
@@ -399,14 +392,14 @@ class _Examination:
                 "The config has an FP8 cache and there are no scales, as ModelOpt does it on purpose "
                 "(fp8_cast): all are 1.0, so that magnitudes above 448 are clipped"
             )
-            self._add([make_problem("unit-scales", message, value=len(units))])
+            self.add([make_problem("unit-scales", message, value=len(units))])
             self.result.scales = {
                 n: {letter: torch.ones(1) for letter in found} for n, found in units.items()
             }
             self.result.scheme = replace(scheme, strategy="tensor", quantizes_query=False)
             return
         reasons = presence.reasons_to_be_absent(self.tensors, self.layers, self.statement, self._module)
-        self._add(presence.check_absent(stored, scheme, self.layers, reasons, self._files_beside()))
+        self.add(presence.check_absent(stored, scheme, self.layers, reasons, self._files_beside()))
 
     def _module(self, layer: int) -> str:
         """The name of the attention module of a layer."""
@@ -422,6 +415,19 @@ class _Examination:
         for key, copies in self.result.entries.items():
             if key.letter != "v" and any(map(presence.is_output_scale, (entry.name for entry in copies))):
                 self.result.scales.get(key.layer, {}).pop(key.letter, None)
+
+
+def _strategy(entries: Mapping[Key, list[Entry]]) -> Strategy:
+    """Per head if a layer has several scales of K, and as many of V."""
+    counts = {
+        (key.layer, key.letter): math.prod(copies[0].stored.shape)
+        for key, copies in entries.items()
+        if key.kind == "scale"
+    }
+    per_head = any(
+        n > 1 and n == counts.get((layer, "v")) for (layer, letter), n in counts.items() if letter == "k"
+    )
+    return "attn_head" if per_head else "tensor"
 
 
 def _without_query(entries: dict[Key, list[Entry]]) -> dict[Key, list[Entry]]:

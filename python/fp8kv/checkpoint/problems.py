@@ -144,6 +144,10 @@ KINDS: dict[str, tuple[Severity, str]] = {
         "warning",
         "The first of them counts; compare the scales with the model's keys and values.",
     ),
+    "latent-scales": (
+        "warning",
+        "Use the larger one for the whole row, or calibrate the model anew.",
+    ),
     "rope-unsaid": (
         "warning",
         "Compare the model's accuracy with that of a 16-bit cache, above all if it has a norm of keys; or "

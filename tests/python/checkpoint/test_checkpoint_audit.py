@@ -624,6 +624,13 @@ def test_errors_come_first_and_layers_in_order(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(("v", "kinds"), [(0.05, []), (0.06, ["latent-scales"])])
+def test_latent_attention_has_one_scale_for_its_row(tmp_path: Path, v: float, kinds: list[str]) -> None:
+    tensors = {name: torch.tensor([0.05]) for name in scales("tensor")} | {V: torch.tensor([v])}
+    folder = write_checkpoint(tmp_path, tensors, config("tensor") | {"kv_lora_rank": 32})
+    assert [problem.kind for problem in audit_checkpoint(folder)] == kinds
+
+
 def test_a_missing_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as error:
         audit_checkpoint(tmp_path / "nowhere")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+import torch
+
 from fp8kv.checkpoint._read.inventory import Entry, Key, Models, ModelTensors
 from fp8kv.checkpoint._read.layers import Layers
 from fp8kv.checkpoint._read.quantization import FP8, NVFP4, REAL, Statement
@@ -55,6 +57,16 @@ def check_unknown(tensors: ModelTensors, stored: StoredScales) -> Iterator[Probl
         complete = stored and (layer is None or {"k", "v"} <= stored.get(layer, {}).keys())
         message = f"{name} looks like a scale of attention, but is none that is known"
         yield make_problem("unused-scale" if complete else "unknown-scale", message, layer=layer, tensor=name)
+
+
+def check_latent(stored: StoredScales) -> Iterator[Problem]:
+    """A problem for each layer of latent attention whose scales differ, though it caches one row."""
+    for layer, by_letter in stored.items():
+        k, v = (None if scale is None else scale.values for scale in map(by_letter.get, "kv"))
+        if k is not None and v is not None and not torch.equal(k, v):
+            name = by_letter["v"].name
+            message = f"{name} must be that of K, as latent attention caches one row for both, but is another"
+            yield make_problem("latent-scales", message, layer=layer, tensor=name)
 
 
 def check_other_models(models: Models, chosen: str) -> Iterator[Problem]:
