@@ -399,16 +399,20 @@ class _Examination:
             self.result.scheme = replace(scheme, strategy="tensor", quantizes_query=False)
             return
         reasons = presence.reasons_to_be_absent(self.tensors, self.layers, self.statement, self._module)
-        self.add(presence.check_absent(stored, scheme, self.layers, reasons, self._files_beside()))
+        self.add(presence.check_absent(stored, scheme, self.layers, reasons, self._elsewhere()))
 
     def _module(self, layer: int) -> str:
         """The name of the attention module of a layer."""
         module = self.tensors.attention.get(layer)
         return f"{self.tensors.stack}{layer}.self_attn" if module is None else module.name
 
-    def _files_beside(self) -> list[str]:
-        """JSON files of a directory that seem to have scales."""
-        return sorted(file.name for file in self.path.glob("*scale*.json")) if self.path.is_dir() else []
+    def _elsewhere(self) -> str | None:
+        """Where there are scales, or may be: in other models, and in JSON files of the directory."""
+        stacks = [f"{x.stack}*" for x in self.models.values() if x is not self.tensors and x.entries]
+        if stacks:
+            return f"there are some of {', '.join(stacks)}"
+        files = sorted(file.name for file in self.path.glob("*scale*.json")) if self.path.is_dir() else []
+        return f"{', '.join(files)} may have some: give that file instead of the directory" if files else None
 
     def drop_output_scales(self) -> None:
         """Takes the scales of K and Q that are of the outputs of projections from what can be used."""

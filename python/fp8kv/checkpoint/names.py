@@ -14,16 +14,20 @@ from typing import NamedTuple
 #: Modules of attention that cache the tokens of their own model.
 _SELF = r"self_attn|self_attention|attention|attn|mixer|SelfAttention|temporal_block"
 #: Modules of attention whose keys and values come from another model: an encoder, or a vision tower.
-_CROSS = r"cross_attn|encoder_attn|cross_attention|crossattention|multihead_attn|EncDecAttention"
-#: Modules between a layer and its attention: T5, DBRX.
-_ABOVE = r"layer\.\d+|norm_attn_norm"
+_CROSS = (
+    r"cross_attn|encoder_attn|encdec_attn|src_attn|multihead_attn|cross_attention|crossattention|"
+    r"encoder_decoder_attention|EncDecAttention"
+)
+#: A module between a layer and its attention: T5 (layer.0), DBRX (norm_attn_norm); drafts are in one, too.
+_ABOVE = r"layer\.\d+|[A-Za-z_]+"
 #: Modules between attention and its scales: engines (vLLM, SGLang), ChatGLM, GPT-Neo, BERT.
 _BELOW = r"(?:attn|attn_mqa|attn_mha|mla_attn(?:\.mla_attn)?|core_attention|attention|self)"
 
 #: Layer and attention of a tensor; the first number that fits, as T5 has another one behind it.
 _ATTENTION = re.compile(r"att|Att|mixer|temporal_block")  # most tensors are those of experts
 _PLACE = re.compile(
-    rf"(?P<stack>(?:.*?\.)?)(?P<layer>\d{{1,4}})\.(?:(?:{_ABOVE})\.)?(?P<module>{_SELF}|{_CROSS})\.(?P<rest>.*)"
+    rf"(?P<stack>(?:.*?\.)?)(?P<layer>\d{{1,4}})\.(?:(?P<above>{_ABOVE})\.)??(?P<module>{_SELF}|{_CROSS})\."
+    r"(?P<rest>.*)"
 )
 #: EAGLE-3 has one layer, without a number.
 _ONLY_LAYER = re.compile(rf"(?P<stack>(?:.*\.)?midlayer)\.(?P<module>{_SELF})\.(?P<rest>.*)")
@@ -179,7 +183,10 @@ def find_place(name: str) -> Place | None:
         return None
     match = _PLACE.fullmatch(name)
     if match is not None:
-        return Place(match["stack"], int(match["layer"]), match["module"], match["rest"])
+        stack, above = match["stack"], match["above"]
+        if above is not None and is_side_model(above):
+            stack += f"{above}."
+        return Place(stack, int(match["layer"]), match["module"], match["rest"])
     match = _ONLY_LAYER.fullmatch(name)
     return None if match is None else Place(match["stack"], 0, match["module"], match["rest"])
 

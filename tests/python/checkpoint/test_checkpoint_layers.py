@@ -84,6 +84,10 @@ def test_layers_with_attention(tmp_path: Path, changes: dict[str, Any], layers: 
         ({"swa_num_key_value_heads": 2,
           "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
          [4, 2, 4]),
+        ({"swa_num_key_value_heads": 2, "sliding_window_pattern": 2}, [2, 4, 2]),
+        ({"num_global_key_value_heads": 2,
+          "layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
+         [2, 4, 4]),
         ({"per_layer_config": {"1": {"num_key_value_heads": 1, "head_dim": 32}}}, [4, 1, 4]),
         ({"num_key_value_heads": None, "num_attention_groups": 2,
           "layer_types": ["full_attention", "sliding_attention", "full_attention"],
@@ -92,7 +96,8 @@ def test_layers_with_attention(tmp_path: Path, changes: dict[str, Any], layers: 
         ({"num_key_value_heads": None, "num_key_value_heads_per_layer": [1, 2, 4]}, [1, 2, 4]),
         ({"num_key_value_heads": None, "attn_config": {"kv_n_heads": 2}}, [2, 2, 2]),
     ],
-    ids=["MiMo-V2", "Inkling", "types", "per_layer_config", "Step-3.5", "a list", "DBRX"],
+    ids=["MiMo-V2", "Inkling", "types", "a pattern", "Gemma 4",
+         "per_layer_config", "Step-3.5", "a list", "DBRX"],
 )  # fmt: skip
 def test_kv_heads_of_layers(tmp_path: Path, changes: dict[str, Any], counts: list[int]) -> None:
     given = fields(3, **changes)
@@ -137,6 +142,7 @@ def test_layers_that_the_config_names_need_scales_whatever_their_build(tmp_path:
     [
         {"softmax_layers": [1, 3]}, {"mix": {"softmax": [2, 4]}}, {"kinds": ["a", "b", "a", "b"]},
         {"kinds": "MAMA"},
+        {"mamba_layers": [0, 2]}, {"linear_attn_config": {"kda_layers": [1, 3]}},
         {"softmax_interval": 2}, {"is_softmax": [False, True, False, True]},
     ],
     ids=str,

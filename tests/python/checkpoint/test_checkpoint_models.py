@@ -57,7 +57,8 @@ def found(folder: Path) -> list[tuple[str, str, str | None]]:
          ["decoder.block.0.layer.1.EncDecAttention", "encoder.block.0.layer.0.SelfAttention"]),
         (config("tensor"), MAIN,
          ["midlayer.self_attn", "mtp.layers.0.self_attn", "eagle_module.layers.0.self_attn",
-          "depth_decoder.model.layers.0.self_attn", "model.vision_tower.encoder.layers.0.self_attn"]),
+          "model.layers.3.mtp_block.self_attn", "depth_decoder.model.layers.0.self_attn",
+          "model.vision_tower.encoder.layers.0.self_attn"]),
         (config("tensor"), "model.encoder.language_model.layers.{}.self_attn", []),
         (config("tensor"), "transformer.encoder.layers.{}.self_attention", []),
     ],
@@ -139,7 +140,9 @@ def test_a_checkpoint_of_a_draft_alone(tmp_path: Path, stem: str) -> None:
 
 def test_a_vision_tower_is_never_taken_for_the_language_model(tmp_path: Path) -> None:
     tensors = layers("vision_tower.encoder.layers.{}.self_attn", 1.0, 1.0, 1.0)
-    with pytest.raises(CheckpointError, match="No layer has scales of K and V"):
+    with pytest.raises(
+        CheckpointError, match=r"No layer has scales.*there are some of vision_tower\.encoder\.layers"
+    ):
         load_kv_scales(write_checkpoint(tmp_path, tensors, config("tensor")))
 
 
@@ -157,6 +160,16 @@ def test_layers_of_cross_attention_need_no_scales(tmp_path: Path, with_cross: bo
     assert keys_of(loaded) == {0: 0.125, 2: 0.25} | ({1: 2.0} if with_cross else {})
     notes = [] if with_cross else [("layer-unquantized", "note", 1)]
     assert [(p.kind, p.severity, p.layer) for p in loaded.problems] == notes
+
+
+def test_half_of_the_scales_of_a_cross_attention_layer(tmp_path: Path) -> None:
+    fields = config("tensor") | {"cross_attention_layers": [1]}
+    tensors = layers(MAIN, 1.0, 1.0, 1.0)
+    half = {"model.layers.1.cross_attn.k_scale": torch.ones(1)}
+    kept = {name: x for name, x in tensors.items() if ".1." not in name}
+    assert found(write_checkpoint(tmp_path, kept | half, fields)) == [
+        ("scale-missing", "error", "model.layers.1.self_attn.v_scale")
+    ]
 
 
 # Names that are not known

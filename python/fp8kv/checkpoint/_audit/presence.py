@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -130,7 +130,7 @@ def check_absent(
     scheme: KVCacheScheme,
     layers: Layers | None,
     missing_on_purpose: Callable[[int, str], str | None],
-    beside: Iterable[str] = (),
+    elsewhere: str | None = None,
 ) -> Iterator[Problem]:
     """A problem for each layer, or one of its scales, that is not there.
 
@@ -139,7 +139,7 @@ def check_absent(
         scheme: whether there must be query scales.
         layers: those with a KV cache; None: those up to the last that has scales.
         missing_on_purpose: why a layer has no scale of a letter, if there is a reason.
-        beside: names of files that may have scales too.
+        elsewhere: where there are scales, or may be.
     """
     expected = range(max(stored, default=-1) + 1) if layers is None else layers.heads
     with_kv = [layer for layer in expected if {"k", "v"} & stored.get(layer, {}).keys()]
@@ -147,9 +147,8 @@ def check_absent(
     some_unknown = any(UNKNOWN in why.values() for why in reasons.values())
     all_on_purpose = bool(reasons) and all(why["k"] and why["v"] for why in reasons.values())
     if not with_kv and not some_unknown and not all_on_purpose:
-        files = ", ".join(beside)
-        files = f"; {files} may have some: give that file instead of its directory" if files else ""
-        yield make_problem("layer-missing", f"No layer has scales of K and V{files}", value=0)
+        message = "No layer has scales of K and V" + (f", but {elsewhere}" if elsewhere else "")
+        yield make_problem("layer-missing", message, value=0)
         return
     for layer in expected:
         by_letter = stored.get(layer, {})
@@ -182,14 +181,14 @@ def reasons_to_be_absent(
     def reason(layer: int, letter: str) -> str | None:
         if layer in unknown or None in unknown:
             return UNKNOWN
+        if statement is not None and statement.formats_of(module_of(layer))._asdict()[letter] == REAL:
+            return "The config leaves its cache in 16 bits, or one of K and V"
+        if layer in tensors.layers_with_scales:
+            return None
         if layers is not None and layer in layers.optional:
             return "It caches what another model has made, and has no scales"
-        if statement is None:
-            return None
         module = module_of(layer)
-        if statement.formats_of(module)._asdict()[letter] == REAL:
-            return "The config leaves its cache in 16 bits, or one of K and V"
-        if statement.leaves_out(module):
+        if statement is not None and statement.leaves_out(module):
             return f"The config leaves {module} out of what is quantized, and there are no scales"
         return None
 

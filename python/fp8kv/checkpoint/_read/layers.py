@@ -235,7 +235,7 @@ def _heads(config: Mapping[str, Any], layer: int, types: list[str]) -> Heads:
 
 def _own_heads(config: Mapping[str, Any], layer: int, kind: str) -> Iterator[Heads]:
     """What holds for this layer instead of all, by each convention that there is for it."""
-    if config.get("attention_k_eq_v") and kind == "full_attention":  # Gemma 4, before Transformers 5.15
+    if config.get("attention_k_eq_v", True) and kind == "full_attention":  # Gemma 4, before Transformers 5.15
         yield Heads(kv=positive(config.get("num_global_key_value_heads")))
     if _is_window(config, layer, kind):  # MiMo-V2, Inkling; Step-3.7 has the last one
         query = positive(first_of(config, ("swa_num_attention_heads", "num_sliding_attention_heads")))
@@ -265,6 +265,9 @@ def _is_window(config: Mapping[str, Any], layer: int, kind: str) -> bool:
     local = config.get("local_layer_ids")  # Inkling
     if isinstance(local, list):
         return layer in local
+    period = positive(first_of(config, ("sliding_window_pattern", "global_attn_every_n_layers")))
+    if period is not None and not kind:  # Gemma 3, AFMoE
+        return (layer + 1) % period != 0
     return bool(_WINDOW.search(kind))
 
 
@@ -377,7 +380,7 @@ def with_counts(
 
 
 #: Fields that tell layers apart for another reason than their cache.
-_OTHER_REASON = re.compile(r"mlp|moe|expert|dense|ffn|rope|window|sliding")
+_OTHER_REASON = re.compile(r"mlp|moe|expert|dense|ffn|rope|window|sliding|cross|token")
 _PERIOD = re.compile(r"interval|period|every|freq|group_size")
 
 
@@ -400,11 +403,12 @@ def _tells(name: str, value: Any, layers: set[int], some: set[int]) -> bool:
     if not isinstance(value, (list, str)):
         return False
     numbers = [x for x in value if isinstance(x, int) and not isinstance(x, bool)]
-    if len(numbers) == len(value) and set(numbers) in (some, {n + 1 for n in some}):
+    one_of_two = (some, layers - some)
+    if len(numbers) == len(value) and any(set(numbers) in (x, {n + 1 for n in x}) for x in one_of_two):
         return True
     if len(value) != max(layers) + 1:
         return False
-    kinds = [{repr(value[n]) for n in part} for part in (some, layers - some)]
+    kinds = [{repr(value[n]) for n in part} for part in one_of_two]
     return not kinds[0] & kinds[1]
 
 
