@@ -23,8 +23,9 @@ _ABOVE = r"layer\.\d+|[A-Za-z_]+"
 #: Modules between attention and its scales: engines (vLLM, SGLang), ChatGLM, GPT-Neo, BERT.
 _BELOW = r"(?:attn|attn_mqa|attn_mha|mla_attn(?:\.mla_attn)?|core_attention|attention|self)"
 
+#: What a name in attention has at least; most tensors are those of experts.
+_ATTENTION = re.compile(r"att|Att|mixer|temporal_block")
 #: Layer and attention of a tensor; the first number that fits, as T5 has another one behind it.
-_ATTENTION = re.compile(r"att|Att|mixer|temporal_block")  # most tensors are those of experts
 _PLACE = re.compile(
     rf"(?P<stack>(?:.*?\.)?)(?P<layer>\d{{1,4}})\.(?:(?P<above>{_ABOVE})\.)??(?P<module>{_SELF}|{_CROSS})\."
     r"(?P<rest>.*)"
@@ -109,11 +110,6 @@ class ScaleName(NamedTuple):
     letters: str
     kind: str
 
-    @property
-    def is_cross(self) -> bool:
-        """The attention caches what another model has made."""
-        return is_cross(self.module)
-
 
 class Place(NamedTuple):
     """Where a tensor of attention is: `stack` is what stands before the number of the layer."""
@@ -156,7 +152,7 @@ def parse_scale_name(name: str) -> tuple[int, str, str] | None:
     Those of other models, and of attention to them, are others, but for the layer of EAGLE-3.
     """
     found = find_scale_name(name)
-    if found is None or found.is_cross or (is_side_model(name) and "midlayer" not in found.model):
+    if found is None or is_cross(found.module) or (is_side_model(name) and "midlayer" not in found.model):
         return None
     return found.layer, found.letters, found.kind
 

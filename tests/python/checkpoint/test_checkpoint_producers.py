@@ -55,6 +55,8 @@ def mixed(*words: str | None) -> dict[str, Any]:
         {"kv_cache_quant_algo": {MODULE.format(n): "FP8" for n in range(3)}},
         {"kv_cache_quant_algo": "FP8", "kv_cache_quantized_layers": [MODULE.format(n) for n in range(3)]},
         {"kv_cache_quant_algo": None, "kv_cache_quantized_layers": {"*self_attn": "FP8"}},
+        {"kv_cache_quant_algo": "FP8", "kv_cache_quantized_layers": {}},
+        {"kv_cache_quant_algo": {"*": "FP8"}},
         mixed("FP8", "FP8", "FP8"),
     ],
     ids=str,
@@ -139,6 +141,14 @@ def test_layers_in_16_bits_on_purpose(tmp_path: Path, key: str) -> None:
     loaded = load_kv_scales(checkpoint(tmp_path, quantization, 0, 2))
     assert list(loaded) == [0, 2]
     assert findings(loaded) == [("layer-unquantized", "note", 1)]
+
+
+def test_names_count_before_patterns(tmp_path: Path) -> None:
+    layers = {"*": "FP8", "*.layers.1.*": "NVFP4", MODULE.format(1): "NONE"}
+    quantization = {"kv_cache_quant_algo": "MIXED_PRECISION", "kv_cache_quantized_layers": layers}
+    assert findings(load_kv_scales(checkpoint(tmp_path, quantization, 0, 2))) == [
+        ("layer-unquantized", "note", 1)
+    ]
 
 
 def test_a_map_of_another_model_is_of_no_concern(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ _MARKS = (
 )  # fmt: skip
 #: Fields of ModelOpt and others with a word for the format of the cache.
 _WORD_FIELDS = ("kv_cache_quant_algo", "kv_cache_dtype")
+_ALL_FIELDS = ("kv_cache_scheme", *_WORD_FIELDS)
 #: Fields that say which layers are quantized, and how; and those that name what is not.
 _LAYER_FIELD = "kv_cache_quantized_layers"
 _LEFT_OUT = ("ignore", "ignored_layers", "exclude_modules", "exclude", "modules_to_not_convert")
@@ -136,7 +137,7 @@ def read_statements(config: Mapping[str, Any]) -> list[Statement]:
     found = []
     for statement in filter(None, (_of_scheme(quantization, producer), _of_words(quantization, producer))):
         by_layer = statement.by_layer or dict(_of_layers(quantization, statement))
-        if _is_mixed(statement) and not by_layer:
+        if not by_layer and _MIXED in (str(quantization.get(name)).lower() for name in _ALL_FIELDS):
             raise ValueError(f"{_LAYER_FIELD} must say what MIXED_PRECISION is for which layer, got none")
         found.append(replace(statement, by_layer=by_layer, left_out=left_out))
     return found
@@ -210,29 +211,21 @@ def _formats(name: str, value: Any, usual: str) -> Formats:
     return _WORDS[word]
 
 
-def _is_mixed(statement: Statement) -> bool:
-    return _MIXED in statement.said.lower() or statement.field == _LAYER_FIELD
-
-
 # Layers
 
 
 def _of_layers(quantization: Mapping[str, Any], statement: Statement) -> Iterator[tuple[str, Formats]]:
+    """The formats of layers in `kv_cache_quantized_layers`; of a list, which are quantized."""
     layers = quantization.get(_LAYER_FIELD)
-    if isinstance(layers, list):
+    if isinstance(layers, list) and layers:
         formats = statement.formats if statement.is_quantized else _ALL_FP8
-        for name in layers:
-            yield str(name), formats
-    elif isinstance(layers, dict):
+        yield from {**dict.fromkeys(map(str, layers), formats), "*": _ALL_REAL}.items()
+    elif isinstance(layers, dict) and layers:
         yield from _map(_LAYER_FIELD, layers, statement.producer).items()
-        return
-    else:
-        return
-    yield "*", _ALL_REAL  # what a list does not name
 
 
 def _map(where: str, layers: Mapping[str, Any], producer: str) -> dict[str, Formats]:
-    """The formats of layers in a map; what it does not name stays in 16 bits."""
+    """The formats of layers in a map, names before patterns; what it does not name stays in 16 bits."""
     result = {}
     for pattern, value in layers.items():
         name = f"{where}.{pattern}"
@@ -240,7 +233,8 @@ def _map(where: str, layers: Mapping[str, Any], producer: str) -> dict[str, Form
             result[str(pattern)] = _scheme(name, value, producer)[0]
         else:
             result[str(pattern)] = _formats(name, value, "FP8")
-    return {**result, "*": _ALL_REAL}
+    result.setdefault("*", _ALL_REAL)
+    return dict(sorted(result.items(), key=lambda item: (item[0] == "*", _is_pattern(item[0]))))
 
 
 def _matches(pattern: str, module: str) -> bool:
@@ -256,7 +250,7 @@ def _matches(pattern: str, module: str) -> bool:
             return any(re.match(pattern[3:], name) for name in names)
         except (re.error, RecursionError, OverflowError):
             return False
-    if any(mark in pattern for mark in "*?["):
+    if _is_pattern(pattern):
         return any(fnmatchcase(name, pattern) for name in names)
     place = find_place(f"{module}.")
     if place is None:
@@ -265,6 +259,10 @@ def _matches(pattern: str, module: str) -> bool:
         return pattern == str(place.layer)
     named = find_place(f"{pattern}.") or find_place(f"{pattern}.self_attn.")
     return named is not None and _place(named) == _place(place)
+
+
+def _is_pattern(name: str) -> bool:
+    return name.startswith("re:") or any(mark in name for mark in "*?[")
 
 
 def _place(place: Place) -> tuple[str, int]:
