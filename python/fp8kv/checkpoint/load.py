@@ -19,6 +19,7 @@ from fp8kv._checks import Strategy, listed
 from fp8kv.checkpoint._audit import presence
 from fp8kv.checkpoint._audit.values import check_values
 from fp8kv.checkpoint._read.config import MISTRAL_FILE, read_configs, section_of_model
+from fp8kv.checkpoint._read.files import files_beside
 from fp8kv.checkpoint._read.inventory import Entry, Key, Models, ModelTensors, choose_model, take_inventory
 from fp8kv.checkpoint._read.json_scales import read_json_scales
 from fp8kv.checkpoint._read.layers import Heads, Layers, layers_of_config, with_counts, with_tensors
@@ -218,7 +219,8 @@ def examine(
         for problem in result.problems
     ]
     if any(problem.kind == "before-rope" and problem.severity == "error" for problem in result.problems):
-        found.drop_output_scales()
+        # Values have no RoPE.
+        result.scales = {n: {"v": x["v"]} for n, x in result.scales.items() if "v" in x}
     result.problems.sort(key=lambda p: (_RANKS[p.severity], -1 if p.layer is None else p.layer))
     return result
 
@@ -407,18 +409,12 @@ class _Examination:
         return f"{self.tensors.stack}{layer}.self_attn" if module is None else module.name
 
     def _elsewhere(self) -> str | None:
-        """Where there are scales, or may be: in other models, and in JSON files of the directory."""
+        """Where there are scales, or may be: in other models, and in files of the directory."""
         stacks = [f"{x.stack}*" for x in self.models.values() if x is not self.tensors and x.entries]
         if stacks:
             return f"there are some of {', '.join(stacks)}"
-        files = sorted(file.name for file in self.path.glob("*scale*.json")) if self.path.is_dir() else []
-        return f"{', '.join(files)} may have some: give that file instead of the directory" if files else None
-
-    def drop_output_scales(self) -> None:
-        """Takes the scales of K and Q that are of the outputs of projections from what can be used."""
-        for key, copies in self.result.entries.items():
-            if key.letter != "v" and any(map(presence.is_output_scale, (entry.name for entry in copies))):
-                self.result.scales.get(key.layer, {}).pop(key.letter, None)
+        files = ", ".join(files_beside(self.path))
+        return f"{files} may have some: give that file instead of the directory" if files else None
 
 
 def _strategy(entries: Mapping[Key, list[Entry]]) -> Strategy:

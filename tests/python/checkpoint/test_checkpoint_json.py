@@ -149,6 +149,15 @@ def test_a_file_of_scales_beside_a_checkpoint_without_is_named(tmp_path: Path) -
         load_kv_scales(tmp_path)
 
 
+def test_scales_in_a_file_that_is_not_read_are_named(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "tensor")
+    (tmp_path / "model.safetensors").rename(tmp_path / "consolidated.safetensors")
+    write_checkpoint(tmp_path, {"model.layers.0.self_attn.k_proj.weight": torch.ones(2, 2)})
+    with pytest.raises(CheckpointError, match=r"consolidated\.safetensors may have some: give that file"):
+        load_kv_scales(tmp_path)
+    assert len(load_kv_scales(tmp_path / "consolidated.safetensors")) == 3
+
+
 # Other files
 
 

@@ -260,6 +260,13 @@ def test_scales_from_before_rope_need_consent(tmp_path: Path) -> None:
     assert [(p.kind, p.severity) for p in accepted.problems] == [("before-rope", "warning")]
 
 
+def test_scales_from_before_rope_by_another_name(tmp_path: Path) -> None:
+    tensors = layers(MAIN, 0.25, 0.25, 0.25)
+    write_checkpoint(tmp_path, tensors, quark(kv_cache_post_rope=False))
+    assert [kind for kind, _, _ in found(tmp_path)] == ["before-rope"]
+    assert found(write_checkpoint(tmp_path, tensors, quark())) == []
+
+
 @pytest.mark.parametrize(("post", "kinds"), [(True, []), (None, [("rope-unsaid", "warning")])])
 def test_scales_from_after_rope(tmp_path: Path, post: bool | None, kinds: list[tuple[str, str]]) -> None:
     fields = {} if post is None else {"kv_cache_post_rope": post}

@@ -86,7 +86,6 @@ def check_other_models(models: Models, chosen: str) -> Iterator[Problem]:
 def check_rope(entries: dict[Key, list[Entry]], statement: Statement) -> Iterator[Problem]:
     """A problem if scales are of the outputs of projections, and the cache holds something else."""
     names = [name for key, copies in entries.items() if key.letter != "v" for name, _ in copies]
-    names = [name for name in names if is_output_scale(name)]
     if statement.producer != "quark" or not names or statement.before_rope is False:
         return
     if statement.before_rope:
@@ -94,14 +93,9 @@ def check_rope(entries: dict[Key, list[Entry]], statement: Statement) -> Iterato
             f"kv_cache_post_rope is false: {names[0]} is of keys before norm and RoPE, and not of the cache"
         )
         yield make_problem("before-rope", message, tensor=names[0], value=len(names))
-    else:
+    elif "_proj.output_" in names[0]:
         message = f"Without kv_cache_post_rope, {names[0]} may be of keys before norm and RoPE"
         yield make_problem("rope-unsaid", message, tensor=names[0], value=len(names))
-
-
-def is_output_scale(name: str) -> bool:
-    """The scale of what a projection makes."""
-    return "_proj.output_" in name
 
 
 def check_formats(
