@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from fp8kv._checks import LAYOUTS, check_choice, check_scale_values, quoted
 from fp8kv._dtypes import CACHE_DTYPES, CACHE_NAMES, FORMATS, dtype_name
 from fp8kv.kv_cache import ops
 from fp8kv.kv_cache.attention import paged_attention
+from fp8kv.kv_cache.clipping import ClipCounter, Clipped, clipped_sentence
 from fp8kv.quantization import dequantize, quantize
 
 _INT32 = torch.iinfo(torch.int32)
@@ -29,9 +31,9 @@ class PagedKVCache:
         dtype: "fp8" or "fp8_e4m3", "fp8_e5m2", "float16", "bfloat16", "float32", or the torch dtype.
         layout: "NHD" or "HND": whether the heads of a token, or the tokens of a head, lie together.
         device: None is PyTorch's default device.
-        scales: None: 1.0. An object with ``.k`` and ``.v``: floats, or tensors of 1 or num_kv_heads elements
-            of any floating-point dtype; they are copied. "dynamic": one scale for each token and head, which
-            `append` computes. FP8 only.
+        scales: None: 1.0, and what that clips is counted; see `clipped`. An object with ``.k`` and ``.v``:
+            floats, or tensors of 1 or num_kv_heads elements of any floating-point dtype; they are copied.
+            "dynamic": one scale for each token and head, which `append` computes. FP8 only.
 
     Attributes:
         storage: the one tensor of K and V, 0 at first: NHD
@@ -45,6 +47,8 @@ class PagedKVCache:
         kv_cache_dtype: the string for the operators.
         dtype: the dtype of `storage`.
         dynamic: whether there is a scale for each token and head.
+        clip_counter: the `fp8kv.kv_cache.clipping.ClipCounter` of a cache that was given no scales; else
+            None. One cache may go on with the counter of another.
         num_blocks, block_size, num_kv_heads, head_size, layout, device: as above.
 
     Raises:
@@ -101,6 +105,8 @@ class PagedKVCache:
             else scale.to(self.device, copy=True)
             for scale in self._scales
         )
+        counts = scales is None and self.dtype in FORMATS
+        self.clip_counter = ClipCounter(FORMATS[self.dtype].max, self.device) if counts else None
 
     def _checked_scales(self, scales: Any) -> tuple[Tensor | None, Tensor | None]:
         """Those of K and V; None where they are computed."""
@@ -167,6 +173,7 @@ class PagedKVCache:
                 )
         self.k_scale, self.v_scale = k_scale, v_scale
         self._scales = (None, None)
+        self.clip_counter = None
 
     def append(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         """Stores tokens at their slots.
@@ -198,6 +205,40 @@ class PagedKVCache:
                 key, value, key_cache, value_cache, slot_mapping, self.kv_cache_dtype, self.k_scale,
                 self.v_scale,
             )  # fmt: skip
+        if self.clip_counter is not None:
+            self.clip_counter.add(key, value, slot_mapping)
+            # Looking at the count of a GPU would make every step wait.
+            if self.device.type == "cpu" and not torch.compiler.is_compiling():
+                self._clipped_with_warning(self.clip_counter)
+
+    def clipped(self) -> Clipped | None:
+        """How many elements `append` has clipped in a cache that was given no scales.
+
+        Such a cache has the scale 1.0, which clips what is beyond 448, or 57344 in E5M2: silently, and at the
+        cost of the model's answers. It counts on the device, in CUDA graphs and compiled code too. A warning
+        tells once that something was clipped: on the CPU when it happens, else when this method is called,
+        which waits for the device.
+
+        Returns:
+            The numbers for K and V; None if the cache was given scales, computes them or is not FP8, as
+            nothing is counted then.
+
+        Example:
+            >>> import torch, fp8kv
+            >>> cache = fp8kv.PagedKVCache(4, 16, 1, 2)
+            >>> cache.append(torch.ones(1, 1, 2), torch.ones(1, 1, 2), torch.tensor([20]))
+            >>> cache.clipped()
+            Clipped(k=0, v=0)
+        """
+        return None if self.clip_counter is None else self._clipped_with_warning(self.clip_counter)
+
+    def _clipped_with_warning(self, counter: ClipCounter) -> Clipped:
+        """The warning points at the caller of `append` or `clipped`."""
+        clipped = counter.read()
+        if any(clipped) and not counter.warned:
+            counter.warned = True
+            warnings.warn(clipped_sentence("PagedKVCache", clipped, counter.limit), stacklevel=3)
+        return clipped
 
     def gather(
         self,
