@@ -1,9 +1,9 @@
 """The attention function "fp8kv" of Transformers: reads the FP8 bytes of an `Fp8Cache` where it can.
 
 Transformers calls `update` of the cache and gives what it returns to the attention function. A layer of
-`Fp8Cache` marks these tensors with a `Stored`, which says where their tokens lie. A mark is an attribute of the
-very tensor: it does not survive if a model changes keys or values on the way, which then take the usual way.
-The mask function marks masks likewise, with the first position that each sequence sees.
+`Fp8Cache` marks these tensors with a `Stored`, which says where their tokens lie. A mark is an attribute of
+the very tensor: it does not survive if a model changes keys or values on the way, which then stay on the
+usual path. The mask function marks masks likewise, with the first position that each sequence sees.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -30,8 +32,8 @@ MAX_NEW_TOKENS = 8
 
 _STORED = "_fp8kv_stored"
 _STARTS = "_fp8kv_starts"
-_sdpa = AttentionInterface()["sdpa"]
-_sdpa_mask = AttentionMaskInterface()["sdpa"]
+_sdpa: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
+_sdpa_mask: Any = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
 
 def runs_on(device: torch.device) -> bool:
@@ -67,17 +69,17 @@ def choose(model_config: PreTrainedConfig, config: PreTrainedConfig) -> None:
         config: the part of it that describes the language model.
     """
     chosen = config._attn_implementation
-    classes = [
+    classes: list[Any] = [
         mapping[type(one)]
         for one in (config, model_config)
         for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
         if type(one) in mapping
     ]
     model = classes[0] if classes else None
-    if model is None or not model._supports_attention_backend:
+    if model is None or not model._can_set_attn_implementation():
         return
-    # Eager attention may be a wish, or all there is, as "sdpa" has neither softcap nor sinks. In the latter case
-    # FlashAttention shows that all there is to know are the arguments of the function.
+    # Eager attention may be a wish, or all there is, as "sdpa" has neither softcap nor sinks. Where the model
+    # takes FlashAttention, the arguments of the function are all there is to know.
     no_other = chosen == "eager" and not model._supports_sdpa and model._supports_flash_attn
     if chosen == "sdpa" or no_other:
         config._attn_implementation = NAME
@@ -113,32 +115,37 @@ def attend(
     Returns:
         ``[batch, new tokens, num_heads, head_size]``, and the weights of eager attention or None.
     """
-    stored = getattr(key, _STORED, None)
-    if stored is not None and stored is getattr(value, _STORED, None):
-        stored.layer.is_reached = True
-        if stored.step is not None:
-            plain = dropout == 0.0 and kwargs.get("position_bias") is None and _is_causal(module, kwargs)
-            if plain and _can_read(query, attention_mask, stored.step):
-                starts = getattr(attention_mask, _STARTS, None)
-                return stored.layer.attend(query, stored.step, starts, scaling, softcap, s_aux), None
-            if not stored.whole:
-                key, value = stored.layer.read(stored.step, query.dtype)
-    elif stored is not None and not stored.whole:
-        raise unreached(stored.layer.index)
-    if softcap is None and s_aux is None:
-        return _sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    own = {"softcap": softcap, "s_aux": s_aux}
-    kwargs |= {name: x for name, x in own.items() if x is not None}
-    causal = _is_causal(module, kwargs)
-    attention_mask = _additive(attention_mask, query, key, causal)
-    eager = _eager_attention(module)
-    return eager(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    stored: Stored | None = getattr(key, _STORED, None)
+    if stored is not None:
+        if stored is getattr(value, _STORED, None):
+            stored.layer.is_reached = True
+        elif stored.whole:
+            stored = None
+        else:
+            raise unreached(stored.layer.index)
+    if stored is not None and stored.step is not None:
+        plain = dropout == 0.0 and kwargs.get("position_bias") is None and _is_causal(module, kwargs)
+        if plain and _can_read(query, attention_mask, stored.step):
+            starts = getattr(attention_mask, _STARTS, None)
+            return stored.layer.attend(query, stored.step, starts, scaling, softcap, s_aux), None
+        if not stored.whole:
+            key, value = stored.layer.read(stored.step, query.dtype)
+    attention = _sdpa
+    if softcap is not None or s_aux is not None:
+        attention = _eager_attention(module)
+        attention_mask = _additive(attention_mask, query, key, _is_causal(module, kwargs))
+        kwargs |= {} if softcap is None else {"softcap": softcap}
+        kwargs |= {} if s_aux is None else {"s_aux": s_aux}
+    result: tuple[Tensor, Tensor | None] = attention(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+    return result
 
 
 def unreached(layer: int) -> RuntimeError:
     return RuntimeError(
-        f'Fp8Cache: the keys and values of layer {layer} must reach the attention function "{NAME}" as the cache '
-        "returned them, but the model has changed or used them; give Fp8Cache direct=False"
+        f'Fp8Cache: the keys and values of layer {layer} must reach the attention function "{NAME}" as the '
+        "cache returned them, but the model has changed or used them; give Fp8Cache direct=False"
     )
 
 
@@ -181,7 +188,7 @@ def _additive(mask: Tensor | None, query: Tensor, key: Tensor, is_causal: bool) 
 
 def mask(**kwargs: Any) -> Tensor | None:
     """The mask function: that of "sdpa". What `fp8kv.paged_attention` can do without the mask, it marks."""
-    result = _sdpa_mask(**kwargs)
+    result: Tensor | None = _sdpa_mask(**kwargs)
     if result is not None and kwargs["q_length"] <= MAX_NEW_TOKENS:
         starts = _starts_untested(kwargs) if torch.compiler.is_compiling() else _starts(result, kwargs)
         if starts is not None:

@@ -32,7 +32,7 @@ from fp8kv.transformers.layers import Fp8Layer, LayerOptions
 from fp8kv.transformers.progress import Progress
 from fp8kv.transformers.step import Steps
 
-#: Transformers' layers of a growing cache whose keys and values become FP8: whether they have a recurrent state too.
+#: Transformers' layers whose keys and values become FP8, and whether they have a recurrent state as well.
 _STORED_IN_FP8 = {
     DynamicLayer: False,
     DynamicSlidingWindowLayer: False,
@@ -50,8 +50,8 @@ _WINDOWS: dict[str, str | None] = {
 class Fp8Cache(Cache):
     """A cache for Transformers that keeps keys and values in FP8, in a `fp8kv.PagedKVCache` for each layer.
 
-    `update` quantizes the new tokens and stores them. In steps of up to 8 tokens the attention function "fp8kv"
-    then reads the FP8 bytes; for prompts, and where that is not possible, `update` returns all tokens
+    `update` quantizes the new tokens and stores them. In steps of up to 8 tokens the attention function
+    "fp8kv" then reads the FP8 bytes; for prompts, and where that is not possible, `update` returns all tokens
     dequantized, the new ones too. Such tensors are temporary: between steps only FP8 is alive.
 
     Without `max_cache_len` the cache is dynamic: it takes any number of sequences and grows with them, by at
@@ -284,7 +284,8 @@ def _plans(config: PreTrainedConfig, skip_layers: Sequence[int | str]) -> list[_
         own = DynamicCache(config=config).layers
     except KeyError as error:
         raise ValueError(
-            f"Fp8Cache: config must have layers that Transformers has a cache for, got layers of the type {error}"
+            "Fp8Cache: config must have layers that Transformers has a cache for, "
+            f"got layers of the type {error}"
         ) from None
     skipped = _skipped(skip_layers, types)
     plans = [
@@ -308,7 +309,8 @@ def _plan(config: PreTrainedConfig, types: list[str], index: int, layer: Any) ->
             f"layer {index}; skip_layers=[{quoted(types[index])}] keeps such layers in 16 bits"
         )
     modes = getattr(config, "kv_sharing_modes", None)
-    is_shared = modes[index] == "store" if modes else bool(getattr(config, "num_kv_shared_layers", 0))
+    takers = "reuse" in modes if modes else getattr(config, "num_kv_shared_layers", 0)
+    is_shared = bool(takers) and (not modes or modes[index] == "store")
     num_states = getattr(layer, "number_of_states", 1) if _STORED_IN_FP8[type(layer)] else None
     return _Plan(getattr(layer, "sliding_window", None), is_shared, num_states)
 
@@ -319,7 +321,7 @@ def _skipped(skip_layers: Sequence[int | str], types: list[str]) -> set[int]:
         skip_layers = [skip_layers]
     skipped: set[int] = set()
     for one in skip_layers:
-        named = {one} & set(range(len(types))) or {index for index, kind in enumerate(types) if kind == one}
+        named = {index for index, kind in enumerate(types) if one in (index, kind)}
         if not named:
             known = ", ".join(map(quoted, sorted(set(types))))
             raise ValueError(
@@ -337,14 +339,17 @@ def _layer(
     progress: Progress,
     room: tuple[int, int | None] | None,
 ) -> Fp8Layer:
-    states = () if plan.num_states is None else (plan.num_states,)
-    if room is None:
-        return (layers.HybridDynamicFp8Layer if states else layers.DynamicFp8Layer)(*states, options, steps)
-    if plan.window is None or plan.window >= room[0]:
-        static = layers.HybridStaticFp8Layer if states else layers.StaticFp8Layer
-    else:
-        static = layers.HybridStaticWindowFp8Layer if states else layers.StaticWindowFp8Layer
-    return static(*states, options, progress, *room)
+    """Of the class that fits; the second one of each kind has recurrent states as well."""
+    arguments: tuple[Any, ...] = (options, steps)
+    classes: list[Any] = [layers.DynamicFp8Layer, layers.HybridDynamicFp8Layer]
+    if room is not None:
+        arguments = (options, progress, *room)
+        classes = [layers.StaticFp8Layer, layers.HybridStaticFp8Layer]
+        if plan.window is not None and plan.window < room[0]:
+            classes = [layers.StaticWindowFp8Layer, layers.HybridStaticWindowFp8Layer]
+    is_hybrid = plan.num_states is not None
+    layer: Fp8Layer = classes[is_hybrid](*([plan.num_states] if is_hybrid else []), *arguments)
+    return layer
 
 
 def _other_bytes(layer: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ class Clipping:
     def __init__(self) -> None:
         self.counters: dict[str, ClipCounter] = {}
         self.warned = False
-        self._on_its_way: tuple[torch.cuda.Event, list[Tensor]] | None = None
+        self._on_its_way: tuple[Any, list[Tensor]] | None = None  # counts of a GPU, and the event behind them
 
     def watch(self, storage: PagedKVCache) -> None:
         """The counter of a new storage becomes that of its device, if there are counters at all."""

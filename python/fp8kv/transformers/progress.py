@@ -13,8 +13,8 @@ from fp8kv.transformers.step import Step
 class Progress:
     """How many tokens the layers of a static cache have, and the indices of the step that is on.
 
-    A step is on from the first layer that gets its tokens to the last one, or to a layer that gets tokens once
-    more. The length changes at its end, on the device, so that compiled code keeps nothing of the step.
+    A step is on from the first layer that gets its tokens to the last one, or to a layer that gets tokens
+    once more. The length changes at its end, on the device, so that compiled code keeps nothing of the step.
 
     Args:
         layers: the indices of all layers.

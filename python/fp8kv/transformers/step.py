@@ -42,8 +42,9 @@ class Step:
         """`seq_lens` and `cu_query_lens` of `fp8kv.paged_attention`."""
         if self._to_attend is None:
             one_each = self.num_tokens == 1
-            self._to_attend = self._filled(self.end - self.base), None if one_each else self._sums(
-                self.num_tokens
+            self._to_attend = (
+                self._filled(self.end - self.base),
+                None if one_each else self._sums(self.num_tokens),
             )
         return self._to_attend
 
