@@ -27,7 +27,7 @@ FIELDS: dict[str, Any] = {
     "num_attention_heads": 4, "num_key_value_heads": KV_HEADS, "max_position_embeddings": 128,
     "initializer_range": 0.15, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
 }  # fmt: skip
-#: Models with full attention, with windows, with both, and with chunks that don't look back.
+#: Models with full attention, with windows, with both, with chunks that don't look back, softcap and sinks.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("Llama", {}),
     "Llama-2": ("Llama", {"num_key_value_heads": 4}),
@@ -38,6 +38,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama4": ("Llama4", {"attention_chunk_size": 9, "head_dim": 16, "num_local_experts": 2,
                           "intermediate_size_mlp": 96,
                           "layer_types": ["chunked_attention", "full_attention"]}),
+    "Gemma2": ("Gemma2", {"sliding_window": 9, "head_dim": 16}),  # with softcap
+    "GptOss": ("GptOss", {"sliding_window": 9, "head_dim": 16, "num_local_experts": 2,
+                          "num_experts_per_tok": 2}),  # with sinks
 }  # fmt: skip
 #: What the argument of a model is called: `cache` in newer releases.
 CACHE = next(
@@ -57,9 +60,12 @@ def config_of(name: str) -> Any:
 
 
 @functools.cache
-def model_of(name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
+def model_of(kind: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
     torch.manual_seed(0)
-    model = getattr(transformers, MODELS[name][0] + "ForCausalLM")(config_of(name))
+    model = getattr(transformers, MODELS[kind][0] + "ForCausalLM")(config_of(kind))
+    for name, parameter in model.named_parameters():
+        if "sinks" in name:  # they are not initialized
+            torch.nn.init.normal_(parameter)
     return model.eval().to(device, dtype)
 
 

@@ -192,6 +192,7 @@ def mask(**kwargs: Any) -> Tensor | None:
     if result is not None and kwargs["q_length"] <= MAX_NEW_TOKENS:
         starts = _starts_untested(kwargs) if torch.compiler.is_compiling() else _starts(result, kwargs)
         if starts is not None:
+            result = result.contiguous()  # `generate` makes it so, and a copy has no mark
             setattr(result, _STARTS, starts)
     return result
 

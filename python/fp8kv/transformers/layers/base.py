@@ -125,7 +125,7 @@ class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
         What it got in the step before must have reached it as it was.
         """
-        if not self._gave_whole and not self.is_reached:
+        if not self.is_reached and not self._gave_whole:  # in this order, compiled code does not ask for both
             raise attention.unreached(self.index)
         options = self.options
         return (
