@@ -206,9 +206,10 @@ def test_a_conversation_goes_on(name: str, static: bool) -> None:
 @each_mode
 def test_crop_and_reset(static: bool) -> None:
     model, ids = model_of("Llama"), tokens()
-    cache, expected = pair("Llama", model, static=static)
+    cache, _ = pair("Llama", model, static=static)
     mask = torch.ones_like(ids)
     for _ in range(2):
+        _, expected = pair("Llama", model, static=static)
         for one in (cache, expected):
             logits(model, one, ids[:, :14], mask[:, :14], (12, 2))
         logits(model, cache, tokens(length=5, seed=9), mask[:, :19], (5,))
@@ -216,7 +217,6 @@ def test_crop_and_reset(static: bool) -> None:
         actual = logits(model, cache, ids[:, 14:], mask, (1, 5, 4))
         assert_close(actual, logits(model, expected, ids[:, 14:], mask, (1, 5, 4)))
         cache.reset()
-        expected.reset()
 
 
 # Compiled
@@ -415,6 +415,8 @@ def test_other_caches_with_fp8kv(name: str, usual: str, static: bool) -> None:
 def test_when_the_cache_chooses_it(name: str, before: str, after: str) -> None:
     """Where "fp8kv" does the work of what is there; eager attention is a wish if there is another."""
     model = copy.deepcopy(model_of(name))
+    if before == "eager" and after == "fp8kv" and model._supports_sdpa:
+        pytest.skip("with this Transformers, the model has a choice")
     model.set_attn_implementation(before)
     Fp8Cache(model.config, direct=False)
     assert model.config._attn_implementation == before
