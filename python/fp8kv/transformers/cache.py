@@ -211,6 +211,7 @@ class Fp8Cache(Cache):
             ValueError: there are not so many, or a layer with a window has forgotten the tokens before them:
                 `activate_past_recording` keeps them. Nothing is removed then.
         """
+        tokens_to_remove = int(tokens_to_remove)  # some releases of Transformers give a tensor
         for index in self._fp8:
             self.layers[index].check_crop(tokens_to_remove)
         # Those of Transformers first, as they refuse by themselves.

@@ -23,6 +23,7 @@ from helpers import assert_same_bytes, raw
 transformers = pytest.importorskip("transformers")
 
 from transformers import DynamicCache  # noqa: E402
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING  # noqa: E402
 
 from cached_models import (  # noqa: E402
     E4M3,
@@ -651,19 +652,33 @@ def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
         Fp8Cache(config_of("Llama"), tmp_path / "nowhere")
 
 
+#: Keys that something else chooses from; its name depends on the release.
+SPARSE = "indexed_attention"
+if SPARSE not in DYNAMIC_LAYER_TYPE_MAPPING:
+    SPARSE = "deepseek_sparse_attention"
+
+
+def with_types(*types: str) -> Any:
+    config = config_of("Llama")
+    config.layer_types = list(types)  # not checked, as those of a constructor are
+    return config
+
+
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
         (lambda: transformers.T5Config(num_layers=1),
          "config must be of a model without an encoder, as keys of an encoder are not cached, got T5Config"),
-        (lambda: transformers.LlamaConfig(**FIELDS, layer_types=["full_attention", "indexed_attention"]),
-         "config must have layers whose keys and values can be FP8, got 'indexed_attention' for layer 1; "
-         'skip_layers=["indexed_attention"] keeps such layers in 16 bits'),
-        (lambda: transformers.LlamaConfig(**FIELDS, layer_types=["linear_attention", "linear_attention"]),
+        (lambda: with_types("full_attention", SPARSE),
+         f"config must have layers whose keys and values can be FP8, got '{SPARSE}' for layer 1; "
+         f'skip_layers=["{SPARSE}"] keeps such layers in 16 bits'),
+        (lambda: with_types("full_attention", "unheard_of"),
+         "config must have layers that Transformers has a cache for, got layers of the type 'unheard_of'"),
+        (lambda: with_types("linear_attention", "linear_attention"),
          "config must be of a model with keys and values to store in FP8, "
          "got LlamaConfig without such layers, or skip_layers with all of them"),
     ],
-    ids=["encoder", "sparse attention", "no attention"],
+    ids=["encoder", "sparse attention", "unknown", "no attention"],
 )  # fmt: skip
 def test_models_that_are_refused(config: Any, sentence: str) -> None:
     with pytest.raises(ValueError) as error:
