@@ -260,7 +260,13 @@ def _decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
             "Fp8Cache: config must be of a model without an encoder, as keys of an encoder are not cached, "
             f"got {type(config).__name__}"
         )
-    return config.get_text_config(decoder=True)
+    decoder = config.get_text_config(decoder=True)
+    if getattr(decoder, "cross_attention_layers", None):
+        raise ValueError(
+            "Fp8Cache: config must be of a model without cross-attention layers, as it would look at the keys "
+            f"in the cache itself, got {type(decoder).__name__}"
+        )
+    return decoder
 
 
 @dataclass
@@ -301,8 +307,7 @@ def _plans(config: PreTrainedConfig, skip_layers: Sequence[int | str]) -> list[_
 
 
 def _plan(config: PreTrainedConfig, types: list[str], index: int, layer: Any) -> _Plan | None:
-    is_cross_attention = index in (getattr(config, "cross_attention_layers", None) or ())
-    if not isinstance(layer, CacheLayerMixin) or is_cross_attention:
+    if not isinstance(layer, CacheLayerMixin):
         return None
     if type(layer) not in _STORED_IN_FP8:
         raise ValueError(

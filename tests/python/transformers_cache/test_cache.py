@@ -669,6 +669,9 @@ def with_types(*types: str) -> Any:
     [
         (lambda: transformers.T5Config(num_layers=1),
          "config must be of a model without an encoder, as keys of an encoder are not cached, got T5Config"),
+        (lambda: transformers.MllamaConfig(),
+         "config must be of a model without cross-attention layers, as it would look at the keys in the cache "
+         "itself, got MllamaTextConfig"),
         (lambda: with_types("full_attention", SPARSE),
          f"config must have layers whose keys and values can be FP8, got '{SPARSE}' for layer 1; "
          f'skip_layers=["{SPARSE}"] keeps such layers in 16 bits'),
@@ -678,7 +681,7 @@ def with_types(*types: str) -> Any:
          "config must be of a model with keys and values to store in FP8, "
          "got LlamaConfig without such layers, or skip_layers with all of them"),
     ],
-    ids=["encoder", "sparse attention", "unknown", "no attention"],
+    ids=["encoder", "cross-attention", "sparse attention", "unknown", "no attention"],
 )  # fmt: skip
 def test_models_that_are_refused(config: Any, sentence: str) -> None:
     with pytest.raises(ValueError) as error:
