@@ -263,8 +263,8 @@ def _decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     decoder = config.get_text_config(decoder=True)
     if getattr(decoder, "cross_attention_layers", None):
         raise ValueError(
-            "Fp8Cache: config must be of a model without cross-attention layers, as it would look at the keys "
-            f"in the cache itself, got {type(decoder).__name__}"
+            "Fp8Cache: config must be of a model without cross-attention layers, as it would read keys from "
+            f"the cache itself, got {type(decoder).__name__}"
         )
     return decoder
 

@@ -670,8 +670,8 @@ def with_types(*types: str) -> Any:
         (lambda: transformers.T5Config(num_layers=1),
          "config must be of a model without an encoder, as keys of an encoder are not cached, got T5Config"),
         (lambda: transformers.MllamaConfig(),
-         "config must be of a model without cross-attention layers, as it would look at the keys in the cache "
-         "itself, got MllamaTextConfig"),
+         "config must be of a model without cross-attention layers, as it would read keys from the "
+         "cache itself, got MllamaTextConfig"),
         (lambda: with_types("full_attention", SPARSE),
          f"config must have layers whose keys and values can be FP8, got '{SPARSE}' for layer 1; "
          f'skip_layers=["{SPARSE}"] keeps such layers in 16 bits'),
