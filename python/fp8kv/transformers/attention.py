@@ -115,9 +115,9 @@ def attend(
     Returns:
         ``[batch, new tokens, num_heads, head_size]``, and the weights of eager attention or None.
     """
-    stored: Stored | None = getattr(key, _STORED, None)
+    stored = _mark_of(key)
     if stored is not None:
-        if stored is getattr(value, _STORED, None):
+        if stored is _mark_of(value):
             stored.layer.is_reached = True
         elif stored.whole:
             stored = None
@@ -140,6 +140,11 @@ def attend(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
     return result
+
+
+def _mark_of(tensor: Tensor) -> Stored | None:
+    stored: Stored | None = getattr(tensor, _STORED, None)
+    return stored
 
 
 def unreached(layer: int) -> RuntimeError:
@@ -189,7 +194,7 @@ def _additive(mask: Tensor | None, query: Tensor, key: Tensor, is_causal: bool) 
 def mask(**kwargs: Any) -> Tensor | None:
     """The mask function: that of "sdpa". What `fp8kv.paged_attention` can do without the mask, it marks."""
     result: Tensor | None = _sdpa_mask(**kwargs)
-    if result is not None and kwargs["q_length"] <= MAX_NEW_TOKENS:
+    if result is not None and kwargs["q_length"] <= MAX_NEW_TOKENS and runs_on(result.device):
         starts = _starts_untested(kwargs) if torch.compiler.is_compiling() else _starts(result, kwargs)
         if starts is not None:
             result = result.contiguous()  # `generate` makes it so, and a copy has no mark

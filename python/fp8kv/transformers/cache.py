@@ -39,12 +39,8 @@ _STORED_IN_FP8 = {
     LinearAttentionAndFullAttentionLayer: True,
     LinearAttentionAndSlidingWindowAttentionLayer: True,
 }
-#: Layer types, and the field of the config that bounds how far back such a layer looks.
-_WINDOWS: dict[str, str | None] = {
-    "full_attention": None,
-    "sliding_attention": "sliding_window",
-    "chunked_attention": "attention_chunk_size",
-}
+#: Fields of a config that bound how far back a layer looks, and what the type of such a layer is.
+_BOUNDED = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}
 
 
 class Fp8Cache(Cache):
@@ -381,7 +377,7 @@ def _layer_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
 
 def _layer_type(config: PreTrainedConfig) -> str:
     """For models that don't name the types of their layers."""
-    bounded = (kind for kind, field in _WINDOWS.items() if field and getattr(config, field, None))
+    bounded = (kind for field, kind in _BOUNDED.items() if getattr(config, field, None))
     return next(bounded, "full_attention")
 
 
