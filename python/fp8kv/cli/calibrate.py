@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
+
+# Its functions have the default process group as a default argument. Imported while there is one, as
+# Transformers does when it loads a model, they would keep the group and its threads beyond its end; and a
+# thread of gloo that lets go of a tensor while the interpreter ends aborts the process.
+import torch.distributed.nn.functional
 from torch import Tensor
 from torch import distributed as dist
 
