@@ -23,6 +23,7 @@ from fp8kv._checks import STRATEGIES
 from fp8kv.calibration import calibrate, share, text_batches
 from fp8kv.calibration.observers import OBSERVERS
 from fp8kv.calibration.texts import reference_text
+from fp8kv.checkpoint._read.config import NESTED
 from fp8kv.checkpoint._write.source import Source
 from fp8kv.cli._command import CommandError, check, check_count, check_option, reported
 from fp8kv.cli._device import parse_device
@@ -205,9 +206,9 @@ def _check_model(folder: Path, options: Options) -> None:
 
 
 def _sections(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The language model's of a multimodal one first."""
-    nested = config.get("text_config")
-    return [nested, config] if isinstance(nested, dict) else [config]
+    """Those of the language model within a larger one first."""
+    nested = next((config[name] for name in NESTED if isinstance(config.get(name), dict)), None)
+    return [config] if nested is None else [*_sections(nested), config]
 
 
 def _prepare(options: Options) -> tuple[Path, list[Tensor]]:
