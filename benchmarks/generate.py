@@ -137,7 +137,7 @@ def measure(kind: Kind, model: Any, batch: int, context: int, memory: float) -> 
         fill(cache, model.config, batch, context, device)
         ms, peak_gib = time_steps(compiled(model) if kind.compiled else model, cache, batch, device)
     except (RuntimeError, ValueError) as error:
-        return replace(row, note=str(error).splitlines()[0])
+        return replace(row, note=f"{type(error).__name__}: {error}".splitlines()[0])
     return replace(row, ms=ms, peak_gib=peak_gib, fits=fitting(kind, model, memory))
 
 

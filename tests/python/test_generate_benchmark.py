@@ -66,4 +66,4 @@ def test_what_does_not_work_is_a_note(generate: Any) -> None:
     config = transformers.LlamaConfig(**generate.QUICK_SHAPE, num_hidden_layers=1)
     model = generate.make_model(config, torch.device("cpu"))
     row = generate.measure(generate.Kind("x", no_room), model, 1, 8, 80)
-    assert (row.note, row.ms, row.fits) == ("no room", None, None)
+    assert (row.note, row.ms, row.fits) == ("OutOfMemoryError: no room", None, None)
