@@ -7,15 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-
-# Its functions have the default process group as a default argument. Imported while there is one, as
-# Transformers does when it loads a model, they would keep the group and its threads beyond its end; and a
-# thread of gloo that lets go of a tensor while the interpreter ends aborts the process.
-import torch.distributed.nn.functional
 from torch import Tensor
 from torch import distributed as dist
 
@@ -126,6 +122,10 @@ def _processes(device: str) -> Iterator[Processes]:
     if own.type == "cuda":
         own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
         torch.cuda.set_device(own)
+    # Its functions have the default process group as a default argument. Imported while there is one, as
+    # Transformers does when it loads a model, they would keep the group and its threads beyond its end; and
+    # a thread of gloo that lets go of a tensor while the interpreter ends aborts the process.
+    import_module("torch.distributed.nn.functional")
     # The first process alone copies the checkpoint, which takes longer than the usual timeout if it is large.
     dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=timedelta(days=1))
     try:
