@@ -251,7 +251,7 @@ def inspect_(
 @app.command()
 def calibrate(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A directory with a causal language model, or its id.")
+        str, typer.Argument(metavar="MODEL", help="A directory with a language model, or its id.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The directory of the new checkpoint.")],
     strategy: Annotated[str, typer.Option(help='"tensor" or "attn_head".')] = "tensor",

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -701,21 +702,32 @@ def test_an_unknown_type_of_model_is_one_sentence(
 # calibrate: many processes
 
 
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+#: `python -m fp8kv` that also says how many threads, of Python or not, there are when it ends.
+COUNTING = """
+import atexit, os, sys
+from fp8kv.cli import main
+
+atexit.register(lambda: print("threads:", len(os.listdir("/proc/self/task")), file=sys.stderr))
+main()
+"""
 
 
 def test_two_processes_give_the_scales_of_one(
     calibrated: Path, model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fp8kv")
+    (tmp_path / "counting.py").write_text(COUNTING)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tmp_path / "counting.py")
     command = arguments(model_folder, tmp_path / "out", text_file, "--strategy", "attn_head", "--query")
     result = subprocess.run(
-        [sys.executable, *launcher, *map(str, command)],
+        [sys.executable, *map(str, (*launcher, *command))],
         capture_output=True, text=True, timeout=120, env=ONE_THREAD,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert_same_scales(tmp_path / "out", calibrated)
     assert result.stdout.count("no problems") == 1
+    # A thread of gloo that outlives its process group can abort the process.
+    assert re.findall(r"threads: (\d+)", result.stderr) == ["1", "1"]
 
 
 def test_what_fails_in_one_process_ends_all_and_the_first_says_why(
