@@ -78,7 +78,7 @@ def weights(seed: int = 1) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     names = [f"{ATTENTION.format(layer=n)}.k_proj.weight" for n in range(SIZES["num_hidden_layers"])]
     return {
-        name: torch.randn(32, 16, generator=generator).to(torch.bfloat16)
+        name: torch.randn(64, 16, generator=generator).to(torch.bfloat16)
         for name in ["model.embed_tokens.weight", *names]
     }
 

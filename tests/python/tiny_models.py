@@ -13,8 +13,7 @@ LAYERS, KV_HEADS, HEAD_SIZE = 2, 2, 16
 
 def make_model(folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
     """A Llama and its tokenizer on disk; `changes` replace fields of its config."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     fields: dict[str, Any] = {
@@ -23,10 +22,18 @@ def make_model(folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any
         "max_position_embeddings": 128, "initializer_range": 0.15, "bos_token_id": None, "eos_token_id": None,
     }  # fmt: skip
     LlamaForCausalLM(LlamaConfig(**fields | changes)).to(dtype).save_pretrained(folder)
+    add_tokenizer(folder)
+    return folder
+
+
+def add_tokenizer(folder: Path) -> None:
+    """A token for each of `WORDS`, from 1 on."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["?", *WORDS])}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)
-    return folder
 
 
 def random_text(num_tokens: int, seed: int = 0) -> str:

@@ -8,18 +8,20 @@ from fp8kv.checkpoint.load import examine
 from fp8kv.checkpoint.problems import Problem
 
 
-def audit_checkpoint(checkpoint: str | Path) -> list[Problem]:
+def audit_checkpoint(checkpoint: str | Path, *, model: str | None = None) -> list[Problem]:
     """All problems of the scales of a checkpoint, errors first; what is in it raises nothing.
 
     Args:
-        checkpoint: a directory with config.json and .safetensors files, or one such file beside its config.
+        checkpoint: what `load_kv_scales` takes.
+        model: which one, if there are several in the checkpoint, as for `load_kv_scales`.
 
     Returns:
         A problem for each defect, with layer, tensor, value, severity and a remedy; docs/checkpoints.md lists
         the kinds. Empty if all is as it should be.
 
     Raises:
-        FileNotFoundError: there is no such directory or file.
+        FileNotFoundError: there is no such directory or file, and no model of that id can be downloaded.
+        ValueError: `checkpoint` is another kind of file, or has no such model.
 
     Example:
         >>> import fp8kv, json, pathlib, tempfile
@@ -28,4 +30,4 @@ def audit_checkpoint(checkpoint: str | Path) -> list[Problem]:
         >>> [problem.kind for problem in fp8kv.audit_checkpoint(folder)]
         ['file-missing', 'not-quantized']
     """
-    return examine(checkpoint, "audit_checkpoint").problems
+    return examine(checkpoint, "audit_checkpoint", model=model).problems

@@ -5,23 +5,28 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fp8kv.checkpoint._audit.presence import (
-    check_absent,
-    check_observer,
-    check_unexpected,
-    check_unused_query,
-)
+from fp8kv._checks import Strategy, listed
+from fp8kv.checkpoint._audit import presence
 from fp8kv.checkpoint._audit.values import check_values
-from fp8kv.checkpoint._read.config import Heads, heads_of_layers, read_configs
-from fp8kv.checkpoint._read.scales import Entry, Key, find_scales, read_scales
-from fp8kv.checkpoint.problems import CheckpointError, Problem, make_problem
+from fp8kv.checkpoint._read.config import MISTRAL_FILE, read_configs, section_of_model
+from fp8kv.checkpoint._read.files import files_beside
+from fp8kv.checkpoint._read.inventory import Entry, Key, Models, ModelTensors, choose_model, take_inventory
+from fp8kv.checkpoint._read.json_scales import read_json_scales
+from fp8kv.checkpoint._read.layers import Heads, Layers, layers_of_config, with_counts, with_tensors
+from fp8kv.checkpoint._read.locate import locate
+from fp8kv.checkpoint._read.quantization import Statement
+from fp8kv.checkpoint._read.scales import StoredScales, read_scales
+from fp8kv.checkpoint.problems import ACCEPTABLE, CheckpointError, Problem, make_problem
 from fp8kv.checkpoint.scales import (
     KVScales,
     LayerScales,
@@ -31,7 +36,7 @@ from fp8kv.checkpoint.scales import (
     mapped,
     reduce_query_scale,
 )
-from fp8kv.checkpoint.scheme import COMPRESSED_TENSORS, KVCacheScheme, find_scheme
+from fp8kv.checkpoint.scheme import COMPRESSED_TENSORS, KVCacheScheme, declared, scheme_of
 
 #: As many problems are shown in full, or of one kind.
 _MANY = 5
@@ -47,13 +52,16 @@ def load_kv_scales(
     on_problem: str = "raise",
     query: bool = True,
     fnuz: bool = False,
+    model: str | None = None,
+    accept: Collection[str] = (),
 ) -> KVScales:
     """Reads the scales of all layers of a checkpoint; of its files, only headers and scales are read.
 
     Every rank checks the whole checkpoint, so that all of them raise the same error.
 
     Args:
-        checkpoint: a directory with config.json and .safetensors files, or one such file beside its config.
+        checkpoint: a directory with config.json and .safetensors files, one such file beside its config, a
+            .json file of scales, or the id of a model on the Hugging Face Hub, which is downloaded.
         tp_rank: the rank among `tp_size` tensor-parallel ones.
         tp_size: their number. Scales per head are shared out like KV heads: each rank gets as many neighbors,
             or one head, replicated, if there are more ranks than heads.
@@ -63,13 +71,17 @@ def load_kv_scales(
         query: False: query scales are ignored, with all that is wrong with them, and `q` is None.
         fnuz: doubles the scales, for hardware whose FP8 is float8_e4m3fnuz: the same byte means half as much
             there.
+        model: which one, if there are several in the checkpoint: what sets the names of its tensors apart,
+            such as "talker" or "encoder_attn" (attention to an encoder). None: the language model.
+        accept: kinds of errors that become warnings: "before-rope" takes scales that Quark has found before
+            norm and RoPE, "nvfp4-cache" those of a cache in NVFP4.
 
     Returns:
         fp32 scales by layer, ``[1]`` or ``[KV heads of the rank]``; one query scale for each KV group, the
         largest of its heads. ``.problems`` has all that was found.
 
     Raises:
-        FileNotFoundError: there is no such directory or file.
+        FileNotFoundError: there is no such directory or file, and no model of that id can be downloaded.
         CheckpointError: a problem of severity "error" with ``on_problem="raise"``; a config that cannot be
             read, has an unsupported scheme or no quantized KV cache.
         ValueError: an argument cannot be used, or `tp_size` does not fit the number of KV heads.
@@ -94,7 +106,7 @@ def load_kv_scales(
         check_rank(tp_rank, tp_size)
     except ValueError as error:
         raise ValueError(f"load_kv_scales: {error}") from None
-    found = examine(checkpoint, "load_kv_scales", query=query)
+    found = examine(checkpoint, "load_kv_scales", query=query, model=model, accept=accept)
     errors = [problem for problem in found.problems if problem.severity == "error"]
     if found.scheme is None or (errors and on_problem == "raise"):
         raise CheckpointError(_message(checkpoint, errors), errors)
@@ -159,14 +171,16 @@ class Examined:
     """What a checkpoint holds.
 
     Attributes:
+        path: of its directory, or its file.
         scheme: what the config says; where it says nothing, what the tensors show. None if the config cannot
             be read or its scheme is not supported, and if there are no scales.
-        heads: of the layers that have attention, by index; None if the config does not say.
+        heads: of the layers that have a KV cache, by index; None if nothing is known of them.
         entries: the scales and zero points among the tensors, wrong ones too.
         scales: by layer, then by letter: the usable ones, fp32 ``[1]`` or ``[heads]``, of all ranks.
         problems: all of them, errors first.
     """
 
+    path: Path
     scheme: KVCacheScheme | None = None
     heads: dict[int, Heads] | None = None
     entries: dict[Key, list[Entry]] = field(default_factory=dict)
@@ -174,77 +188,246 @@ class Examined:
     problems: list[Problem] = field(default_factory=list)
 
 
-def examine(checkpoint: str | Path, caller: str, *, query: bool = True) -> Examined:
+def examine(
+    checkpoint: str | Path,
+    caller: str,
+    *,
+    query: bool = True,
+    model: str | None = None,
+    accept: Collection[str] = (),
+) -> Examined:
     """Reads and checks everything; with ``query=False`` as if there were no query scales.
 
     Raises:
         FileNotFoundError: there is no such directory or file.
+        ValueError: `checkpoint` is something else, there is no such model, or an error cannot be accepted.
     """
-    path = Path(checkpoint)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{caller}: checkpoint must be a directory or a .safetensors file, but {path} is not there"
-        )
-    found = Examined()
-    usable_config = _examine_config(path if path.is_dir() else path.parent, found)
-    entries, file_problems = find_scales(path)
-    found.entries = entries if query else _without_query(entries)
-    found.problems += file_problems
-    if usable_config:
-        _complete_scheme(found, query)
-    if found.scheme is not None:
-        _examine_scales(found, found.scheme, complete=not file_problems)
-    found.problems.sort(key=lambda p: (_RANKS[p.severity], -1 if p.layer is None else p.layer))
-    return found
-
-
-def _examine_config(folder: Path, found: Examined) -> bool:
-    """Scheme and heads; False if the config cannot be read, or its scheme not be used."""
+    _check_accept(accept, caller)
+    path = locate(checkpoint, caller)
+    found = _Examination(path, query)
     try:
-        configs = read_configs(folder)
-    except (OSError, ValueError) as error:
-        found.problems.append(make_problem("config-unreadable", str(error)))
-        return False
-    found.heads = heads_of_layers(configs[0])
-    try:
-        found.scheme = find_scheme(configs)
+        name = choose_model(found.models, model)
     except ValueError as error:
-        found.problems.append(make_problem("scheme-unsupported", str(error)))
-        return False
-    return True
-
-
-def _complete_scheme(found: Examined, query: bool) -> None:
-    """What the config leaves open, the tensors show."""
-    scales = [entry for key, copies in found.entries.items() if key.kind == "scale" for entry in copies]
-    has_query = any(key.letter == "q" for key in found.entries)
-    if found.scheme is not None:
-        by_tensors = found.scheme.producer != COMPRESSED_TENSORS  # whose configs have no field for it
-        quantizes_query = query and (found.scheme.quantizes_query or (by_tensors and has_query))
-        found.scheme = replace(found.scheme, quantizes_query=quantizes_query)
-    elif scales:
-        message = f"config.json must have a kv_cache_scheme, as there is {scales[0].name}"
-        found.problems.append(make_problem("scheme-missing", message))
-        per_head = any(max(entry.stored.shape, default=1) > 1 for entry in scales)
-        found.scheme = KVCacheScheme("attn_head" if per_head else "tensor", has_query, producer="unknown")
+        if model is not None:
+            raise ValueError(f"{caller}: {error}") from None
+        found.add([make_problem("several-models", str(error))])
     else:
-        message = "config.json must have a kv_cache_scheme and there must be scales, got none"
-        found.problems.append(make_problem("not-quantized", message))
+        found.examine(name)
+    result = found.result
+    result.problems = [
+        replace(problem, severity="warning") if problem.kind in accept else problem
+        for problem in result.problems
+    ]
+    if any(problem.kind == "before-rope" and problem.severity == "error" for problem in result.problems):
+        # Values have no RoPE.
+        result.scales = {n: {"v": x["v"]} for n, x in result.scales.items() if "v" in x}
+    result.problems.sort(key=lambda p: (_RANKS[p.severity], -1 if p.layer is None else p.layer))
+    return result
 
 
-def _examine_scales(found: Examined, scheme: KVCacheScheme, complete: bool) -> None:
-    entries = found.entries
-    if not scheme.quantizes_query:
-        found.problems += check_unused_query(entries)
-        entries = _without_query(entries)
-    stored, problems = read_scales(entries)
-    wrong, bad = check_values(stored, scheme.strategy, found.heads or {})
-    found.problems += [*problems, *wrong, *check_observer(scheme), *check_unexpected(stored, found.heads)]
-    if complete:  # else what is absent is so because its file is
-        found.problems += check_absent(stored, scheme, found.heads)
-    for layer, by_letter in stored.items():
-        usable = {letter: scale.values for letter, scale in by_letter.items() if (layer, letter) not in bad}
-        found.scales[layer] = {letter: values for letter, values in usable.items() if values is not None}
+def _check_accept(accept: Collection[str], caller: str) -> None:
+    choices = listed((f'"{kind}"' for kind in ACCEPTABLE), "and")
+    for kind in [accept] if isinstance(accept, str) else accept:
+        if isinstance(accept, str) or kind not in ACCEPTABLE:
+            raise ValueError(f"{caller}: accept must be a list of {choices}, got {accept!r}")
+
+
+class _Examination:
+    """One pass over a checkpoint: its files are read first, and then one of the `models` is examined."""
+
+    def __init__(self, path: Path, query: bool) -> None:
+        self.path, self.query = path, query
+        self.is_json = path.suffix == ".json" and not path.is_dir()
+        self.result = Examined(path)
+        self.config: Mapping[str, Any] = {}
+        #: Who has scales and no scheme.
+        self.producer: str | None = "JSON file" if self.is_json else None
+        self.statement: Statement | None = None
+        self.layers: Layers | None = None
+        self.models: Models = {}
+        self.tensors = ModelTensors("model.layers.")
+        self.complete = True  # else what is absent is so because its file is
+        self.usable = self._read_config()
+        self._read_tensors()
+
+    def examine(self, name: str) -> None:
+        """Everything about the model of this name."""
+        self.tensors = self.models.get(name, self.tensors)
+        self._find_layers(name)
+        self.result.entries = self.tensors.entries if self.query else _without_query(self.tensors.entries)
+        if self.usable:
+            self._find_scheme()
+        if self.result.scheme is not None:
+            self._examine_scales(self.result.scheme)
+        self.add(presence.check_other_models(self.models, name))
+
+    def add(self, problems: Iterable[Problem]) -> None:
+        """To those of the result."""
+        self.result.problems += problems
+
+    def _read_config(self) -> bool:
+        """False if the config cannot be read, or its scheme not be used."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        try:
+            configs = read_configs(folder)
+        except (OSError, ValueError) as error:
+            if not self.is_json:
+                self.add([make_problem("config-unreadable", str(error))])
+            return self.is_json
+        self.config = next(iter(configs.values()))
+        if self.is_json:
+            return True
+        if MISTRAL_FILE in configs:
+            self.producer = "mistral"
+            return True
+        try:
+            said = declared(configs)
+        except ValueError as error:
+            self.add([make_problem("scheme-unsupported", str(error))])
+            return False
+        self.statement = said.statement
+        self.add(make_problem("sources-differ", sentence) for sentence in said.contradictions)
+        return True
+
+    def _read_tensors(self) -> None:
+        if not self.is_json:
+            self.models, problems = take_inventory(self.path)
+            self.complete = not problems
+            self.add(problems)
+            return
+        try:
+            self.models, model_type = read_json_scales(
+                self.path, layers_of_config(section_of_model(self.config))
+            )
+        except (OSError, ValueError) as error:
+            self.add([make_problem("json-unreadable", str(error))])
+            self.complete = False
+            return
+        section = section_of_model(self.config)
+        types = [part["model_type"] for part in (self.config, section) if part.get("model_type") is not None]
+        if model_type is not None and types and model_type not in types:
+            message = f"{self.path.name} is for models of type {model_type}, but the config beside it is not"
+            self.add([make_problem("sources-differ", message, value=model_type)])
+
+    def _find_layers(self, name: str) -> None:
+        alone = sum(bool(x.attention) for x in self.models.values()) <= 1
+        self.config = section_of_model(self.config, name, side=self.tensors.is_side and not alone)
+        tensors = self.tensors
+        with_scales = tensors.layers_with_scales | {x.layer for x in tensors.unknown if x.layer is not None}
+        self.layers = with_tensors(
+            layers_of_config(self.config), self.config, tensors.attention, tensors.present, with_scales
+        )
+        self.result.heads = None if self.layers is None else self.layers.heads
+
+    def _find_scheme(self) -> None:
+        """What the config leaves open, the tensors show."""
+        scales = [
+            entry for key, copies in self.result.entries.items() if key.kind == "scale" for entry in copies
+        ]
+        has_query = any(key.letter == "q" for key in self.result.entries)
+        by_tensors = _strategy(self.result.entries)
+        if self.producer is not None and scales:
+            self.result.scheme = KVCacheScheme(by_tensors, has_query, producer=self.producer)
+        elif self.statement is not None:
+            if not (self.statement.has_fp8 or scales):
+                self.add([make_problem("scheme-unsupported", self.statement.said)])
+                return
+            scheme = scheme_of(replace(self.statement, strategy=self.statement.strategy or by_tensors))
+            no_field = scheme.producer != COMPRESSED_TENSORS  # for queries, in configs of others
+            quantizes_query = self.query and (scheme.quantizes_query or (no_field and has_query))
+            self.result.scheme = replace(scheme, quantizes_query=quantizes_query)
+        elif scales:
+            message = f"config.json must have a kv_cache_scheme, as there is {scales[0].name}"
+            self.add([make_problem("scheme-missing", message)])
+            self.result.scheme = KVCacheScheme(by_tensors, has_query, producer="unknown")
+        elif not self.tensors.unknown and (self.complete or not self.is_json):
+            message = "config.json must have a kv_cache_scheme and there must be scales, got none"
+            if self.is_json:
+                message = f"{self.path} must have scales of the language model, got none"
+            self.add([make_problem("not-quantized", message)])
+        else:
+            self.add(presence.check_unknown(self.tensors, {}))
+
+    def _examine_scales(self, scheme: KVCacheScheme) -> None:
+        entries = self.result.entries
+        if not scheme.quantizes_query:
+            self.add(presence.check_unused_query(entries))
+            entries = _without_query(entries)
+        stored, problems = read_scales(entries)
+        heads = self._heads(stored, scheme)
+        wrong, bad = check_values(stored, scheme.strategy, heads)
+        self.add([*problems, *wrong, *presence.check_observer(scheme)])
+        self.add(presence.check_unexpected(stored, self.layers))
+        self.add(presence.check_unknown(self.tensors, stored))
+        if self.config.get("kv_lora_rank") is not None:
+            self.add(presence.check_latent(stored))
+        if self.statement is not None:
+            self.add(presence.check_rope(entries, self.statement))
+            self.add(presence.check_formats(stored, self.statement, self._module))
+        for layer, by_letter in stored.items():
+            usable = {
+                letter: scale.values for letter, scale in by_letter.items() if (layer, letter) not in bad
+            }
+            self.result.scales[layer] = {
+                letter: values for letter, values in usable.items() if values is not None
+            }
+        if self.complete:
+            self._check_absent(stored, scheme)
+
+    def _heads(self, stored: StoredScales, scheme: KVCacheScheme) -> Mapping[int, Heads]:
+        """Those of the config, and where K and V have as many scales that the tensors know better."""
+        if self.layers is None or scheme.strategy == "tensor":
+            return self.result.heads or {}
+        counts = {}
+        for layer, by_letter in stored.items():
+            values = [scale.values for letter in "kv" if (scale := by_letter.get(letter)) is not None]
+            numbers = {x.numel() for x in values if x is not None}
+            if len(values) == 2 and len(numbers) == 1:
+                counts[layer] = numbers.pop()
+        self.result.heads = with_counts(self.layers, self.config, self.tensors.attention, counts)
+        return self.result.heads
+
+    def _check_absent(self, stored: StoredScales, scheme: KVCacheScheme) -> None:
+        units = presence.unit_layers(self.tensors, self.layers, self.statement, self._module)
+        if units:
+            message = (
+                "The config has an FP8 cache and there are no scales, as ModelOpt does it on purpose "
+                "(fp8_cast): all are 1.0, so that magnitudes above 448 are clipped"
+            )
+            self.add([make_problem("unit-scales", message, value=len(units))])
+            self.result.scales = {
+                n: {letter: torch.ones(1) for letter in found} for n, found in units.items()
+            }
+            self.result.scheme = replace(scheme, strategy="tensor", quantizes_query=False)
+            return
+        reasons = presence.reasons_to_be_absent(self.tensors, self.layers, self.statement, self._module)
+        self.add(presence.check_absent(stored, scheme, self.layers, reasons, self._elsewhere()))
+
+    def _module(self, layer: int) -> str:
+        """The name of the attention module of a layer."""
+        module = self.tensors.attention.get(layer)
+        return f"{self.tensors.stack}{layer}.self_attn" if module is None else module.name
+
+    def _elsewhere(self) -> str | None:
+        """Where there are scales, or may be: in other models, and in files of the directory."""
+        stacks = [f"{x.stack}*" for x in self.models.values() if x is not self.tensors and x.entries]
+        if stacks:
+            return f"there are some of {', '.join(stacks)}"
+        files = ", ".join(files_beside(self.path))
+        return f"{files} may have some: give that file instead of the directory" if files else None
+
+
+def _strategy(entries: Mapping[Key, list[Entry]]) -> Strategy:
+    """Per head if a layer has several scales of K, and as many of V."""
+    counts = {
+        (key.layer, key.letter): math.prod(copies[0].stored.shape)
+        for key, copies in entries.items()
+        if key.kind == "scale"
+    }
+    per_head = any(
+        n > 1 and n == counts.get((layer, "v")) for (layer, letter), n in counts.items() if letter == "k"
+    )
+    return "attn_head" if per_head else "tensor"
 
 
 def _without_query(entries: dict[Key, list[Entry]]) -> dict[Key, list[Entry]]:

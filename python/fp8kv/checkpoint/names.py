@@ -1,26 +1,123 @@
-"""`remap_scale_name`: the names that scales of attention have in checkpoints, and the one they get here."""
+"""`remap_scale_name`: the names that scales of attention have in checkpoints, and the one they get here.
+
+The names of all producers are data: the modules of attention, the forms of names below them, and the words
+that set models beside the language model apart.
+"""
 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
-#: Layer and attention module of a tensor of a language model, whatever stands before.
-_ATTENTION = re.compile(
-    r"(?P<prefix>(?:.*\.)?)(?P<layer>\d+)\.(?:self_attn|self_attention|attention|attn|mixer)\.(?P<rest>.+)"
+# Modules
+
+#: Modules of attention that cache the tokens of their own model.
+_SELF = r"self_attn|self_attention|attention|attn|mixer|SelfAttention|temporal_block"
+#: Modules of attention whose keys and values come from another model: an encoder, or a vision tower.
+_CROSS = (
+    r"cross_attn|encoder_attn|encdec_attn|src_attn|multihead_attn|cross_attention|crossattention|"
+    r"encoder_decoder_attention|EncDecAttention"
 )
-#: What has layers of its own, numbered from 0, beside those of the language model. ChatGLM names the latter
-#: transformer.encoder.
-_OTHER_MODELS = re.compile(r"vision|visual|image|audio|speech|(?<!transformer\.)encoder|mtp")
-_KINDS = r"_(?P<kind>scale|zero_point)"
+#: A module between a layer and its attention: T5 (layer.0), DBRX (norm_attn_norm); drafts are in one, too.
+_ABOVE = r"layer\.\d+|[A-Za-z_]+"
+#: Modules between attention and its scales: engines (vLLM, SGLang), ChatGLM, GPT-Neo, BERT.
+_BELOW = r"(?:attn|attn_mqa|attn_mha|mla_attn(?:\.mla_attn)?|core_attention|attention|self)"
+
+#: What a name in attention has at least; most tensors are those of experts.
+_ATTENTION = re.compile(r"att|Att|mixer|temporal_block")
+#: Layer and attention of a tensor; the first number that fits, as T5 has another one behind it.
+_PLACE = re.compile(
+    rf"(?P<stack>(?:.*?\.)?)(?P<layer>\d{{1,4}})\.(?:(?P<above>{_ABOVE})\.)??(?P<module>{_SELF}|{_CROSS})\."
+    r"(?P<rest>.*)"
+)
+#: EAGLE-3 has one layer, without a number.
+_ONLY_LAYER = re.compile(rf"(?P<stack>(?:.*\.)?midlayer)\.(?P<module>{_SELF})\.(?P<rest>.*)")
+
+# Forms of names, below the module of attention
+
+_KIND = r"(?:(?P<scale>scale)|zero_point)"
+_LETTER = r"(?P<letter>q|k|v|kv)"
+_FUSED = r"qkv_proj|qkqkv_proj|qkv|Wqkv|W_pack|c_attn|query_key_value|kv_proj|kv_a_proj_with_mqa|kv_b_proj"
 _FORMS = [
-    re.compile(form)
+    re.compile(rf"(?:{_BELOW}\.)?{form}")
     for form in (
-        rf"(?:attn\.)?(?P<letter>q|k|v|kv){_KINDS}",
-        rf"(?:qkv|qkqkv)_proj\.(?P<letter>q|k|v|kv){_KINDS}",
-        rf"(?P<letter>[qkv])_proj\.(?:(?P=letter)|output){_KINDS}",
-        r"(?P<letter>q|[kv](?=_cache))(?:_cache)?\.(?P<kind>scale|zero_point)",
+        # llm-compressor, AutoFP8 (kv), and parameters of vLLM and SGLang
+        rf"{_LETTER}_{_KIND}",
+        # ModelOpt; and what loaders of fused projections make of it
+        rf"(?P<letter>[qkv])_proj\.(?P=letter)_{_KIND}",
+        rf"(?:{_FUSED})\.{_LETTER}_{_KIND}",
+        # Quark, and older compressed-tensors
+        rf"(?P<letter>[qkv])_proj\.output_{_KIND}",
+        # Seen in the wild
+        rf"(?P<letter>q|[kv](?=_cache))(?:_cache)?\.{_KIND}",
+        # Checkpoints of TensorRT-LLM
+        r"(?P<letter>k|v|kv)_cache_(?P<scale>scaling_factor)",
+        # Mistral's own format
+        rf"{_LETTER}_fake_quantizer\.(?P<scale>qscale_act)",
+        # ModelSlim, and parameters of vLLM on Ascend
+        r"(?P<letter>[kv])_proj\.kv_cache_(?:(?P<scale>scale)|offset)",
+        r"(?P<letter>[kv])_cache_(?:(?P<scale>scale)|offset)",
     )
 ]
+
+# What looks like a scale and is in none of these forms
+
+_SCALE_WORD = re.compile(r"scal(?:e|ing)|zero_?point|_amax", re.IGNORECASE)
+_LETTER_WORD = re.compile(
+    r"(?<![a-z])(?:q|k|v|kv|qkv|key|value|query|kqv)(?![a-z])|(?:^|_)(?:kv_?)?cache(?![a-z])", re.IGNORECASE
+)
+#: Scales of other things: weights and inputs (Mistral's wk.qscale_act is one), probabilities, norms,
+#: adapters; the plural is that of GPTQ and AWQ, for weights.
+_OTHER_SCALE = re.compile(
+    r"weight|input|w[qkvo]\.qscale_act|prob|softmax|norm|logit|lora|rope|rotary|(?:^|\.)(?:o|out)_|"
+    r"indexer|bias|shape|\.scales$|layer_scale|residual",
+    re.IGNORECASE,
+)
+
+# Models
+
+#: Parts of a name that say nothing of which model it is.
+_TRIVIAL = re.compile(
+    r"model|module|base_model|transformer|backbone|language_model|text_model|llm|layers?|h|blocks?"
+)
+#: Models that fill no KV cache while a text is generated.
+_TOWERS = re.compile(
+    r"vision|visual|image|audio|speech|vit(?![a-z])|siglip|(?<!transformer\.)encoder|qformer|resampler|"
+    r"perceiver|projector|connector|vocoder|2wav|diffusion|dit(?![a-z])|sam(?![a-z])|codec"
+)
+#: Their encoder may be a language model all the same.
+_LANGUAGE_MODEL = re.compile(r"(?:^|\.)(?:language_model|text_model|llm)(?=\.|$)")
+#: Models with a KV cache that the language model does without: drafts, and what makes speech of its tokens.
+_COMPANIONS = re.compile(
+    r"mtp|nextn|midlayer|eagle|draft|medusa|speculat|assistant|talker|code_predictor|depth_decoder"
+)
+
+
+class ScaleName(NamedTuple):
+    """Whose scale or zero point a tensor is.
+
+    Attributes:
+        model: the model, as `model_of_stack` names it.
+        layer: index in it.
+        module: of attention, such as "self_attn" or "encoder_attn".
+        letters: "q", "k", "v" or "kv".
+        kind: "scale" or "zero_point".
+    """
+
+    model: str
+    layer: int
+    module: str
+    letters: str
+    kind: str
+
+
+class Place(NamedTuple):
+    """Where a tensor of attention is: `stack` is what stands before the number of the layer."""
+
+    stack: str
+    layer: int
+    module: str
+    rest: str
 
 
 def remap_scale_name(name: str) -> str | None:
@@ -32,8 +129,8 @@ def remap_scale_name(name: str) -> str | None:
     Returns:
         ``model.layers.N.self_attn.{q,k,v}_scale`` or ``..._zero_point``; None if it is no scale of Q, K or V:
         a weight, the scale of a weight, of an input or of probabilities, or of another model in the
-        checkpoint, such as a vision tower. `kv_scale`, one scale for K and V, becomes `k_scale`; it must be
-        taken for V too.
+        checkpoint, such as a vision tower, or of attention to another model. `kv_scale`, one scale for K and
+        V, becomes `k_scale`; it must be taken for V too.
 
     Example:
         >>> from fp8kv import remap_scale_name
@@ -50,12 +147,86 @@ def remap_scale_name(name: str) -> str | None:
 
 
 def parse_scale_name(name: str) -> tuple[int, str, str] | None:
-    """Layer, letters ("q", "k", "v" or "kv") and kind ("scale" or "zero_point"); None for other tensors."""
-    module = _ATTENTION.fullmatch(name)
-    if module is None or _OTHER_MODELS.search(module["prefix"]):
+    """Layer, letters ("q", "k", "v" or "kv") and kind ("scale" or "zero_point"); None for other tensors.
+
+    Those of other models, and of attention to them, are others, but for the layer of EAGLE-3.
+    """
+    found = find_scale_name(name)
+    if found is None or is_cross(found.module) or (is_side_model(name) and "midlayer" not in found.model):
         return None
+    return found.layer, found.letters, found.kind
+
+
+def find_scale_name(name: str) -> ScaleName | None:
+    """Whose scale a tensor is, in whatever model; None if it is none that is understood."""
+    place = find_place(name)
+    return None if place is None else scale_at(place)
+
+
+def scale_at(place: Place) -> ScaleName | None:
+    """Whose scale is at a place in attention; None if there is something else."""
     for form in _FORMS:
-        match = form.fullmatch(module["rest"])
+        match = form.fullmatch(place.rest)
         if match is not None:
-            return int(module["layer"]), match["letter"], match["kind"]
+            kind = "scale" if match["scale"] else "zero_point"
+            return ScaleName(model_of_stack(place.stack), place.layer, place.module, match["letter"], kind)
     return None
+
+
+def find_place(name: str) -> Place | None:
+    """Layer and attention of a tensor, or of a module with a point behind; None if it is not in attention."""
+    if not _ATTENTION.search(name):
+        return None
+    match = _PLACE.fullmatch(name)
+    if match is not None:
+        stack, above = match["stack"], match["above"]
+        if above is not None and is_side_model(above):
+            stack += f"{above}."
+        return Place(stack, int(match["layer"]), match["module"], match["rest"])
+    match = _ONLY_LAYER.fullmatch(name)
+    return None if match is None else Place(match["stack"], 0, match["module"], match["rest"])
+
+
+def looks_like_scale(name: str) -> bool:
+    """A name of no known form that seems to be of a scale or zero point of Q, K or V.
+
+    Example:
+        >>> from fp8kv.checkpoint.names import looks_like_scale
+        >>> looks_like_scale("model.layers.3.self_attn.key_scale_inv")
+        True
+        >>> looks_like_scale("model.layers.3.self_attn.k_proj.weight_scale_inv")
+        False
+    """
+    above, _, last = name.rpartition(".")
+    if not _SCALE_WORD.search(last) or "indexer" in name:
+        return False
+    end = f"{above.rpartition('.')[2]}.{last}"
+    return not _OTHER_SCALE.search(end) and _LETTER_WORD.search(end) is not None
+
+
+def is_cross(module: str) -> bool:
+    """A module of attention whose keys and values come from another model."""
+    return re.fullmatch(_CROSS, module) is not None
+
+
+def model_of_stack(stack: str) -> str:
+    """What sets the model of a stack of layers apart: its name without trivial parts, "" if nothing is left.
+
+    Example:
+        >>> from fp8kv.checkpoint.names import model_of_stack
+        >>> model_of_stack("model.layers."), model_of_stack("talker.code_predictor.model.layers.")
+        ('', 'talker.code_predictor')
+    """
+    parts = (part for part in stack.split(".") if part and not part.isdecimal())
+    return ".".join(part for part in parts if not _TRIVIAL.fullmatch(part))
+
+
+def is_tower(name: str) -> bool:
+    """A tensor or stack of a model that fills no KV cache."""
+    found = list(_TOWERS.finditer(name))
+    return bool(found) and not _LANGUAGE_MODEL.search(name, found[-1].end())
+
+
+def is_side_model(name: str) -> bool:
+    """A tensor or stack of a model that is not the language model."""
+    return is_tower(name) or _COMPANIONS.search(name) is not None

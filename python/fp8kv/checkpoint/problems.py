@@ -81,6 +81,8 @@ _IGNORE_QUERY = (
     "or calibrate the model anew."
 )
 
+#: Kinds of errors that `load_kv_scales` lets pass on request: the scales are what they are said to be.
+ACCEPTABLE = ("before-rope", "nvfp4-cache")
 #: Severity and remedy of each kind.
 KINDS: dict[str, tuple[Severity, str]] = {
     "config-unreadable": ("error", "Give the checkpoint the config.json of its model."),
@@ -96,6 +98,10 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "not-quantized": ("error", "Calibrate the model, for example with fp8kv calibrate."),
     "file-missing": ("error", _DOWNLOAD),
     "file-corrupt": ("error", _DOWNLOAD),
+    "json-unreadable": (
+        "error",
+        "Give it one of the forms in docs/checkpoints.md, or the checkpoint's directory.",
+    ),
     "tensor-missing": ("error", "Download or copy the index and this file again, from one source."),
     "layer-missing": (
         "error",
@@ -114,6 +120,40 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "wrong-dtype": ("error", "Store scales as float32, float16 or bfloat16."),
     "zero-point": ("error", "Quantize the model anew with symmetric scales."),
     "conflicting-scales": ("error", "Remove the scales that are out of date, or calibrate the model anew."),
+    "unknown-scale": (
+        "error",
+        "If it is a scale of K, V or Q, give it one of the names in docs/checkpoints.md, or calibrate the "
+        "model anew.",
+    ),
+    "several-models": (
+        "error",
+        "Choose one of them, as in load_kv_scales(..., model=...).",
+    ),
+    "before-rope": (
+        "error",
+        "Quantize the model anew with kv_cache_post_rope, or calibrate it; "
+        'load_kv_scales(..., accept=["before-rope"]) takes the scales all the same, which is right for a '
+        "model without RoPE and without a norm of keys.",
+    ),
+    "nvfp4-cache": (
+        "error",
+        'load_kv_scales(..., accept=["nvfp4-cache"]) takes the scales for an FP8 cache, which is right where '
+        "they are amax / 448, as ModelOpt has them since January 2026.",
+    ),
+    "sources-differ": (
+        "warning",
+        "The first of them counts; compare the scales with the model's keys and values.",
+    ),
+    "latent-scales": (
+        "warning",
+        "Use the larger one for the whole row, or calibrate the model anew.",
+    ),
+    "rope-unsaid": (
+        "warning",
+        "Compare the model's accuracy with that of a 16-bit cache, above all if it has a norm of keys; or "
+        "calibrate it anew.",
+    ),
+    "unexpected-scale": ("warning", "It is loaded; leave it out if the cache of this layer is in 16 bits."),
     "observer": (
         "warning",
         "Compare the model's accuracy with that of a 16-bit cache, or calibrate anew with an observer that "
@@ -122,6 +162,14 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "duplicate-scale": ("note", "Nothing needs to be done; one of them is enough."),
     "unexpected-layer": ("note", "Nothing needs to be done if it belongs to a draft model."),
     "unused-query-scale": ("note", "Nothing needs to be done; queries stay unquantized, as the config says."),
+    "unused-scale": ("note", "Nothing needs to be done if the other scales of the layer are complete."),
+    "other-model": ("note", "Nothing needs to be done, unless it is to be quantized too."),
+    "unit-scales": (
+        "note",
+        "Nothing needs to be done if the model was quantized so on purpose; calibrated scales clip less.",
+    ),
+    "layer-unquantized": ("note", "Nothing needs to be done; the cache of this layer stays in 16 bits."),
+    "layers-inferred": ("note", "Nothing needs to be done if these layers have no KV cache."),
     "zero-head": ("note", "Nothing needs to be done if these heads are always zero."),
 }
 

@@ -222,7 +222,13 @@ def eval_(
 
 @app.command("inspect")
 def inspect_(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's directory.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's directory or id, or a file of scales.")
+    ],
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help='Which model, if it has several, such as "talker" or "encoder_attn".'),
+    ] = None,
     json: Json = None,
     plot: Annotated[OptionalPath, typer.Option(help="Write a heat map (PNG) to this file.")] = None,
 ) -> None:
@@ -232,7 +238,7 @@ def inspect_(
     for option, path in (("--json", json), ("--plot", plot)):
         _check_file(option, path)
     try:
-        found = inspection.inspect_checkpoint(checkpoint)
+        found = inspection.inspect_checkpoint(checkpoint, model)
     except (OSError, ValueError) as error:
         _fail(str(error), 2)
     _write_json(json, found.as_dict())
@@ -245,7 +251,7 @@ def inspect_(
 @app.command()
 def calibrate(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A directory with a causal language model, or its id.")
+        str, typer.Argument(metavar="MODEL", help="A directory with a language model, or its id.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The directory of the new checkpoint.")],
     strategy: Annotated[str, typer.Option(help='"tensor" or "attn_head".')] = "tensor",

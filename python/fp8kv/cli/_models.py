@@ -90,16 +90,25 @@ def load_tokenizer(folder: Path) -> Any:
 
 def load_model(folder: Path, dtype: str, device_map: str | None = None) -> tuple[Any, Any]:
     """The model without the quantization of its KV cache, and the dtype that its checkpoint has."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     with _quiet():
         config = AutoConfig.from_pretrained(folder)
-        stored = config.get_text_config(decoder=True).dtype
+        stored = config.get_text_config(decoder=True).dtype or config.dtype
         forget_kv_cache_scheme(config)
-        model = AutoModelForCausalLM.from_pretrained(
+        model = _class_of_models(config).from_pretrained(
             folder, config=config, dtype=dtype, device_map=device_map
         )
         return model, stored
+
+
+def _class_of_models(config: Any) -> Any:
+    """Language models; those that read images or sound too where Transformers has no language model alone."""
+    import transformers as t
+
+    language = type(config) in t.MODEL_FOR_CAUSAL_LM_MAPPING
+    multimodal = type(config) in t.MODEL_FOR_MULTIMODAL_LM_MAPPING
+    return t.AutoModelForMultimodalLM if multimodal and not language else t.AutoModelForCausalLM
 
 
 def forget_kv_cache_scheme(config: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -18,6 +19,7 @@ from fp8kv._checks import STRATEGIES
 from fp8kv.calibration import calibrate, share, text_batches
 from fp8kv.calibration.observers import OBSERVERS
 from fp8kv.calibration.texts import reference_text
+from fp8kv.checkpoint._read.config import NESTED
 from fp8kv.checkpoint._write.source import Source
 from fp8kv.cli._command import CommandError, check, check_count, check_option, reported
 from fp8kv.cli._device import parse_device
@@ -120,6 +122,10 @@ def _processes(device: str) -> Iterator[Processes]:
     if own.type == "cuda":
         own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
         torch.cuda.set_device(own)
+    # Its functions have the default process group as a default argument. Imported while there is one, as
+    # Transformers does when it loads a model, they would keep the group and its threads beyond its end; and
+    # a thread of gloo that lets go of a tensor while the interpreter ends aborts the process.
+    import_module("torch.distributed.nn.functional")
     # The first process alone copies the checkpoint, which takes longer than the usual timeout if it is large.
     dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=timedelta(days=1))
     try:
@@ -200,9 +206,9 @@ def _check_model(folder: Path, options: Options) -> None:
 
 
 def _sections(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The language model's of a multimodal one first."""
-    nested = config.get("text_config")
-    return [nested, config] if isinstance(nested, dict) else [config]
+    """Those of the language model within a larger one first."""
+    nested = next((config[name] for name in NESTED if isinstance(config.get(name), dict)), None)
+    return [config] if nested is None else [*_sections(nested), config]
 
 
 def _prepare(options: Options) -> tuple[Path, list[Tensor]]:

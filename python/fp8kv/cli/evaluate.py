@@ -83,6 +83,11 @@ def measure(
     wanted = dict.fromkeys((evaluation.REFERENCE, *names))
     with reported():
         caches = evaluation.caches(model.model.config, wanted, scales, model.cache_dtype, options.layout)
+        check(
+            list(names) != [evaluation.TRANSFORMERS_FP8] or len(caches) > 1,
+            f"--only must leave a cache that works here, got {options.only!r}: the FP8 cache of Transformers "
+            "needs version 5.21 or newer and a model whose layers all have full attention",
+        )
         with _bar(len(caches) * len(tokens.evaluation)) as progress:
             rows = evaluation.evaluate(model.model, tokens.evaluation, caches, progress=progress)
     return evaluation.Evaluation(

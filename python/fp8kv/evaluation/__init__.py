@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ __all__ = [
     "PER_HEAD",
     "PER_TENSOR",
     "REFERENCE",
+    "TRANSFORMERS_FP8",
     "CacheFactory",
     "Comparison",
     "Evaluation",
@@ -57,9 +59,12 @@ __all__ = [
 CacheFactory = Callable[[int], Any]
 
 PER_TENSOR, PER_HEAD, ON_THE_FLY = "e4m3 per tensor", "e4m3 per head", "e4m3 on the fly"
+#: The row that there is with Transformers 5.21 or newer, and a model whose layers all have full attention.
+TRANSFORMERS_FP8 = "e4m3 of Transformers"
 #: The rows that need no more than the model, and those that need scales, in the order of the table.
 CACHES = (
     REFERENCE, "e4m3 scale 1.0", PER_TENSOR, PER_HEAD, "e4m3 per token-head", ON_THE_FLY, "e5m2 scale 1.0",
+    TRANSFORMERS_FP8,
 )  # fmt: skip
 DECODED_TOKENS = 16
 _CHUNK = 128  # positions whose logits are in float32 at a time
@@ -288,7 +293,9 @@ def caches(
     cache_dtype: torch.dtype = torch.bfloat16,
     layout: str = "NHD",
 ) -> dict[str, CacheFactory]:
-    """Factories of the caches of these names: of `CACHES`, or of `scales`.
+    """Factories of the caches of these names, of `CACHES` or of `scales`, as far as there are such caches.
+
+    `TRANSFORMERS_FP8` is left out where the version of Transformers, or the model, does not allow it.
 
     Args:
         config: of the model.
@@ -296,7 +303,7 @@ def caches(
         cache_dtype: of the 16-bit cache.
         layout: "NHD" or "HND", of the FP8 caches.
     """
-    from fp8kv.evaluation._caches import Cache8, Cache16
+    from fp8kv.evaluation._caches import Cache8, Cache16, TransformersCache8
 
     def fp8(scales: Any, dtype: str = "fp8") -> CacheFactory:
         return lambda size: Cache8(
@@ -310,4 +317,7 @@ def caches(
         "e5m2 scale 1.0": fp8(None, "fp8_e5m2"),
     }
     made |= {name: fp8(of_name) for name, of_name in scales.items()}
-    return {name: made[name] for name in names}
+    with suppress(ValueError):
+        TransformersCache8(config, cache_dtype)
+        made[TRANSFORMERS_FP8] = lambda size: TransformersCache8(config, cache_dtype)
+    return {name: made[name] for name in names if name in made or name != TRANSFORMERS_FP8}

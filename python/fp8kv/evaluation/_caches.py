@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, QuantizedCache
 
 from fp8kv.nn import AttentionScales
 from fp8kv.transformers import Fp8Cache
@@ -47,6 +47,36 @@ class Cache8(_Rounding, Fp8Cache):
     def __init__(self, config: Any, rounded_to: torch.dtype, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.rounded_to = rounded_to
+
+
+class _ReadBack:
+    """Makes attention see the first tokens, too, as the cache gives them back."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
+        if seen[0] is not key_states:
+            return seen
+        nothing = key_states[:, :, :0], value_states[:, :, :0]
+        return super().update(*nothing, *args, **kwargs)  # type: ignore[misc]
+
+
+class TransformersCache8(_Rounding, _ReadBack, QuantizedCache):
+    """Transformers' own FP8 cache, of version 5.21 and newer.
+
+    Raises:
+        ValueError: an older one has none; or the model has other layers than those of full attention.
+    """
+
+    def __init__(self, config: Any, rounded_to: torch.dtype) -> None:
+        super().__init__("fp8", config)
+        self.rounded_to = rounded_to
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that it holds."""
+        held = [x for layer in self.layers for x in vars(layer).values()]
+        tensors = [x for group in held for x in (group if isinstance(group, tuple) else (group,))]
+        return sum(x.nbytes for x in tensors if isinstance(x, Tensor))
 
 
 class ObservingCache(Cache16):

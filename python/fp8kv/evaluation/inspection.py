@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8kv._checks import is_scale, require
-from fp8kv.checkpoint._read.scales import Entry, Key, read_numbers
+from fp8kv.checkpoint._read.inventory import Entry, Key
+from fp8kv.checkpoint._read.scales import read_numbers
 from fp8kv.checkpoint.load import examine
-from fp8kv.checkpoint.names import parse_scale_name
+from fp8kv.checkpoint.names import find_scale_name
 from fp8kv.checkpoint.problems import Problem
 from fp8kv.checkpoint.scheme import KVCacheScheme
 from fp8kv.evaluation._pictures import plot_scales as plot
@@ -108,35 +109,33 @@ def _jsonable(values: list[float] | None) -> list[float | str] | None:
 
 
 def _names(tensor: str) -> str:
-    """Whose scale or zero point a tensor is: "q", "k" or "v", or "kv" for both."""
-    parsed = parse_scale_name(tensor)
-    return "" if parsed is None else parsed[1]
+    """Whose scale or zero point a tensor is: "q", "k" or "v", or several where it is not known."""
+    found = find_scale_name(tensor)
+    return "qkv" if found is None else found.letters
 
 
-def inspect_checkpoint(checkpoint: str | Path) -> Inspection:
+def inspect_checkpoint(checkpoint: str | Path, model: str | None = None) -> Inspection:
     """Reads all scales of a checkpoint as they are, and all that is wrong with them.
 
     Args:
-        checkpoint: a directory with config.json and .safetensors files, or one such file next to its config.
+        checkpoint: what `fp8kv.load_kv_scales` takes.
+        model: which one, if there are several in it, as for `fp8kv.load_kv_scales`.
 
     Raises:
         FileNotFoundError: there is no such directory or file.
-        ValueError: it has nothing of a checkpoint.
+        ValueError: it has nothing of a checkpoint, or not that model.
     """
-    path = Path(checkpoint)
-    examined = examine(path, "inspect")
-    if path.is_dir():
-        is_checkpoint = (path / "config.json").exists() or any(path.glob("*.safetensors*"))
-    else:
-        is_checkpoint = path.suffix == ".safetensors"
-    if not is_checkpoint:
+    examined = examine(checkpoint, "inspect", model=model)
+    path = examined.path
+    if path.is_dir() and not ((path / "config.json").exists() or any(path.glob("*.safetensors*"))):
         raise ValueError(
             f"inspect: checkpoint must have a config.json or .safetensors files or be such a file, got {path}"
         )
-    raw = _raw_scales(examined.entries)
+    made_up = {n: {letter: x.tolist() for letter, x in row.items()} for n, row in examined.scales.items()}
+    raw = _raw_scales(examined.entries) or made_up
     layers = {*raw, *(examined.heads or ()), *(p.layer for p in examined.problems if p.layer is not None)}
     rows = [LayerRow(n, *(raw.get(n, {}).get(name) for name in "qkv")) for n in sorted(layers)]
-    return Inspection(str(path), examined.scheme, rows, examined.problems)
+    return Inspection(str(checkpoint), examined.scheme, rows, examined.problems)
 
 
 def _raw_scales(entries: dict[Key, list[Entry]]) -> dict[int, dict[str, list[float]]]:

@@ -3,40 +3,65 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    StaticCache,
+)
 from transformers.configuration_utils import PreTrainedConfig
 
 from fp8kv._checks import LAYOUTS, check_choice, is_scale, quoted
 from fp8kv._dtypes import CACHE_NAMES, QUANTIZED_CACHE_NAMES
 from fp8kv.checkpoint import KVScales, LayerScales, load_kv_scales
-from fp8kv.transformers.layers import DynamicFp8Layer, StaticFp8Layer, StaticWindowFp8Layer
+from fp8kv.kv_cache.clipping import Clipped
+from fp8kv.transformers import attention, layers
+from fp8kv.transformers.clipping import Clipping
+from fp8kv.transformers.layers import Fp8Layer, LayerOptions
+from fp8kv.transformers.progress import Progress
+from fp8kv.transformers.step import Steps
 
-#: Layer types, and the field of the config that bounds how far back such a layer looks.
-_WINDOWS: dict[str, str | None] = {
-    "full_attention": None,
-    "sliding_attention": "sliding_window",
-    "chunked_attention": "attention_chunk_size",
+#: Transformers' layers whose keys and values become FP8, and whether they have a recurrent state as well.
+_STORED_IN_FP8 = {
+    DynamicLayer: False,
+    DynamicSlidingWindowLayer: False,
+    LinearAttentionAndFullAttentionLayer: True,
+    LinearAttentionAndSlidingWindowAttentionLayer: True,
 }
+#: Fields of a config that bound how far back a layer looks, and what the type of such a layer is.
+_BOUNDED = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}
 
 
 class Fp8Cache(Cache):
     """A cache for Transformers that keeps keys and values in FP8, in a `fp8kv.PagedKVCache` for each layer.
 
-    `update` quantizes the new tokens, stores them, and returns all tokens dequantized, the new ones too. The
-    tensors that it returns are temporary: between steps only FP8 is alive.
+    `update` quantizes the new tokens and stores them. In steps of up to 8 tokens the attention function
+    "fp8kv" then reads the FP8 bytes; for prompts, and where that is not possible, `update` returns all tokens
+    dequantized, the new ones too. Such tensors are temporary: between steps only FP8 is alive.
 
     Without `max_cache_len` the cache is dynamic: it takes any number of sequences and grows with them, by at
     most one eighth and one block more than they need. With `max_cache_len` it is static: allocated once, at
     addresses that don't change, so that the forward pass can be compiled and captured.
 
+    Layers that keep other states than keys and values, and layers that take those of another one, are as in
+    Transformers' own caches.
+
     Args:
         config: of the model; its layers tell how far back each of them looks.
-        scales: None: 1.0. A `fp8kv.KVScales`, as `fp8kv.load_kv_scales` and `fp8kv.calibrate` return it, or
-            the folder of a checkpoint. "dynamic": one for each token and head, computed when it is stored.
+        scales: None: 1.0; what that clips is counted, and a warning tells. A `fp8kv.KVScales`, as
+            `fp8kv.load_kv_scales` and `fp8kv.calibrate` return it, or the folder of a checkpoint. "dynamic":
+            one for each token and head, computed when it is stored.
         dtype: "fp8" or "fp8_e4m3", "fp8_e5m2", or the torch dtype.
         layout: "NHD" or "HND"; see `fp8kv.PagedKVCache`.
         block_size: tokens of a block.
@@ -44,13 +69,19 @@ class Fp8Cache(Cache):
         max_batch_size: static: sequences there is room for; None: those of the first call.
         device: static, with `max_batch_size`: allocates now, on this device. None: each layer allocates when
             it gets its first key, on the device of that key.
+        skip_layers: layers that stay in the dtype of the model: their numbers, or their types as the config
+            has them, such as "sliding_attention".
+        direct: whether attention may read the FP8 bytes. If `config` has "sdpa" as attention function, or
+            eager attention because its model has no other, this sets it to "fp8kv", which does the same for
+            every other cache. CPU only today.
 
     Attributes:
-        layers: of `fp8kv.transformers.layers`; ``layers[i].storage`` is the `fp8kv.PagedKVCache`.
+        layers: of `fp8kv.transformers.layers`; ``layers[i].storage`` is the `fp8kv.PagedKVCache`. Those that
+            are not in FP8 are of Transformers.
 
     Raises:
         ValueError: an argument can't be used, scales are missing or don't fit, or the model has layers that
-            keep other things than keys and values.
+            keep things that are not known.
 
     Example:
         >>> import torch
@@ -60,8 +91,8 @@ class Fp8Cache(Cache):
         ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         ...     num_attention_heads=4, num_key_value_heads=2, bos_token_id=None, eos_token_id=None)
         >>> model = LlamaForCausalLM(config).eval()
-        >>> cache = Fp8Cache(config, scales="dynamic")
-        >>> ids = model.generate(torch.arange(1, 12)[None], max_new_tokens=5, past_key_values=cache)
+        >>> cache = Fp8Cache(model.config, scales="dynamic")
+        >>> ids = model.generate(torch.arange(1, 12)[None], max_new_tokens=5, cache=cache)
         >>> ids.shape, cache.get_seq_length()
         (torch.Size([1, 16]), 15)
 
@@ -81,30 +112,79 @@ class Fp8Cache(Cache):
         max_cache_len: int | None = None,
         max_batch_size: int | None = None,
         device: torch.device | str | int | None = None,
+        skip_layers: Sequence[int | str] = (),
+        direct: bool = True,
     ) -> None:
         _check_sizes(layout, block_size, max_cache_len, max_batch_size, device)
-        config = _decoder_config(config)
-        windows = _windows(config)
-        options = {"dtype": _checked_dtype(dtype), "layout": layout, "block_size": block_size}
-        layers: list[Any] = []
-        for index, scale in enumerate(_scales_of_layers(scales, len(windows))):
-            window, own = windows[index], options | {"scales": scale}
-            if max_cache_len is None:
-                layers.append(DynamicFp8Layer(index, own, window))
-            elif window is None or window >= max_cache_len:
-                sliding = window is not None
-                layers.append(StaticFp8Layer(index, own, max_cache_len, max_batch_size, sliding))
-            else:
-                layers.append(StaticWindowFp8Layer(index, own, max_cache_len, max_batch_size, window))
-        super().__init__(layers=layers)
+        storage = {"dtype": _checked_dtype(dtype), "layout": layout, "block_size": block_size}
+        decoder = _decoder_config(config)
+        plans = _plans(decoder, skip_layers)
+        self._fp8 = [index for index, plan in enumerate(plans) if plan is not None]
+        self._clipping, self._progress, steps = Clipping(), Progress(self._fp8), Steps()
+        by_layer = _scales_of_layers(scales, self._fp8)
+        # For the layers that are not in FP8.
+        own: Cache = StaticCache(decoder, max_cache_len) if max_cache_len else DynamicCache(config=decoder)
+        for index in self._fp8:
+            plan = plans[index]
+            assert plan is not None
+            options = LayerOptions(
+                index, storage | {"scales": by_layer[index]}, decoder, self._clipping, direct,
+                plan.is_shared, plan.window,
+            )  # fmt: skip
+            room = None if max_cache_len is None else (max_cache_len, max_batch_size)
+            own.layers[index] = _layer(options, plan, steps, self._progress, room)
+        super().__init__(layers=own.layers)
         if device is not None:
-            for layer, layer_config in zip(self.layers, _layer_configs(config), strict=True):
-                heads, head_size = _geometry(layer_config)
-                layer.allocate(max_batch_size, heads, head_size, torch.device(device))
+            configs = _layer_configs(decoder)
+            for index in self._fp8:
+                heads, head_size = _geometry(configs[index])
+                self.layers[index].allocate(max_batch_size, heads, head_size, torch.device(device))
+        if direct:
+            attention.choose(config, decoder)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Stores the new tokens of a layer.
+
+        Returns:
+            ``[batch, num_kv_heads, tokens, head_size]`` of K and V: all tokens, dequantized, or the new ones,
+            if the attention function "fp8kv" reads the others.
+        """
+        result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx == self._fp8[-1]:
+            self._clipping.look()
+        return result
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """How many tokens the next `update` returns if it returns all, and the position of the first one."""
+        self._clipping.look()
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def clipped(self) -> Clipped | None:
+        """How many elements of K and V were clipped in a cache that was given no scales.
+
+        It waits for the device. A warning tells once that something was clipped, on a GPU when that is known
+        without waiting.
+
+        Returns:
+            The numbers; None if the cache was given scales or computes them, as nothing is counted then.
+
+        Example:
+            >>> import torch
+            >>> from transformers import LlamaConfig
+            >>> from fp8kv.transformers import Fp8Cache
+            >>> cache = Fp8Cache(LlamaConfig(num_hidden_layers=1))
+            >>> _ = cache.update(torch.ones(1, 32, 5, 128), torch.ones(1, 32, 5, 128), 0)
+            >>> cache.clipped()
+            Clipped(k=0, v=0)
+        """
+        no_scales = self.layers[self._fp8[0]].options.storage["scales"] is None
+        return self._clipping.read() if no_scales else None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers as they are allocated now, with the scales of single tokens.
+        """Bytes of all layers as they are allocated now, with the scales of single tokens and other states.
 
         Example:
             >>> from transformers import LlamaConfig
@@ -113,12 +193,12 @@ class Fp8Cache(Cache):
             >>> Fp8Cache(config, max_cache_len=64, max_batch_size=3, device="cpu").nbytes
             24576
         """
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(_other_bytes(layer) + getattr(layer, "nbytes", 0) for layer in self.layers)
 
     @property
     def nbytes_16bit(self) -> int:
         """Bytes of the keys and values that Transformers' own 16-bit cache holds at the same point."""
-        return sum(layer.nbytes_16bit for layer in self.layers)
+        return sum(_other_bytes(layer) + getattr(layer, "nbytes_16bit", 0) for layer in self.layers)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens of all sequences: ``crop(-3)`` removes three.
@@ -127,9 +207,13 @@ class Fp8Cache(Cache):
             ValueError: there are not so many, or a layer with a window has forgotten the tokens before them:
                 `activate_past_recording` keeps them. Nothing is removed then.
         """
-        for layer in self.layers:
-            layer.check_crop(tokens_to_remove)
-        super().crop(tokens_to_remove)
+        tokens_to_remove = int(tokens_to_remove)  # some releases of Transformers give a tensor
+        for index in self._fp8:
+            self.layers[index].check_crop(tokens_to_remove)
+        # Those of Transformers first, as they refuse by themselves.
+        for layer in sorted(self.layers, key=lambda layer: isinstance(layer, Fp8Layer)):
+            layer.crop(tokens_to_remove)
+        self._progress.crop(tokens_to_remove)
 
     def __repr__(self) -> str:
         kinds = Counter(type(layer).__name__ for layer in self.layers)
@@ -172,26 +256,118 @@ def _decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
             "Fp8Cache: config must be of a model without an encoder, as keys of an encoder are not cached, "
             f"got {type(config).__name__}"
         )
-    return config.get_text_config(decoder=True)
-
-
-def _windows(config: PreTrainedConfig) -> list[int | None]:
-    """How many tokens a query of each layer sees, itself included; None: all."""
-    configs = _layer_configs(config)
-    types = getattr(config, "layer_types", None) or [_layer_type(layer) for layer in configs]
-    for index, kind in enumerate(types):
-        if kind not in _WINDOWS:
-            raise ValueError(
-                f"Fp8Cache: config must have layers of the types {', '.join(_WINDOWS)} only, "
-                f"got {kind!r} for layer {index}"
-            )
-    if "reuse" in (getattr(config, "kv_sharing_modes", None) or []):
+    decoder = config.get_text_config(decoder=True)
+    if getattr(decoder, "cross_attention_layers", None):
         raise ValueError(
-            "Fp8Cache: config must give every layer keys and values of its own, "
-            f"got {type(config).__name__} with layers that share them"
+            "Fp8Cache: config must be of a model without cross-attention layers, as it would read keys from "
+            f"the cache itself, got {type(decoder).__name__}"
         )
-    fields = (_WINDOWS[kind] for kind in types)
-    return [getattr(layer, field) if field else None for field, layer in zip(fields, configs, strict=True)]
+    return decoder
+
+
+@dataclass
+class _Plan:
+    """Of a layer in FP8.
+
+    Args:
+        window: how many tokens a query sees, itself included; None: all.
+        is_shared: whether other layers take its keys and values.
+        num_states: recurrent states beside the keys and values; None: it is no such layer.
+    """
+
+    window: int | None
+    is_shared: bool
+    num_states: int | None
+
+
+def _plans(config: PreTrainedConfig, skip_layers: Sequence[int | str]) -> list[_Plan | None]:
+    """One for each layer; None: it stays as Transformers has it."""
+    types = _layer_types(config)
+    try:
+        own = DynamicCache(config=config).layers
+    except KeyError as error:
+        raise ValueError(
+            "Fp8Cache: config must have layers that Transformers has a cache for, "
+            f"got layers of the type {error}"
+        ) from None
+    skipped = _skipped(skip_layers, types)
+    plans = [
+        None if index in skipped else _plan(config, types, index, layer) for index, layer in enumerate(own)
+    ]
+    if not any(plans):
+        raise ValueError(
+            "Fp8Cache: config must be of a model with keys and values to store in FP8, "
+            f"got {type(config).__name__} without such layers, or skip_layers with all of them"
+        )
+    return plans
+
+
+def _plan(config: PreTrainedConfig, types: list[str], index: int, layer: Any) -> _Plan | None:
+    if not isinstance(layer, CacheLayerMixin):
+        return None
+    if type(layer) not in _STORED_IN_FP8:
+        raise ValueError(
+            f"Fp8Cache: config must have layers whose keys and values can be FP8, got {types[index]!r} for "
+            f"layer {index}; skip_layers=[{quoted(types[index])}] keeps such layers in 16 bits"
+        )
+    modes = getattr(config, "kv_sharing_modes", None)
+    takers = "reuse" in modes if modes else getattr(config, "num_kv_shared_layers", 0)
+    is_shared = bool(takers) and (not modes or modes[index] == "store")
+    num_states = getattr(layer, "number_of_states", 1) if _STORED_IN_FP8[type(layer)] else None
+    return _Plan(getattr(layer, "sliding_window", None), is_shared, num_states)
+
+
+def _skipped(skip_layers: Sequence[int | str], types: list[str]) -> set[int]:
+    """The layers that are named by number or type."""
+    if isinstance(skip_layers, (int, str)):
+        skip_layers = [skip_layers]
+    skipped: set[int] = set()
+    for one in skip_layers:
+        named = {index for index, kind in enumerate(types) if one in (index, kind)}
+        if not named:
+            known = ", ".join(map(quoted, sorted(set(types))))
+            raise ValueError(
+                f"Fp8Cache: skip_layers must have numbers from 0 to {len(types) - 1} or the types {known}, "
+                f"got {one!r}"
+            )
+        skipped |= named
+    return skipped
+
+
+def _layer(
+    options: LayerOptions,
+    plan: _Plan,
+    steps: Steps,
+    progress: Progress,
+    room: tuple[int, int | None] | None,
+) -> Fp8Layer:
+    """Of the class that fits; the second one of each kind has recurrent states as well."""
+    arguments: tuple[Any, ...] = (options, steps)
+    classes: list[Any] = [layers.DynamicFp8Layer, layers.HybridDynamicFp8Layer]
+    if room is not None:
+        arguments = (options, progress, *room)
+        classes = [layers.StaticFp8Layer, layers.HybridStaticFp8Layer]
+        if plan.window is not None and plan.window < room[0]:
+            classes = [layers.StaticWindowFp8Layer, layers.HybridStaticWindowFp8Layer]
+    is_hybrid = plan.num_states is not None
+    layer: Fp8Layer = classes[is_hybrid](*([plan.num_states] if is_hybrid else []), *arguments)
+    return layer
+
+
+def _other_bytes(layer: Any) -> int:
+    """Of what Transformers keeps in a layer."""
+    names = ("keys", "values", "conv_states", "recurrent_states", "indexer_keys")
+    return sum(_bytes(getattr(layer, name, None)) for name in names)
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, dict):
+        return sum(map(_bytes, value.values()))
+    return value.nbytes if isinstance(value, Tensor) else 0
+
+
+def _layer_types(config: PreTrainedConfig) -> list[str]:
+    return list(getattr(config, "layer_types", None) or map(_layer_type, _layer_configs(config)))
 
 
 def _layer_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
@@ -201,7 +377,7 @@ def _layer_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
 
 def _layer_type(config: PreTrainedConfig) -> str:
     """For models that don't name the types of their layers."""
-    bounded = (kind for kind, field in _WINDOWS.items() if field and getattr(config, field, None))
+    bounded = (kind for field, kind in _BOUNDED.items() if getattr(config, field, None))
     return next(bounded, "full_attention")
 
 
@@ -213,10 +389,10 @@ def _geometry(config: PreTrainedConfig) -> tuple[int, int]:
     )
 
 
-def _scales_of_layers(scales: Any, num_layers: int) -> list[Any]:
-    """What `PagedKVCache` takes, for each layer."""
+def _scales_of_layers(scales: Any, indices: Iterable[int]) -> dict[int, Any]:
+    """What `PagedKVCache` takes, for each of these layers."""
     if scales is None or (isinstance(scales, str) and scales == "dynamic"):
-        return [scales] * num_layers
+        return dict.fromkeys(indices, scales)
     if isinstance(scales, (str, Path)):
         scales = load_kv_scales(scales, query=False)
     if not isinstance(scales, KVScales):
@@ -224,7 +400,7 @@ def _scales_of_layers(scales: Any, num_layers: int) -> list[Any]:
             'Fp8Cache: scales must be None, "dynamic", KVScales or the folder of a checkpoint, '
             f"got {type(scales).__name__}"
         )
-    return [_layer_scales(scales, index) for index in range(num_layers)]
+    return {index: _layer_scales(scales, index) for index in indices}
 
 
 def _layer_scales(scales: KVScales, index: int) -> LayerScales:

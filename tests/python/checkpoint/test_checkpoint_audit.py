@@ -624,6 +624,13 @@ def test_errors_come_first_and_layers_in_order(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(("v", "kinds"), [(0.05, []), (0.06, ["latent-scales"])])
+def test_latent_attention_has_one_scale_for_its_row(tmp_path: Path, v: float, kinds: list[str]) -> None:
+    tensors = {name: torch.tensor([0.05]) for name in scales("tensor")} | {V: torch.tensor([v])}
+    folder = write_checkpoint(tmp_path, tensors, config("tensor") | {"kv_lora_rank": 32})
+    assert [problem.kind for problem in audit_checkpoint(folder)] == kinds
+
+
 def test_a_missing_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as error:
         audit_checkpoint(tmp_path / "nowhere")
@@ -635,5 +642,5 @@ def test_a_missing_checkpoint(tmp_path: Path) -> None:
 
 def test_every_kind_is_documented_with_its_severity() -> None:
     page = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
-    documented = dict(re.findall(r"^\| `([a-z-]+)` \| (error|warning|note) \|", page, re.MULTILINE))
+    documented = dict(re.findall(r"^\| `([a-z0-9-]+)` \| (error|warning|note) \|", page, re.MULTILINE))
     assert documented == {kind: severity for kind, (severity, _) in KINDS.items()}

@@ -23,6 +23,12 @@ ATTENTION = "model.layers.7.self_attn"
         ("qkqkv_proj.k_scale", "k_scale"), ("qkqkv_proj.v_scale", "v_scale"),
         ("q.scale", "q_scale"), ("k_cache.scale", "k_scale"), ("v_cache.scale", "v_scale"),
         ("v_cache.zero_point", "v_zero_point"),
+        ("kv_cache_scaling_factor", "k_scale"), ("v_cache_scaling_factor", "v_scale"),
+        ("k_fake_quantizer.qscale_act", "k_scale"), ("kv_fake_quantizer.qscale_act", "k_scale"),
+        ("k_proj.kv_cache_scale", "k_scale"), ("v_proj.kv_cache_offset", "v_zero_point"),
+        ("k_cache_scale", "k_scale"), ("attn_mqa.k_scale", "k_scale"),
+        ("mla_attn.mla_attn.k_scale", "k_scale"),
+        ("W_pack.v_scale", "v_scale"), ("kv_a_proj_with_mqa.k_scale", "k_scale"),
         ("q_proj.output_scale", "q_scale"), ("k_proj.output_scale", "k_scale"),
         ("v_proj.output_scale", "v_scale"), ("v_proj.output_zero_point", "v_zero_point"),
     ],
@@ -44,6 +50,10 @@ def test_names(name: str, expected: str) -> None:
         "transformer.h.12.attn",
         "transformer.encoder.layers.12.self_attention",
         "model.decoder.layers.12.self_attn",
+        "model.encoder.language_model.layers.12.self_attn",
+        "decoder.block.12.layer.0.SelfAttention",
+        "transformer.blocks.12.norm_attn_norm.attn",
+        "layers.12.attention",
     ],
 )
 def test_prefixes(attention: str) -> None:
@@ -68,11 +78,18 @@ def test_prefixes(attention: str) -> None:
         # Other models in the same checkpoint, which count their layers from 0 too.
         "vision_tower.encoder.layers.7.self_attn.k_proj.output_scale", "visual.blocks.7.attn.k_scale",
         "model.audio_tower.layers.7.self_attn.k_scale", "model.encoder.layers.7.self_attn.k_scale",
-        "mtp.layers.0.self_attn.k_scale",
+        "mtp.layers.0.self_attn.k_scale", "talker.model.layers.7.self_attn.k_scale",
+        "model.decoder.layers.7.encoder_attn.k_scale", "decoder.block.7.layer.1.EncDecAttention.k_scale",
+        "eagle_module.layers.0.self_attn.k_scale", "model.layers.123456.self_attn.k_scale",
+        f"{ATTENTION}.k_proj.kv_cache_offset_scale", f"{ATTENTION}.wk.qscale_act",
     ],
 )  # fmt: skip
 def test_what_is_no_scale_of_the_model(name: str) -> None:
     assert remap_scale_name(name) is None
+
+
+def test_the_only_layer_of_a_draft_is_the_first() -> None:
+    assert remap_scale_name("midlayer.self_attn.k_scale") == "model.layers.0.self_attn.k_scale"
 
 
 def test_names_of_its_own_stay_as_they_are() -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -701,21 +702,32 @@ def test_an_unknown_type_of_model_is_one_sentence(
 # calibrate: many processes
 
 
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+#: `python -m fp8kv` that also says how many threads, of Python or not, there are when it ends.
+COUNTING = """
+import atexit, os, sys
+from fp8kv.cli import main
+
+atexit.register(lambda: print("threads:", len(os.listdir("/proc/self/task")), file=sys.stderr))
+main()
+"""
 
 
 def test_two_processes_give_the_scales_of_one(
     calibrated: Path, model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fp8kv")
+    (tmp_path / "counting.py").write_text(COUNTING)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tmp_path / "counting.py")
     command = arguments(model_folder, tmp_path / "out", text_file, "--strategy", "attn_head", "--query")
     result = subprocess.run(
-        [sys.executable, *launcher, *map(str, command)],
+        [sys.executable, *map(str, (*launcher, *command))],
         capture_output=True, text=True, timeout=120, env=ONE_THREAD,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert_same_scales(tmp_path / "out", calibrated)
     assert result.stdout.count("no problems") == 1
+    # A thread of gloo that outlives its process group can abort the process.
+    assert re.findall(r"threads: (\d+)", result.stderr) == ["1", "1"]
 
 
 def test_what_fails_in_one_process_ends_all_and_the_first_says_why(
@@ -740,3 +752,40 @@ def test_what_fails_in_one_process_ends_all_and_the_first_says_why(
     assert "error: --seq-len must be at most 64" in first[1]
     assert "error" not in second[0] + second[1]
     assert not (tmp_path / "out").exists()
+
+
+# inspect: models, files and findings of other producers
+
+
+def test_inspect_shows_the_model_that_is_asked_for(tmp_path: Path) -> None:
+    talker = {f"talker.model.layers.0.self_attn.{x}_scale": torch.tensor([0.75]) for x in "kv"}
+    folder = files.write_checkpoint(tmp_path, files.scales("tensor") | talker, files.config("tensor"))
+    assert "0.75" not in invoke("inspect", folder)
+    assert "0.75" in invoke("inspect", folder, "--model", "talker")
+    assert "model must be" in invoke("inspect", folder, "--model", "x", status=2)
+
+
+def test_inspect_shows_scales_of_1_that_no_tensor_has(tmp_path: Path) -> None:
+    modelopt = {"quant_method": "modelopt", "kv_cache_quant_algo": "FP8"}
+    folder = files.write_checkpoint(
+        tmp_path, files.weights(), files.SIZES | {"quantization_config": modelopt}
+    )
+    found = inspection.inspect_checkpoint(folder)
+    assert [(row.k, row.v) for row in found.layers] == [([1.0], [1.0])] * LAYERS
+    assert "unit-scales" in invoke("inspect", folder)
+
+
+def test_inspect_names_what_it_does_not_understand(tmp_path: Path) -> None:
+    tensors = {f"{attention(n)}.{x}_scale_inv": torch.ones(1) for n in range(LAYERS) for x in "kv"}
+    folder = files.write_checkpoint(tmp_path, tensors, files.config("tensor"))
+    output = invoke("inspect", folder, status=1)
+    assert "unknown-scale" in output
+    assert "missing" in output
+
+
+def test_inspect_reads_a_json_file_of_scales(tmp_path: Path) -> None:
+    file = tmp_path / "scales.json"
+    file.write_text(
+        json.dumps({"kv_cache": {"dtype": "float8_e4m3fn", "scaling_factor": {"0": {"0": 0.75}}}})
+    )
+    assert "0.75" in invoke("inspect", file)

@@ -23,6 +23,10 @@ transformers = pytest.importorskip("transformers")
 from transformers import DynamicCache  # noqa: E402
 
 WINDOW = 32
+#: Its own FP8 cache came with Transformers 5.21.
+HAS_FP8 = hasattr(transformers.cache_utils, "Fp8QuantizedLayer")
+needs_transformers_fp8 = pytest.mark.skipif(not HAS_FP8, reason="needs Transformers 5.21")
+ROWS = [name for name in evaluation.CACHES if HAS_FP8 or name != evaluation.TRANSFORMERS_FP8]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -146,6 +150,40 @@ def test_the_row_of_an_fp8_cache(
     assert row.agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
 
 
+@needs_transformers_fp8
+def test_the_row_of_the_cache_of_transformers(model: Any, windows: Tensor) -> None:
+    """One scale for each tensor, of the first tokens; attention sees them, too, as they are read later."""
+
+    class FirstScaleCache(DynamicCache):
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            both = (self.round_trip(x) for x in (key_states, value_states))
+            return super().update(*both, *args, **kwargs)
+
+        def round_trip(self, x: Tensor) -> Tensor:
+            x16 = x.bfloat16()
+            scale = x16.abs().amax().float() / 448
+            return ((x16.float() / scale).to(torch.float8_e4m3fn).float() * scale).bfloat16().to(x.dtype)
+
+    full, row = rows_of(model, windows, [evaluation.TRANSFORMERS_FP8], {})
+    logits = logits_with(model, windows, FirstScaleCache)
+    assert row.perplexity == pytest.approx(perplexity(logits, windows), rel=1e-5)
+    assert row.kl > 0
+    scales = 2 * 4 * tiny_models.LAYERS
+    assert row.nbytes == full.nbytes / 2 + scales
+
+
+def test_models_with_windows_have_no_row_of_the_cache_of_transformers(
+    tiny_text: Path, tmp_path: Path
+) -> None:
+    types = ["sliding_attention", "full_attention"]
+    folder = tiny_models.make_model(tmp_path / "m", layer_types=types, sliding_window=8)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    names = [evaluation.REFERENCE, evaluation.TRANSFORMERS_FP8]
+    assert list(evaluation.caches(config, names, {})) == [evaluation.REFERENCE]
+    output = invoke(*small(folder, tiny_text, "--only", "of Transformers"), status=2)
+    assert "--only must leave a cache that works here, got 'of Transformers'" in output
+
+
 def test_scales_reach_the_cache(model: Any, windows: Tensor) -> None:
     """Scales so small that everything saturates ruin the model."""
     by_head = calibrate(model, [windows], strategy="attn_head")
@@ -260,7 +298,7 @@ def test_eval_writes_table_json_and_picture(tiny_model: Path, tiny_text: Path, t
     numbers, picture = tmp_path / "eval.json", tmp_path / "eval.png"
     output = invoke(*small(tiny_model, tiny_text, "--json", numbers, "--plot", picture))
     report = json.loads(numbers.read_text())
-    assert [row["cache"] for row in report["rows"]] == list(evaluation.CACHES)
+    assert [row["cache"] for row in report["rows"]] == ROWS
     assert (report["model"], report["num_windows"], report["window"]) == ("tiny", 2, WINDOW)
     assert (report["dtype"], report["cache_dtype"], report["layout"]) == ("float32", "bfloat16", "NHD")
     for row in report["rows"]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
-from fp8kv.checkpoint._read.config import Heads
-from fp8kv.checkpoint._read.scales import Entry, Key, StoredScales
+import torch
+
+from fp8kv.checkpoint._read.inventory import Entry, Key, Models, ModelTensors
+from fp8kv.checkpoint._read.layers import Layers
+from fp8kv.checkpoint._read.quantization import FP8, NVFP4, REAL, Statement
+from fp8kv.checkpoint._read.scales import StoredScales
 from fp8kv.checkpoint.problems import Problem, make_problem
 from fp8kv.checkpoint.scheme import COMPRESSED_TENSORS, KVCacheScheme
 
@@ -34,27 +38,120 @@ def check_unused_query(entries: dict[Key, list[Entry]]) -> Iterator[Problem]:
         yield make_problem("unused-query-scale", message, tensor=names[0], value=len(names))
 
 
-def check_unexpected(stored: StoredScales, heads: dict[int, Heads] | None) -> Iterator[Problem]:
+def check_unexpected(stored: StoredScales, layers: Layers | None) -> Iterator[Problem]:
     """A problem for each layer with scales that the config does not have."""
     for layer, by_letter in stored.items():
-        if heads is not None and layer not in heads:
+        if layers is not None and layer not in layers.heads:
             name = next(iter(by_letter.values())).name
             message = f"{name} is there, but the config has no such layer with keys and values of its own"
             yield make_problem("unexpected-layer", message, layer=layer, tensor=name)
+    if layers is not None and layers.apart:
+        some = ", ".join(map(str, layers.apart[:3])) + (", ..." if layers.apart[3:] else "")
+        message = f"{layers.field} in the config tells layers {some} apart from those with scales"
+        yield make_problem("layers-inferred", message, value=len(layers.apart))
+
+
+def check_unknown(tensors: ModelTensors, stored: StoredScales) -> Iterator[Problem]:
+    """A problem for each tensor that looks like a scale: an error where the layer lacks one of its scales."""
+    for name, layer in tensors.unknown:
+        complete = stored and (layer is None or {"k", "v"} <= stored.get(layer, {}).keys())
+        message = f"{name} looks like a scale of attention, but is none that is known"
+        yield make_problem("unused-scale" if complete else "unknown-scale", message, layer=layer, tensor=name)
+
+
+def check_latent(stored: StoredScales) -> Iterator[Problem]:
+    """A problem for each layer of latent attention whose scales differ, though it caches one row."""
+    for layer, by_letter in stored.items():
+        k, v = (None if scale is None else scale.values for scale in map(by_letter.get, "kv"))
+        if k is not None and v is not None and not torch.equal(k, v):
+            name = by_letter["v"].name
+            message = f"{name} must be that of K, as latent attention caches one row for both, but is another"
+            yield make_problem("latent-scales", message, layer=layer, tensor=name)
+
+
+def check_other_models(models: Models, chosen: str) -> Iterator[Problem]:
+    """A problem for each model beside the chosen one that has scales too."""
+    for name, tensors in models.items():
+        names = [entry.name for entry in tensors.scales()]
+        names = names or [unknown.name for unknown in tensors.unknown]
+        if name != chosen and names:
+            choice = name or tensors.stack.removesuffix(".")
+            message = (
+                f"{names[0]} is of another model than the one whose scales these are; "
+                f'load_kv_scales(..., model="{choice}") loads those'
+            )
+            yield make_problem("other-model", message, tensor=names[0], value=choice)
+
+
+def check_rope(entries: dict[Key, list[Entry]], statement: Statement) -> Iterator[Problem]:
+    """A problem if scales are of the outputs of projections, and the cache holds something else."""
+    names = [name for key, copies in entries.items() if key.letter != "v" for name, _ in copies]
+    if statement.producer != "quark" or not names or statement.before_rope is False:
+        return
+    if statement.before_rope:
+        message = (
+            f"kv_cache_post_rope is false: {names[0]} is of keys before norm and RoPE, and not of the cache"
+        )
+        yield make_problem("before-rope", message, tensor=names[0], value=len(names))
+    elif "_proj.output_" in names[0]:
+        message = f"Without kv_cache_post_rope, {names[0]} may be of keys before norm and RoPE"
+        yield make_problem("rope-unsaid", message, tensor=names[0], value=len(names))
+
+
+def check_formats(
+    stored: StoredScales, statement: Statement, module_of: Callable[[int], str]
+) -> Iterator[Problem]:
+    """A problem for scales of layers that are not in FP8."""
+    wrong: dict[int, str] = {}
+    for layer, by_letter in stored.items():
+        formats = statement.formats_of(module_of(layer))._asdict()
+        for letter, scale in by_letter.items():
+            if formats.get(letter) == NVFP4:
+                wrong.setdefault(layer, scale.name)
+            elif formats.get(letter) == REAL:
+                message = f"{scale.name} is there, but the config leaves it in 16 bits"
+                yield make_problem("unexpected-scale", message, layer=layer, tensor=scale.name)
+    if wrong and not statement.by_layer:
+        name = next(iter(wrong.values()))
+        yield make_problem("nvfp4-cache", f"{name} is for a cache in NVFP4", tensor=name, value=len(wrong))
+        return
+    for layer, name in wrong.items():
+        yield make_problem("nvfp4-cache", f"{name} is for a cache in NVFP4", layer=layer, tensor=name)
 
 
 def check_absent(
-    stored: StoredScales, scheme: KVCacheScheme, heads: dict[int, Heads] | None
+    stored: StoredScales,
+    scheme: KVCacheScheme,
+    layers: Layers | None,
+    missing_on_purpose: Callable[[int, str], str | None],
+    elsewhere: str | None = None,
 ) -> Iterator[Problem]:
-    """A problem for each layer, or one of its scales, that is not there."""
-    layers = range(max(stored, default=-1) + 1) if heads is None else heads
-    with_kv = [layer for layer in layers if {"k", "v"} & stored.get(layer, {}).keys()]
-    if not with_kv:
-        yield make_problem("layer-missing", "No layer has scales of K and V", value=0)
-    for layer in layers if with_kv else ():
+    """A problem for each layer, or one of its scales, that is not there.
+
+    Args:
+        stored: what is there.
+        scheme: whether there must be query scales.
+        layers: those with a KV cache; None: those up to the last that has scales.
+        missing_on_purpose: why a layer has no scale of a letter, if there is a reason.
+        elsewhere: where there are scales, or may be.
+    """
+    expected = range(max(stored, default=-1) + 1) if layers is None else layers.heads
+    with_kv = [layer for layer in expected if {"k", "v"} & stored.get(layer, {}).keys()]
+    reasons = {layer: {x: missing_on_purpose(layer, x) for x in "kv"} for layer in expected}
+    some_unknown = any(UNKNOWN in why.values() for why in reasons.values())
+    all_on_purpose = bool(reasons) and all(why["k"] and why["v"] for why in reasons.values())
+    if not with_kv and not some_unknown and not all_on_purpose:
+        message = "No layer has scales of K and V" + (f", but {elsewhere}" if elsewhere else "")
+        yield make_problem("layer-missing", message, value=0)
+        return
+    for layer in expected:
         by_letter = stored.get(layer, {})
         absent = [letter for letter in "kv" if letter not in by_letter]
-        if len(absent) == 2:
+        why = [reason for letter in absent if (reason := reasons[layer][letter])]
+        if len(why) == len(absent) > 0:
+            if why[0] != UNKNOWN:
+                yield make_problem("layer-unquantized", why[0], layer=layer)
+        elif len(absent) == 2:
             yield make_problem("layer-missing", "There are no scales of K and V", layer=layer)
         elif absent:
             (other,) = {"k", "v"} - set(absent)
@@ -63,6 +160,46 @@ def check_absent(
             yield make_problem("scale-missing", message, layer=layer, tensor=name)
     if scheme.quantizes_query and with_kv:
         yield from _absent_query(stored, with_kv)
+
+
+#: A layer has scales, but none that is understood, which is a problem of its own.
+UNKNOWN = "unknown"
+
+
+def reasons_to_be_absent(
+    tensors: ModelTensors, layers: Layers | None, statement: Statement | None, module_of: Callable[[int], str]
+) -> Callable[[int, str], str | None]:
+    """Why a layer may have no scale of K or V, in words for `check_absent`."""
+    unknown = {item.layer for item in tensors.unknown}
+
+    def reason(layer: int, letter: str) -> str | None:
+        if layer in unknown or None in unknown:
+            return UNKNOWN
+        if statement is not None and statement.formats_of(module_of(layer))._asdict()[letter] == REAL:
+            return "The config leaves its cache in 16 bits, or one of K and V"
+        if layer in tensors.layers_with_scales:
+            return None
+        if layers is not None and layer in layers.optional:
+            return "It caches what another model has made, and has no scales"
+        module = module_of(layer)
+        if statement is not None and statement.leaves_out(module):
+            return f"The config leaves {module} out of what is quantized, and there are no scales"
+        return None
+
+    return reason
+
+
+def unit_layers(
+    tensors: ModelTensors, layers: Layers | None, statement: Statement | None, module_of: Callable[[int], str]
+) -> Mapping[int, str]:
+    """Letters of the layers whose scales are 1.0, as the config has FP8 and ModelOpt has exported none."""
+    if statement is None or layers is None or not statement.is_modelopt:
+        return {}
+    if tensors.entries or tensors.unknown:
+        return {}
+    formats = {n: statement.formats_of(module_of(n)) for n in layers.heads if n not in layers.optional}
+    letters = {n: "".join(x for x in "kv" if one._asdict()[x] == FP8) for n, one in formats.items()}
+    return {n: found for n, found in letters.items() if found}
 
 
 def _absent_query(stored: StoredScales, layers: list[int]) -> Iterator[Problem]:

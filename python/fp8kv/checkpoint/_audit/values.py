@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from statistics import median
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fp8kv._checks import Strategy, is_scale
 from fp8kv._dtypes import DEFAULT_FORMAT
-from fp8kv.checkpoint._read.config import Heads
+from fp8kv.checkpoint._read.layers import Heads
 from fp8kv.checkpoint._read.scales import StoredScale, StoredScales
 from fp8kv.checkpoint.problems import Problem, make_problem
 
@@ -26,7 +26,7 @@ Place = tuple[int, str]
 
 
 def check_values(
-    scales: StoredScales, strategy: Strategy, heads: dict[int, Heads]
+    scales: StoredScales, strategy: Strategy, heads: Mapping[int, Heads]
 ) -> tuple[list[Problem], set[Place]]:
     """All problems, and the layers and letters whose scales must not be used."""
     problems: list[Problem] = []

@@ -32,12 +32,26 @@ def find_files(checkpoint: Path) -> tuple[dict[Path, list[str]], list[Problem]]:
             message = f"{index} must be an index of shards, got: {error}"
             problems.append(make_problem("file-corrupt", message))
     files = sorted(checkpoint.glob("*.safetensors"))
-    # Mistral's own form of the same weights, under other names.
-    files = [file for file in files if not file.name.startswith("consolidated")] or files
+    files = [file for file in files if not _is_mistral(file)] or files
     if not files:
         message = f"{checkpoint} must have .safetensors files, but has none"
         problems.append(make_problem("file-missing", message))
     return {file: [] for file in sorted({*files, *_siblings(files)})}, problems
+
+
+def files_beside(checkpoint: Path) -> list[str]:
+    """The names of files of a directory that are not read with it and may have scales; of a file, none."""
+    if not checkpoint.is_dir():
+        return []
+    files = list(checkpoint.glob("*.safetensors"))
+    mistral = [file for file in files if _is_mistral(file)]
+    found = [*checkpoint.glob("*scale*.json"), *(mistral if len(mistral) < len(files) else ())]
+    return sorted(file.name for file in found)
+
+
+def _is_mistral(file: Path) -> bool:
+    """Mistral's own form of the same weights, under other names."""
+    return file.name.startswith("consolidated")
 
 
 def _read_index(index: Path) -> dict[Path, list[str]]:

@@ -1,38 +1,20 @@
-"""The scales and zero points of a checkpoint, whatever they are called there; no weight is ever read."""
+"""The values of scales and zero points; no weight is ever read."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fp8kv.checkpoint._read.files import find_files
-from fp8kv.checkpoint._read.safetensors import DTYPES, StoredTensor, read_header
-from fp8kv.checkpoint.names import parse_scale_name
+from fp8kv.checkpoint._read.inventory import Entry, Key
+from fp8kv.checkpoint._read.safetensors import DTYPES, StoredTensor
 from fp8kv.checkpoint.problems import Problem, make_problem
 
 #: More bytes than the scales of any layer have; a header that says otherwise must not fill the memory.
 _MOST_BYTES = 1 << 24
-
-
-class Key(NamedTuple):
-    """What a tensor is of a layer: `letter` is "q", "k" or "v", `kind` "scale" or "zero_point"."""
-
-    layer: int
-    letter: str
-    kind: str
-
-
-class Entry(NamedTuple):
-    """A tensor in a file, with the name it has there."""
-
-    name: str
-    stored: StoredTensor
 
 
 @dataclass(frozen=True)
@@ -45,45 +27,6 @@ class StoredScale:
 
 #: By layer, then by letter.
 StoredScales = dict[int, dict[str, StoredScale]]
-
-
-def find_scales(checkpoint: Path) -> tuple[dict[Key, list[Entry]], list[Problem]]:
-    """All scales and zero points, by the headers of a .safetensors file or of all those of a directory.
-
-    Returns:
-        The tensors, several where more than one means the same, with `kv_scale` listed for K and for V; and
-        what is wrong with the files.
-    """
-    files, problems = find_files(checkpoint)
-    named: dict[str, list[StoredTensor]] = defaultdict(list)
-    for file, listed in files.items():
-        tensors = _read_header(file, listed, problems)
-        for name in filter(parse_scale_name, tensors):
-            named[name].append(tensors[name])
-    entries: dict[Key, list[Entry]] = defaultdict(list)
-    for name, copies in sorted(named.items()):
-        layer, letters, kind = parse_scale_name(name) or (0, "", "")
-        for letter in letters:
-            entries[Key(layer, letter, kind)] += [Entry(name, stored) for stored in copies]
-    return dict(sorted(entries.items())), problems
-
-
-def _read_header(file: Path, listed: list[str], problems: list[Problem]) -> dict[str, StoredTensor]:
-    """The tensors of a file, which has at least those that the index lists; none if it cannot be read."""
-    if not file.is_file():
-        problems.append(make_problem("file-missing", f"{file} must be there, but is not"))
-        return {}
-    try:
-        tensors, _ = read_header(file)
-    except (OSError, ValueError) as error:
-        problems.append(make_problem("file-corrupt", f"{file} cannot be read: {error}"))
-        return {}
-    missing = [name for name in listed if name not in tensors]
-    if missing:
-        some = f"{missing[0]} and {len(missing) - 1} more tensors" if missing[1:] else missing[0]
-        message = f"{file} must have {some} that the index names, but has not"
-        problems.append(make_problem("tensor-missing", message, tensor=missing[0], value=len(missing)))
-    return tensors
 
 
 def read_scales(entries: dict[Key, list[Entry]]) -> tuple[StoredScales, list[Problem]]:

@@ -73,7 +73,7 @@ def _checked_scale(
         if host.numel() != 1:
             raise ValueError(f'{what} must have 1 element with strategy "tensor", got {host.numel()}')
         return host
-    num_heads, num_kv_heads = source.num_heads(layer)
+    num_heads, num_kv_heads = source.num_heads(layer, host.numel())
     if host.numel() != num_kv_heads:
         hint = " (of one tensor-parallel rank?)" if 0 < host.numel() < num_kv_heads else ""
         raise ValueError(

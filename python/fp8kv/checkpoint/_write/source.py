@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,9 @@ from typing import Any
 import torch
 
 from fp8kv._dtypes import REAL_DTYPES, dtype_name
-from fp8kv.checkpoint._read.config import CONFIG_FILE, MODELOPT_FILE, NESTED, Heads, heads_of_layers
+from fp8kv.checkpoint._read.config import CONFIG_FILE, MODELOPT_FILE, NESTED, section_of_model
+from fp8kv.checkpoint._read.inventory import Models, ModelTensors, sort_tensors
+from fp8kv.checkpoint._read.layers import Heads, layers_of_config, with_counts, with_tensors
 from fp8kv.checkpoint._read.safetensors import DTYPES, INDEX_FILE, StoredTensor, read_header
 from fp8kv.checkpoint.names import parse_scale_name
 from fp8kv.checkpoint.problems import CheckpointError
@@ -23,10 +23,6 @@ _SINGLE_FILE = "model.safetensors"
 _SCALES_FILE = "model-kv-scales.safetensors"
 
 _REAL_NAMES = {dtype_name(dtype): dtype for dtype in REAL_DTYPES}
-#: A parameter that makes keys: its module, and what is before the number of the layer.
-_KEYS = re.compile(
-    r"(?P<module>(?P<layers>(?:.+\.)?[^.]+)\.\d+\.[^.]+)\.(?:k_proj|qkv_proj|query_key_value|c_attn|Wqkv)\..+"
-)
 
 
 @dataclass(frozen=True)
@@ -38,6 +34,7 @@ class Source:
         config: its config.json.
         index: its index of shards; None if there is a single file.
         tensors: of each file of tensors, those that are no scales or zero points of Q, K and V, by name.
+        models: the attention modules among all tensors, by model.
         metadata: the ``__metadata__`` of each of these files.
         with_scales: those of the files that hold scales.
     """
@@ -46,6 +43,7 @@ class Source:
     config: dict[str, Any]
     index: dict[str, Any] | None
     tensors: dict[str, dict[str, StoredTensor]]
+    models: Models
     metadata: dict[str, dict[str, str] | None]
     with_scales: frozenset[str]
 
@@ -65,16 +63,22 @@ class Source:
             )
         config = _read_json(folder, CONFIG_FILE)
         index = _read_json(folder, INDEX_FILE) if (folder / INDEX_FILE).exists() else None
-        tensors, metadata, with_scales = {}, {}, set()
+        files, metadata = {}, {}
         for name in [_SINGLE_FILE] if index is None else _shards(folder, index):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"KVScales.save: source must have a file {name!r}, got {folder}")
-            stored, metadata[name] = read_header(folder / name)
-            _check_index(folder, index, name, stored)
-            tensors[name] = {key: value for key, value in stored.items() if parse_scale_name(key) is None}
-            if len(tensors[name]) < len(stored):
-                with_scales.add(name)
-        return cls(folder, config, index, tensors, metadata, frozenset(with_scales))
+            files[name], metadata[name] = read_header(folder / name)
+            _check_index(folder, index, name, files[name])
+        models = sort_tensors({key: [value] for stored in files.values() for key, value in stored.items()})
+        scales = {entry.name for model in _language_models(models).values() for entry in model.scales()}
+        tensors = {
+            name: {
+                key: value for key, value in stored.items() if not (key in scales or parse_scale_name(key))
+            }
+            for name, stored in files.items()
+        }
+        with_scales = frozenset(name for name, stored in files.items() if len(tensors[name]) < len(stored))
+        return cls(folder, config, index, tensors, models, metadata, with_scales)
 
     @property
     def file_for_scales(self) -> str:
@@ -93,23 +97,35 @@ class Source:
         Raises:
             ValueError: there are none, or those of several models.
         """
-        layers = heads_of_layers(self.config)
-        found: dict[str, dict[int, str]] = defaultdict(dict)
-        for file in self.tensors.values():
-            for name in file:
-                match = _KEYS.fullmatch(name)
-                # Scales go where readers look for them.
-                place = match and parse_scale_name(f"{match['module']}.k_scale")
-                if match and place and (layers is None or place[0] in layers):
-                    found[match["layers"]][place[0]] = match["module"]
-        if len(found) != 1:
-            models = ", ".join(map(repr, sorted(found))) or "none"
-            raise ValueError(
-                "KVScales.save: source must have the attention layers of one language model, with tensors "
-                f"like 'model.layers.0.self_attn.k_proj.weight', got {models} in {self.folder}"
-            )
-        (modules,) = found.values()
+        model = self._model()
+        layers = with_tensors(layers_of_config(self._section()), {}, model.attention, model.present, ())
+        modules = {
+            n: x.name for n, x in model.attention.items() if x.makes_keys and layers and n in layers.heads
+        }
+        if not modules:
+            raise self._no_model("none")
         return dict(sorted(modules.items()))
+
+    def _model(self) -> ModelTensors:
+        """The attention of the language model."""
+        found = _language_models(self.models)
+        if "" in found:
+            return found[""]
+        if len(found) != 1:
+            raise self._no_model(", ".join(repr(x.stack.removesuffix(".")) for x in found.values()) or "none")
+        return next(iter(found.values()))
+
+    def _no_model(self, found: str) -> ValueError:
+        return ValueError(
+            "KVScales.save: source must have the attention layers of one language model, with tensors "
+            f"like 'model.layers.0.self_attn.k_proj.weight', got {found} in {self.folder}"
+        )
+
+    def _section(self) -> Mapping[str, Any]:
+        """The part of the config that is about the language model."""
+        return section_of_model(
+            self.config, next((n for n, x in self.models.items() if x is self._model()), "")
+        )
 
     def dtype(self) -> torch.dtype:
         """The dtype of the model: what the config says, or that of the first tensor that isn't quantized."""
@@ -122,20 +138,38 @@ class Source:
         dtypes = (DTYPES.get(tensor.dtype) for file in self.tensors.values() for tensor in file.values())
         return next((dtype for dtype in dtypes if dtype in REAL_DTYPES), torch.float32)
 
-    def num_heads(self, layer: int) -> tuple[int, int]:
+    def num_heads(self, layer: int, num_scales: int) -> tuple[int, int]:
         """The number of query heads and of KV heads of a layer.
 
+        Args:
+            layer: its index.
+            num_scales: how many scales K and V have; shapes of projections may confirm it against the config.
+
         Raises:
-            ValueError: the config does not say it.
+            ValueError: neither says it.
         """
-        heads = (heads_of_layers(self.config) or {}).get(layer, Heads())
-        if heads.query is None or heads.kv is None or heads.query % heads.kv:
+        section, attention = self._section(), self._model().attention
+        layers = layers_of_config(section)
+        given = layers.heads.get(layer, Heads()) if layers else Heads()
+        query, kv = given
+        if layers is not None and kv is not None:
+            kv = with_counts(layers, section, attention, {layer: num_scales})[layer].kv
+        if query is None or kv is None or query % kv:
             raise ValueError(
                 "KVScales.save: source must have num_attention_heads, a multiple of num_key_value_heads, in "
-                f"its config, got {heads.query} and {heads.kv} for layer {layer} "
+                f"its config, got {query} and {kv} for layer {layer} "
                 f"in {self.folder / CONFIG_FILE}"
             )
-        return heads.query, heads.kv
+        return query, kv
+
+
+def _language_models(models: Models) -> Models:
+    """Those that fill the cache for the text that is generated."""
+    return {
+        name: model
+        for name, model in models.items()
+        if not model.is_side and any(x.makes_keys and not x.is_cross for x in model.attention.values())
+    }
 
 
 def _shards(folder: Path, index: dict[str, Any]) -> list[str]:

@@ -1,4 +1,5 @@
-"""The layers of `Fp8Cache`: one that grows, one of fixed size, and one of fixed size that keeps a window.
+"""The layers of `Fp8Cache`: one that grows, one of fixed size, and one of fixed size that keeps a window; and
+each of them beside a recurrent state.
 
 Sequence ``s`` of ``num_rows`` has its tokens of block ``j`` in block ``j * num_rows + s`` of the storage, so
 that a storage grows at its end. All sequences of a batch are of one length, padding included.
@@ -6,9 +7,23 @@ that a storage grows at its end. All sequences of a batch are of one length, pad
 
 from __future__ import annotations
 
-from fp8kv.transformers.layers.base import Fp8Layer
+from fp8kv.transformers.layers.base import Fp8Layer, LayerOptions
 from fp8kv.transformers.layers.dynamic import DynamicFp8Layer
+from fp8kv.transformers.layers.hybrid import (
+    HybridDynamicFp8Layer,
+    HybridStaticFp8Layer,
+    HybridStaticWindowFp8Layer,
+)
 from fp8kv.transformers.layers.static import StaticFp8Layer
 from fp8kv.transformers.layers.window import StaticWindowFp8Layer
 
-__all__ = ["DynamicFp8Layer", "Fp8Layer", "StaticFp8Layer", "StaticWindowFp8Layer"]
+__all__ = [
+    "DynamicFp8Layer",
+    "Fp8Layer",
+    "HybridDynamicFp8Layer",
+    "HybridStaticFp8Layer",
+    "HybridStaticWindowFp8Layer",
+    "LayerOptions",
+    "StaticFp8Layer",
+    "StaticWindowFp8Layer",
+]

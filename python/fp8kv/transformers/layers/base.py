@@ -2,39 +2,67 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
+from transformers.configuration_utils import PreTrainedConfig
 
 from fp8kv.kv_cache import PagedKVCache
 from fp8kv.kv_cache.paged import gather_rows
+from fp8kv.transformers import attention
+from fp8kv.transformers.clipping import Clipping
+from fp8kv.transformers.step import Step
+
+
+@dataclass
+class LayerOptions:
+    """What a layer is told.
+
+    Args:
+        index: of the layer.
+        storage: dtype, layout, block_size and scales of the `PagedKVCache`.
+        config: of the language model, which says what its attention function is.
+        clipping: of all layers of the cache.
+        direct: whether that function may read the storage.
+        is_shared: whether other layers of the model take the keys and values that `update` returns.
+        window: tokens that a query sees, itself included; None: all.
+    """
+
+    index: int
+    storage: dict[str, Any]
+    config: PreTrainedConfig
+    clipping: Clipping
+    direct: bool = True
+    is_shared: bool = False
+    window: int | None = None
 
 
 class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """What the layers share: the storage, its checks, and the way of tokens in and out.
 
-    Args:
-        index: of the layer, for messages.
-        options: dtype, layout, block_size and scales of the `PagedKVCache`.
-
     Attributes:
         storage: the `PagedKVCache`; None before the first key.
         batch_size: sequences; None before the first key.
         is_sliding: whether the layer looks back over a window only.
+        is_reached: whether what the last `update` returned has come to the attention function "fp8kv".
     """
 
     is_sliding = False
 
-    def __init__(self, index: int, options: dict[str, Any]) -> None:
+    def __init__(self, options: LayerOptions) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.index = index
         self.options = options
-        self.block_size: int = options["block_size"]
+        self.index = options.index
+        self.window = options.window
+        self.block_size: int = options.storage["block_size"]
         self.storage: PagedKVCache | None = None
         self.num_rows = 0
         self.batch_size: int | None = None
+        self.is_reached = False
+        self._gave_whole = True
 
     @property
     def nbytes(self) -> int:
@@ -53,18 +81,26 @@ class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _new_storage(self, num_blocks: int, num_kv_heads: int, head_size: int, device: Any) -> PagedKVCache:
         for name in ("k", "v"):
-            scale = getattr(self.options["scales"], name, None)
+            scale = getattr(self.options.storage["scales"], name, None)
             if isinstance(scale, Tensor) and scale.numel() not in (1, num_kv_heads):
                 raise ValueError(
                     f"Fp8Cache: scales of layer {self.index} must have 1 or {num_kv_heads} elements "
                     f"for {name}, as its keys have {num_kv_heads} heads, got {scale.numel()}"
                 )
-        return PagedKVCache(
-            num_blocks, num_kv_heads=num_kv_heads, head_size=head_size, device=device, **self.options
+        storage = PagedKVCache(
+            num_blocks, num_kv_heads=num_kv_heads, head_size=head_size, device=device, **self.options.storage
         )
+        self.options.clipping.watch(storage)
+        return storage
 
     def _check(self, key: Tensor, value: Tensor) -> None:
         """That the new tokens fit together and fit the tokens before them."""
+        if key.dim() == value.dim() == 4 and key.shape[:3] == value.shape[:3] and key.shape != value.shape:
+            raise ValueError(
+                "Fp8Cache: key and value must have heads of one size, "
+                f"got {key.shape[3]} and {value.shape[3]} in layer {self.index}; "
+                "skip_layers keeps layers in 16 bits"
+            )
         if key.dim() != 4 or key.shape != value.shape:
             raise ValueError(
                 "Fp8Cache: key and value must be of one shape [batch, num_kv_heads, tokens, head_size], "
@@ -84,26 +120,83 @@ class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 f"got {heads} and {head_size} in layer {self.index}"
             )
 
-    def _append(self, key: Tensor, value: Tensor, positions: Tensor) -> None:
-        """Stores tokens at their positions within the storage, the same for all sequences."""
-        storage = self.storage
-        assert storage is not None
-        step = self.block_size
-        places = positions + positions // step * ((self.num_rows - 1) * step)
-        slots = places + torch.arange(0, len(key) * step, step, device=places.device)[:, None]
-        storage.append(_packed(key), _packed(value), slots.flatten())
+    def _is_readable(self, key: Tensor) -> bool:
+        """Whether the attention function may read the tokens of this step from the storage.
 
-    def _read(
-        self, table: Tensor, num_tokens: int, dtype: torch.dtype, seq_starts: Tensor | None = None
+        What it got in the step before must have reached it as it was.
+        """
+        if not self.is_reached and not self._gave_whole:  # in this order, compiled code does not ask for both
+            raise attention.unreached(self.index)
+        options = self.options
+        return (
+            options.direct
+            and self.is_reached
+            and key.shape[2] <= attention.MAX_NEW_TOKENS
+            and attention.runs_on(key.device)
+            and options.config._attn_implementation == attention.NAME
+            and not (torch.is_grad_enabled() and key.requires_grad)
+        )
+
+    def _append(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
+        assert self.storage is not None
+        self.storage.append(_packed(key), _packed(value), slots)
+
+    def _given(self, key: Tensor, value: Tensor, step: Step, readable: bool) -> tuple[Tensor, Tensor]:
+        """What `update` returns after the new tokens are stored.
+
+        That is the new tokens, if the attention function reads the storage, and all of them dequantized else.
+        """
+        whole = not readable or self.options.is_shared
+        # Aliases, as the marks are for this step and not for the tensors of the caller.
+        result = self.read(step, key.dtype) if whole else (key.view(key.shape), value.view(value.shape))
+        return self._marked(*result, step if readable else None, whole)
+
+    def _marked(
+        self, key: Tensor, value: Tensor, step: Step | None = None, whole: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Tokens of all sequences, dequantized: ``[batch, heads, num_tokens, head_size]``."""
+        self.is_reached, self._gave_whole = False, whole
+        return attention.Stored(self, step, whole).mark(key, value)
+
+    def read(self, step: Step, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The tokens that queries of a step may see, dequantized: ``[batch, heads, tokens, head_size]``."""
         storage = self.storage
         assert storage is not None
-        shape = (len(table), num_tokens, storage.num_kv_heads, storage.head_size)
+        batch = len(step.table)
+        shape = (batch, step.num_read, storage.num_kv_heads, storage.head_size)
         key, value = (torch.empty(shape, dtype=dtype, device=storage.device) for _ in range(2))
-        sums = torch.arange(len(table) + 1, dtype=torch.int32, device=storage.device) * num_tokens
-        gather_rows(storage, key.flatten(0, 1), value.flatten(0, 1), table, sums, seq_starts)
+        gather_rows(storage, key.flatten(0, 1), value.flatten(0, 1), step.table, *step.to_gather())
         return key.transpose(1, 2), value.transpose(1, 2)
+
+    def attend(
+        self,
+        query: Tensor,
+        step: Step,
+        starts: Tensor | None = None,
+        softmax_scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of the new tokens of a step to the stored ones.
+
+        Args:
+            query: ``[batch, num_heads, new tokens, head_size]``.
+            step: of these tokens.
+            starts: int32 ``[batch]``, the first position that each sequence sees; None: all.
+            softmax_scale, softcap, sinks: as for `fp8kv.paged_attention`; None for none.
+
+        Returns:
+            ``[batch, new tokens, num_heads, head_size]``.
+        """
+        assert self.storage is not None
+        seq_lens, cu_query_lens = step.to_attend()
+        rows = query.transpose(1, 2)
+        out = self.storage.attend(
+            rows.flatten(0, 1), step.table, seq_lens, softmax_scale=softmax_scale,
+            cu_query_lens=cu_query_lens, max_query_len=step.num_tokens,
+            seq_starts=None if starts is None else step.seq_starts(starts), sliding_window=self.window,
+            softcap=softcap or 0.0, sinks=sinks,
+        )  # fmt: skip
+        return out.view(rows.shape)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence ``s`` becomes what sequence ``beam_idx[s]`` was."""

@@ -7,24 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8kv.transformers.layers.base import Fp8Layer, window_is_gone
+from fp8kv.transformers.layers.base import Fp8Layer, LayerOptions, window_is_gone
+from fp8kv.transformers.step import Step, Steps, slots_of
 
 
 class DynamicFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
     """A layer that grows with its tokens; with a window it forgets tokens that no query will see again.
 
     Args:
-        index, options: as for `Fp8Layer`.
-        window: tokens that a query sees, itself included; None: all.
+        options: what the layer is told.
+        steps: of all layers of the cache.
     """
 
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, index: int, options: dict[str, Any], window: int | None = None) -> None:
-        super().__init__(index, options)
-        self.window = window
-        self.is_sliding = window is not None
+    def __init__(self, options: LayerOptions, steps: Steps) -> None:
+        super().__init__(options)
+        self.steps = steps
+        self.is_sliding = self.window is not None
         self.length = 0
         self.num_dropped = 0  # tokens at the front that the storage no longer has: whole blocks
         self.record_past = False
@@ -38,30 +39,42 @@ class DynamicFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Stores new tokens and returns all that their queries may see, dequantized."""
+        """Stores new tokens and returns what their queries attend to: dequantized, or where to read it."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
-        start, end = self._first_seen(self.length), self.length + key_states.shape[2]
-        self._reserve(end)
-        device, dropped = key_states.device, self.num_dropped
-        positions = torch.arange(self.length - dropped, end - dropped, device=device)
-        self._append(key_states, value_states, positions)
-        starts = torch.full((self.num_rows,), start - dropped, dtype=torch.int32, device=device)
-        tokens = self._read(self._table(), end - start, key_states.dtype, starts)
-        self.length = end
-        if not self.record_past:
+        readable = self._is_readable(key_states)
+        if readable and not self.record_past:
+            self._forget()  # what is read later must stay where it is, so this comes first
+        num_tokens = key_states.shape[2]
+        self._reserve(self.length + num_tokens)
+        step = self._step(num_tokens)
+        self._append(key_states, value_states, step.slots)
+        self.length += num_tokens
+        given = self._given(key_states, value_states, step, readable)
+        if not readable and not self.record_past:
             self._forget()
-        return tokens
+        return given
+
+    def _step(self, num_tokens: int) -> Step:
+        storage = self.storage
+        assert storage is not None
+        start, end, dropped = self.length, self.length + num_tokens, self.num_dropped
+        rows, device = self.num_rows, storage.device
+
+        def make() -> Step:
+            positions = torch.arange(start - dropped, end - dropped, device=device)
+            blocks = torch.arange(storage.num_blocks, dtype=torch.int32, device=device)
+            slots = slots_of(positions, rows, rows, self.block_size)
+            first = self._first_seen(start)
+            return Step(slots, blocks.view(-1, rows).T, num_tokens, dropped, end, first, end - first)
+
+        state = (start, num_tokens, dropped, rows, storage.num_blocks)
+        return self.steps.get((self.window, device), state, make)
 
     def _first_seen(self, position: int) -> int:
         """The first position that a query at `position` sees."""
         return 0 if self.window is None else max(position - self.window + 1, 0)
-
-    def _table(self) -> Tensor:
-        assert self.storage is not None
-        blocks = torch.arange(self.storage.num_blocks, dtype=torch.int32, device=self.storage.device)
-        return blocks.view(-1, self.num_rows).T
 
     def _blocks_needed(self, length: int) -> int:
         return -(-(length - self.num_dropped) // self.block_size)
@@ -100,6 +113,10 @@ class DynamicFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
         old = self.storage
         assert old is not None
         self.storage = self._new_storage(num_blocks, old.num_kv_heads, old.head_size, old.device)
+        if not old.dynamic:
+            counter = self.storage.clip_counter
+            self.storage.use_scales(old.k_scale, old.v_scale)
+            self.storage.clip_counter = counter
         self.storage.copy_blocks(torch.stack([blocks, torch.arange(len(blocks), device=old.device)], 1), old)
 
     def _select(self, sequences: Tensor) -> None:
@@ -144,6 +161,7 @@ class DynamicFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
         self.storage = None
         self.batch_size = None
         self.num_rows = self.length = self.num_dropped = 0
+        self._gave_whole = True
         self.is_initialized = False
 
 

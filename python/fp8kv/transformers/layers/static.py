@@ -7,20 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8kv.transformers.layers.base import Fp8Layer
+from fp8kv.transformers.layers.base import Fp8Layer, LayerOptions
+from fp8kv.transformers.progress import Progress
+from fp8kv.transformers.step import Step, slots_of
 
 
 class StaticFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
     """A layer of fixed size: its tensors keep their addresses, and no shape depends on its length.
 
     Args:
-        index, options: as for `Fp8Layer`.
+        options: what the layer is told.
+        progress: of all layers of the cache.
         max_cache_len: tokens of a sequence.
         max_batch_size: sequences; None: those of the first key.
-        is_sliding: whether the model's masks are those of a window.
 
     Attributes:
-        cumulative_length: tokens of a sequence: a tensor, as a compiled forward pass can't read a number.
+        cumulative_length: tokens of a sequence before the step that is on: a tensor, as a compiled forward
+            pass can't read a number. All layers on a device have the same.
     """
 
     is_compileable = True
@@ -29,17 +32,16 @@ class StaticFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
 
     def __init__(
         self,
-        index: int,
-        options: dict[str, Any],
+        options: LayerOptions,
+        progress: Progress,
         max_cache_len: int,
         max_batch_size: int | None = None,
-        is_sliding: bool = False,
     ) -> None:
-        super().__init__(index, options)
+        super().__init__(options)
+        self.progress = progress
         self.max_cache_len = max_cache_len
         self.max_batch_size = max_batch_size
-        self.is_sliding = is_sliding
-        self.cumulative_length = torch.zeros((), dtype=torch.int64, device="cpu")
+        self.is_sliding = self.window is not None
         self.blocks_of_sequence = -(-max_cache_len // self.block_size)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -53,29 +55,44 @@ class StaticFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
         num_blocks = num_rows * self.blocks_of_sequence
         self.storage = storage = self._new_storage(num_blocks, num_kv_heads, head_size, device)
         self.num_rows = num_rows
-        self.cumulative_length = self.cumulative_length.to(storage.device)
+        self.cumulative_length = self.progress.length_on(storage.device)
         blocks = torch.arange(num_blocks, dtype=torch.int32, device=storage.device)
         self.table = blocks.view(-1, num_rows).T.contiguous()
-        for tensor in (storage.storage, storage.k_scale, storage.v_scale, self.cumulative_length, self.table):
+        counts = [] if storage.clip_counter is None else [storage.clip_counter.counts]
+        for tensor in (storage.storage, storage.k_scale, storage.v_scale, self.table, *counts):
             torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Stores new tokens and returns all `max_cache_len`, dequantized; masks hide those not there yet."""
+        """Stores new tokens and returns what their queries attend to: all `max_cache_len` dequantized, of
+        which masks hide those not there yet, or where to read them."""
         self._prepare(key_states, value_states)
-        num_tokens = key_states.shape[2]
-        positions = torch.arange(num_tokens, device=key_states.device) + self.cumulative_length
-        self._append(key_states, value_states, positions)
-        self.cumulative_length.add_(num_tokens)
-        return self._read(self.table[: len(key_states)], self.max_cache_len, key_states.dtype)
+        readable = self._is_readable(key_states)
+        step = self._step(len(key_states), key_states.shape[2])
+        self._append(key_states, value_states, step.slots)
+        given = self._given(key_states, value_states, step, readable)
+        self.progress.end(self.index)
+        return given
+
+    def _step(self, batch: int, num_tokens: int) -> Step:
+        length = self.cumulative_length
+
+        def make() -> Step:
+            positions = torch.arange(num_tokens, device=length.device) + length
+            slots = slots_of(positions, batch, self.num_rows, self.block_size)
+            end = length + num_tokens
+            return Step(slots, self.table[:batch], num_tokens, 0, end, 0, self.max_cache_len)
+
+        return self.progress.step(("full", str(length.device)), make)
 
     def _prepare(self, key: Tensor, value: Tensor) -> None:
         if not self.is_initialized:
             self.lazy_initialization(key, value)
         self._check(key, value)
         self._check_batch(len(key))
+        self.progress.begin(self.index, key.shape[2])
         self._check_room(key.shape[2])
         self.batch_size = len(key)
 
@@ -105,8 +122,11 @@ class StaticFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
         self.batch_size = len(sequences)
 
     def get_seq_length(self) -> Any:
-        """Tokens of a sequence: the tensor `cumulative_length`, or 0 before the first key."""
-        return self.cumulative_length if self.is_initialized else 0
+        """Tokens of a sequence: a tensor, or 0 before the first key."""
+        if not self.is_initialized:
+            return 0
+        ahead = self.progress.ahead(self.index)
+        return self.cumulative_length + ahead if ahead else self.cumulative_length
 
     def get_max_length(self) -> int:
         """Tokens there is room for."""
@@ -120,13 +140,13 @@ class StaticFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
         return self.num_rows * self.max_cache_len
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last tokens: ``crop(-3)`` removes three."""
-        self.cumulative_length.fill_(self.check_crop(tokens_to_remove))
+        """Nothing, as `Fp8Cache.crop` tells `Progress`."""
 
     def reset(self) -> None:
         """Forgets everything and keeps the storage; the next batch may be of another size."""
         self.batch_size = None
-        self.cumulative_length.zero_()
+        self._gave_whole = True
+        self.progress.reset()
         if self.storage is not None:
             self.storage.storage.view(torch.uint8).zero_()
             if self.storage.dynamic:

@@ -8,80 +8,98 @@ import torch
 from torch import Tensor
 
 from fp8kv.kv_cache.paged import as_stored
-from fp8kv.transformers.layers.base import window_is_gone
+from fp8kv.transformers import attention
+from fp8kv.transformers.layers.base import LayerOptions, window_is_gone
 from fp8kv.transformers.layers.static import StaticFp8Layer
+from fp8kv.transformers.progress import Progress
+from fp8kv.transformers.step import Step, slots_of
 
 
 class StaticWindowFp8Layer(StaticFp8Layer):  # type: ignore[no-untyped-call]
     """A layer of fixed size that keeps a window: the storage is a ring, in which new tokens replace old ones.
 
     Args:
-        index, options, max_cache_len, max_batch_size: as for `StaticFp8Layer`.
-        window: tokens that a query sees, itself included; less than `max_cache_len`.
-
-    Attributes:
-        length: tokens of a sequence, for what the host decides.
+        options: what the layer is told; its window is less than `max_cache_len`.
+        progress, max_cache_len, max_batch_size: as for `StaticFp8Layer`.
     """
 
     is_croppable = False
+    window: int
 
     def __init__(
-        self,
-        index: int,
-        options: dict[str, Any],
-        max_cache_len: int,
-        max_batch_size: int | None,
-        window: int,
+        self, options: LayerOptions, progress: Progress, max_cache_len: int, max_batch_size: int | None
     ) -> None:
-        super().__init__(index, options, max_cache_len, max_batch_size, is_sliding=True)
-        self.window = window
-        self.length = 0
+        super().__init__(options, progress, max_cache_len, max_batch_size)
+        progress.counts_on_host = True
         self.num_lost = 0  # tokens at the front that newer ones had replaced when `crop` removed those
-        # One more than a window fills, as it may begin anywhere in a block.
-        self.blocks_of_sequence = -(-window // self.block_size) + 1
+        # Room for all that the queries of a short step see, which may begin anywhere in a block.
+        seen = self.window - 1 + attention.MAX_NEW_TOKENS
+        self.blocks_of_sequence = -(-(self.block_size - 1 + seen) // self.block_size)
         self.ring_size = self.blocks_of_sequence * self.block_size
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Stores new tokens and returns all that their queries may see, dequantized."""
+        """Stores new tokens and returns what their queries attend to: dequantized, or where to read it."""
         self._prepare(key_states, value_states)
-        num_tokens, batch = key_states.shape[2], len(key_states)
-        if num_tokens == 1 or self.length + num_tokens <= self.window:
-            self._append_last(key_states, value_states)
-            start = self.cumulative_length - self.window
-            tokens = self._read_ring(start, self.window, batch, key_states.dtype)
+        readable = self._is_readable(key_states)
+        batch, num_tokens = len(key_states), key_states.shape[2]
+        if num_tokens <= attention.MAX_NEW_TOKENS or self.length + num_tokens <= self.window:
+            step = self._ring_step(batch, num_tokens)
+            self._append(key_states, value_states, step.slots)
+            given = self._given(key_states, value_states, step, readable)
         else:
-            past = min(self.length, self.window - 1)
-            start = self.cumulative_length - past
-            old = self._read_ring(start, past, batch, key_states.dtype)
-            assert self.storage is not None
-            new = as_stored(self.storage, key_states, value_states)
-            self._append_last(key_states, value_states)
-            tokens = torch.cat([old[0], new[0]], 2), torch.cat([old[1], new[1]], 2)
-        self.length += num_tokens
-        return tokens
+            given = self._marked(*self._replace(key_states, value_states))
+        self.progress.end(self.index)
+        return given
 
-    def _append_last(self, key: Tensor, value: Tensor) -> None:
-        """Stores as many of the new tokens as the ring takes."""
-        num_tokens = key.shape[2]
-        count = min(num_tokens, self.ring_size)
-        positions = torch.arange(num_tokens - count, num_tokens, device=key.device) + self.cumulative_length
-        self._append(key[:, :, -count:], value[:, :, -count:], positions % self.ring_size)
-        self.cumulative_length.add_(num_tokens)
+    def _replace(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores as many of the new tokens as the ring takes, and returns them after those of the window."""
+        assert self.storage is not None
+        old = self.read(self._past(len(key)), key.dtype)
+        new = as_stored(self.storage, key, value)
+        count = min(key.shape[2], self.ring_size)
+        positions = torch.arange(key.shape[2] - count, key.shape[2], device=key.device)
+        slots = self._slots(positions + self.cumulative_length, len(key))
+        self._append(key[:, :, -count:], value[:, :, -count:], slots)
+        return torch.cat([old[0], new[0]], 2), torch.cat([old[1], new[1]], 2)
 
-    def _read_ring(
-        self, start: Tensor, num_tokens: int, batch: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        start = start.clamp(min=0)
-        turn = torch.arange(self.blocks_of_sequence, device=start.device) + start // self.block_size
-        order = turn % self.blocks_of_sequence
-        seq_starts = (start % self.block_size).to(torch.int32).expand(batch)
-        return self._read(self.table[:batch].index_select(1, order), num_tokens, dtype, seq_starts)
+    def _slots(self, positions: Tensor, batch: int) -> Tensor:
+        return slots_of(positions % self.ring_size, batch, self.num_rows, self.block_size)
+
+    def _ring_step(self, batch: int, num_tokens: int) -> Step:
+        past = min(self.length, self.window - 1)
+        length = self.cumulative_length
+
+        def make() -> Step:
+            slots = self._slots(torch.arange(num_tokens, device=length.device) + length, batch)
+            # `past` may be a symbol in compiled code.
+            num_read = self.window if num_tokens == 1 else max(self.window, past + num_tokens)
+            return self._turned(slots, batch, num_tokens, length + num_tokens, num_read)
+
+        return self.progress.step((self.window, str(length.device)), make)
+
+    def _past(self, batch: int) -> Step:
+        """What a query sees that comes next, but for itself."""
+        nothing = torch.empty(0, dtype=torch.int64, device=self.cumulative_length.device)
+        return self._turned(nothing, batch, 0, self.cumulative_length, min(self.length, self.window - 1))
+
+    def _turned(self, slots: Tensor, batch: int, num_tokens: int, end: Tensor, num_read: int) -> Step:
+        """The step whose table begins with the oldest token that is read."""
+        first = (end - num_read).clamp(min=0)
+        turns = first // self.block_size
+        order = (torch.arange(self.blocks_of_sequence, device=end.device) + turns) % self.blocks_of_sequence
+        table = self.table[:batch].index_select(1, order)
+        return Step(slots, table, num_tokens, turns * self.block_size, end, first, num_read)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence before the step that is on, for what the host decides."""
+        return self.progress.length
 
     def get_seq_length(self) -> int:
         """Tokens of a sequence."""
-        return self.length
+        return self.length + self.progress.ahead(self.index)
 
     def get_max_length(self) -> int:
         """The window."""
@@ -106,9 +124,9 @@ class StaticWindowFp8Layer(StaticFp8Layer):  # type: ignore[no-untyped-call]
         return max(self.num_lost, self.length - self.ring_size)
 
     def crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove)
-        self.num_lost, self.length = self._oldest(), self.length + tokens_to_remove
+        """Notes what is gone; `Fp8Cache.crop` tells `Progress` the rest."""
+        self.num_lost = self._oldest()
 
     def reset(self) -> None:
         super().reset()
-        self.length = self.num_lost = 0
+        self.num_lost = 0

@@ -6,179 +6,52 @@ Both give the model the same numbers, so logits and tokens must be equal, not cl
 from __future__ import annotations
 
 import copy
-import functools
 import gc
 import subprocess
 import sys
 import weakref
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import checkpoint_files
-from fp8kv import KVCacheScheme, KVScales, LayerScales, load_kv_scales, reference
+from fp8kv import KVCacheScheme, KVScales, LayerScales, load_kv_scales
 from helpers import assert_same_bytes, raw
 
 transformers = pytest.importorskip("transformers")
 
-from transformers import DynamicCache, StaticCache  # noqa: E402
+from transformers import DynamicCache  # noqa: E402
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING  # noqa: E402
 
+from cached_models import (  # noqa: E402
+    E4M3,
+    E5M2,
+    FIELDS,
+    HEAD_SIZE,
+    KV_HEADS,
+    LAYERS,
+    LENGTH,
+    ExpectedStatic,
+    assert_same_generation,
+    caches,
+    config_of,
+    each_mode,
+    each_model,
+    full_and_sliding,
+    generate,
+    left_padded,
+    logits,
+    model_of,
+    scales_of,
+    there_and_back,
+    tokens,
+    with_cache,
+)
 from fp8kv.transformers import Fp8Cache  # noqa: E402
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    # Newer releases name the argument `cache`; all of Transformers 5 know this name.
-    pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning"),
-]
-
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-LENGTH = 24  # tokens of the sequences
-STEPS = (7, 5, 1, 1, 1, 4, 1, 1, 3)  # they come in these pieces
-LAYERS, KV_HEADS, HEAD_SIZE = 2, 2, 16
-
-_COMMON: dict[str, Any] = {
-    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4, "num_key_value_heads": KV_HEADS, "max_position_embeddings": 128,
-    "initializer_range": 0.15, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
-}  # fmt: skip
-#: Models with full attention, with windows, with both, and with chunks that don't look back.
-_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "Llama": ("Llama", {}),
-    "Llama-2": ("Llama", {"num_key_value_heads": 4}),
-    "Qwen3": ("Qwen3", {"head_dim": 24}),
-    "Mistral": ("Mistral", {"sliding_window": 9}),
-    "Gemma3": ("Gemma3", {"sliding_window": 9, "head_dim": 16,
-                          "layer_types": ["sliding_attention", "full_attention"]}),
-    "Llama4": ("Llama4", {"attention_chunk_size": 9, "head_dim": 16, "num_local_experts": 2,
-                          "intermediate_size_mlp": 96,
-                          "layer_types": ["chunked_attention", "full_attention"]}),
-}  # fmt: skip
-each_model = pytest.mark.parametrize("name", _MODELS)
-each_mode = pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-full_and_sliding = pytest.mark.parametrize("name", ["Llama", "Mistral"])
-
-
-def config_of(name: str) -> Any:
-    kind, changes = _MODELS[name]
-    suffix = "TextConfig" if kind in ("Gemma3", "Llama4") else "Config"
-    return getattr(transformers, kind + suffix)(**_COMMON | changes)
-
-
-@functools.cache
-def model_of(name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
-    torch.manual_seed(0)
-    model = getattr(transformers, _MODELS[name][0] + "ForCausalLM")(config_of(name))
-    return model.eval().to(device, dtype)
-
-
-def scales_of(kind: str, config: Any) -> Any:
-    """Some heads saturate with these, others use little of the range."""
-    if kind in ("1.0", "dynamic"):
-        return None if kind == "1.0" else "dynamic"
-    count = 1 if kind == "tensor" else config.num_key_value_heads
-    generator = torch.Generator().manual_seed(1)
-    layers = {
-        index: LayerScales(None, *torch.exp2(torch.rand(2, count, generator=generator) * 8 - 12))
-        for index in range(LAYERS)
-    }
-    return KVScales(layers, KVCacheScheme("tensor" if kind == "tensor" else "attn_head"))
-
-
-def there_and_back(x: Tensor, scale: Tensor | None, fp8: torch.dtype) -> Tensor:
-    """[batch, heads, tokens, head_size] quantized and dequantized by the reference, in the layout of memory
-    that is natural for a cache; None computes a scale for each token and head."""
-    if scale is None:
-        q, computed = reference.quantize(x, group_shape=(1, -1), dtype=fp8)
-        back = reference.dequantize(q, computed, group_shape=(1, -1), dtype=x.dtype)
-    else:
-        scale = scale.to(x.device).view(1, -1, 1, 1)
-        back = reference.dequantize(reference.quantize(x, scale, dtype=fp8)[0], scale, dtype=x.dtype)
-    return back
-
-
-def by_tokens(x: Tensor) -> Tensor:
-    """The same values; all heads of a token lie together."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-class _ThereAndBack:
-    """Makes a cache of Transformers one of FP8 values in the dtype of the model."""
-
-    def rounds(self, scales: Any, fp8: torch.dtype = E4M3) -> Any:
-        self.scales, self.fp8 = scales, fp8
-        return self
-
-    def update(
-        self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        one = LayerScales(None, torch.ones(1), torch.ones(1))
-        own = (
-            LayerScales(None, None, None) if self.scales == "dynamic" else (self.scales or {}).get(layer, one)
-        )
-        key, value = there_and_back(key, own.k, self.fp8), there_and_back(value, own.v, self.fp8)
-        key, value = super().update(key, value, layer, *args, **kwargs)  # type: ignore[misc]
-        return by_tokens(key), by_tokens(value)
-
-
-class Expected(_ThereAndBack, DynamicCache):  # type: ignore[misc]
-    pass
-
-
-class ExpectedStatic(_ThereAndBack, StaticCache):  # type: ignore[misc]
-    pass
-
-
-def caches(
-    name: str, scales: Any = None, static: bool = False, dtype: torch.dtype = E4M3, **options: Any
-) -> tuple[Fp8Cache, Any]:
-    """A cache, and the one to compare it with."""
-    config = config_of(name)
-    fixed = {"max_cache_len": 40} if static else {}
-    expected = (ExpectedStatic if static else Expected)(config=config, **fixed)
-    options = {"block_size": 4} | fixed | options
-    return Fp8Cache(config, scales, dtype=dtype, **options), expected.rounds(scales, dtype)
-
-
-def tokens(batch: int = 3, length: int = LENGTH, seed: int = 2) -> Tensor:
-    return torch.randint(1, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def left_padded(ids: Tensor, *padding: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask."""
-    mask = torch.ones_like(ids)
-    for row, count in enumerate(padding):
-        mask[row, :count] = 0
-    return ids * mask, mask
-
-
-@torch.no_grad()
-def logits(model: Any, cache: Any, ids: Tensor, mask: Tensor, steps: Sequence[int] = STEPS) -> Tensor:
-    """Of all tokens, given to the model in pieces; the cache may hold earlier ones, which the mask has."""
-    past, pieces = mask.shape[1] - ids.shape[1], []
-    for piece in ids.split(list(steps), 1):
-        past += piece.shape[1]
-        pieces.append(model(piece, attention_mask=mask[:, :past], past_key_values=cache).logits)
-    return torch.cat(pieces, 1)
-
-
-def generate(model: Any, cache: Any, ids: Tensor, mask: Tensor | None = None, **options: Any) -> Any:
-    torch.manual_seed(3)
-    options = {"max_new_tokens": 12, "do_sample": False, "output_logits": True} | options
-    return model.generate(
-        ids, attention_mask=torch.ones_like(ids) if mask is None else mask, past_key_values=cache,
-        return_dict_in_generate=True, **options,
-    )  # fmt: skip
-
-
-def assert_same_generation(actual: Any, expected: Any) -> None:
-    assert actual.sequences.tolist() == expected.sequences.tolist()
-    for a, e in zip(actual.logits, expected.logits, strict=True):
-        assert_same_bytes(a, e)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # What the model computes
 
@@ -252,7 +125,8 @@ def test_logits_of_prompts_in_chunks(name: str, static: bool, steps: tuple[int, 
 
 def test_a_window_wider_than_a_static_cache() -> None:
     model, ids = model_of("Mistral"), tokens(length=8)
-    cache, expected = Fp8Cache(model.config, max_cache_len=8), ExpectedStatic(model.config, 8).rounds(None)
+    cache = Fp8Cache(model.config, max_cache_len=8, direct=False)
+    expected = ExpectedStatic(model.config, 8).rounds(None)
     mask = torch.ones_like(ids)
     assert_same_bytes(logits(model, cache, ids, mask, (6, 2)), logits(model, expected, ids, mask, (6, 2)))
     assert cache.is_sliding == [True, True]
@@ -285,7 +159,7 @@ def test_a_forward_pass_that_records_gradients() -> None:
     model, ids = model_of("Llama"), tokens()
     cache, expected = caches("Llama")
     for piece in ids.split(8, 1):
-        actual = model(piece, past_key_values=cache).logits
+        actual = model(piece, **with_cache(cache)).logits
         assert_same_bytes(actual, logits(model, expected, piece, torch.ones(3, expected.get_seq_length() + 8)
                                          .long(), (8,)))  # fmt: skip
     assert actual.requires_grad
@@ -640,13 +514,13 @@ def test_compile_of_the_forward_pass(device: torch.device) -> None:
     before = addresses(cache)
     with torch.no_grad():
         for piece in ids.split([12] + [1] * 12, 1):
-            actual = forward(piece, past_key_values=cache).logits
-            torch.testing.assert_close(actual, model(piece, past_key_values=eager).logits)
+            actual = forward(piece, **with_cache(cache)).logits
+            torch.testing.assert_close(actual, model(piece, **with_cache(eager)).logits)
     assert addresses(cache) == before
     assert len(inputs_of_graphs) == 2
     for inputs in inputs_of_graphs:
         written = {index for index, info in enumerate(inputs.input_info) if info.mutates_data}
-        assert len(written) == LAYERS * 4, "storage, scales of K and of V, length"
+        assert len(written) == LAYERS * 3 + 1, "storage, scales of K and of V of each layer; one length"
         assert written <= set(inputs.static_input_indices)
     for a, e in zip(cache.layers, eager.layers, strict=True):
         assert int(a.cumulative_length) == LENGTH
@@ -705,7 +579,7 @@ def test_scales_of_a_checkpoint(tmp_path: Path) -> None:
     tensors["model.layers.0.self_attn.q_scale"].fill_(float("nan"))
     folder = checkpoint_files.write_checkpoint(tmp_path, tensors, checkpoint_files.config(query=True))
     sizes = checkpoint_files.SIZES
-    config = transformers.LlamaConfig(**_COMMON | sizes)
+    config = transformers.LlamaConfig(**FIELDS | sizes)
     key = torch.randn(1, sizes["num_key_value_heads"], 5, sizes["head_dim"])
     for scales in (folder, str(folder), load_kv_scales(folder, query=False)):
         cache = Fp8Cache(config, scales)
@@ -778,19 +652,36 @@ def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
         Fp8Cache(config_of("Llama"), tmp_path / "nowhere")
 
 
+#: Keys that something else chooses from; its name depends on the release.
+SPARSE = "indexed_attention"
+if SPARSE not in DYNAMIC_LAYER_TYPE_MAPPING:
+    SPARSE = "deepseek_sparse_attention"
+
+
+def with_types(*types: str) -> Any:
+    config = config_of("Llama")
+    config.layer_types = list(types)  # not checked, as those of a constructor are
+    return config
+
+
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
         (lambda: transformers.T5Config(num_layers=1),
          "config must be of a model without an encoder, as keys of an encoder are not cached, got T5Config"),
-        (lambda: transformers.LlamaConfig(**_COMMON, layer_types=["full_attention", "linear_attention"]),
-         "config must have layers of the types full_attention, sliding_attention, chunked_attention only, "
-         "got 'linear_attention' for layer 1"),
-        (lambda: transformers.LlamaConfig(**_COMMON, kv_sharing_modes=["store", "reuse"]),
-         "config must give every layer keys and values of its own, "
-         "got LlamaConfig with layers that share them"),
+        (lambda: transformers.MllamaConfig(),
+         "config must be of a model without cross-attention layers, as it would read keys from the "
+         "cache itself, got MllamaTextConfig"),
+        (lambda: with_types("full_attention", SPARSE),
+         f"config must have layers whose keys and values can be FP8, got '{SPARSE}' for layer 1; "
+         f'skip_layers=["{SPARSE}"] keeps such layers in 16 bits'),
+        (lambda: with_types("full_attention", "unheard_of"),
+         "config must have layers that Transformers has a cache for, got layers of the type 'unheard_of'"),
+        (lambda: with_types("linear_attention", "linear_attention"),
+         "config must be of a model with keys and values to store in FP8, "
+         "got LlamaConfig without such layers, or skip_layers with all of them"),
     ],
-    ids=["encoder", "linear attention", "shared keys"],
+    ids=["encoder", "cross-attention", "sparse attention", "unknown", "no attention"],
 )  # fmt: skip
 def test_models_that_are_refused(config: Any, sentence: str) -> None:
     with pytest.raises(ValueError) as error:
@@ -808,8 +699,8 @@ def test_models_that_are_refused(config: Any, sentence: str) -> None:
         ((3, 2, 1, 24), (3, 2, 1, 24),
          "key must have num_kv_heads=2 and head_size=16 as before, got 2 and 24 in layer 1"),
         ((3, 2, 1, 16), (3, 2, 1, 8),
-         "key and value must be of one shape [batch, num_kv_heads, tokens, head_size], "
-         "got [3, 2, 1, 16] and [3, 2, 1, 8] in layer 1"),
+         "key and value must have heads of one size, got 16 and 8 in layer 1; "
+         "skip_layers keeps layers in 16 bits"),
         ((3, 2, 16), (3, 2, 16),
          "key and value must be of one shape [batch, num_kv_heads, tokens, head_size], "
          "got [3, 2, 16] and [3, 2, 16] in layer 1"),

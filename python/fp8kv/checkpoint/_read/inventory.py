@@ -1,0 +1,228 @@
+"""What of a checkpoint's tensors is about attention, by the model it belongs to."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from fp8kv._checks import listed
+from fp8kv.checkpoint._read.files import find_files
+from fp8kv.checkpoint._read.layers import Attention
+from fp8kv.checkpoint._read.safetensors import StoredTensor, read_header
+from fp8kv.checkpoint.names import (
+    Place,
+    find_place,
+    is_cross,
+    is_side_model,
+    is_tower,
+    looks_like_scale,
+    model_of_stack,
+    scale_at,
+)
+from fp8kv.checkpoint.problems import Problem, make_problem
+
+
+class Key(NamedTuple):
+    """What a tensor is of a layer: `letter` is "q", "k" or "v", `kind` "scale" or "zero_point"."""
+
+    layer: int
+    letter: str
+    kind: str
+
+
+class Entry(NamedTuple):
+    """A tensor in a file, with the name it has there."""
+
+    name: str
+    stored: StoredTensor
+
+
+class Unknown(NamedTuple):
+    """A tensor that looks like a scale of attention; None: it is in no layer that has a number."""
+
+    name: str
+    layer: int | None
+
+
+@dataclass
+class ModelTensors:
+    """The attention of one model.
+
+    Attributes:
+        stack: what stands before the number of a layer, such as "model.layers.".
+        entries: the scales and zero points; several tensors where more than one means the same, and
+            `kv_scale` listed for K and for V.
+        attention: the attention modules by layer.
+        unknown: what looks like a scale and is not understood.
+        present: the layers of which there is any tensor.
+    """
+
+    stack: str
+    entries: dict[Key, list[Entry]] = field(default_factory=dict)
+    attention: dict[int, Attention] = field(default_factory=dict)
+    unknown: list[Unknown] = field(default_factory=list)
+    present: set[int] = field(default_factory=set)
+
+    @property
+    def is_tower(self) -> bool:
+        """It fills no KV cache."""
+        return is_tower(self.stack)
+
+    @property
+    def is_side(self) -> bool:
+        """It is not the language model."""
+        return is_side_model(self.stack)
+
+    def scales(self) -> Iterator[Entry]:
+        """All scales and zero points."""
+        for copies in self.entries.values():
+            yield from copies
+
+    @property
+    def layers_with_scales(self) -> set[int]:
+        """Those with a scale of K or V."""
+        return {key.layer for key in self.entries if key.kind == "scale" and key.letter != "q"}
+
+
+#: By what `names.model_of_stack` calls it; attention to another model has the name of its module behind.
+Models = dict[str, ModelTensors]
+
+
+def take_inventory(checkpoint: Path) -> tuple[Models, list[Problem]]:
+    """The attention of all models, by the headers of a .safetensors file or of all those of a directory."""
+    files, problems = find_files(checkpoint)
+    named: dict[str, list[StoredTensor]] = defaultdict(list)
+    for file, names in files.items():
+        for name, stored in _read_header(file, names, problems).items():
+            named[name].append(stored)
+    return sort_tensors(named), problems
+
+
+def sort_tensors(named: Mapping[str, list[StoredTensor]]) -> Models:
+    """Tensors of all kinds by the model whose attention they belong to."""
+    models: Models = {}
+    # Most tensors are those of experts, and are not even sorted.
+    for name in sorted(name for name in named if find_place(name) or looks_like_scale(name)):
+        place = find_place(name)
+        scale = None if place is None else scale_at(place)
+        if place is not None:
+            tensors = models.setdefault(_model_of(place), ModelTensors(place.stack))
+            module = name.removesuffix(f".{place.rest}")
+            attention = tensors.attention.setdefault(place.layer, Attention(module))
+            if scale is None:
+                attention.shapes[place.rest] = named[name][0].shape
+        if scale is not None:
+            entries = [Entry(name, stored) for stored in named[name]]
+            for letter in scale.letters:
+                tensors.entries.setdefault(Key(scale.layer, letter, scale.kind), []).extend(entries)
+        elif looks_like_scale(name) and f"{name.rpartition('.')[0]}.weight" not in named:
+            _add_unknown(models, name, place)
+    models = _with_cross_layers(models)
+    for tensors in models.values():
+        tensors.entries = dict(sorted(tensors.entries.items()))
+        number = re.compile(rf"{re.escape(tensors.stack)}(\d{{1,4}})\.")
+        found = (number.match(name) for name in named if name.startswith(tensors.stack))
+        tensors.present = {int(match[1]) for match in found if match}
+    return models
+
+
+def _model_of(place: Place) -> str:
+    model = model_of_stack(place.stack)
+    if place.stack.endswith("midlayer."):
+        return model
+    return f"{model}.{place.module}".removeprefix(".") if is_cross(place.module) else model
+
+
+def _add_unknown(models: Models, name: str, place: Place | None) -> None:
+    """A name of no known form, to the model that its place or what stands before its first number says."""
+    if place is not None:
+        model, stack, layer = _model_of(place), place.stack, place.layer
+    elif match := re.match(r"(?P<stack>(?:.*?\.)?)(?P<layer>\d{1,4})\.", name):
+        model, stack, layer = model_of_stack(match["stack"]), match["stack"], int(match["layer"])
+    else:
+        model, stack, layer = "", "", None
+    models.setdefault(model, ModelTensors(stack)).unknown.append(Unknown(name, layer))
+
+
+def _with_cross_layers(models: Models) -> Models:
+    """Attention to another model belongs to its own where layers have it in place of self-attention."""
+    merged = dict(models)
+    for name, cross in models.items():
+        first = next(iter(cross.attention.values()), None)
+        module = "" if first is None else first.name.rpartition(".")[2]
+        own = models.get(name.removesuffix(module).removesuffix("."))
+        if not is_cross(module) or own is None or own is cross:
+            continue
+        if not own.attention.keys() & cross.attention.keys():
+            own.entries |= cross.entries
+            own.attention |= cross.attention
+            own.unknown += cross.unknown
+            del merged[name]
+    return merged
+
+
+def _read_header(file: Path, listed: list[str], problems: list[Problem]) -> dict[str, StoredTensor]:
+    """The tensors of a file, which has at least those that the index lists; none if it cannot be read."""
+    if not file.is_file():
+        problems.append(make_problem("file-missing", f"{file} must be there, but is not"))
+        return {}
+    try:
+        tensors, _ = read_header(file)
+    except (OSError, ValueError) as error:
+        problems.append(make_problem("file-corrupt", f"{file} cannot be read: {error}"))
+        return {}
+    missing = [name for name in listed if name not in tensors]
+    if missing:
+        some = f"{missing[0]} and {len(missing) - 1} more tensors" if missing[1:] else missing[0]
+        message = f"{file} must have {some} that the index names, but has not"
+        problems.append(make_problem("tensor-missing", message, tensor=missing[0], value=len(missing)))
+    return tensors
+
+
+# Which model is meant
+
+
+def choose_model(models: Models, wanted: str | None) -> str:
+    """The model whose scales are asked for; "" if there is none.
+
+    Raises:
+        ValueError: it is not there, or a choice is needed; the sentence begins with "model must be".
+    """
+    if wanted is not None:
+        exact = [name for name, tensors in models.items() if wanted in _names(name, tensors)]
+        found = exact or [name for name in models if name.endswith(f".{wanted}")]
+        if len(found) != 1:
+            raise ValueError(f"model must be {_listed(models)}, got {wanted!r}")
+        return found[0]
+    with_scales = [name for name, tensors in models.items() if tensors.entries or tensors.unknown]
+    language = [name for name in models if not models[name].is_side and not _is_attention_to(name, models)]
+    choice = [name for name in with_scales if name in language]
+    if not language:
+        # A checkpoint of nothing but a draft, or a part of another kind.
+        choice = [name for name in with_scales if not models[name].is_tower]
+    if "" in choice or not choice:
+        return "" if "" in choice or not language else language[0]
+    if len(choice) > 1:
+        raise ValueError(f"model must be {_listed({name: models[name] for name in choice})}, got None")
+    return choice[0]
+
+
+def _names(name: str, tensors: ModelTensors) -> set[str]:
+    """All that a model may be called."""
+    if is_cross(name.rpartition(".")[2]):
+        return {name}
+    stack = tensors.stack.removesuffix(".")
+    return {name, stack, stack.rpartition(".")[0]} - {""}
+
+
+def _is_attention_to(name: str, models: Models) -> bool:
+    return is_cross(name.rpartition(".")[2]) and name.rpartition(".")[0] in models
+
+
+def _listed(models: Models) -> str:
+    names = [f'"{name or tensors.stack.removesuffix(".")}"' for name, tensors in models.items()]
+    return listed(names) if names else "None, as there is no attention"

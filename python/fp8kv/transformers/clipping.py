@@ -1,0 +1,59 @@
+"""`Clipping`: what the layers of a cache clip that was given no scales, and the warning about it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8kv.kv_cache import PagedKVCache
+from fp8kv.kv_cache.clipping import ClipCounter, Clipped, clipped_sentence
+
+
+class Clipping:
+    """One `ClipCounter` for all layers on a device, and one warning for all of them."""
+
+    def __init__(self) -> None:
+        self.counters: dict[str, ClipCounter] = {}
+        self.warned = False
+        self._on_its_way: tuple[Any, list[Tensor]] | None = None  # counts of a GPU, and the event behind them
+
+    def watch(self, storage: PagedKVCache) -> None:
+        """The counter of a new storage becomes that of its device, if there are counters at all."""
+        if storage.clip_counter is not None:
+            counter = self.counters.setdefault(str(storage.device), storage.clip_counter)
+            counter.warned = True  # so that `PagedKVCache` does not warn
+            storage.clip_counter = counter
+
+    def read(self) -> Clipped:
+        """What was clipped so far; waits for the devices."""
+        counts = [counter.read() for counter in self.counters.values()]
+        clipped = Clipped(sum(count.k for count in counts), sum(count.v for count in counts))
+        self._warn(clipped)
+        return clipped
+
+    def look(self) -> None:
+        """Warns if something was clipped, as soon as that is known without waiting."""
+        if self.warned or not self.counters or torch.compiler.is_compiling():
+            return
+        counts = [counter.counts for counter in self.counters.values()]
+        if all(count.device.type == "cpu" for count in counts):
+            self.read()
+        elif not torch.cuda.is_current_stream_capturing():
+            self._look_at_gpu(counts)
+
+    def _look_at_gpu(self, counts: list[Tensor]) -> None:
+        if self._on_its_way is None:
+            copies = [count.to("cpu", non_blocking=True) for count in counts]
+            self._on_its_way = torch.cuda.current_stream().record_event(), copies
+        elif self._on_its_way[0].query():
+            self._warn(Clipped(*torch.stack(self._on_its_way[1]).sum(0).tolist()))
+            self._on_its_way = None
+
+    def _warn(self, clipped: Clipped) -> None:
+        if any(clipped) and not self.warned:
+            self.warned = True
+            limit = next(iter(self.counters.values())).limit
+            warnings.warn(clipped_sentence("Fp8Cache", clipped, limit), stacklevel=2)
