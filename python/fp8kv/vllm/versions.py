@@ -74,7 +74,7 @@ def replace_backend(name: str, path: str) -> None:
         ValueError: another plug-in has done so.
     """
     backend: Any = registry.AttentionBackendEnum[name]
-    if backend.is_overridden() and backend.get_path() != path:
+    if backend.get_path() not in (backend.value, path):
         raise ValueError(
             f"fp8kv.vllm: {name} must be vLLM's own with FP8KV_VLLM_WRITES=1, got {backend.get_path()} of "
             "another plug-in"
