@@ -276,7 +276,7 @@ class Fp8KVImpl(AttentionImpl[Fp8KVMetadata]):
 
 def copy_tokens(vllm_config: VllmConfig | None) -> int:
     """Tokens of a copy for long queries, at most; 0: there are no copies."""
-    if vllm_config is None or settings().prefill != "gather":
+    if vllm_config is None or vllm_config.model_config is None or settings().prefill != "gather":
         return 0
     of_a_step = vllm_config.scheduler_config.max_num_batched_tokens
     return int(min(MAX_TOKENS, max(vllm_config.model_config.max_model_len, of_a_step)))
