@@ -47,13 +47,15 @@ def check_at_start(vllm_config: Any, layer_names: Sequence[str], *, letters: str
         ValueError: the checkpoint or a layer has scales that can't be used, or the scales are to change
             while the cache is shared with other engines.
     """
-    if observe and vllm_config.kv_transfer_config is not None:
-        raise ValueError(
-            "fp8kv.vllm: FP8KV_VLLM_OBSERVE must be 0 with a KV connector, as the engines that share a cache "
-            "would have different scales"
-        )
     forward_context = vllm_config.compilation_config.static_forward_context
     layers = {name: forward_context[name] for name in layer_names}
+    shared = [name for name, layer in layers.items() if _target(layer)]
+    if observe and (shared or vllm_config.kv_transfer_config is not None):
+        what = f"{shared[0]}, which reads the cache of another layer" if shared else "a KV connector"
+        raise ValueError(
+            f"fp8kv.vllm: FP8KV_VLLM_OBSERVE must be 0 with {what}, as all that share a cache must have the "
+            "same scales"
+        )
     static = {name: layer for name, layer in layers.items() if layer.kv_cache_dtype in QUANTIZED_CACHE_NAMES}
     if not static or vllm_config.load_config.load_format == "dummy":
         return
@@ -113,7 +115,7 @@ def check_layers(layers: Mapping[str, Any], *, letters: str) -> None:
 
 
 def _check_shared(name: str, layer: Any, layers: Mapping[str, Any]) -> None:
-    target = layers.get(getattr(layer, "kv_sharing_target_layer_name", None) or "")
+    target = layers.get(_target(layer))
     if target is None:
         return
     for scale in ("_k_scale", "_v_scale"):
@@ -122,6 +124,11 @@ def _check_shared(name: str, layer: Any, layers: Mapping[str, Any]) -> None:
                 f"fp8kv.vllm: {name} reads the cache of another layer and must have its scales, got others; "
                 f"{_WAY_OUT}"
             )
+
+
+def _target(layer: Any) -> str:
+    """The layer whose cache is read in the place of an own one, or nothing."""
+    return getattr(layer, "kv_sharing_target_layer_name", None) or ""
 
 
 def _has_scales(layer: Any) -> bool:

@@ -215,6 +215,25 @@ def test_a_checkpoint_that_the_audit_refuses(tmp_path: Path) -> None:
         start({"a.0": layer()}, model_config=SimpleNamespace(model=str(tmp_path)))
 
 
-def test_scales_do_not_change_while_a_cache_is_shared() -> None:
-    with pytest.raises(ValueError, match=r"^fp8kv.vllm: FP8KV_VLLM_OBSERVE must be 0 with a KV connector"):
-        start({"a.0": layer()}, observe=100, kv_transfer_config=SimpleNamespace())
+@pytest.mark.parametrize(
+    ("layers", "changes", "what"),
+    [
+        ({"a.0": layer()}, {"kv_transfer_config": SimpleNamespace()}, "a KV connector"),
+        (
+            {"a.0": layer(), "a.1": layer(target="a.0")},
+            {},
+            "a.1, which reads the cache of another layer",
+        ),
+    ],
+    ids=["engines", "layers"],
+)
+def test_scales_do_not_change_while_a_cache_is_shared(
+    layers: dict[str, Any], changes: dict[str, Any], what: str
+) -> None:
+    start(layers, **changes)
+    with pytest.raises(ValueError) as caught:
+        start(layers, observe=100, **changes)
+    assert str(caught.value) == (
+        f"fp8kv.vllm: FP8KV_VLLM_OBSERVE must be 0 with {what}, as all that share a cache must have the same "
+        "scales"
+    )
