@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -262,3 +263,46 @@ def test_a_cache_of_another_size_is_refused() -> None:
         "fp8kv.vllm: the cache must have 128 elements for K and V of a token and head with head_size=64 "
         "and fp8, got shape [4, 2, 16, 100]"
     )
+
+
+# The layout of the cache, where the backend says what it is
+
+
+@pytest.mark.parametrize(
+    ("layout", "strides", "of_layers"),
+    [
+        # 8 heads of 128 in blocks of 16, [block, head, token, element]; with 4 layers, [layer, ...].
+        ("NHD", (32768, 256, 2048, 1), (32768, 131072, 256, 2048, 1)),
+        ("HND", (32768, 4096, 256, 1), (4096, 131072, 16384, 256, 1)),
+    ],
+)
+def test_the_layout_that_0_26_asks_for(
+    layout: str, strides: tuple[int, ...], of_layers: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = Layer().backend.Fp8KVBackend
+    utils: Any = importlib.import_module("vllm.v1.attention.backends.utils")
+    monkeypatch.setattr(utils, "get_kv_cache_layout", lambda: layout, raising=False)
+    shape = backend.get_kv_cache_shape(10, 16, 8, 128, "fp8")
+    assert shape == (10, 8, 16, 256)
+    assert backend.get_kv_cache_shape(10, 16, 8, 128, "fp8_per_token_head") == (10, 8, 16, 264)
+    for layers, expected in ((False, strides), (True, of_layers)):
+        whole = (4, *shape) if layers else shape
+        order = backend.get_kv_cache_stride_order(include_num_layers_dimension=layers)
+        assert sorted(order) == list(range(len(whole)))
+        in_memory = torch.empty([whole[i] for i in order], dtype=torch.uint8)
+        assert in_memory.permute([order.index(i) for i in range(len(whole))]).stride() == expected
+
+
+def test_the_bytes_of_a_token_that_0_33_asks_for() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Spec:
+        kv_quant_mode: Any
+        head_size: int = 128
+        head_size_v: int = 128
+        state_content_bytes: int | None = None
+
+    customize = Layer().backend.Fp8KVBackend.customize_spec
+    per_token = Spec(SimpleNamespace(is_per_token_head=True))
+    assert customize(per_token).state_content_bytes == 2 * (128 + 4)
+    for spec in (Spec(SimpleNamespace(is_per_token_head=False)), customize(per_token)):
+        assert customize(spec) is spec

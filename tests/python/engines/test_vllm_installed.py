@@ -94,3 +94,42 @@ def test_a_layer_of_vllm() -> None:
         out=torch.zeros(query.shape, dtype=torch.float64),
     )
     assert_near(out, expected, torch.full((25, HEADS), 5.0, dtype=torch.float64))
+
+
+def test_the_checks_of_vllm() -> None:
+    """A reason for each thing that can't be served, and none for a checkpoint with scales per head."""
+    from vllm.platforms.interface import DeviceCapability
+
+    from fp8kv.vllm.backend import Fp8KVBackend
+
+    served: dict[str, Any] = {
+        "head_size": 128,
+        "dtype": torch.bfloat16,
+        "kv_cache_dtype": "fp8",
+        "block_size": 48,
+        "use_mla": False,
+        "has_sink": True,
+        "use_sparse": False,
+        "use_mm_prefix": False,
+        "use_per_head_quant_scales": True,
+        "device_capability": DeviceCapability(8, 0),
+        "attn_type": "decoder",
+        "has_sliding_window": True,
+        "use_kv_connector": True,
+    }
+
+    def reasons(**changes: Any) -> list[str]:
+        return list(Fp8KVBackend.validate_configuration(**served | changes))
+
+    assert reasons() == []
+    assert reasons(device_capability=DeviceCapability(7, 5)) == ["compute capability not supported"]
+    assert reasons(kv_cache_dtype="int8_per_token_head") == ["kv_cache_dtype not supported"]
+    assert reasons(block_size=24) == ["block_size not supported"]
+    assert reasons(use_mla=True) == ["MLA not supported"]
+    assert reasons(attn_type="encoder_only") == ["attention type encoder_only not supported"]
+    assert reasons(use_non_causal=True) == ["non-causal attention not supported"]
+    assert reasons(use_batch_invariant=True) == ["batch invariance not supported"]
+    assert reasons(use_pcp=True) == ["PCP not supported"]
+    assert reasons(kv_cache_dtype="fp8_per_token_head", head_size=66) == [
+        "head_size must be a multiple of 4 with fp8_per_token_head, got 66"
+    ]
