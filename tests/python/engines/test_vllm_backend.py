@@ -91,6 +91,27 @@ def test_a_padded_batch_of_decodes() -> None:
     assert layer.attend(batch)[2:].eq(0).all()
 
 
+def test_empty_sequences_without_rows() -> None:
+    """As in a step that is padded in its sequences alone."""
+    layer = Layer()
+    batch = layer.batch((40, 7), (1, 1), padded=2)
+    layer.fill(batch, (40, 7))
+    (part,) = layer.builder.build(0, batch).parts
+    assert (part.sequences, part.rows) == (slice(0, 4), slice(0, 2))
+    layer.attend(batch)
+
+
+def test_a_cache_that_is_allocated_anew() -> None:
+    """vLLM does so after it has measured memory."""
+    layer = Layer()
+    batch = layer.batch((0,), (5,))
+    layer.store(batch.slot_mapping)
+    layer.kv_cache, layer.caches = torch.zeros_like(layer.kv_cache), torch.zeros_like(layer.caches)
+    layer.store(batch.slot_mapping)
+    layer.assert_same_cache()
+    assert layer.caches.any()
+
+
 def test_drafts_are_short_queries() -> None:
     """1 + 3 tokens of each sequence, the last of them padding."""
     layer = Layer(drafts=3)
