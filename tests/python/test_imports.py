@@ -29,7 +29,7 @@ OF_THE_REFERENCE = ("fp8kv.reference", "fp8kv.cli.doctor")
 
 
 #: What can be imported where an engine is installed only; tests/python/engines has its own.
-OF_ENGINES = ("fp8kv.vllm.backend", "fp8kv.vllm.versions", "fp8kv.vllm.writes")
+OF_ENGINES = ("fp8kv.vllm.backend", "fp8kv.vllm.queries", "fp8kv.vllm.versions", "fp8kv.vllm.writes")
 
 
 def module_name(path: Path) -> str:

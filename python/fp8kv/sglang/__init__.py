@@ -1,4 +1,4 @@
-"""The plug-in for SGLang: its FP8 cache is written by FP8KV's append, in one launch.
+"""The plug-in for SGLang: its FP8 cache is written by our append, in one launch.
 
 SGLang finds `register` by the entry point ``sglang.srt.plugins`` and calls it in each of its processes. What
 was not asked for stays as it is. Described in docs/sglang.md; `import fp8kv` does not import this package.

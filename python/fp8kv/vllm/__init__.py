@@ -1,4 +1,4 @@
-"""The plug-in for vLLM: an attention backend that reads the FP8 cache, and FP8KV's writes under vLLM's own.
+"""The plug-in for vLLM: an attention backend that reads the FP8 cache, and our writes under vLLM's own.
 
 vLLM finds `register` by the entry point ``vllm.general_plugins`` and calls it in each of its processes. What
 was not asked for stays as it is. Described in docs/vllm.md; `import fp8kv` does not import this package.
@@ -22,7 +22,7 @@ def register() -> None:
 
     Raises:
         ValueError: an environment variable has a value that it can't have, or another plug-in has replaced
-            FLASH_ATTN already.
+            FLASH_ATTN or its query quantization already.
         ImportError: the writes were asked for, and this vLLM lacks an interface.
     """
     chosen = settings()
@@ -35,6 +35,7 @@ def register() -> None:
         return
     versions.register_backends()
     if chosen.writes:
-        from fp8kv.vllm import writes
+        from fp8kv.vllm import queries
 
-        writes.take_over()
+        versions.replace_backend("FLASH_ATTN", "fp8kv.vllm.writes.WritesBackend")
+        queries.replace_quantization()

@@ -1,4 +1,4 @@
-"""The attention backend: what vLLM asks of one, in terms of FP8KV's operators. It needs vLLM."""
+"""The attention backend: what vLLM asks of one, in terms of the operators. It needs vLLM."""
 
 from __future__ import annotations
 

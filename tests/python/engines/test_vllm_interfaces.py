@@ -30,7 +30,7 @@ CLASSES = [
     ("WritesBackend", "writes.py", FLASH_ATTN, "FlashAttentionBackend"),
     ("WritesBuilder", "writes.py", FLASH_ATTN, "FlashAttentionMetadataBuilder"),
     ("WritesImpl", "writes.py", FLASH_ATTN, "FlashAttentionImpl"),
-    ("Fp8KVQuantFP8", "writes.py", QUANT_FP8, "QuantFP8"),
+    ("Fp8KVQuantFP8", "queries.py", QUANT_FP8, "QuantFP8"),
 ]
 
 

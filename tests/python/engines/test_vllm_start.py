@@ -71,13 +71,15 @@ def test_a_backend_of_another_plug_in_stays(plugin: Any, caplog: pytest.LogCaptu
         names.register_backend(custom, before)
 
 
-def test_registering_imports_no_backend() -> None:
+@pytest.mark.parametrize("writes", ["0", "1"])
+def test_registering_imports_no_backend(writes: str) -> None:
     """It happens in every process of vLLM, before configuration."""
     code = (
-        "import sys; sys.path.insert(0, 'tests/python/engines'); import vllm_standins\n"
+        "import os, sys; sys.path.insert(0, 'tests/python/engines'); import vllm_standins\n"
+        f"os.environ['FP8KV_VLLM_WRITES'] = '{writes}'\n"
         "sys.modules.update(vllm_standins.modules('0.26'))\n"
         "from fp8kv.vllm import register; register()\n"
-        "print([name for name in ('fp8kv.vllm.backend', 'fp8kv.vllm.writes') if name in sys.modules])"
+        "print([name for name in sys.modules if name in ('fp8kv.vllm.backend', 'fp8kv.vllm.writes')])"
     )
     root = Path(__file__).parents[3]
     result = subprocess.run(

@@ -35,6 +35,10 @@ def writes(vllm: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     vllm_standins.forget_the_plugin()
 
 
+def queries() -> Any:
+    return importlib.import_module("fp8kv.vllm.queries")
+
+
 def bare(cls: type, **attributes: Any) -> Any:
     """An object as far as its methods need it."""
     result = object.__new__(cls)
@@ -52,6 +56,18 @@ def test_flash_attn_is_replaced(writes: Any) -> None:
     assert issubclass(writes.WritesBackend, flash_attn.FlashAttentionBackend)
     assert issubclass(writes.WritesBackend.get_impl_cls(), flash_attn.FlashAttentionImpl)
     assert issubclass(writes.WritesBackend.get_builder_cls(), flash_attn.FlashAttentionMetadataBuilder)
+
+
+def test_quantization_of_another_plug_in_is_not_replaced(writes: Any) -> None:
+    custom_op: Any = importlib.import_module("vllm.model_executor.custom_op")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(custom_op.op_registry_oot, "QuantFP8", SimpleNamespace)
+        with pytest.raises(ValueError) as caught:
+            queries().replace_quantization()
+    assert str(caught.value) == (
+        "fp8kv.vllm: QuantFP8 must be vLLM's own with FP8KV_VLLM_WRITES=1, got SimpleNamespace of another "
+        "plug-in"
+    )
 
 
 def test_another_plug_in_is_not_replaced(writes: Any) -> None:
@@ -111,7 +127,7 @@ def test_what_is_left_to_vllm(
     ids=["no dimension", "tensor", "head"],
 )
 def test_queries(writes: Any, group_shape: tuple[int, int], scale: Tensor) -> None:
-    quant = bare(writes.Fp8KVQuantFP8, group_shape=group_shape, num_token_padding=None)
+    quant = bare(queries().Fp8KVQuantFP8, group_shape=group_shape, num_token_padding=None)
     query = 10 * torch.randn(5, HEADS * HEAD_SIZE).bfloat16()
     result, given = quant.forward_cuda(query, scale)
     grouped = query.view(5, scale.numel(), -1)
@@ -127,9 +143,9 @@ def test_other_quantization_is_left_to_vllm(writes: Any, monkeypatch: pytest.Mon
     seen = []
     monkeypatch.setattr(quant_fp8.QuantFP8, "forward_cuda", lambda self, *args: seen.append(args) or args[:2])
     x, one = torch.ones(3, 64), torch.ones(1)
-    padded = bare(writes.Fp8KVQuantFP8, group_shape=(-1, -1), num_token_padding=17)
+    padded = bare(queries().Fp8KVQuantFP8, group_shape=(-1, -1), num_token_padding=17)
     assert padded.forward_cuda(x, one) == (x, one)
-    assert bare(writes.Fp8KVQuantFP8, group_shape=(1, -1), num_token_padding=None).forward_cuda(x) == (
+    assert bare(queries().Fp8KVQuantFP8, group_shape=(1, -1), num_token_padding=None).forward_cuda(x) == (
         x,
         None,
     )
@@ -138,8 +154,8 @@ def test_other_quantization_is_left_to_vllm(writes: Any, monkeypatch: pytest.Mon
 
 def test_the_name_by_which_vllm_turns_it_on_stays(writes: Any) -> None:
     custom_op: Any = importlib.import_module("vllm.model_executor.custom_op")
-    assert custom_op.op_registry_oot["QuantFP8"] is writes.Fp8KVQuantFP8
-    assert writes.Fp8KVQuantFP8.name == "quant_fp8"
+    assert custom_op.op_registry_oot["QuantFP8"] is queries().Fp8KVQuantFP8
+    assert queries().Fp8KVQuantFP8.name == "quant_fp8"
 
 
 def test_scales_of_queries_are_checked_too(writes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
