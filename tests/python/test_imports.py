@@ -26,8 +26,6 @@ PACKAGE = Path(str(fp8kv.__file__)).parent
 OPTIONAL = ("rich", "typer", "matplotlib", "safetensors", "transformers", "huggingface_hub", "numpy")
 #: Who may import the reference, which all else is compared with.
 OF_THE_REFERENCE = ("fp8kv.reference", "fp8kv.cli.doctor")
-
-
 #: What can be imported where an engine is installed only; tests/python/engines has its own.
 OF_ENGINES = ("fp8kv.vllm.backend", "fp8kv.vllm.queries", "fp8kv.vllm.versions", "fp8kv.vllm.writes")
 

@@ -51,7 +51,8 @@ class Layer:
         kv_cache_dtype: vLLM's name.
         scales: of K and V, as vLLM keeps them.
         layout: of `allocate`.
-        spec: draft tokens of a sequence.
+        dtype: of the model.
+        drafts: draft tokens of a sequence.
         impl: further arguments of the implementation.
     """
 
