@@ -83,7 +83,7 @@ def check_checkpoint(model: str, *, query: bool) -> None:
 
 
 def check_layers(layers: Mapping[str, Any], *, letters: str) -> None:
-    """Refuses scales that can't be right, and says that there are none.
+    """Refuses scales that can't be right, and warns of layers that have none.
 
     Args:
         layers: vLLM's layers of an FP8 cache with scales of its own, by name.
@@ -107,10 +107,15 @@ def check_layers(layers: Mapping[str, Any], *, letters: str) -> None:
             except ValueError as error:
                 raise ValueError(f"{error}; {_WAY_OUT}") from None
         _check_shared(name, layer, layers)
-    if layers and not any(_has_scales(layer) for layer in layers.values()):
+    without = [name for name, layer in layers.items() if not _has_scales(layer)]
+    if without:
         logger.warning(
-            "fp8kv.vllm: no scales were loaded, so K and V are quantized with 1.0 and clipped beyond the "
-            "range of FP8; calibrate the model with fp8kv calibrate, or set FP8KV_VLLM_OBSERVE"
+            "fp8kv.vllm: %d of %d layers have no scales, %s the first of them: their K and V are quantized "
+            "with 1.0 and clipped beyond the range of FP8; calibrate the model with fp8kv calibrate, or set "
+            "FP8KV_VLLM_OBSERVE",
+            len(without),
+            len(layers),
+            without[0],
         )
 
 

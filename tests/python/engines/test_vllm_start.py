@@ -198,10 +198,12 @@ def test_made_up_weights_and_caches_without_scales_are_not_checked() -> None:
 
 def test_scales_of_1_are_not_silent(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="vllm.fp8kv"):
-        start({"a.0": layer(k=1.0, v=1.0), "a.1": layer()})
+        start({"a.0": layer(k=1.0), "a.1": layer(v=[1.0, 1.0])})
         assert caplog.text == ""
-        start({"a.0": layer(k=1.0, v=1.0)})
-    assert "no scales were loaded, so K and V are quantized with 1.0" in caplog.text
+        start({"a.0": layer(), "a.1": layer(k=1.0, v=[1.0, 1.0])})
+    assert "1 of 2 layers have no scales, a.1 the first of them: their K and V are quantized with 1.0" in (
+        caplog.text
+    )
 
 
 def test_a_checkpoint_that_the_audit_refuses(tmp_path: Path) -> None:
