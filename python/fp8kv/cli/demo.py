@@ -157,7 +157,7 @@ class _Story:
         self.say(f"{which} tokens are the same, with {both[1].nbytes / both[0].nbytes:.1%} of the memory.")
 
     def speed(self, model: Model, scales: dict[str, KVScales], prompt: Tensor) -> None:
-        """In the dtype of the checkpoint, in which all caches are real ones; the model is converted to it."""
+        """Converts the model to the dtype of the checkpoint, in which Transformers' cache has 16 bits."""
         if model.model.device.type != "cpu":
             self.say("Not measured, as attention reads FP8 bytes on the CPU only so far.")
             return

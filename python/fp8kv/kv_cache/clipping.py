@@ -68,7 +68,7 @@ class ClipCounter:
         """
         num_tokens = slot_mapping.shape[0]
         for index, (x, scale) in enumerate(((key, k_scale), (value, v_scale))):
-            x = x.detach() if len(x) == num_tokens else x.detach()[:num_tokens]
+            x = x.detach()[:num_tokens]
             if not self._is_within(x, scale):
                 self.counts[index].add_(_num_beyond(x, scale * self.limit, slot_mapping))
 
