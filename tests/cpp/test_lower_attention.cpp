@@ -177,9 +177,9 @@ const Mistake kMistakes[] = {
     {"v_offset_shape", [](auto& p) { p.v_offset = reals(kValueOffset, {64, 4}); },
      "v_offset must have the shape [num_kv_heads=4, head_size=64], got shape [64, 4]"},
     {"k_offset_of_plain_caches", [](auto& p) { set_unquantized(p), p.k_offset = reals(kKeyOffset, {4, 64}); },
-     "k_offset must be None as the caches are not FP8, got shape [4, 64]"},
+     "k_offset must be None as the caches are not quantized, got shape [4, 64]"},
     {"v_offset_of_plain_caches", [](auto& p) { set_unquantized(p), p.v_offset = reals(kValueOffset, {4, 64}); },
-     "v_offset must be None as the caches are not FP8, got shape [4, 64]"},
+     "v_offset must be None as the caches are not quantized, got shape [4, 64]"},
     {"one_offset", [](auto& p) { p.k_offset.reset(); }, ""},
     // What else is written.
     {"lse_dtype", [](auto& p) { p.lse->dtype = DType::BFloat16; }, "lse must be float32, got bfloat16"},
