@@ -21,9 +21,10 @@ DType cache_format(const Argument& key_cache, const Argument& value_cache, std::
     if (wanted) fail(key_cache.op, "kv_cache_dtype", types, name(format));
     fail(key_cache.op, key_cache.name, types + ", as kv_cache_dtype is not given", name(format));
   }
-  if (actual != format && !(quantized && actual == DType::UInt8))
+  const bool or_bytes = is_fp8(format);
+  if (actual != format && !(or_bytes && actual == DType::UInt8))
     fail(key_cache.op, key_cache.name,
-         std::string("be ") + name(format) + (quantized ? " or uint8" : "") + " as kv_cache_dtype is \"" +
+         std::string("be ") + name(format) + (or_bytes ? " or uint8" : "") + " as kv_cache_dtype is \"" +
              std::string(cache_format_name(format)) + "\"",
          name(actual));
   if (value_cache.view.dtype != actual)
@@ -229,8 +230,9 @@ void lower_parameters(KVViews& kv, const Argument& scale, const Argument& offset
   kv.offsets = lower_offsets(offset, layout, key);
 }
 
-void check_has_kernels(const CacheLayout& layout, const Argument& k_scale, const Argument& v_scale, const Argument& k_offset,
-                       const Argument& v_offset) {
+void check_has_kernels(const CacheLayout& layout, const Argument& key_cache, const Argument& k_scale, const Argument& v_scale,
+                       const Argument& k_offset, const Argument& v_offset) {
+  if (is_quantized(layout.cache_dtype) && !is_fp8(layout.cache_dtype)) check_has_kernels(key_cache, name(layout.cache_dtype));
   if (layout.k.scales.dim != 0) check_has_kernels(k_scale, "scales per channel");
   if (layout.v.scales.dim != 0) check_has_kernels(v_scale, "scales per channel");
   if (layout.k.offsets.data) check_has_kernels(k_offset, "offsets");
@@ -266,7 +268,7 @@ CacheLayout lower(const CacheAppend& p) {
   lower_parameters(layout.k, k_scale, k_offset, layout, key);
   lower_parameters(layout.v, v_scale, v_offset, layout, key);
   check_written({&key_cache, &value_cache}, {&key, &value, &slots, &k_scale, &v_scale, &k_offset, &v_offset});
-  check_has_kernels(layout, k_scale, v_scale, k_offset, v_offset);
+  check_has_kernels(layout, key_cache, k_scale, v_scale, k_offset, v_offset);
   merge_heads(layout);
   return layout;
 }
@@ -285,7 +287,7 @@ CacheLayout lower(const CacheAppendDynamic& p) {
   layout.k.offsets = lower_offsets(k_offset, layout, key);
   layout.v.offsets = lower_offsets(v_offset, layout, key);
   check_written({&key_cache, &value_cache, &k_scales, &v_scales}, {&key, &value, &slots, &k_offset, &v_offset});
-  check_has_kernels(layout, k_scales, v_scales, k_offset, v_offset);
+  check_has_kernels(layout, key_cache, k_scales, v_scales, k_offset, v_offset);
   return layout;
 }
 
@@ -310,7 +312,7 @@ CacheLayout lower(const CacheGather& p) {
     check_per_sequence(starts, num_seqs, key);
     for (const Argument* a : {&key, &value}) check_no_overlap(*a, starts);
   }
-  check_has_kernels(layout, k_scale, v_scale, k_offset, v_offset);
+  check_has_kernels(layout, key_cache, k_scale, v_scale, k_offset, v_offset);
   merge_heads(layout);
   return layout;
 }

@@ -83,10 +83,10 @@ HeadsView lower_query_rows(const Argument& a, std::int64_t num_heads, const Cach
 DType real_or_as_caches(const Argument& a, DType cache) {
   const DType dtype = a.view.dtype;
   if (is_real(dtype)) return dtype;
-  if (is_quantized(cache) && (dtype == cache || dtype == DType::UInt8)) return cache;
+  if (is_fp8(cache) && (dtype == cache || dtype == DType::UInt8)) return cache;
   fail(a.op, a.name,
-       is_quantized(cache) ? std::string("be ") + name(cache) + " or uint8 as the caches are, or " + names_of(RealTypes{})
-                           : "be " + names_of(RealTypes{}) + " as the caches are not FP8",
+       is_fp8(cache) ? std::string("be ") + name(cache) + " or uint8 as the caches are, or " + names_of(RealTypes{})
+                     : "be " + names_of(RealTypes{}) + " as the caches are not FP8",
        name(dtype));
 }
 
@@ -141,7 +141,7 @@ RopeLayout lower(const RopeAppend& p) {
 
   check_written({&query_out, &key_cache, &value_cache}, {&query, &key, &value, &slots, &q_scale, &k_scale, &v_scale, &positions,
                                                          &table, &q_weight, &k_weight, &k_offset, &v_offset});
-  check_has_kernels(cache, k_scale, v_scale, k_offset, v_offset);
+  check_has_kernels(cache, key_cache, k_scale, v_scale, k_offset, v_offset);
   return layout;
 }
 

@@ -7,6 +7,7 @@
 //
 // kv_cache_dtype says what the elements of a cache are; absent, the type of key_cache:
 //   E4M3, E5M2                   quantized: tensors of that type or of UInt8
+//   Int8                         quantized: tensors of that type
 //   Float32, Float16, BFloat16   a plain copy, rounded where the types differ: tensors of that type; scales are checked, not
 //   used
 //
@@ -16,7 +17,7 @@
 // Offsets of a quantized cache, k_offset and v_offset: Float32 [num_kv_heads, head_size] with any strides. What is quantized is
 // x - offset, in fp32; what is dequantized is q * scale + offset, in fp32, each rounded.
 //
-// Scales per channel and offsets are on the CPU only: there are no CUDA kernels for them yet.
+// Int8, scales per channel and offsets are on the CPU only: there are no CUDA kernels for them yet.
 //
 // Index tensors are read on the device. A negative slot is skipped. What their elements show to be wrong (a slot or a block
 // beyond the cache) throws on the CPU before anything is written. On CUDA such rows are skipped; with the environment variable

@@ -63,12 +63,16 @@ const Format kFormats[] = {
     {{},
      DType::UInt8,
      DType::Other,
-     "key_cache must be float32, float16, bfloat16, float8_e4m3fn or float8_e5m2, as kv_cache_dtype is not given, got "
+     "key_cache must be float32, float16, bfloat16, float8_e4m3fn, float8_e5m2 or int8, as kv_cache_dtype is not given, got "
      "uint8"},
-    {DType::Int8, DType::E4M3, DType::Other,
-     "kv_cache_dtype must be float32, float16, bfloat16, float8_e4m3fn or float8_e5m2, got int8"},
+    {{}, DType::Int8, DType::Int8, ""},
+    {DType::Int8, DType::Int8, DType::Int8, ""},
+    {DType::Int8, DType::UInt8, DType::Other, "key_cache must be int8 as kv_cache_dtype is \"int8\", got uint8"},
+    {DType::Int8, DType::E4M3, DType::Other, "key_cache must be int8 as kv_cache_dtype is \"int8\", got float8_e4m3fn"},
+    {DType::Int16, DType::E4M3, DType::Other,
+     "kv_cache_dtype must be float32, float16, bfloat16, float8_e4m3fn, float8_e5m2 or int8, got int16"},
     {DType::UInt8, DType::UInt8, DType::Other,
-     "kv_cache_dtype must be float32, float16, bfloat16, float8_e4m3fn or float8_e5m2, got uint8"},
+     "kv_cache_dtype must be float32, float16, bfloat16, float8_e4m3fn, float8_e5m2 or int8, got uint8"},
     {DType::E4M3, DType::E5M2, DType::Other,
      "key_cache must be float8_e4m3fn or uint8 as kv_cache_dtype is \"fp8\", got float8_e5m2"},
     {DType::E4M3, DType::Int8, DType::Other, "key_cache must be float8_e4m3fn or uint8 as kv_cache_dtype is \"fp8\", got int8"},
@@ -94,14 +98,15 @@ TEST(CacheErrors, FormatAndDtypeOfTheCacheMustSayTheSame) {
 }
 
 TEST(CacheErrors, ADynamicAppendMustQuantize) {
-  for (DType real : {DType::BFloat16, DType::Float32, DType::Int8}) {
+  for (DType real : {DType::BFloat16, DType::Float32, DType::Int16}) {
     CacheAppendDynamic p = append_dynamic_problem();
     p.kv_cache_dtype = real;
-    EXPECT_EQ(sentence(p), kDynamic + "kv_cache_dtype must be float8_e4m3fn or float8_e5m2, got " + name(real));
+    EXPECT_EQ(sentence(p), kDynamic + "kv_cache_dtype must be float8_e4m3fn, float8_e5m2 or int8, got " + name(real));
     p.kv_cache_dtype.reset();
     p.key_cache.dtype = p.value_cache.dtype = real;
-    EXPECT_EQ(sentence(p),
-              kDynamic + "key_cache must be float8_e4m3fn or float8_e5m2, as kv_cache_dtype is not given, got " + name(real));
+    EXPECT_EQ(
+        sentence(p),
+        kDynamic + "key_cache must be float8_e4m3fn, float8_e5m2 or int8, as kv_cache_dtype is not given, got " + name(real));
   }
 }
 
@@ -307,6 +312,8 @@ TEST(CacheErrors, WhatHasNoCudaKernels) {
   EXPECT_EQ(sentence(a), kAppend + expected("k_scale", "scales per channel"));
   a.key_cache.dtype = a.value_cache.dtype = DType::BFloat16;
   EXPECT_EQ(sentence(a), "") << "a plain copy does not use them";
+  a = on_cuda(append_problem()), a.key_cache.dtype = a.value_cache.dtype = DType::Int8;
+  EXPECT_EQ(sentence(a), kAppend + expected("key_cache", "int8"));
   a = on_cuda(append_problem()), a.v_offset = offset_on_cuda();
   EXPECT_EQ(sentence(a), kAppend + expected("v_offset", "offsets"));
   CacheAppendDynamic d = on_cuda(append_dynamic_problem());

@@ -59,6 +59,9 @@ const Mistake kMistakes[] = {
        set_caches(p, DType::BFloat16), p.query_out.dtype = DType::BFloat16, p.k_offset = offset(kKeyOffset, {4, 64});
      },
      "k_offset must be None as the caches are not quantized, got shape [4, 64]"},
+    {"int8_caches", [](auto& p) { set_caches(p, DType::Int8), p.query_out.dtype = DType::BFloat16; }, ""},
+    {"int8_queries", [](auto& p) { set_caches(p, DType::Int8), p.query_out.dtype = DType::Int8; },
+     "query_out must be float32, float16 or bfloat16 as the caches are not FP8, got int8"},
     // Query.
     {"query_dtype", [](auto& p) { p.query.dtype = DType::Float16; }, "query must be bfloat16 as key is, got float16"},
     {"query_device", [](auto& p) { p.query.device = kCuda; }, "query must be on the device of key, cpu, got cuda:0"},

@@ -101,7 +101,7 @@ WRITTEN = {
     "paged_attention": ["out", "lse"],
 }
 REAL = "float32, float16 or bfloat16"
-FP8 = "float8_e4m3fn or float8_e5m2"
+QUANTIZED = "float8_e4m3fn, float8_e5m2 or int8"
 EXTENTS = "group_shape must have two extents"
 F32 = torch.float32
 OTHER_DTYPES = {
@@ -177,6 +177,7 @@ def wrong_dtype(name: str, expected: str, *others: str) -> list[Case]:
             {name: new(4, 6, dtype=(OTHER_DTYPES | EVERY_DTYPE)[other])},
         )
         for other in (*OTHER_DTYPES, *others)
+        if other != "int8" or expected != QUANTIZED
     ]
 
 
@@ -236,7 +237,7 @@ def too_many_dimensions(name: str, dtype: torch.dtype) -> Case:
 
 CACHE = "[num_blocks, block_size, num_kv_heads, head_size]"
 HEADS = "[num_tokens, num_kv_heads, head_size]"
-STRINGS = '"auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3" or "fp8_e5m2"'
+STRINGS = '"auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2" or "int8"'
 INT32, INT64 = torch.int32, torch.int64
 
 
@@ -288,8 +289,8 @@ def wrong_caches() -> list[Case]:
 
 def contradictions(*, quantized_only: bool) -> list[Case]:
     """Strings there are not, and strings that say something else than the caches."""
-    known = '"fp8", "fp8_e4m3" or "fp8_e5m2"' if quantized_only else STRINGS
-    unknown = ["fp8e4m3", "int8", "fp8_e4m3fnuz", "", "FP8"]
+    known = '"fp8", "fp8_e4m3", "fp8_e5m2" or "int8"' if quantized_only else STRINGS
+    unknown = ["fp8e4m3", "int16", "fp8_e4m3fnuz", "", "FP8"]
     unknown += ["auto", "float16", "bfloat16", "float32"] if quantized_only else []
     cases = [
         Case(
@@ -301,10 +302,12 @@ def contradictions(*, quantized_only: bool) -> list[Case]:
     pairs = [
         ("fp8", "float8_e5m2", e4m3), ("fp8_e4m3", "float8_e5m2", e4m3), ("fp8_e4m3", "float16", e4m3),
         ("fp8_e5m2", "float8_e4m3fn", e5m2), ("fp8_e5m2", "float16", e5m2),
+        ("fp8", "int8", e4m3), ("int8", "uint8", "int8"), ("int8", "float8_e4m3fn", "int8"),
     ]  # fmt: skip
     if not quantized_only:
         pairs += [
             ("auto", "float8_e4m3fn", REAL), ("auto", "uint8", REAL), ("auto", "float64", REAL),
+            ("auto", "int8", REAL),
             ("float16", "bfloat16", "float16"), ("bfloat16", "float32", "bfloat16"),
             ("float32", "float8_e4m3fn", "float32"), ("float16", "uint8", "float16"),
         ]  # fmt: skip
@@ -622,7 +625,7 @@ EXPANDED = Case(
 CASES: dict[str, list[Case]] = {
     "static_scaled_fp8_quant": [
         *wrong_dtype("input", REAL, "float8_e4m3fn", "float8_e5m2"),
-        *wrong_dtype("result", FP8, "float32", "float16", "bfloat16"),
+        *wrong_dtype("result", QUANTIZED, "float32", "float16", "bfloat16"),
         *wrong_float32("scale"),
         *wrong_shapes(E4M3),
         too_many_dimensions("input", F32),
@@ -640,7 +643,7 @@ CASES: dict[str, list[Case]] = {
     ],
     "dynamic_scaled_fp8_quant": [
         *wrong_dtype("input", REAL, "float8_e4m3fn", "float8_e5m2"),
-        *wrong_dtype("result", FP8, "float32", "float16", "bfloat16"),
+        *wrong_dtype("result", QUANTIZED, "float32", "float16", "bfloat16"),
         *wrong_float32("scale"),
         *wrong_float32("scale_ub"),
         *wrong_shapes(E4M3),
@@ -678,7 +681,7 @@ CASES: dict[str, list[Case]] = {
         too_many_dimensions("scale_ub", F32),
     ],
     "scaled_fp8_dequant": [
-        *wrong_dtype("input", FP8, "float32", "float16", "bfloat16"),
+        *wrong_dtype("input", QUANTIZED, "float32", "float16", "bfloat16"),
         *wrong_dtype("result", REAL, "float8_e4m3fn", "float8_e5m2"),
         *wrong_float32("scale"),
         *wrong_shapes(torch.bfloat16),
@@ -875,7 +878,7 @@ def test_what_quantize_refuses_itself(device: torch.device) -> None:
     ("call", "sentence"),
     [
         (lambda x: fp8kv.quantize(x, dtype=torch.uint8),
-         "dynamic_scaled_fp8_quant: result must be " + FP8 + ", got uint8"),
+         "dynamic_scaled_fp8_quant: result must be " + QUANTIZED + ", got uint8"),
         (lambda x: fp8kv.quantize(x, group_shape=(1,)),
          "dynamic_scaled_fp8_quant: group_shape must have two extents, rows and columns, got 1"),
         (lambda x: fp8kv.quantize(x, group_shape=(0, 5)),
@@ -883,7 +886,7 @@ def test_what_quantize_refuses_itself(device: torch.device) -> None:
         (lambda x: fp8kv.quantize(x.double()),
          "dynamic_scaled_fp8_quant: input must be " + REAL + ", got float64"),
         (lambda x: fp8kv.dequantize(x, x[:1, 0]),
-         "scaled_fp8_dequant: input must be " + FP8 + ", got float32"),
+         "scaled_fp8_dequant: input must be " + QUANTIZED + ", got float32"),
         (lambda x: fp8kv.dequantize(x.to(E4M3), x[:1, 0], dtype=torch.float64),
          "scaled_fp8_dequant: result must be " + REAL + ", got float64"),
     ],

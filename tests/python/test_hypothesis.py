@@ -22,9 +22,9 @@ from fp8kv import (
 )
 from helpers import (
     CACHE_LAYOUTS,
-    FP8_CACHES,
     LAYOUTS,
     PLAIN_CACHES,
+    QUANTIZED_CACHES,
     REAL,
     assert_same_bytes,
     copy_bits,
@@ -210,7 +210,9 @@ def draw_heads(data: st.DataObject, tokens: int, shape: tuple[int, ...], generat
 @given(st.data())
 def test_append(device: torch.device, data: st.DataObject) -> None:
     shape = data.draw(cache_shapes(), "cache")
-    name, dtype, _ = data.draw(st.sampled_from([*FP8_CACHES.values(), *PLAIN_CACHES.values()]), "elements")
+    name, dtype, _ = data.draw(
+        st.sampled_from([*QUANTIZED_CACHES.values(), *PLAIN_CACHES.values()]), "elements"
+    )
     cache_layout = data.draw(st.sampled_from(CACHE_LAYOUTS), "layout")
     generator = torch.Generator().manual_seed(data.draw(seeds, "seed"))
     slots = draw_slots(data, device, shape[0] * shape[1], generator)
@@ -235,7 +237,7 @@ def test_append(device: torch.device, data: st.DataObject) -> None:
 @given(st.data())
 def test_append_dynamic(device: torch.device, data: st.DataObject) -> None:
     shape = data.draw(cache_shapes(), "cache")
-    name, dtype, _ = data.draw(st.sampled_from([*FP8_CACHES.values()]), "elements")
+    name, dtype, _ = data.draw(st.sampled_from([*QUANTIZED_CACHES.values()]), "elements")
     cache_layout = data.draw(st.sampled_from(CACHE_LAYOUTS), "layout")
     scale_layouts = [data.draw(layouts, name) for name in ("scales of K", "scales of V")]
     generator = torch.Generator().manual_seed(data.draw(seeds, "seed"))
@@ -264,8 +266,11 @@ def test_step(device: torch.device, data: st.DataObject) -> None:
     shape = data.draw(cache_shapes(), "cache")
     kv_heads, head_size = shape[2:]
     num_heads = kv_heads * data.draw(st.integers(0, 4), "query heads for one of K")
-    name, dtype, _ = data.draw(st.sampled_from([*FP8_CACHES.values(), *PLAIN_CACHES.values()]), "elements")
-    out_dtype = data.draw(st.sampled_from([dtype, *REAL.values()]), "query_out")
+    name, dtype, _ = data.draw(
+        st.sampled_from([*QUANTIZED_CACHES.values(), *PLAIN_CACHES.values()]), "elements"
+    )
+    out_dtypes = [*REAL.values()] if dtype == torch.int8 else [dtype, *REAL.values()]
+    out_dtype = data.draw(st.sampled_from(out_dtypes), "query_out")
     cache_layout = data.draw(st.sampled_from(CACHE_LAYOUTS), "layout")
     generator = torch.Generator().manual_seed(data.draw(seeds, "seed"))
     slots = draw_slots(data, device, shape[0] * shape[1], generator)
@@ -308,7 +313,9 @@ def test_step(device: torch.device, data: st.DataObject) -> None:
 def test_gather(device: torch.device, data: st.DataObject) -> None:
     shape = data.draw(cache_shapes(), "cache")
     blocks, block_size = shape[:2]
-    name, dtype, _ = data.draw(st.sampled_from([*FP8_CACHES.values(), *PLAIN_CACHES.values()]), "elements")
+    name, dtype, _ = data.draw(
+        st.sampled_from([*QUANTIZED_CACHES.values(), *PLAIN_CACHES.values()]), "elements"
+    )
     real = data.draw(st.sampled_from([*REAL.values()]), "type")
     cache_layout = data.draw(st.sampled_from(CACHE_LAYOUTS), "layout")
     places = [data.draw(layouts, name) for name in ("key", "value")]

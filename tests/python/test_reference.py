@@ -535,8 +535,8 @@ def test_sequences_that_lead_nowhere(
         ({"value_cache": torch.zeros(2, 3, 2, 4).to(FP8["e5m2"])}, "caches must have one dtype"),
         ({"value_cache": torch.zeros(1, 3, 2, 4).to(FP8["e4m3"])}, "caches can't have the shapes"),
     ],
-    ids=["unknown", "auto", "e5m2", "3 scales", "fp16 scale", "channels", "offset", "fp16 offset", "fp64", "two types", "few rows", "head size",
-         "two formats", "shapes"],
+    ids=["unknown", "auto", "e5m2", "3 scales", "fp16 scale", "channels", "offset", "fp16 offset", "fp64",
+         "two types", "few rows", "head size", "two formats", "shapes"],
 )  # fmt: skip
 def test_an_append_that_does_not_fit_is_refused(arguments: dict[str, object], sentence: str) -> None:
     usual = {

@@ -39,9 +39,9 @@ def reshape_and_cache_flash(
         value_cache: likewise; both may be slices of one tensor.
         slot_mapping: int32 or int64 ``[num_tokens]``. Tokens with a negative slot are skipped. If a slot
             occurs twice, the last token wins on the CPU; on CUDA each element comes from any of them.
-        kv_cache_dtype: "fp8" or "fp8_e4m3", "fp8_e5m2" (caches of that dtype or uint8); "float32", "float16",
-            "bfloat16" (caches of that dtype), "auto" (whichever of these three the caches are): not
-            quantized, rounded where the dtypes differ.
+        kv_cache_dtype: "fp8" or "fp8_e4m3", "fp8_e5m2" (caches of that dtype or uint8), "int8"; "float32",
+            "float16", "bfloat16" (caches of that dtype), "auto" (whichever of these three the caches are):
+            not quantized, rounded where the dtypes differ.
         k_scale: float32, 1 or num_kv_heads elements, evenly strided, in any shape; or one for each channel,
             ``[num_kv_heads, head_size]``, any strides. Not used by caches that are not quantized.
         v_scale: likewise.
@@ -49,7 +49,7 @@ def reshape_and_cache_flash(
             is the difference, in float32. None: 0.
         v_offset: likewise.
 
-    Scales for each channel and offsets are on the CPU only: there are no CUDA kernels for them yet.
+    "int8", scales for each channel and offsets are on the CPU only: there are no CUDA kernels for them yet.
 
     Raises:
         RuntimeError: an argument doesn't fit, or, on the CPU, a slot lies beyond the cache. Nothing is
@@ -97,7 +97,7 @@ def reshape_and_cache_flash_dynamic(
         k_scale_cache: float32 ``[num_blocks, block_size, num_kv_heads]``, any strides; written.
         v_scale_cache: likewise.
         slot_mapping: likewise.
-        kv_cache_dtype: "fp8" or "fp8_e4m3", "fp8_e5m2".
+        kv_cache_dtype: "fp8" or "fp8_e4m3", "fp8_e5m2", "int8".
         k_offset: as for `reshape_and_cache_flash`.
         v_offset: likewise.
 
@@ -156,7 +156,7 @@ def rope_quant_and_cache(
         value: likewise.
         query_out: ``[num_tokens, num_heads, head_size]``, any strides; written, for every token whatever its
             slot. Of the FP8 dtype of the caches or uint8: quantized; float32, float16 or bfloat16: not. Rows
-            beyond the slots stay as they are.
+            beyond the slots stay as they are. Beside int8 caches it is not quantized.
         key_cache: as for `reshape_and_cache_flash`, as are `value_cache`, `slot_mapping` and
             `kv_cache_dtype`; written.
         value_cache: likewise; written.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fp8kv._dtypes import CACHE_DTYPES, FORMATS, REAL_DTYPES
+from fp8kv._dtypes import CACHE_DTYPES, FORMATS, FP8_DTYPES, REAL_DTYPES
 from fp8kv.reference.rules import bits, dynamic_scale, encode, fail, finite_magnitude, round_to
 
 
@@ -74,7 +74,7 @@ def reshape_and_cache_flash_dynamic(
     op = "reshape_and_cache_flash_dynamic"
     caches = _caches(op, key, value, key_cache, value_cache, kv_cache_dtype)
     if caches[0].dtype not in FORMATS:
-        fail(op, f"kv_cache_dtype must be one of FP8, got {kv_cache_dtype!r}")
+        fail(op, f"kv_cache_dtype must be that of a quantized format, got {kv_cache_dtype!r}")
     scale_caches = (k_scale_cache, v_scale_cache)
     for scale_cache in scale_caches:
         if scale_cache.dtype != torch.float32 or scale_cache.shape != key_cache.shape[:3]:
@@ -184,8 +184,8 @@ def rope_quant_and_cache(
         if weight is not None and weight.shape != (head_size,):
             fail(op, f"norm weights must be [{head_size}], got {list(weight.shape)}")
     format = CACHE_DTYPES.get(kv_cache_dtype)
-    out = query_out.view(format) if query_out.dtype == torch.uint8 and format in FORMATS else query_out
-    if out.dtype not in REAL_DTYPES and (out.dtype != format or format not in FORMATS):
+    out = query_out.view(format) if query_out.dtype == torch.uint8 and format in FP8_DTYPES else query_out
+    if out.dtype not in REAL_DTYPES and (out.dtype != format or format not in FP8_DTYPES):
         fail(op, f"query_out can't be {query_out.dtype} with kv_cache_dtype {kv_cache_dtype!r}")
 
     cos_sin, slots, rows = None, slot_mapping, torch.arange(num_tokens, device=query.device)
@@ -335,7 +335,7 @@ def _caches(
         fail(op, f"key and value must be [num_tokens, {key_cache.shape[2]}, {key_cache.shape[3]}]")
     actual = key_cache.dtype
     dtype = actual if kv_cache_dtype == "auto" and actual in REAL_DTYPES else CACHE_DTYPES.get(kv_cache_dtype)
-    if dtype is None or (actual != dtype and not (actual == torch.uint8 and dtype in FORMATS)):
+    if dtype is None or (actual != dtype and not (actual == torch.uint8 and dtype in FP8_DTYPES)):
         fail(op, f"caches can't be {actual} with kv_cache_dtype {kv_cache_dtype!r}")
     if value_cache.dtype != actual:
         fail(op, f"caches must have one dtype, got {actual} and {value_cache.dtype}")

@@ -17,16 +17,16 @@ from torch import Tensor
 import fp8kv
 from fp8kv import reference
 from helpers import (
-    FP8_CACHES,
     LAYOUTS,
+    QUANTIZED_CACHES,
     REAL,
     TRAP_SCALES,
     assert_same_bytes,
     compare_caches,
     copy_bits,
     each_cache_layout,
-    each_fp8_cache,
     each_geometry,
+    each_quantized_cache,
     each_real,
     empty_caches,
     empty_view,
@@ -76,7 +76,7 @@ def check_append(
     layout: str = "contiguous",
 ) -> None:
     """`layout` is that of scales and offsets; contiguous: as they are."""
-    name, dtype, _ = FP8_CACHES[cache]
+    name, dtype, _ = QUANTIZED_CACHES[cache]
     slots = random_slots(len(key), blocks[0] * blocks[1])
 
     def store(ops: ModuleType, key_cache: Tensor, value_cache: Tensor, at: torch.device) -> None:
@@ -88,7 +88,7 @@ def check_append(
 
 
 def check_append_dynamic(key: Tensor, value: Tensor, offsets: Parameters, cache: str = "e4m3") -> None:
-    name, dtype, _ = FP8_CACHES[cache]
+    name, dtype, _ = QUANTIZED_CACHES[cache]
     shape = (5, 8, *key.shape[1:])
     slots = random_slots(len(key), 40)
     buffers: list[Tensor] = []
@@ -114,7 +114,7 @@ def check_gather(
     contents: Tensor | None = None,
 ) -> None:
     """Of caches with any bits in them. `layout` is that of key and value, scales and offsets."""
-    name, dtype, _ = FP8_CACHES[cache]
+    name, dtype, _ = QUANTIZED_CACHES[cache]
     contents = random_bits((2, *shape), dtype) if contents is None else contents
     count = shape[0] * shape[1] - 3
     table = torch.randperm(shape[0]).view(1, -1).to(torch.int32)
@@ -226,7 +226,7 @@ def test_append(isa: str, geometry: tuple[int, int, int], real: torch.dtype) -> 
 def test_append_dynamic(isa: str, geometry: tuple[int, int, int], real: torch.dtype) -> None:
     key, value = key_and_value(11, *geometry[1:], real)
     offsets = {name: x for name, x in forms(*geometry[1:])[1].items() if name.endswith("offset")}
-    for cache in ("e4m3", "e5m2"):
+    for cache in ("e4m3", "e5m2", "int8"):
         check_append_dynamic(key, value, offsets, cache)
 
 
@@ -265,11 +265,11 @@ def test_expanded_scales_and_offsets(shape: tuple[int, int]) -> None:
     check_gather((5, 4, 3, 40), one)
 
 
-@each_fp8_cache
+@each_quantized_cache
 def test_quotients_beside_every_rounding_boundary(isa: str, cache: str) -> None:
     """Each scale in a channel of its own, with its neighbors: ordinary ones, and such that divide."""
     scales = TRAP_SCALES[TRAP_SCALES.isfinite() & (TRAP_SCALES > 0)]
-    dtype = FP8_CACHES[cache][2]
+    dtype = QUANTIZED_CACHES[cache][2]
     x = neighbors(scales[:, None] * fp8_boundaries(dtype)[1:], 2).view(len(scales), -1).t()
     x = x.contiguous().view(len(x), 1, len(scales))
     parameters = {"k_scale": scales.view(1, -1), "v_scale": scales.view(1, -1)}
@@ -283,7 +283,7 @@ def test_hostile_scales_and_offsets(isa: str) -> None:
         names = ("k_scale", "v_scale", "k_offset", "v_offset")
         parameters = {name: random_bits((4, 64), torch.float32, generator) for name in names}
         parameters["k_scale"][0] = TRAP_SCALES[:64]
-        for cache in ("e4m3", "e5m2"):
+        for cache in ("e4m3", "e5m2", "int8"):
             check_append(key, value, parameters, cache)
             for real in REAL.values():
                 check_gather((5, 4, 4, 64), parameters, cache, real)
