@@ -31,7 +31,7 @@ def quantize(
     scale_ub: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Quantizes `x` to FP8 or INT8: with the given scale (static), or with scales computed from `x` (dynamic).
+    """Quantizes `x` to FP8 or INT8: with a given scale (static), or with scales computed from `x` (dynamic).
 
     ``q = round_to_nearest_even(clamp(x.float() / scale, -max, max))``. NaN becomes the byte 0x7F, in int8 0;
     infinities and everything beyond the range become the largest finite value.
@@ -45,7 +45,8 @@ def quantize(
             ``x`` of shape ``[T, H, D]``. A computed scale is per tensor then.
         dtype: float8_e4m3fn, float8_e5m2 or int8. `out` decides if it is given.
         scale_ub: float32, one element; bounds amax before it becomes a scale. Dynamic only.
-        out: of such a dtype, the shape of `x`, any strides; receives the result. None allocates a contiguous tensor.
+        out: of such a dtype, the shape of `x`, any strides; receives the result. None allocates a contiguous
+            tensor.
 
     Returns:
         ``(q, scale)``. A computed scale has the shape ``group_shape.scale_shape(x.shape)``: ``[1]`` per
@@ -169,7 +170,7 @@ def dynamic_scaled_fp8_quant(
     scale_ub: Tensor | None = None,
     group_shape: Sequence[int] | None = None,
 ) -> None:
-    """Writes the scale of each group of `input` into `scale`, and the quantized ``input / scale`` into `result`.
+    """Writes the scale of each group of `input` into `scale`, and `input` over it, quantized, into `result`.
 
     Args:
         result: float8_e4m3fn, float8_e5m2 or int8, the shape of `input`, any strides; written.
