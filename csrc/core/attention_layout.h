@@ -9,7 +9,7 @@
 
 namespace fp8kv::core {
 
-using ChannelScales = PagedScales;
+using ChannelScales = PagedScales;  // per tensor, head or channel, or per token and head
 
 struct LseView {  // [token, head]; nullptr: none
   float* data = nullptr;

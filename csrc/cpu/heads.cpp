@@ -29,10 +29,8 @@ void HeadScales::load_channels(const core::PagedScales& scales) {
     }
 }
 
-void HeadScales::convert(const StridedElements& in, const StridedElements& out, std::int64_t in_head,
-                         std::int64_t out_head) const {
-  if (batches_.empty())
-    return convert_strided_rows(kernels_, in, out, columns_, {heads_, in_head, out_head, one_scale_ ? 0 : 1}, rows_);
+void HeadScales::convert_channels(const StridedElements& in, const StridedElements& out, std::int64_t in_head,
+                                  std::int64_t out_head) const {
   auto batch = batches_.begin();
   std::int64_t first = 0;  // number of the head's first scale in its batch
   for (std::int64_t h = 0; h < heads_; ++h) {

@@ -16,11 +16,16 @@ class HeadScales {
   HeadScales(const ElementwiseKernels& kernels, const core::PagedScales& scales, std::int64_t heads, std::int64_t columns);
 
   // The columns of all heads. Strides of `rows` are those from head to head.
-  void convert(const StridedElements& in, const StridedElements& out, std::int64_t in_head, std::int64_t out_head) const;
+  void convert(const StridedElements& in, const StridedElements& out, std::int64_t in_head, std::int64_t out_head) const {
+    if (!batches_.empty()) return convert_channels(in, out, in_head, out_head);
+    convert_strided_rows(kernels_, in, out, columns_, {heads_, in_head, out_head, one_scale_ ? 0 : 1}, rows_);
+  }
 
  private:
   static constexpr std::int64_t kBatch = ColumnScales::kMaxCount;
   void load_channels(const core::PagedScales& scales);
+  void convert_channels(const StridedElements& in, const StridedElements& out, std::int64_t in_head,
+                        std::int64_t out_head) const;
 
   const ElementwiseKernels kernels_;
   const std::int64_t heads_, columns_;
