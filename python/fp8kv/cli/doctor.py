@@ -24,7 +24,7 @@ from torch import Tensor
 
 import fp8kv
 from fp8kv import _ops, reference
-from fp8kv._dtypes import CACHE_NAMES, FORMATS
+from fp8kv._dtypes import CACHE_NAMES, FP8_DTYPES
 from fp8kv.group_shape import GroupShape
 
 cuda: Any = torch.cuda  # largely without annotations
@@ -192,7 +192,7 @@ def self_test(device: str | torch.device) -> list[str]:
 def _quantization_failures(device: str | torch.device, input_type: torch.dtype) -> Iterator[str]:
     x = _values(input_type)
     for name, group in _GROUPS.items():
-        for dtype in FORMATS:
+        for dtype in FP8_DTYPES:
             what = f"{input_type}, {dtype}, per {name}"
             expected, expected_scale = reference.quantize(x, group_shape=group, dtype=dtype)
             actual, scale = fp8kv.quantize(x.to(device), group_shape=group, dtype=dtype)
@@ -227,7 +227,7 @@ _CACHE_SCALES = {
 
 def _cache_failures(device: str | torch.device, input_type: torch.dtype) -> Iterator[str]:
     for name, scale in _CACHE_SCALES.items():
-        for dtype in FORMATS:
+        for dtype in FP8_DTYPES:
             what = f"({input_type}, {dtype}, per {name})"
             expected = _append(reference, "cpu", input_type, dtype, scale)
             actual = _append(fp8kv, device, input_type, dtype, scale)
@@ -315,7 +315,7 @@ _ATTENTION_SCALES = {"tensor": (1,), "head": (2,), "channel": (2, 64), "token an
 
 def _attention_failures(device: str | torch.device, input_type: torch.dtype) -> Iterator[str]:
     for name, shape in _ATTENTION_SCALES.items():
-        for dtype in FORMATS:
+        for dtype in FP8_DTYPES:
             scale = torch.exp2(torch.randn(shape, generator=torch.Generator().manual_seed(0)) / 2)
             actual = _attend(fp8kv, device, input_type, dtype, scale).cpu().double()
             exact = _attend(reference, "cpu", input_type, dtype, scale, torch.float64)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fp8kv._checks import STRATEGIES, check_choice, listed
-from fp8kv._dtypes import CACHE_NAMES, FORMATS, REAL_DTYPES, dtype_name
+from fp8kv._dtypes import CACHE_NAMES, FORMATS, FP8_DTYPES, REAL_DTYPES, dtype_name
 from fp8kv.checkpoint.scales import LayerScales
 from fp8kv.kv_cache import PagedKVCache, paged_attention, reshape_and_cache_flash, rope_quant_and_cache
 from fp8kv.nn._loading import LayerShape, LayerState, name_below_owner, parse_relative_name
@@ -115,8 +115,8 @@ class AttentionScales(nn.Module):
         if first_kv_head is not None and first_kv_head < 0:
             raise ValueError(f"AttentionScales: first_kv_head must be at least 0, got {first_kv_head}")
         check_choice("AttentionScales: strategy", strategy, STRATEGIES)
-        if dtype not in FORMATS:
-            names = listed(map(dtype_name, FORMATS))
+        if dtype not in FP8_DTYPES:
+            names = listed(map(dtype_name, FP8_DTYPES))
             raise ValueError(f"AttentionScales: dtype must be {names}, got {dtype_name(dtype)}")
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
         self.strategy = strategy

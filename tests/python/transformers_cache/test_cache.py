@@ -612,9 +612,9 @@ def scales_with(index: int, k: Any, v: Any) -> KVScales:
     ("arguments", "sentence"),
     [
         ({"dtype": "bfloat16"},
-         'dtype must be "fp8", "fp8_e4m3", "fp8_e5m2" or the torch dtype, got \'bfloat16\''),
+         'dtype must be "fp8", "fp8_e4m3", "fp8_e5m2", "int8" or the torch dtype, got \'bfloat16\''),
         ({"dtype": torch.float16},
-         'dtype must be "fp8", "fp8_e4m3", "fp8_e5m2" or the torch dtype, got torch.float16'),
+         'dtype must be "fp8", "fp8_e4m3", "fp8_e5m2", "int8" or the torch dtype, got torch.float16'),
         ({"layout": "NDH"}, 'layout must be "NHD" or "HND", got \'NDH\''),
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
         ({"max_cache_len": 0}, "max_cache_len must be at least 1, got 0"),
