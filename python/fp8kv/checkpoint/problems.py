@@ -1,4 +1,4 @@
-"""What can be wrong with the scales of a checkpoint, and what to do about it."""
+"""Problems of the scales of a checkpoint, and their remedies."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ Severity = Literal["error", "warning", "note"]
 
 @dataclass(frozen=True)
 class Problem:
-    """One of the results of `fp8kv.audit_checkpoint`.
+    """A result of `fp8kv.audit_checkpoint`.
 
     Attributes:
-        kind: what is wrong, in one word with hyphens, such as "not-finite"; the kinds are listed in
-            docs/checkpoints.md.
-        severity: "error": the scales must not be used as they are; "warning": they can be used and the model
-            may be worse for it; "note": good to know.
+        kind: a hyphenated identifier, such as "not-finite"; the kinds are listed in docs/checkpoints.md.
+        severity: "error": the scales must not be used; "warning": they can be used, but accuracy may suffer;
+            "note": informational.
         message: one sentence with layer, tensor and value.
         remedy: what to do about it, one sentence.
         layer: index of the layer; None if it concerns the whole checkpoint.
-        tensor: name in the file; None if it isn't about one.
-        value: what was found, as text; None if there is nothing to show.
+        tensor: name in the file; None if it does not concern a single tensor.
+        value: the value found, as text; None if there is none.
 
     Example:
         >>> from fp8kv import Problem
@@ -81,7 +80,7 @@ _IGNORE_QUERY = (
     "or calibrate the model anew."
 )
 
-#: Kinds of errors that `load_kv_scales` lets pass on request: the scales are what they are said to be.
+#: Kinds of errors that `load_kv_scales` accepts on request.
 ACCEPTABLE = ("before-rope", "nvfp4-cache")
 #: Severity and remedy of each kind.
 KINDS: dict[str, tuple[Severity, str]] = {
