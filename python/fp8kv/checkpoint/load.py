@@ -240,7 +240,7 @@ class _Examination:
         self.is_json = path.suffix == ".json" and not path.is_dir()
         self.result = Examined(path)
         self.config: Mapping[str, Any] = {}
-        #: Models with scales but without a scheme.
+        #: The producer if there are scales but no scheme.
         self.producer: str | None = "JSON file" if self.is_json else None
         self.statement: Statement | None = None
         self.layers: Layers | None = None
