@@ -1,4 +1,4 @@
-"""`fp8kv demo`: from a language model to its FP8 KV cache, every step on the way, with the numbers.
+"""`fp8kv demo`: from a language model to its FP8 KV cache, step by step, with the numbers.
 
 Example:
     >>> from fp8kv.cli.demo import common_prefix
@@ -39,10 +39,10 @@ _FOLDERS = {evaluation.PER_TENSOR: "per_tensor", evaluation.PER_HEAD: "per_head"
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered with a cache.
+    """The answer of a model with a cache.
 
     Attributes:
-        tokens: as far as the end of the answer.
+        tokens: up to the end of the answer.
         text: the same, decoded.
         nbytes: of the cache, which has room for the question and `ANSWER_TOKENS` more.
     """
@@ -55,12 +55,12 @@ class Answer:
 def run(
     options: Options, console: Console, out: Path | None, plot: Path | None, question: str = QUESTION
 ) -> evaluation.Evaluation:
-    """Tells the whole story.
+    """Runs all steps.
 
     Args:
         options: those of `fp8kv eval`.
-        out: where the checkpoints stay, in folders "per_tensor" and "per_head"; None: they don't.
-        plot: the file of the picture.
+        out: directory to keep the checkpoints in, as "per_tensor" and "per_head"; None: not kept.
+        plot: the file of the plot.
 
     Raises:
         CommandError: of `fp8kv eval`; or a checkpoint can't be written.
@@ -70,7 +70,7 @@ def run(
 
 
 class _Story:
-    """One step after the other, each with its time."""
+    """Runs the steps in order, each with its time."""
 
     def __init__(self, options: Options, console: Console, out: Path) -> None:
         self.options, self.console, self.out = options, console, out
@@ -203,7 +203,7 @@ def answer(model: Model, make_cache: evaluation.CacheFactory, question: str) -> 
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens are the same before the first that differs."""
+    """The number of equal tokens before the first difference."""
     pairs = zip(a, b, strict=False)
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 

@@ -1,6 +1,6 @@
 """`fp8kv doctor`: what works here, and what would make it faster.
 
-A self-test compares every operator with `fp8kv.reference`: bytes, and of attention how near the results are.
+A self-test compares every operator with `fp8kv.reference`: the bytes, or for attention the error.
 
 Example:
     >>> import fp8kv.cli.doctor
@@ -32,7 +32,7 @@ cuda: Any = torch.cuda  # largely without annotations
 
 @dataclass(frozen=True)
 class Check:
-    """One finding: `ok` is None where something is merely absent."""
+    """One finding: `ok` is None if something is merely absent."""
 
     name: str
     ok: bool | None
@@ -49,7 +49,7 @@ def as_dict(found: list[Check], faster: list[Check]) -> dict[str, Any]:
 
 
 def checks() -> Iterator[Check]:
-    """All findings about this installation and this machine, the self-tests last."""
+    """All findings about this installation and this machine; the self-tests come last."""
     info = fp8kv.build_info()
     yield Check("fp8kv", True, f"{info['version']}, built with {info['compiler']}")
     yield Check("Python", True, f"{platform.python_version()} on {platform.platform()}")
@@ -82,7 +82,7 @@ def _cuda_checks(info: dict[str, Any]) -> Iterator[Check]:
 
 
 def advice() -> Iterator[Check]:
-    """What would make it faster here; `ok` is None."""
+    """Advice that would make it faster here; `ok` is None."""
     info = fp8kv.build_info()
     best = info["cpu_isas"][-1]
     if info["cpu_isa"] != best:
@@ -116,8 +116,8 @@ def _driver() -> str:
 def architecture_runs(architectures: str, major: int, minor: int) -> bool:
     """Whether code for `architectures`, such as "90-real;120-virtual", runs on a GPU of this capability.
 
-    Binary code runs on its major version from its minor version on; PTX on everything from its version on;
-    code for an architecture with a suffix (90a) on that one only.
+    Binary code runs on its major version from its minor version on; PTX on all versions from its own on; code
+    for an architecture with a suffix (90a) only on that architecture.
 
     Example:
         >>> from fp8kv.cli.doctor import architecture_runs
@@ -173,10 +173,10 @@ _GROUPS = {
 
 
 def self_test(device: str | torch.device) -> list[str]:
-    """Compares every operator with `fp8kv.reference` on hostile values; the names of those that differ.
+    """The names of operators that differ from `fp8kv.reference` on hostile values.
 
-    Attention must be near to it on values that are not hostile, and is left out where it does not run. The
-    reference runs on the CPU, so that a fault of the device can't hide in both.
+    Attention is compared within a tolerance on ordinary values, and skipped where it is not supported. The
+    reference runs on the CPU, so that a fault of the device can't affect both.
     """
     compared = [_quantization_failures, _cache_failures]
     if _refusal(device) is None:
@@ -217,7 +217,7 @@ def _quantization_failures(device: str | torch.device, input_type: torch.dtype) 
             yield f"group_amax ({input_type}, per {name})"
 
 
-#: Of 5 blocks of 16 tokens with 4 heads. The third kind is computed.
+#: For 5 blocks of 16 tokens with 4 heads. The third kind is computed.
 _CACHE_SCALES = {
     "tensor": torch.tensor([0.3]),
     "head": torch.tensor([0.01, 1.9999998807907104, 3.0, 700.0]),
@@ -337,7 +337,7 @@ def _attend(
     scale: Tensor,
     output_type: torch.dtype | None = None,
 ) -> Tensor:
-    """4 queries of two sequences, with sinks, softcap and a window, to K and V that lie side by side."""
+    """4 queries of two sequences, with sinks, softcap and a window, to K and V interleaved in memory."""
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(4, 8, 64, generator=generator)
     stored = torch.randn(6, 16, 2, 128, generator=generator)
@@ -365,7 +365,7 @@ def _attend(
 
 
 def _refusal(device: str | torch.device) -> str | None:
-    """The sentence in which attention refuses this device; None if it runs there, rightly or not."""
+    """The error with which attention refuses this device; None if it runs there, correctly or not."""
     if torch.device(device).type == "cpu":
         return None
     try:

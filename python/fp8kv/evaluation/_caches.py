@@ -62,7 +62,7 @@ class Cache8(_RoundingBack, Fp8Cache):
 
 
 class _ReadBack:
-    """Makes attention see the first tokens, too, as the cache gives them back."""
+    """Makes attention see the first tokens, too, as the cache returns them."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         seen = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
@@ -76,7 +76,7 @@ class TransformersCache8(_RoundingBack, _ReadBack, QuantizedCache):
     """Transformers' own FP8 cache, of version 5.21 and newer.
 
     Raises:
-        ValueError: an older one has none; or the model has other layers than those of full attention.
+        ValueError: Transformers is older; or the model has layers without full attention.
     """
 
     def __init__(self, config: Any, rounded_to: torch.dtype) -> None:
@@ -92,10 +92,10 @@ class TransformersCache8(_RoundingBack, _ReadBack, QuantizedCache):
 
 
 class ObservingCache(Cache16):
-    """A 16-bit cache whose layers observe what they are given, as an engine's do that calculates its scales.
+    """A 16-bit cache whose layers observe their inputs, as in an engine that calculates its scales.
 
     Args:
-        attention: by layer; layers that are not there yet are added.
+        attention: by layer; missing layers are added.
     """
 
     def __init__(self, config: Any, rounded_to: torch.dtype, attention: dict[int, AttentionScales]) -> None:

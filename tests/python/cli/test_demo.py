@@ -30,7 +30,7 @@ def small(folder: Path, text: Path, picture: Path, *more: str | Path) -> list[st
 
 @dataclass(frozen=True)
 class Story:
-    """One run of the demo: what it printed, the folder it was given, and the model's files before it."""
+    """One run of the demo: its output, its folder, and the model's files before the run."""
 
     output: str
     out: Path

@@ -1,4 +1,4 @@
-"""`fp8kv.evaluation` and `fp8kv eval`: the numbers beside those computed in another way."""
+"""`fp8kv.evaluation` and `fp8kv eval`: the numbers compared with independent computations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fp8kv.transformers import Fp8Cache  # noqa: E402
 from fp8kv.transformers.layers import Fp8Layer  # noqa: E402
 
 WINDOW = 32
-#: Its own FP8 cache came with Transformers 5.21.
+#: Transformers has its own FP8 cache since 5.21.
 HAS_FP8 = hasattr(transformers.cache_utils, "Fp8QuantizedLayer")
 needs_transformers_fp8 = pytest.mark.skipif(not HAS_FP8, reason="needs Transformers 5.21")
 ROWS = [name for name in evaluation.CACHES if HAS_FP8 or name != evaluation.TRANSFORMERS_FP8]
@@ -81,7 +81,7 @@ def test_logits_in_16_bits_are_compared_in_32() -> None:
 
 
 class RoundTripCache(DynamicCache):
-    """What attention sees of an FP8 cache, in plain PyTorch, of keys and values in bfloat16."""
+    """Keys and values in bfloat16 as attention sees them in an FP8 cache, in plain PyTorch."""
 
     def __init__(self, dtype: torch.dtype, scale: float | None = 1.0) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ def test_the_row_of_an_fp8_cache(
 
 @needs_transformers_fp8
 def test_the_row_of_the_cache_of_transformers(model: Any, windows: Tensor) -> None:
-    """One scale for each tensor, of the first tokens; attention sees them, too, as they are read later."""
+    """One scale per tensor, from the first tokens; attention sees these quantized too, as later steps do."""
 
     class FirstScaleCache(DynamicCache):
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -295,7 +295,7 @@ def test_scales_on_the_fly_are_those_of_the_first_tokens(model: Any, windows: Te
 
 
 class Tokenizer:
-    """A token for each character."""
+    """One token per character."""
 
     def __init__(self, bos: int | None = None) -> None:
         self.bos_token_id = bos
