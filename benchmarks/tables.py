@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/performance.md anew, out of benchmarks/results.
+"""Regenerates the tables of README.md and docs/performance.md from benchmarks/results.
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`. A test compares the pages with the files.
 """
@@ -88,7 +88,7 @@ def times(
 
 
 def shares(name: str, works: dict[str, str], *geometry: int, shapes: Sequence[Shape] = ()) -> str:
-    """The share of a copy; works by what they are called here."""
+    """The share of a copy; `works` maps labels to the names in the file."""
     results = Results(name)
     return _matrix(
         works,
@@ -107,7 +107,7 @@ def beside(names: Sequence[str], *geometry: int, shapes: Sequence[Shape] = ()) -
 
 
 def peers(name: str, others: Sequence[str], *geometry: int, shapes: Sequence[Shape] = ()) -> str:
-    """Microseconds: ours / those of others."""
+    """Microseconds: ours / the others'."""
     results = Results(name)
 
     def cell(work: str, shape: Shape) -> str:
@@ -139,16 +139,18 @@ def attention(name: str, threads: int | None = None) -> str:
 
 
 def host(names: dict[str, str]) -> str:
-    """What an eager call costs the host: us, and of torch.zero_ in the same run."""
+    """Host time of an eager call: us, and relative to torch.zero_ in the same run."""
     cells: dict[str, list[str]] = {}
     for position, suffix in enumerate(names.values()):
         for what in ("quantize", "cache", "decode"):
             costs = Results(f"{what}_{suffix}", 1 if suffix == "cpu" else None).host
             for call, us in costs.items():
-                key = f"`torch.zero_`, beside {what}" if call == "torch.zero_" else call
+                key = f"`torch.zero_`, in the run of {what}" if call == "torch.zero_" else call
                 line = cells.setdefault(key, [""] * len(names))
                 line[position] = f"{us:.1f}, {us / costs['torch.zero_']:.2f}"
-    return _table("us, and of `torch.zero_`", list(names), [[call, *line] for call, line in cells.items()])
+    return _table(
+        "us, relative to `torch.zero_`", list(names), [[call, *line] for call, line in cells.items()]
+    )
 
 
 def step_times() -> str:
@@ -224,7 +226,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def render(page: str) -> str:
-    """The page with every table anew."""
+    """The page with every table regenerated."""
 
     def table(match: re.Match[str]) -> str:
         return f"<!-- table {match[1]} -->\n\n{TABLES[match[1]]()}\n\n<!-- end -->"

@@ -9,23 +9,7 @@
 
 namespace fp8kv::core {
 
-// Scales of K or V by strides: all 0 per tensor; `head` only, per head; `head` and `dim`, per channel; `block`, `offset` and
-// `head`, per token and head.
-struct ChannelScales {
-  const float* data = nullptr;
-  std::int64_t block = 0;
-  std::int64_t offset = 0;
-  std::int64_t head = 0;
-  std::int64_t dim = 0;
-
-  constexpr bool per_token() const { return block != 0 || offset != 0; }
-};
-
-struct OffsetView {  // [num_kv_heads, head_size]; nullptr: none
-  const float* data = nullptr;
-  std::int64_t head = 0;
-  std::int64_t dim = 0;
-};
+using ChannelScales = PagedScales;  // per tensor, head or channel, or per token and head
 
 struct LseView {  // [token, head]; nullptr: none
   float* data = nullptr;

@@ -22,20 +22,32 @@ struct PagedView {  // [block, offset, head, dim]
   std::int64_t head = 0;
   std::int64_t dim = 1;
 };
-struct PagedScales {  // per tensor: all strides 0; per head: only `head` is not
+// Scales by strides: all 0 per tensor; `head` only, per head; `head` and `dim`, per channel; `block`, `offset` and `head`, per
+// token and head.
+struct PagedScales {
   float* data = nullptr;
   std::int64_t block = 0;
   std::int64_t offset = 0;
   std::int64_t head = 0;
+  std::int64_t dim = 0;
+
+  constexpr bool per_token() const { return block != 0 || offset != 0; }
+};
+struct OffsetView {  // [num_kv_heads, head_size]; nullptr: none
+  const float* data = nullptr;
+  std::int64_t head = 0;
+  std::int64_t dim = 0;
 };
 struct KVViews {  // of K or V
   HeadsView rows;
   PagedView cache;
   PagedScales scales;
+  OffsetView offsets;
 };
 
 struct CacheLayout {
-  // Heads that follow each other in memory on both sides and share a scale are merged into one.
+  // Heads that follow each other in memory on both sides, with one scale or with scales per channel that do so too, are merged
+  // into one.
   std::int64_t num_tokens = 0;  // to append; for a gather, rows of key and value
   std::int64_t num_heads = 0;
   std::int64_t head_size = 0;

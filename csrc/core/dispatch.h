@@ -30,6 +30,11 @@ void visit_quantized(DType dtype, F&& f) {
   visit(QuantizedTypes{}, dtype, f);
 }
 
+template <class F>
+void visit_fp8(DType dtype, F&& f) {
+  visit(Fp8Types{}, dtype, f);
+}
+
 // The smallest scale that dynamic quantization to a format writes.
 inline float min_scale(DType dtype) {
   float scale = 0.0f;

@@ -14,9 +14,16 @@ struct TypeList {
   static constexpr int kSize = sizeof...(Ts);
 };
 
-// Types of unquantized values, and of quantized ones.
+template <class... Ts, class... Us>
+constexpr TypeList<Ts..., Us...> operator+(TypeList<Ts...>, TypeList<Us...>) {
+  return {};
+}
+
+// Types of unquantized values, and of quantized ones. Only those of FP8 have CUDA kernels so far, and only in those queries may
+// be quantized and tensors of them be UInt8.
 using RealTypes = TypeList<float, Half, BFloat16>;
-using QuantizedTypes = TypeList<E4M3, E5M2>;
+using Fp8Types = TypeList<E4M3, E5M2>;
+using QuantizedTypes = decltype(Fp8Types{} + TypeList<Int8>{});
 
 // What kv_cache_dtype calls the formats of a cache, in the order in which messages list them. The first name of a format is the
 // one that messages call it.
@@ -25,14 +32,9 @@ struct CacheFormat {
   DType dtype;
 };
 inline constexpr CacheFormat kCacheFormats[] = {
-    {"float16", DType::Float16}, {"bfloat16", DType::BFloat16}, {"float32", DType::Float32},
-    {"fp8", DType::E4M3},        {"fp8_e4m3", DType::E4M3},     {"fp8_e5m2", DType::E5M2},
+    {"float16", DType::Float16}, {"bfloat16", DType::BFloat16}, {"float32", DType::Float32}, {"fp8", DType::E4M3},
+    {"fp8_e4m3", DType::E4M3},   {"fp8_e5m2", DType::E5M2},     {"int8", DType::Int8},
 };
-
-template <class... Ts, class... Us>
-constexpr TypeList<Ts..., Us...> operator+(TypeList<Ts...>, TypeList<Us...>) {
-  return {};
-}
 
 // The place of a type in a list; -1 if it is not there.
 template <class... Ts>
@@ -46,6 +48,7 @@ constexpr int real_index(DType dtype) { return index_in(RealTypes{}, dtype); }
 constexpr int quantized_index(DType dtype) { return index_in(QuantizedTypes{}, dtype); }
 constexpr bool is_real(DType dtype) { return real_index(dtype) >= 0; }
 constexpr bool is_quantized(DType dtype) { return quantized_index(dtype) >= 0; }
+constexpr bool is_fp8(DType dtype) { return index_in(Fp8Types{}, dtype) >= 0; }
 
 constexpr std::string_view cache_format_name(DType dtype) {
   for (const CacheFormat& format : kCacheFormats)

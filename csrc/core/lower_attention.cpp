@@ -16,9 +16,8 @@ namespace {
 
 constexpr const char* kOp = "paged_attention";
 constexpr std::int64_t kMaxLength = std::numeric_limits<std::int32_t>::max();  // of a sequence: lengths are Int32
-constexpr TensorView kAbsent{.ndim = 1};                                       // of no element: overlaps nothing
 
-Argument optional(const char* name, const std::optional<TensorView>& view) { return {kOp, name, view ? *view : kAbsent}; }
+Argument optional(const char* name, const std::optional<TensorView>& view) { return optional_argument(kOp, name, view); }
 
 // --- Numbers ----------
 
@@ -43,44 +42,6 @@ void check_numbers(const PagedAttention& p) {
 }
 
 // --- Tensors ----------
-
-// A stride that counts: that of a dimension of one element is 0.
-std::int64_t stride(const TensorView& view, int dim) { return view.sizes[dim] > 1 ? view.strides[dim] : 0; }
-
-bool is_per_channel(const TensorView& view, const CacheLayout& cache) {
-  return view.ndim == 2 && view.sizes[0] == cache.num_heads && view.sizes[1] == cache.head_size;
-}
-
-ChannelScales lower_channel_scales(const Argument& a, const CacheLayout& cache, const Argument& query) {
-  check_companion(a, query, check_float32);
-  const TensorView& view = a.view;
-  ChannelScales scales{.data = static_cast<const float*>(view.data)};
-  if (is_scale_cache(view, cache)) {
-    scales.block = stride(view, 0), scales.offset = stride(view, 1), scales.head = stride(view, 2);
-  } else if (is_per_channel(view, cache)) {
-    scales.head = stride(view, 0), scales.dim = stride(view, 1);
-  } else if (view.numel() == 1 || view.numel() == cache.num_heads) {
-    scales.head = even_stride(a);
-  } else {
-    fail(kOp, a.name,
-         "have 1 or num_kv_heads=" + std::to_string(cache.num_heads) + " elements, or the shape [num_kv_heads, head_size=" +
-             std::to_string(cache.head_size) + "] or [num_blocks=" + std::to_string(cache.num_blocks) +
-             ", block_size=" + std::to_string(cache.block_size) + ", num_kv_heads]",
-         "shape " + shape_string(view));
-  }
-  return is_quantized(cache.cache_dtype) ? scales : ChannelScales{};
-}
-
-OffsetView lower_offset(const Argument& a, const CacheLayout& cache, const Argument& query) {
-  check_companion(a, query, check_float32);
-  if (!is_quantized(cache.cache_dtype)) fail(kOp, a.name, "be None as the caches are not FP8", "shape " + shape_string(a.view));
-  if (!is_per_channel(a.view, cache))
-    fail(kOp, a.name,
-         "have the shape [num_kv_heads=" + std::to_string(cache.num_heads) + ", head_size=" + std::to_string(cache.head_size) +
-             "]",
-         "shape " + shape_string(a.view));
-  return {static_cast<const float*>(a.view.data), a.view.strides[0], a.view.strides[1]};
-}
 
 View1D lower_sinks(const Argument& a, std::int64_t num_heads, const Argument& query) {
   check_view(a);
@@ -176,8 +137,9 @@ AttentionLayout lower(const PagedAttention& p) {
     layout.seq_starts = int32_view(*p.seq_starts);
   }
 
-  layout.k_scale = lower_channel_scales(k_scale, cache, query);
-  layout.v_scale = lower_channel_scales(v_scale, cache, query);
+  layout.k_scale = lower_scales(k_scale, cache, query, true);
+  layout.v_scale = lower_scales(v_scale, cache, query, true);
+  if (!is_quantized(cache.cache_dtype)) layout.k_scale = layout.v_scale = {};
   if (is_quantized(layout.query_dtype) != p.q_scale.has_value())
     fail(kOp, "q_scale",
          p.q_scale ? std::string("be None as query is ") + name(layout.query_dtype)
@@ -188,8 +150,8 @@ AttentionLayout lower(const PagedAttention& p) {
     layout.q_scale = scales.data, layout.q_scale_stride = scales.stride, layout.heads_per_q_scale = scales.heads_per_scale;
   }
   if (p.sinks) layout.sinks = lower_sinks(sinks, layout.num_heads, query);
-  if (p.k_offset) layout.k_offset = lower_offset(k_offset, cache, query);
-  if (p.v_offset) layout.v_offset = lower_offset(v_offset, cache, query);
+  layout.k_offset = lower_offsets(k_offset, cache, query);
+  layout.v_offset = lower_offsets(v_offset, cache, query);
   if (p.workspace) check_companion(workspace, query, check_uint8);
 
   check_numbers(p);
@@ -205,6 +167,7 @@ AttentionLayout lower(const PagedAttention& p) {
   check_written({&out, &lse, &workspace}, {&query, &key_cache, &value_cache, &table, &seq_lens, &k_scale, &v_scale,
                                            &cu_query_lens, &q_scale, &seq_starts, &sinks, &k_offset, &v_offset});
   if (p.workspace) check_contiguous(workspace);
+  if (cache.cache_dtype == DType::Int8) check_has_kernels(key_cache, "int8");
   return layout;
 }
 

@@ -10,6 +10,8 @@ namespace fp8kv {
 namespace core {
 namespace {
 
+constexpr TensorView kAbsent{.ndim = 1};
+
 // What the elements of the caches are; `wanted` and the tensors must agree.
 DType cache_format(const Argument& key_cache, const Argument& value_cache, std::optional<DType> wanted, bool must_quantize) {
   const DType actual = key_cache.view.dtype, format = wanted.value_or(actual);
@@ -19,9 +21,10 @@ DType cache_format(const Argument& key_cache, const Argument& value_cache, std::
     if (wanted) fail(key_cache.op, "kv_cache_dtype", types, name(format));
     fail(key_cache.op, key_cache.name, types + ", as kv_cache_dtype is not given", name(format));
   }
-  if (actual != format && !(quantized && actual == DType::UInt8))
+  const bool or_bytes = is_fp8(format);
+  if (actual != format && !(or_bytes && actual == DType::UInt8))
     fail(key_cache.op, key_cache.name,
-         std::string("be ") + name(format) + (quantized ? " or uint8" : "") + " as kv_cache_dtype is \"" +
+         std::string("be ") + name(format) + (or_bytes ? " or uint8" : "") + " as kv_cache_dtype is \"" +
              std::string(cache_format_name(format)) + "\"",
          name(actual));
   if (value_cache.view.dtype != actual)
@@ -131,12 +134,26 @@ void check_sums(const Argument& a, std::int64_t num_seqs, const Argument& key) {
          "shape " + shape_string(a.view));
 }
 
+Argument optional_argument(const char* op, const char* name, const std::optional<TensorView>& view) {
+  return {op, name, view ? *view : kAbsent};
+}
+
+bool is_given(const Argument& optional) { return &optional.view != &kAbsent; }
+
+namespace {
+
+// The form [num_blocks, block_size, num_kv_heads].
 bool is_scale_cache(const TensorView& scale, const CacheLayout& layout) {
   return scale.ndim == 3 && scale.sizes[0] == layout.num_blocks && scale.sizes[1] == layout.block_size &&
          scale.sizes[2] == layout.num_heads;
 }
 
-namespace {
+bool is_per_channel(const TensorView& view, const CacheLayout& layout) {
+  return view.ndim == 2 && view.sizes[0] == layout.num_heads && view.sizes[1] == layout.head_size;
+}
+
+// A stride that counts: that of a dimension of one element is 0.
+std::int64_t used_stride(const TensorView& view, int dim) { return view.sizes[dim] > 1 ? view.strides[dim] : 0; }
 
 // Scales of the form [num_blocks, block_size, num_kv_heads].
 PagedScales scale_cache(const Argument& a, const CacheLayout& layout, const Argument& key) {
@@ -171,18 +188,55 @@ std::int64_t even_stride(const Argument& a) {
 }
 
 PagedScales lower_scales(const Argument& a, const CacheLayout& layout, const Argument& key, bool or_cache) {
-  check_view(a);
-  if (or_cache && a.view.numel() != 1 && is_scale_cache(a.view, layout)) return scale_cache(a, layout, key);
   check_companion(a, key, check_float32);
-  const std::int64_t count = a.view.numel();
-  if (count != 1 && count != layout.num_heads)
+  const TensorView& view = a.view;
+  const std::int64_t count = view.numel();
+  PagedScales scales{static_cast<float*>(view.data)};
+  if (or_cache && is_scale_cache(view, layout)) {
+    scales.block = used_stride(view, 0), scales.offset = used_stride(view, 1), scales.head = used_stride(view, 2);
+  } else if (is_per_channel(view, layout)) {
+    scales.head = used_stride(view, 0);
+    if (is_quantized(layout.cache_dtype)) scales.dim = used_stride(view, 1);  // a plain copy looks at no scale
+  } else if (count == 1 || count == layout.num_heads) {
+    scales.head = even_stride(a);
+  } else {
     fail(a.op, a.name,
-         "have 1 or num_kv_heads=" + std::to_string(layout.num_heads) + " elements" +
-             (or_cache ? ", or the shape [num_blocks=" + std::to_string(layout.num_blocks) +
+         "have 1 or num_kv_heads=" + std::to_string(layout.num_heads) +
+             " elements, or the shape [num_kv_heads, head_size=" + std::to_string(layout.head_size) + "]" +
+             (or_cache ? " or [num_blocks=" + std::to_string(layout.num_blocks) +
                              ", block_size=" + std::to_string(layout.block_size) + ", num_kv_heads]"
                        : ""),
+         "shape " + shape_string(view));
+  }
+  return scales;
+}
+
+OffsetView lower_offsets(const Argument& a, const CacheLayout& layout, const Argument& key) {
+  if (!is_given(a)) return {};
+  check_companion(a, key, check_float32);
+  if (!is_quantized(layout.cache_dtype))
+    fail(a.op, a.name, "be None as the caches are not quantized", "shape " + shape_string(a.view));
+  if (!is_per_channel(a.view, layout))
+    fail(a.op, a.name,
+         "have the shape [num_kv_heads=" + std::to_string(layout.num_heads) +
+             ", head_size=" + std::to_string(layout.head_size) + "]",
          "shape " + shape_string(a.view));
-  return {static_cast<float*>(a.view.data), 0, 0, even_stride(a)};
+  return {static_cast<const float*>(a.view.data), a.view.strides[0], a.view.strides[1]};
+}
+
+void lower_parameters(KVViews& kv, const Argument& scale, const Argument& offset, const CacheLayout& layout,
+                      const Argument& key, bool or_cache) {
+  kv.scales = lower_scales(scale, layout, key, or_cache);
+  kv.offsets = lower_offsets(offset, layout, key);
+}
+
+void check_has_kernels(const CacheLayout& layout, const Argument& key_cache, const Argument& k_scale, const Argument& v_scale,
+                       const Argument& k_offset, const Argument& v_offset) {
+  if (is_quantized(layout.cache_dtype) && !is_fp8(layout.cache_dtype)) check_has_kernels(key_cache, name(layout.cache_dtype));
+  if (layout.k.scales.dim != 0) check_has_kernels(k_scale, "scales per channel");
+  if (layout.v.scales.dim != 0) check_has_kernels(v_scale, "scales per channel");
+  if (layout.k.offsets.data) check_has_kernels(k_offset, "offsets");
+  if (layout.v.offsets.data) check_has_kernels(v_offset, "offsets");
 }
 
 namespace {
@@ -191,7 +245,9 @@ void merge_heads(CacheLayout& layout) {
   const bool copies = !is_quantized(layout.cache_dtype);
   for (const KVViews* kv : {&layout.k, &layout.v}) {
     const PagedScales& scale = kv->scales;
-    if (!copies && (scale.block || scale.offset || scale.head)) return;
+    const OffsetView& offset = kv->offsets;
+    if (!copies && (scale.block || scale.offset || scale.head != layout.head_size * scale.dim)) return;
+    if (offset.data && offset.head != layout.head_size * offset.dim) return;
     if (kv->rows.head != layout.head_size * kv->rows.dim || kv->cache.head != layout.head_size * kv->cache.dim) return;
   }
   layout.head_size *= layout.num_heads;
@@ -205,11 +261,14 @@ CacheLayout lower(const CacheAppend& p) {
   const Argument key{op, "key", p.key}, value{op, "value", p.value}, key_cache{op, "key_cache", p.key_cache},
       value_cache{op, "value_cache", p.value_cache}, slots{op, "slot_mapping", p.slot_mapping},
       k_scale{op, "k_scale", p.k_scale}, v_scale{op, "v_scale", p.v_scale};
+  const Argument k_offset = optional_argument(op, "k_offset", p.k_offset),
+                 v_offset = optional_argument(op, "v_offset", p.v_offset);
   CacheLayout layout = lower_heads_and_caches(key, value, key_cache, value_cache, p.kv_cache_dtype, false);
   layout.num_tokens = count_tokens(slots, key, value);
-  layout.k.scales = lower_scales(k_scale, layout, key);
-  layout.v.scales = lower_scales(v_scale, layout, key);
-  check_written({&key_cache, &value_cache}, {&key, &value, &slots, &k_scale, &v_scale});
+  lower_parameters(layout.k, k_scale, k_offset, layout, key);
+  lower_parameters(layout.v, v_scale, v_offset, layout, key);
+  check_written({&key_cache, &value_cache}, {&key, &value, &slots, &k_scale, &v_scale, &k_offset, &v_offset});
+  check_has_kernels(layout, key_cache, k_scale, v_scale, k_offset, v_offset);
   merge_heads(layout);
   return layout;
 }
@@ -219,11 +278,16 @@ CacheLayout lower(const CacheAppendDynamic& p) {
   const Argument key{op, "key", p.key}, value{op, "value", p.value}, key_cache{op, "key_cache", p.key_cache},
       value_cache{op, "value_cache", p.value_cache}, slots{op, "slot_mapping", p.slot_mapping},
       k_scales{op, "k_scale_cache", p.k_scale_cache}, v_scales{op, "v_scale_cache", p.v_scale_cache};
+  const Argument k_offset = optional_argument(op, "k_offset", p.k_offset),
+                 v_offset = optional_argument(op, "v_offset", p.v_offset);
   CacheLayout layout = lower_heads_and_caches(key, value, key_cache, value_cache, p.kv_cache_dtype, true);
   layout.num_tokens = count_tokens(slots, key, value);
   layout.k.scales = scale_cache(k_scales, layout, key);
   layout.v.scales = scale_cache(v_scales, layout, key);
-  check_written({&key_cache, &value_cache, &k_scales, &v_scales}, {&key, &value, &slots});
+  layout.k.offsets = lower_offsets(k_offset, layout, key);
+  layout.v.offsets = lower_offsets(v_offset, layout, key);
+  check_written({&key_cache, &value_cache, &k_scales, &v_scales}, {&key, &value, &slots, &k_offset, &v_offset});
+  check_has_kernels(layout, key_cache, k_scales, v_scales, k_offset, v_offset);
   return layout;
 }
 
@@ -232,20 +296,23 @@ CacheLayout lower(const CacheGather& p) {
   const Argument key{op, "key", p.key}, value{op, "value", p.value}, key_cache{op, "key_cache", p.key_cache},
       value_cache{op, "value_cache", p.value_cache}, table{op, "block_table", p.block_table},
       cu_seq_lens{op, "cu_seq_lens", p.cu_seq_lens}, k_scale{op, "k_scale", p.k_scale}, v_scale{op, "v_scale", p.v_scale};
+  const Argument k_offset = optional_argument(op, "k_offset", p.k_offset),
+                 v_offset = optional_argument(op, "v_offset", p.v_offset);
   CacheLayout layout = lower_heads_and_caches(key, value, key_cache, value_cache, p.kv_cache_dtype, false);
   if (p.value.sizes[0] != p.key.sizes[0])
     fail(op, "value", "have as many rows as key, " + std::to_string(p.key.sizes[0]), "shape " + shape_string(p.value));
   layout.num_tokens = p.key.sizes[0];
-  layout.k.scales = lower_scales(k_scale, layout, key, true);
-  layout.v.scales = lower_scales(v_scale, layout, key, true);
+  lower_parameters(layout.k, k_scale, k_offset, layout, key, true);
+  lower_parameters(layout.v, v_scale, v_offset, layout, key, true);
   const std::int64_t num_seqs = count_sequences(table, key);
   check_sums(cu_seq_lens, num_seqs, key);
-  check_written({&key, &value}, {&key_cache, &value_cache, &k_scale, &v_scale, &table, &cu_seq_lens});
+  check_written({&key, &value}, {&key_cache, &value_cache, &k_scale, &v_scale, &table, &cu_seq_lens, &k_offset, &v_offset});
   if (p.seq_starts) {
     const Argument starts{op, "seq_starts", *p.seq_starts};
     check_per_sequence(starts, num_seqs, key);
     for (const Argument* a : {&key, &value}) check_no_overlap(*a, starts);
   }
+  check_has_kernels(layout, key_cache, k_scale, v_scale, k_offset, v_offset);
   merge_heads(layout);
   return layout;
 }

@@ -40,10 +40,23 @@ void check_sums(const Argument& a, std::int64_t num_seqs, const Argument& key);
 // The one stride between elements in row-major order.
 std::int64_t even_stride(const Argument& a);
 
-// The form [num_blocks, block_size, num_kv_heads].
-bool is_scale_cache(const TensorView& scale, const CacheLayout& layout);
+// Scales of 1 or num_kv_heads elements, or one per channel; with `or_cache`, also one per token and head. `key` gives the
+// device.
+PagedScales lower_scales(const Argument& a, const CacheLayout& layout, const Argument& key, bool or_cache);
 
-// Scales of 1 or num_kv_heads elements; with `or_cache`, also one per token and head.
-PagedScales lower_scales(const Argument& a, const CacheLayout& layout, const Argument& key, bool or_cache = false);
+// Offsets, one per channel, if they are given.
+OffsetView lower_offsets(const Argument& a, const CacheLayout& layout, const Argument& key);
+
+// Scales and offsets of K or V for the operations that append or gather.
+void lower_parameters(KVViews& kv, const Argument& scale, const Argument& offset, const CacheLayout& layout,
+                      const Argument& key, bool or_cache = false);
+
+// That the device has kernels for a sound problem: on CUDA there are none for int8, scales per channel and offsets yet.
+void check_has_kernels(const CacheLayout& layout, const Argument& key_cache, const Argument& k_scale, const Argument& v_scale,
+                       const Argument& k_offset, const Argument& v_offset);
+
+// An argument that may be absent: then a view of no element, which overlaps nothing.
+Argument optional_argument(const char* op, const char* name, const std::optional<TensorView>& view);
+bool is_given(const Argument& optional);
 
 }  // namespace fp8kv::core

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "core/check.h"
+#include "core/formats.h"
 #include "core/layout.h"
 #include "core/scale_shape.h"
 
@@ -62,6 +63,11 @@ Layout make_layout(const InOut& views, const TensorView& scale, const ScaleMap& 
   return layout;
 }
 
+// That the device has kernels for a sound problem: on CUDA there are none for int8 yet.
+void check_has_kernels(const Argument& quantized) {
+  if (!is_fp8(quantized.view.dtype)) check_has_kernels(quantized, name(quantized.view.dtype));
+}
+
 // What StaticQuantize, DynamicQuantize and Dequantize have in common, once dtypes are known to be right.
 Layout lower_elementwise(const Argument& result, const Argument& input, const Argument& scale,
                          const std::optional<GroupShape>& group_shape) {
@@ -85,7 +91,9 @@ Layout lower(const StaticQuantize& p) {
   const Argument result{op, "result", p.result}, input{op, "input", p.input}, scale{op, "scale", p.scale};
   check_real(input);
   check_quantized(result);
-  return lower_elementwise(result, input, scale, p.group_shape);
+  const Layout layout = lower_elementwise(result, input, scale, p.group_shape);
+  check_has_kernels(result);
+  return layout;
 }
 
 Layout lower(const DynamicQuantize& p) {
@@ -105,6 +113,7 @@ Layout lower(const DynamicQuantize& p) {
     check_no_overlap(result, bound);
     check_no_overlap(scale, bound);
   }
+  check_has_kernels(result);
   return layout;
 }
 
@@ -113,7 +122,9 @@ Layout lower(const Dequantize& p) {
   const Argument result{op, "result", p.result}, input{op, "input", p.input}, scale{op, "scale", p.scale};
   check_quantized(input);
   check_real(result);
-  return lower_elementwise(result, input, scale, p.group_shape);
+  const Layout layout = lower_elementwise(result, input, scale, p.group_shape);
+  check_has_kernels(input);
+  return layout;
 }
 
 Layout lower(const GroupAmax& p) {

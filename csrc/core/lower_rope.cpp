@@ -10,15 +10,6 @@ namespace fp8kv {
 namespace core {
 namespace {
 
-// A tensor argument that may be absent.
-struct Optional {
-  const char* op;
-  const char* name;
-  const std::optional<TensorView>& view;
-
-  Argument argument() const { return {op, name, *view}; }
-};
-
 void lower_query(RopeLayout& layout, const Argument& query, const Argument& query_out, const Argument& key) {
   for (const Argument* a : {&query, &query_out}) {
     check_view(*a);
@@ -34,13 +25,12 @@ void lower_query(RopeLayout& layout, const Argument& query, const Argument& quer
   check_group_of_heads(query, layout.num_heads, layout.cache);
 }
 
-void lower_rotation(RopeLayout& layout, const Optional& positions, const Optional& cos_sin, const Argument& query,
+void lower_rotation(RopeLayout& layout, const Argument& indices, const Argument& table, const Argument& query,
                     const Argument& key) {
-  if (positions.view.has_value() != cos_sin.view.has_value())
-    fail(query.op, positions.view ? cos_sin.name : positions.name,
-         std::string("be given with ") + (positions.view ? positions.name : cos_sin.name), "None");
-  if (!positions.view) return;
-  const Argument indices = positions.argument(), table = cos_sin.argument();
+  if (is_given(indices) != is_given(table))
+    fail(query.op, is_given(indices) ? table.name : indices.name,
+         std::string("be given with ") + (is_given(indices) ? indices.name : table.name), "None");
+  if (!is_given(indices)) return;
   check_companion(indices, key, check_int32_or_int64);
   check_ndim(indices, 1, "[num_tokens]");
   if (indices.view.sizes[0] < layout.cache.num_tokens)
@@ -56,9 +46,8 @@ void lower_rotation(RopeLayout& layout, const Optional& positions, const Optiona
          "shape " + shape_string(table.view));
 }
 
-View1D norm_weight(const Optional& weight, const RopeLayout& layout, const Argument& query) {
-  if (!weight.view) return {};
-  const Argument a = weight.argument();
+View1D norm_weight(const Argument& a, const RopeLayout& layout, const Argument& query) {
+  if (!is_given(a)) return {};
   const View1D view = lower_vector(a, query);
   check_ndim(a, 1, "[head_size]");
   if (a.view.sizes[0] != layout.cache.head_size)
@@ -94,10 +83,10 @@ HeadsView lower_query_rows(const Argument& a, std::int64_t num_heads, const Cach
 DType real_or_as_caches(const Argument& a, DType cache) {
   const DType dtype = a.view.dtype;
   if (is_real(dtype)) return dtype;
-  if (is_quantized(cache) && (dtype == cache || dtype == DType::UInt8)) return cache;
+  if (is_fp8(cache) && (dtype == cache || dtype == DType::UInt8)) return cache;
   fail(a.op, a.name,
-       is_quantized(cache) ? std::string("be ") + name(cache) + " or uint8 as the caches are, or " + names_of(RealTypes{})
-                           : "be " + names_of(RealTypes{}) + " as the caches are not FP8",
+       is_fp8(cache) ? std::string("be ") + name(cache) + " or uint8 as the caches are, or " + names_of(RealTypes{})
+                     : "be " + names_of(RealTypes{}) + " as the caches are not FP8",
        name(dtype));
 }
 
@@ -128,28 +117,31 @@ RopeLayout lower(const RopeAppend& p) {
       query_out{op, "query_out", p.query_out}, key_cache{op, "key_cache", p.key_cache},
       value_cache{op, "value_cache", p.value_cache}, slots{op, "slot_mapping", p.slot_mapping},
       q_scale{op, "q_scale", p.q_scale}, k_scale{op, "k_scale", p.k_scale}, v_scale{op, "v_scale", p.v_scale};
+  const Argument positions = optional_argument(op, "positions", p.positions),
+                 table = optional_argument(op, "cos_sin_cache", p.cos_sin_cache),
+                 q_weight = optional_argument(op, "q_norm_weight", p.q_norm_weight),
+                 k_weight = optional_argument(op, "k_norm_weight", p.k_norm_weight),
+                 k_offset = optional_argument(op, "k_offset", p.k_offset),
+                 v_offset = optional_argument(op, "v_offset", p.v_offset);
   RopeLayout layout;
   CacheLayout& cache = layout.cache;
   cache = lower_heads_and_caches(key, value, key_cache, value_cache, p.kv_cache_dtype, false);
   cache.num_tokens = count_tokens(slots, key, value);
-  cache.k.scales = lower_scales(k_scale, cache, key);
-  cache.v.scales = lower_scales(v_scale, cache, key);
+  lower_parameters(cache.k, k_scale, k_offset, cache, key);
+  lower_parameters(cache.v, v_scale, v_offset, cache, key);
 
   lower_query(layout, query, query_out, key);
   const QueryScales scales = lower_query_scales(q_scale, layout.num_heads, cache, key);
   layout.q_scale = scales.data, layout.q_scale_stride = scales.stride, layout.heads_per_scale = scales.heads_per_scale;
   layout.is_neox = p.is_neox;
   layout.norm_eps = p.norm_eps;
-  const Optional positions{op, "positions", p.positions}, table{op, "cos_sin_cache", p.cos_sin_cache},
-      q_weight{op, "q_norm_weight", p.q_norm_weight}, k_weight{op, "k_norm_weight", p.k_norm_weight};
   lower_rotation(layout, positions, table, query, key);
   layout.norm_weights[0] = norm_weight(q_weight, layout, query);
   layout.norm_weights[1] = norm_weight(k_weight, layout, query);
 
-  check_written({&query_out, &key_cache, &value_cache}, {&query, &key, &value, &slots, &q_scale, &k_scale, &v_scale});
-  for (const Optional* optional : {&positions, &table, &q_weight, &k_weight})
-    if (optional->view)
-      for (const Argument* a : {&query_out, &key_cache, &value_cache}) check_no_overlap(*a, optional->argument());
+  check_written({&query_out, &key_cache, &value_cache}, {&query, &key, &value, &slots, &q_scale, &k_scale, &v_scale, &positions,
+                                                         &table, &q_weight, &k_weight, &k_offset, &v_offset});
+  check_has_kernels(cache, key_cache, k_scale, v_scale, k_offset, v_offset);
   return layout;
 }
 

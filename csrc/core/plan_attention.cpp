@@ -34,7 +34,7 @@ bool out_vecs_aligned(const AttentionLayout& l) {
 }
 
 bool fits_tiles(const AttentionLayout& l) {
-  return is_quantized(l.cache_dtype) && is_tiled_head_size(l.head_size) && l.block_size % kTile == 0 &&
+  return is_fp8(l.cache_dtype) && is_tiled_head_size(l.head_size) && l.block_size % kTile == 0 &&
          chunks_aligned(l, l.key_cache) && chunks_aligned(l, l.value_cache) && query_vecs_aligned(l) &&
          l.num_rows < kMaxChunk / l.heads_per_kv_head() && l.num_blocks < kMaxChunk && l.num_seqs < kMaxChunk;
 }

@@ -40,15 +40,15 @@ void run(const CacheAppend& problem, const ParallelFor& parallel_for) {
   core::check_on_device({op, "key", problem.key}, Device{});
   core::check_slots(op, problem.slot_mapping, layout);
   if (layout.empty()) return;
-  const ElementwiseKernels elementwise = kernels_for(layout.row_dtype, layout.cache_dtype);
   for_each_head_range(layout, true, parallel_for, [&](const HeadRange& range) {
-    const std::int64_t stride = range.kv.scales.head;
-    RowScales scales;
-    load_row_scales(elementwise, scales, scales_of(range, 0, 0), stride, stride == 0 ? 1 : range.heads);
-    const Rows rows{range.heads, range.kv.rows.head, range.kv.cache.head, stride == 0 ? 0 : 1};
+    std::optional<HeadOffsets> offsets = offsets_of(layout, range);
+    const HeadScales scales(kernels_for(offsets ? DType::Float32 : layout.row_dtype, layout.cache_dtype), scales_of(range),
+                            range.heads, range.columns);
     for_each_slot(layout, problem.slot_mapping, [&](std::int64_t token, std::int64_t block, std::int64_t offset) {
-      convert_strided_rows(elementwise, in_heads(layout, range, token), in_cache(layout, range, block, offset), range.columns,
-                           rows, scales);
+      StridedElements from = in_heads(layout, range, token);
+      std::int64_t from_head = range.kv.rows.head;
+      if (offsets) from = offsets->subtract_from(from, from_head), from_head = range.columns;
+      scales.convert(from, in_cache(layout, range, block, offset), from_head, range.kv.cache.head);
     });
   });
 }
@@ -60,13 +60,16 @@ void run(const CacheAppendDynamic& problem, const ParallelFor& parallel_for) {
   core::check_on_device({op, "key", problem.key}, Device{});
   core::check_slots(op, problem.slot_mapping, layout);
   if (layout.empty()) return;
-  const ElementwiseKernels elementwise = kernels_for(layout.row_dtype, layout.cache_dtype);
-  const AmaxKernels& amax = kernels().amax[core::real_index(layout.row_dtype)];
   for_each_head_range(layout, false, parallel_for, [&](const HeadRange& range) {
-    const Rows rows{range.heads, range.kv.rows.head, range.kv.cache.head, range.kv.scales.head};
+    std::optional<HeadOffsets> offsets = offsets_of(layout, range);
+    const DType from_dtype = offsets ? DType::Float32 : layout.row_dtype;
+    const ElementwiseKernels elementwise = kernels_for(from_dtype, layout.cache_dtype);
+    const AmaxKernels& amax = kernels().amax[core::real_index(from_dtype)];
+    const Rows rows{range.heads, offsets ? range.columns : range.kv.rows.head, range.kv.cache.head, range.kv.scales.head};
     for_each_slot(layout, problem.slot_mapping, [&](std::int64_t token, std::int64_t block, std::int64_t offset) {
-      const StridedElements from = in_heads(layout, range, token);
-      float* scales = scales_of(range, block, offset);
+      StridedElements from = in_heads(layout, range, token);
+      if (offsets) from = offsets->subtract_from(from, range.kv.rows.head);
+      float* scales = scales_of(range, block, offset).data;
       std::int32_t largest[kMaxRows];
       amax_strided_rows(amax, from, largest, range.columns, rows);
       for (std::int64_t r = 0; r < rows.count; ++r)
@@ -81,15 +84,23 @@ void run(const CacheGather& problem, const ParallelFor& parallel_for) {
   core::check_on_device({"gather_and_dequant_cache", "key_cache", problem.key_cache}, Device{});
   core::check_sequences(problem, layout);
   if (layout.empty()) return;
-  const ElementwiseKernels elementwise = kernels_for(layout.cache_dtype, layout.row_dtype);
   const std::int64_t count = core::Indices(problem.cu_seq_lens)[problem.block_table.sizes[0]];
   parallel(parallel_for, count, 2 * layout.num_heads * layout.head_size, [&](std::int64_t begin, std::int64_t end) {
     for (const KVViews* kv : {&layout.k, &layout.v}) {
       const HeadRange range{*kv, 0, layout.num_heads, 0, layout.head_size};
-      const Rows rows{range.heads, kv->cache.head, kv->rows.head, kv->scales.head};
+      std::optional<HeadOffsets> offsets = offsets_of(layout, range);
+      const ElementwiseKernels elementwise = kernels_for(layout.cache_dtype, offsets ? DType::Float32 : layout.row_dtype);
+      std::optional<HeadScales> channels;
+      if (kv->scales.dim != 0) channels.emplace(elementwise, scales_of(range), range.heads, range.columns);
+      const Rows rows{range.heads, kv->cache.head, offsets ? range.columns : kv->rows.head, kv->scales.head};
       for_each_row(problem, layout, begin, end, [&](std::int64_t row, std::int64_t block, std::int64_t offset) {
-        convert_strided_rows(elementwise, in_cache(layout, range, block, offset), in_heads(layout, range, row), range.columns,
-                             rows, scales_of(range, block, offset));
+        const StridedElements from = in_cache(layout, range, block, offset), out = in_heads(layout, range, row);
+        const StridedElements to = offsets ? offsets->heads() : out;
+        if (channels)
+          channels->convert(from, to, rows.in, rows.out);
+        else
+          convert_strided_rows(elementwise, from, to, range.columns, rows, scales_of(range, block, offset).data);
+        if (offsets) offsets->add_to(out, kv->rows.head);
       });
     }
   });

@@ -2,10 +2,12 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 
 #include "core/cache_layout.h"
 #include "core/check_indices.h"
 #include "core/layout.h"
+#include "cpu/heads.h"
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
 
@@ -38,9 +40,19 @@ inline StridedElements in_cache(const CacheLayout& layout, const HeadRange& rang
   return all.at(block * view.block + offset * view.offset + range.head * view.head + range.column * view.dim);
 }
 
-inline float* scales_of(const HeadRange& range, std::int64_t block, std::int64_t offset) {
-  const PagedScales& view = range.kv.scales;
-  return view.data + block * view.block + offset * view.offset + range.head * view.head;
+// The scales of a range, at a slot.
+inline PagedScales scales_of(const HeadRange& range, std::int64_t block = 0, std::int64_t offset = 0) {
+  PagedScales view = range.kv.scales;
+  view.data += block * view.block + offset * view.offset + range.head * view.head + range.column * view.dim;
+  return view;
+}
+
+// The offsets of a range, if there are any.
+inline std::optional<HeadOffsets> offsets_of(const CacheLayout& layout, const HeadRange& range) {
+  core::OffsetView view = range.kv.offsets;
+  if (!view.data) return std::nullopt;
+  view.data += range.head * view.head + range.column * view.dim;
+  return HeadOffsets(view, layout.row_dtype, range.heads, range.columns);
 }
 
 // --- Append ----------

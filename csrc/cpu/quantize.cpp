@@ -53,10 +53,7 @@ class ElementwisePanel {
 
   void row(std::int64_t in, std::int64_t out, std::int64_t scale) {
     if (scale != scale_) load_scales(scale);
-    const StridedElements from = op_.in.at(in), to = op_.out.at(out);
-    if (core::contiguous_rows(op_.layout)) return op_.kernels.columns(from.data, to.data, count_, scales_, 0);
-    convert_staged(from, to, count_,
-                   [&](const void* x, void* y, std::int64_t n, std::int64_t i) { op_.kernels.columns(x, y, n, scales_, i); });
+    convert_strided_columns(op_.kernels, op_.in.at(in), op_.out.at(out), count_, scales_, 0);
   }
 
  private:

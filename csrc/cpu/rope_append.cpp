@@ -53,26 +53,36 @@ class HeadTransformer {
   std::vector<std::byte> staged_, result_;
 };
 
-// Where heads of Q (0), K (1) or V (2) come from and go to, and their scales.
+// Where heads of Q (0), K (1) or V (2) come from and go to, their scales, and their offsets.
 struct HeadRoute {
   int which;
   HeadsView in;
   DType out_dtype;
   std::int64_t out_head;
-  const float* scale;
-  std::int64_t scale_stride, heads_per_scale;
+  PagedScales scales;
+  std::int64_t heads_per_scale = 1;
+  core::OffsetView offsets{};
 };
+
+// Scales of neighboring heads: those of the route, or where several heads share one, a copy for each in `copies`.
+PagedScales scales_of(const HeadRoute& route, std::int64_t first, std::int64_t count, float (&copies)[kMaxRows]) {
+  PagedScales scales = route.scales;
+  if (route.heads_per_scale == 1) return scales.data += first * scales.head, scales;
+  for (std::int64_t r = 0; r < count; ++r) copies[r] = scales.data[(first + r) / route.heads_per_scale * scales.head];
+  return {.data = copies, .head = 1};
+}
 
 // Heads [first, first + count) for all tokens, up to kMaxRows; place(token) is where head 0 of a token goes, if anywhere.
 template <class Place>
 void run_heads(const RopeAppend& problem, const RopeLayout& layout, const HeadRoute& route, std::int64_t first,
                std::int64_t count, const Place& place) {
   const CacheLayout& cache = layout.cache;
-  const ElementwiseKernels elementwise = kernels_for(cache.row_dtype, route.out_dtype);
-  RowScales scales;
-  for (std::int64_t r = 0; r < count; ++r)
-    scales.scale[r] = route.scale[(first + r) / route.heads_per_scale * route.scale_stride];
-  elementwise.prepare_rows(scales, count);
+  std::optional<HeadOffsets> offsets;
+  core::OffsetView view = route.offsets;
+  if (view.data) view.data += first * view.head, offsets.emplace(view, cache.row_dtype, count, cache.head_size);
+  float copies[kMaxRows];
+  const HeadScales scales(kernels_for(offsets ? DType::Float32 : cache.row_dtype, route.out_dtype),
+                          scales_of(route, first, count, copies), count, cache.head_size);
   std::optional<HeadTransformer> transform;
   if (route.which < 2 && layout.transforms(route.which)) transform.emplace(layout, route.which);
 
@@ -81,13 +91,13 @@ void run_heads(const RopeAppend& problem, const RopeLayout& layout, const HeadRo
     const std::optional<StridedElements> to = place(token);
     if (!to) continue;
     StridedElements from = in.at(token * route.in.token + first * route.in.head);
-    Rows rows{count, route.in.head, route.out_head, 1};
+    std::int64_t from_head = route.in.head;
     if (transform) {
       if (layout.rotary_dim > 0) transform->set_position(core::Indices(*problem.positions)[token]);
-      from = (*transform)(from, rows.in, count);
-      rows.in = cache.head_size;
+      from = (*transform)(from, from_head, count), from_head = cache.head_size;
     }
-    convert_strided_rows(elementwise, from, to->at(first * route.out_head), cache.head_size, rows, scales);
+    if (offsets) from = offsets->subtract_from(from, from_head), from_head = cache.head_size;
+    scales.convert(from, to->at(first * route.out_head), from_head, route.out_head);
   }
 }
 
@@ -103,14 +113,14 @@ void run_items(const RopeAppend& problem, const RopeLayout& layout, std::int64_t
     const std::int64_t count = std::min({end - begin, heads - first, kMaxRows});
     if (which == 0) {
       const HeadsView& out = layout.query_out;
-      const HeadRoute route{
-          0, layout.query, layout.query_out_dtype, out.head, layout.q_scale, layout.q_scale_stride, layout.heads_per_scale};
+      const PagedScales scales{.data = const_cast<float*>(layout.q_scale), .head = layout.q_scale_stride};
+      const HeadRoute route{0, layout.query, layout.query_out_dtype, out.head, scales, layout.heads_per_scale};
       const StridedElements all{static_cast<std::byte*>(out.data), size_of(layout.query_out_dtype), out.dim};
       run_heads(problem, layout, route, first, count,
                 [&](std::int64_t token) { return std::optional(all.at(token * out.token)); });
     } else {
       const KVViews& kv = which == 1 ? cache.k : cache.v;
-      const HeadRoute route{which, kv.rows, cache.cache_dtype, kv.cache.head, kv.scales.data, kv.scales.head, 1};
+      const HeadRoute route{which, kv.rows, cache.cache_dtype, kv.cache.head, kv.scales, 1, kv.offsets};
       run_heads(problem, layout, route, first, count, [&](std::int64_t token) -> std::optional<StridedElements> {
         const std::int64_t slot = slots[token];
         if (slot < 0) return std::nullopt;

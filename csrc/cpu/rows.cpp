@@ -96,6 +96,14 @@ void convert_strided_rows(const ElementwiseKernels& kernels, const StridedElemen
   }
 }
 
+void convert_strided_columns(const ElementwiseKernels& kernels, const StridedElements& in, const StridedElements& out,
+                             std::int64_t columns, const ColumnScales& scales, std::int64_t first) {
+  if (in.stride == 1 && out.stride == 1) return kernels.columns(in.data, out.data, columns, scales, first);
+  convert_staged(in, out, columns, [&](const void* from, void* to, std::int64_t n, std::int64_t i) {
+    kernels.columns(from, to, n, scales, first + i);
+  });
+}
+
 void amax_strided_rows(const AmaxKernels& kernels, const StridedElements& in, std::int32_t* amax, std::int64_t columns,
                        const Rows& rows) {
   if (in.stride == 1) return kernels.rows(in.data, amax, columns, rows);

@@ -21,7 +21,7 @@ namespace core = fp8kv::core;
 DType format(const std::string& name) {
   for (const core::CacheFormat& known : core::kCacheFormats)
     if (core::is_quantized(known.dtype) && (known.name == name || known.name == "fp8_" + name)) return known.dtype;
-  throw py::value_error("format must be 'e4m3' or 'e5m2', got '" + name + "'");
+  throw py::value_error("format must be 'e4m3', 'e5m2' or 'int8', got '" + name + "'");
 }
 
 DType dtype(const std::string& name) {

@@ -129,7 +129,8 @@ inline GroupAmax group_amax(const Tensor& amax, const Tensor& input, const std::
 
 inline CacheAppend reshape_and_cache_flash(const Tensor& key, const Tensor& value, const Tensor& key_cache,
                                            const Tensor& value_cache, const Tensor& slot_mapping,
-                                           const std::string& kv_cache_dtype, const Tensor& k_scale, const Tensor& v_scale) {
+                                           const std::string& kv_cache_dtype, const Tensor& k_scale, const Tensor& v_scale,
+                                           const OptionalTensor& k_offset, const OptionalTensor& v_offset) {
   return {.key = view(key),
           .value = view(value),
           .key_cache = view(key_cache),
@@ -137,13 +138,16 @@ inline CacheAppend reshape_and_cache_flash(const Tensor& key, const Tensor& valu
           .slot_mapping = view(slot_mapping),
           .kv_cache_dtype = cache_dtype("reshape_and_cache_flash", kv_cache_dtype, key_cache),
           .k_scale = view(k_scale),
-          .v_scale = view(v_scale)};
+          .v_scale = view(v_scale),
+          .k_offset = view(k_offset),
+          .v_offset = view(v_offset)};
 }
 
 inline CacheAppendDynamic reshape_and_cache_flash_dynamic(const Tensor& key, const Tensor& value, const Tensor& key_cache,
                                                           const Tensor& value_cache, const Tensor& k_scale_cache,
                                                           const Tensor& v_scale_cache, const Tensor& slot_mapping,
-                                                          const std::string& kv_cache_dtype) {
+                                                          const std::string& kv_cache_dtype, const OptionalTensor& k_offset,
+                                                          const OptionalTensor& v_offset) {
   return {.key = view(key),
           .value = view(value),
           .key_cache = view(key_cache),
@@ -151,13 +155,16 @@ inline CacheAppendDynamic reshape_and_cache_flash_dynamic(const Tensor& key, con
           .k_scale_cache = view(k_scale_cache),
           .v_scale_cache = view(v_scale_cache),
           .slot_mapping = view(slot_mapping),
-          .kv_cache_dtype = cache_dtype("reshape_and_cache_flash_dynamic", kv_cache_dtype, key_cache, true)};
+          .kv_cache_dtype = cache_dtype("reshape_and_cache_flash_dynamic", kv_cache_dtype, key_cache, true),
+          .k_offset = view(k_offset),
+          .v_offset = view(v_offset)};
 }
 
 inline CacheGather gather_and_dequant_cache(const Tensor& key_cache, const Tensor& value_cache, const Tensor& key,
                                             const Tensor& value, const Tensor& block_table, const Tensor& cu_seq_lens,
                                             const std::string& kv_cache_dtype, const Tensor& k_scale, const Tensor& v_scale,
-                                            const OptionalTensor& seq_starts) {
+                                            const OptionalTensor& seq_starts, const OptionalTensor& k_offset,
+                                            const OptionalTensor& v_offset) {
   return {.key_cache = view(key_cache),
           .value_cache = view(value_cache),
           .key = view(key),
@@ -167,7 +174,9 @@ inline CacheGather gather_and_dequant_cache(const Tensor& key_cache, const Tenso
           .kv_cache_dtype = cache_dtype("gather_and_dequant_cache", kv_cache_dtype, key_cache),
           .k_scale = view(k_scale),
           .v_scale = view(v_scale),
-          .seq_starts = view(seq_starts)};
+          .seq_starts = view(seq_starts),
+          .k_offset = view(k_offset),
+          .v_offset = view(v_offset)};
 }
 
 // --- rope.h ----------
@@ -177,7 +186,8 @@ inline RopeAppend rope_quant_and_cache(const Tensor& query, const Tensor& key, c
                                        const std::string& kv_cache_dtype, const Tensor& q_scale, const Tensor& k_scale,
                                        const Tensor& v_scale, const OptionalTensor& positions,
                                        const OptionalTensor& cos_sin_cache, bool is_neox, const OptionalTensor& q_norm_weight,
-                                       const OptionalTensor& k_norm_weight, double norm_eps) {
+                                       const OptionalTensor& k_norm_weight, double norm_eps, const OptionalTensor& k_offset,
+                                       const OptionalTensor& v_offset) {
   return {.query = view(query),
           .key = view(key),
           .value = view(value),
@@ -194,7 +204,9 @@ inline RopeAppend rope_quant_and_cache(const Tensor& query, const Tensor& key, c
           .is_neox = is_neox,
           .q_norm_weight = view(q_norm_weight),
           .k_norm_weight = view(k_norm_weight),
-          .norm_eps = static_cast<float>(norm_eps)};
+          .norm_eps = static_cast<float>(norm_eps),
+          .k_offset = view(k_offset),
+          .v_offset = view(v_offset)};
 }
 
 // --- attention.h ----------

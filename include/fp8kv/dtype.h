@@ -1,7 +1,7 @@
 // Element types and their traits.
 //
-// Inputs and outputs of 16 and 32 bits are Float32, Float16 or BFloat16; FP8 elements are E4M3 or E5M2 (docs/numerics.md).
-// The others are unsupported types, listed so that errors can name them.
+// Inputs and outputs of 16 and 32 bits are Float32, Float16 or BFloat16; quantized elements are E4M3, E5M2 or Int8
+// (docs/numerics.md). The others are unsupported types, listed so that errors can name them.
 #pragma once
 
 #include <cstdint>
@@ -83,6 +83,9 @@ struct E4M3 {
 struct E5M2 {
   std::uint8_t bits;
 };
+struct Int8 {  // two's complement
+  std::uint8_t bits;
+};
 
 template <class T>
 struct DTypeOf;
@@ -105,6 +108,10 @@ struct DTypeOf<E4M3> {
 template <>
 struct DTypeOf<E5M2> {
   static constexpr DType value = DType::E5M2;
+};
+template <>
+struct DTypeOf<Int8> {
+  static constexpr DType value = DType::Int8;
 };
 
 }  // namespace fp8kv

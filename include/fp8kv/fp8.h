@@ -1,4 +1,4 @@
-// The scalar codec: FP8, fp16 and bf16 to and from fp32, and the two rules of the library. The executable form of
+// The scalar codec: FP8, INT8, fp16 and bf16 to and from fp32, and the two rules of the library. The executable form of
 // docs/numerics.md.
 //
 // Everything here is constexpr, needs no floating-point environment (integer arithmetic only, but for the one division and
@@ -7,6 +7,8 @@
 // Formats: OCP 8-bit Floating Point Specification (OFP8), revision 1.0.
 //   E4M3  1 sign, 4 exponent (bias 7), 3 mantissa bits; largest finite 448; no infinity; NaN is S.1111.111
 //   E5M2  1 sign, 5 exponent (bias 15), 2 mantissa bits; largest finite 57344; infinity S.11111.00; NaN S.11111.{01,10,11}
+// INT8 is symmetric: integers from -127 to 127, no NaN and no infinity; -128 is read and never written. It is a format like the
+// others, and stands for `Fp8` in every template here.
 //
 // Example:
 //   static_assert(fp8kv::encode<fp8kv::E4M3>(1.0f).bits == 0x38);
@@ -41,6 +43,12 @@ struct Fp8Traits<E5M2> {
   static constexpr float kMax = 57344.0f;
   static constexpr std::uint8_t kMaxBits = 0x7B;
   static constexpr std::uint8_t kNaNBits = 0x7F;
+};
+
+template <>
+struct Fp8Traits<Int8> {
+  static constexpr float kMax = 127.0f;
+  static constexpr std::uint8_t kNaNBits = 0;
 };
 
 // The smallest scale the dynamic ops write: 1 / (max * 512), rounded to fp32.
@@ -82,6 +90,21 @@ FP8KV_HD constexpr Fp8 encode(float x) {
   return {static_cast<std::uint8_t>(sign | (rounded - base))};
 }
 
+// The nearest integer, ties to even, limited to -127 to 127; any NaN gives 0.
+template <>
+FP8KV_HD constexpr Int8 encode<Int8>(float x) {
+  const std::uint32_t bits = std::bit_cast<std::uint32_t>(x), magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return {Fp8Traits<Int8>::kNaNBits};
+  const std::uint32_t exponent = magnitude >> 23;
+  std::uint32_t integer = 0;  // below 1/2
+  if (magnitude >= std::bit_cast<std::uint32_t>(Fp8Traits<Int8>::kMax)) {
+    integer = 127;
+  } else if (exponent >= 126) {
+    integer = shift_to_even((magnitude & 0x7fffffu) | 0x800000u, 150 - exponent);
+  }
+  return {static_cast<std::uint8_t>(bits >> 31 ? 0u - integer : integer)};
+}
+
 // The exact value of an FP8 byte; NaN bytes give a quiet NaN, infinities of E5M2 give infinities.
 template <class Fp8>
 FP8KV_HD constexpr float decode_bits(std::uint8_t byte) {
@@ -109,6 +132,7 @@ FP8KV_HD constexpr float decode_bits(std::uint8_t byte) {
 
 FP8KV_HD constexpr float decode(E4M3 x) { return decode_bits<E4M3>(x.bits); }
 FP8KV_HD constexpr float decode(E5M2 x) { return decode_bits<E5M2>(x.bits); }
+FP8KV_HD constexpr float decode(Int8 x) { return static_cast<float>(static_cast<std::int8_t>(x.bits)); }
 
 // fp16 and bf16: exact to fp32; to nearest, ties to even from fp32. A NaN becomes the positive quiet NaN without payload
 // (0x7fc00000, 0x7fc0, 0x7e00): processors disagree about the sign and payload of a NaN, this library does not.
@@ -166,7 +190,7 @@ FP8KV_HD constexpr Half from_float<Half>(float x) {
   return {static_cast<std::uint16_t>(sign | (rounded - base))};
 }
 
-// The quantization rule: round_to_nearest_even_fp8(clamp(fp32(x) / scale, -max, +max)).
+// The quantization rule: round_to_nearest_even(clamp(fp32(x) / scale, -max, +max)).
 template <class Fp8>
 FP8KV_HD constexpr Fp8 quantize(float x, float scale) {
   return encode<Fp8>(x / scale);

@@ -7,10 +7,17 @@
 //
 // kv_cache_dtype says what the elements of a cache are; absent, the type of key_cache:
 //   E4M3, E5M2                   quantized: tensors of that type or of UInt8
+//   Int8                         quantized: tensors of that type
 //   Float32, Float16, BFloat16   a plain copy, rounded where the types differ: tensors of that type; scales are checked, not
 //   used
 //
-// Scales of a cache, k_scale and v_scale: Float32 with 1 element, or num_kv_heads elements in any shape with even steps.
+// Scales of a cache, k_scale and v_scale: Float32 with 1 element, or num_kv_heads elements in any shape with even steps, or one
+// per channel, [num_kv_heads, head_size] with any strides.
+//
+// Offsets of a quantized cache, k_offset and v_offset: Float32 [num_kv_heads, head_size] with any strides. What is quantized is
+// x - offset, in fp32; what is dequantized is q * scale + offset, in fp32, each rounded.
+//
+// Int8, scales per channel and offsets are on the CPU only: there are no CUDA kernels for them yet.
 //
 // Index tensors are read on the device. A negative slot is skipped. What their elements show to be wrong (a slot or a block
 // beyond the cache) throws on the CPU before anything is written. On CUDA such rows are skipped; with the environment variable
@@ -39,7 +46,7 @@
 
 namespace fp8kv {
 
-// cache[slot of token t, h] = quantize(key[t, h], scale of h), for K and V. Op name: reshape_and_cache_flash.
+// cache[slot of token t, h] = quantize(key[t, h] - offset, scale), for K and V. Op name: reshape_and_cache_flash.
 // If a slot occurs twice, the last token wins on the CPU; on CUDA each element comes from any of them.
 struct CacheAppend {
   TensorView key;           // Float32, Float16 or BFloat16 [at least num_tokens, num_kv_heads, head_size]
@@ -50,10 +57,12 @@ struct CacheAppend {
   std::optional<DType> kv_cache_dtype{};
   TensorView k_scale;
   TensorView v_scale;
+  std::optional<TensorView> k_offset{};
+  std::optional<TensorView> v_offset{};
 };
 
-// The same with a scale for each token and head, dynamic_scale(largest finite |key[t, h]|), stored at the token's slot. Op
-// name: reshape_and_cache_flash_dynamic. The caches must be quantized.
+// The same with a scale for each token and head, dynamic_scale(largest finite |key[t, h] - offset|), stored at the token's
+// slot. Op name: reshape_and_cache_flash_dynamic. The caches must be quantized.
 struct CacheAppendDynamic {
   TensorView key;
   TensorView value;
@@ -63,6 +72,8 @@ struct CacheAppendDynamic {
   TensorView v_scale_cache;  // likewise
   TensorView slot_mapping;
   std::optional<DType> kv_cache_dtype{};
+  std::optional<TensorView> k_offset{};
+  std::optional<TensorView> v_offset{};
 };
 
 // The inverse: key[cu_seq_lens[s] + t] = dequantize(cache[position seq_starts[s] + t of sequence s]), for K and V. Op name:
@@ -79,6 +90,8 @@ struct CacheGather {
   TensorView k_scale;                      // as for CacheAppend, or Float32 [num_blocks, block_size, num_kv_heads]
   TensorView v_scale;                      // likewise
   std::optional<TensorView> seq_starts{};  // Int32 [num_seqs]: the first position wanted of each sequence; 0 if absent
+  std::optional<TensorView> k_offset{};
+  std::optional<TensorView> v_offset{};
 };
 
 // Checks everything about a problem that can be checked without reading its elements. Throws Error.

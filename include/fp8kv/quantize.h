@@ -1,4 +1,4 @@
-// FP8 quantization: one struct per operation, its validator, and its launchers. Formulas: fp8.h and docs/numerics.md.
+// FP8 and INT8 quantization: one struct per operation, its validator, and its launchers. Formulas: fp8.h and docs/numerics.md.
 //
 // Scales. The input, whatever its number of dimensions, is seen as a matrix [prod(shape[:-1]), shape[-1]] = [M, N]. A
 // GroupShape (rows, cols) divides that matrix into groups that share a scale, R = ceil(M / rows) by C = ceil(N / cols) of them;
@@ -12,7 +12,8 @@
 // Without a GroupShape, a scale of one element is per tensor, and a scale with as many dimensions (at least 2) as the input
 // defines its blocks itself: each of its sizes must divide the input's. So [1, H, 1] on an input [T, H, D] is per head.
 //
-// Views may have any strides and any alignment and may be empty. Results must not overlap inputs.
+// Views may have any strides and any alignment and may be empty. Results must not overlap inputs. Int8 is on the CPU only:
+// there are no CUDA kernels for it yet.
 //
 // Example (per token, on the CPU):
 //   fp8kv::StaticQuantize problem{
@@ -43,7 +44,7 @@ struct GroupShape {
 
 // result[i] = quantize(input[i], scale of i's group). Op name: static_scaled_fp8_quant.
 struct StaticQuantize {
-  TensorView result;  // E4M3 or E5M2, the input's shape
+  TensorView result;  // E4M3, E5M2 or Int8, the input's shape
   TensorView input;   // Float32, Float16 or BFloat16
   TensorView scale;   // Float32
   std::optional<GroupShape> group_shape{};
@@ -51,7 +52,7 @@ struct StaticQuantize {
 
 // scale[g] = dynamic_scale(largest finite |input| of group g), then as StaticQuantize. Op name: dynamic_scaled_fp8_quant.
 struct DynamicQuantize {
-  TensorView result;                     // E4M3 or E5M2, the input's shape
+  TensorView result;                     // E4M3, E5M2 or Int8, the input's shape
   TensorView input;                      // Float32, Float16 or BFloat16
   TensorView scale;                      // Float32, written
   std::optional<TensorView> scale_ub{};  // Float32, one element: amax is clipped to it
@@ -61,7 +62,7 @@ struct DynamicQuantize {
 // result[i] = input[i] * scale of i's group. Op name: scaled_fp8_dequant.
 struct Dequantize {
   TensorView result;  // Float32, Float16 or BFloat16, the input's shape
-  TensorView input;   // E4M3 or E5M2
+  TensorView input;   // E4M3, E5M2 or Int8
   TensorView scale;   // Float32
   std::optional<GroupShape> group_shape{};
 };

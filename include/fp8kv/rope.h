@@ -1,5 +1,5 @@
 // The fused step in one launch: RMSNorm, RoPE and quantization of Q and K, quantization of V, and the append to the paged
-// cache of kv_cache.h, whose rules on caches, slots and scales hold here too.
+// cache of kv_cache.h, whose rules on caches, slots, scales and offsets hold here too.
 #pragma once
 
 #include "fp8kv/kv_cache.h"
@@ -35,6 +35,8 @@ struct RopeAppend {
   std::optional<TensorView> q_norm_weight{};  // Float32 or the type of query [head_size]
   std::optional<TensorView> k_norm_weight{};
   float norm_eps = 1e-6f;
+  std::optional<TensorView> k_offset{};
+  std::optional<TensorView> v_offset{};
 };
 
 // Checks everything about a problem that can be checked without reading its elements. Throws Error.

@@ -44,8 +44,18 @@ FORMATS = {
             nan_byte=0x7F,
             cache_names=("fp8_e5m2",),
         ),
+        Format(
+            torch.int8,
+            max=127.0,
+            min_scale=1 / (127 * 512),
+            nan_byte=0,
+            cache_names=("int8",),
+        ),
     )
 }
+#: Those of FP8. Only in these can queries be quantized, only tensors of these may be uint8, and only these
+#: have CUDA kernels so far.
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 #: What is meant where no format is named: by configs of checkpoints, hence by calibration, and by benchmarks.
 DEFAULT_FORMAT = FORMATS[torch.float8_e4m3fn]
 #: What is quantized, and what is dequantized to.

@@ -1,8 +1,8 @@
-"""FP8 quantization: `quantize`, `dequantize`, and one documented function per operator.
+"""FP8 and INT8 quantization: `quantize`, `dequantize`, and one documented function per operator.
 
 Formulas are in docs/numerics.md, and as plain PyTorch in `fp8kv.reference`, which gives the same bytes.
 Everything works on CPU and CUDA tensors with any strides and any alignment, launches on the current stream
-and never synchronizes.
+and never synchronizes; but int8 is on the CPU only: there are no CUDA kernels for it yet.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def quantize(
     scale_ub: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Quantizes `x` to FP8: with the given scale (static), or with scales computed from `x` (dynamic).
+    """Quantizes `x` to FP8 or INT8: with a given scale (static), or with scales computed from `x` (dynamic).
 
-    ``q = round_to_nearest_even(clamp(x.float() / scale, -max, max))``. NaN becomes the byte 0x7F; infinities
-    and everything beyond the range become the largest finite value.
+    ``q = round_to_nearest_even(clamp(x.float() / scale, -max, max))``. NaN becomes the byte 0x7F, in int8 0;
+    infinities and everything beyond the range become the largest finite value.
 
     Args:
         x: float32, float16 or bfloat16, any shape and strides.
@@ -43,9 +43,10 @@ def quantize(
         group_shape: which elements share a scale; see `GroupShape`. None: a scale of one element is per
             tensor, and one with the dimensions of `x` defines its blocks itself, such as ``[1, H, 1]`` for
             ``x`` of shape ``[T, H, D]``. A computed scale is per tensor then.
-        dtype: float8_e4m3fn or float8_e5m2. `out` decides if it is given.
+        dtype: float8_e4m3fn, float8_e5m2 or int8. `out` decides if it is given.
         scale_ub: float32, one element; bounds amax before it becomes a scale. Dynamic only.
-        out: FP8, the shape of `x`, any strides; receives the result. None allocates a contiguous tensor.
+        out: of such a dtype, the shape of `x`, any strides; receives the result. None allocates a contiguous
+            tensor.
 
     Returns:
         ``(q, scale)``. A computed scale has the shape ``group_shape.scale_shape(x.shape)``: ``[1]`` per
@@ -110,10 +111,10 @@ def dequantize(
     dtype: torch.dtype = torch.bfloat16,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The values of an FP8 tensor: ``q.float() * scale``, rounded once to `dtype`.
+    """The values of a quantized tensor: ``q.float() * scale``, rounded once to `dtype`.
 
     Args:
-        q: float8_e4m3fn or float8_e5m2, any shape and strides.
+        q: float8_e4m3fn, float8_e5m2 or int8, any shape and strides.
         scale: float32, shaped as for `quantize`.
         group_shape: which elements share a scale, as for `quantize`.
         dtype: float32, float16 or bfloat16. `out` decides if it is given.
@@ -141,10 +142,10 @@ def dequantize(
 def static_scaled_fp8_quant(
     result: Tensor, input: Tensor, scale: Tensor, group_shape: Sequence[int] | None = None
 ) -> None:
-    """Writes ``input / scale`` as FP8 into `result`: the operator behind ``quantize(x, scale)``.
+    """Writes ``input / scale``, quantized, into `result`: the operator behind ``quantize(x, scale)``.
 
     Args:
-        result: float8_e4m3fn or float8_e5m2, the shape of `input`, any strides; written.
+        result: float8_e4m3fn, float8_e5m2 or int8, the shape of `input`, any strides; written.
         input: float32, float16 or bfloat16, any strides.
         scale: float32; its forms are those of `quantize`.
         group_shape: two extents, -1 for the whole; None: see `quantize`.
@@ -169,10 +170,10 @@ def dynamic_scaled_fp8_quant(
     scale_ub: Tensor | None = None,
     group_shape: Sequence[int] | None = None,
 ) -> None:
-    """Writes the scale of each group of `input` into `scale`, and ``input / scale`` as FP8 into `result`.
+    """Writes the scale of each group of `input` into `scale`, and `input` over it, quantized, into `result`.
 
     Args:
-        result: float8_e4m3fn or float8_e5m2, the shape of `input`, any strides; written.
+        result: float8_e4m3fn, float8_e5m2 or int8, the shape of `input`, any strides; written.
         input: float32, float16 or bfloat16, any strides.
         scale: float32; its forms are those of `quantize`; written.
         scale_ub: float32, one element; the largest magnitude of a group is clipped to it.
@@ -199,7 +200,7 @@ def scaled_fp8_dequant(
 
     Args:
         result: float32, float16 or bfloat16, the shape of `input`, any strides; written.
-        input: float8_e4m3fn or float8_e5m2, any strides.
+        input: float8_e4m3fn, float8_e5m2 or int8, any strides.
         scale: float32; its forms are those of `quantize`.
         group_shape: two extents, -1 for the whole; None: see `quantize`.
 

@@ -14,7 +14,7 @@
 #include <tuple>
 #include <vector>
 
-#include "core/formats.h"
+#include "core/dispatch.h"
 #include "fp8kv/fp8.h"
 #include "fp8kv/parallel.h"
 #include "fp8kv/runtime.h"
@@ -30,7 +30,7 @@ namespace fp8kv::testing_support {
 inline constexpr float kInf = std::numeric_limits<float>::infinity();
 inline constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 inline constexpr DType kReals[] = {DType::Float32, DType::Float16, DType::BFloat16};
-inline constexpr DType kFp8s[] = {DType::E4M3, DType::E5M2};
+inline constexpr DType kQuantized[] = {DType::E4M3, DType::E5M2, DType::Int8};
 
 inline float float_of(std::uint32_t bits) { return std::bit_cast<float>(bits); }
 
@@ -94,6 +94,7 @@ class Tensor {
       case DType::Float16: return decode(get<Half>(index));
       case DType::BFloat16: return decode(get<BFloat16>(index));
       case DType::E4M3: return decode(get<E4M3>(index));
+      case DType::Int8: return decode(get<Int8>(index));
       default: return decode(get<E5M2>(index));
     }
   }
@@ -104,6 +105,11 @@ class Tensor {
       case DType::Float16: return set(index, from_float<Half>(value));
       default: return set(index, from_float<BFloat16>(value));
     }
+  }
+
+  // By the rule, in the format of the tensor.
+  void quantize(std::int64_t index, float value, float scale) {
+    core::visit_quantized(dtype_, [&]<class T>(core::Type<T>) { set(index, fp8kv::quantize<T>(value, scale)); });
   }
 
   TensorView view() {
@@ -119,6 +125,13 @@ class Tensor {
   std::int64_t skip_;
   std::vector<unsigned char> storage_;
 };
+
+// The scale of a group, by the rule.
+inline float dynamic_scale_of(DType quantized, float amax, float upper_bound) {
+  float scale = 0.0f;
+  core::visit_quantized(quantized, [&]<class T>(core::Type<T>) { scale = dynamic_scale<T>(amax, upper_bound); });
+  return scale;
+}
 
 // Moderate values, and every now and then any bit pattern at all.
 inline void fill(Tensor& t, unsigned seed) {
@@ -175,6 +188,8 @@ inline std::vector<float> hostile_scales() {
   scales.push_back(float_of(0x007fffffu));  // the largest subnormal
   scales.push_back(float_of(0x6f7fffffu));  // just below 2^96
   scales.push_back(std::numeric_limits<float>::max());
+  for (std::uint32_t significand : {0x11ffffu, 0x23fffeu, 0x43fffeu, 0x47fffeu, 0x6bfffdu, 0x6c0002u, 0x77fffdu})
+    scales.push_back(float_of(0x3c000000u + significand));  // of INT8
   for (std::uint32_t multiple : {0x100000u, 0x300000u, 0x400000u, 0x700000u, 0x800000u})
     for (std::uint32_t below = 0; below <= 6; ++below) {
       scales.push_back(float_of(0x3c000000u + multiple - below));

@@ -172,7 +172,7 @@ TEST_P(EveryArgument, MayNotBeForgotten) {
   const Target& t = GetParam();
   const bool fp8_first = t.sound.dtype == DType::E4M3 && t.op.ends_with("quant");
   EXPECT_EQ(sentence_after([](TensorView& view) { view = {}; }),
-            t.refused(fp8_first ? "be float8_e4m3fn or float8_e5m2, got float32"
+            t.refused(fp8_first ? "be float8_e4m3fn, float8_e5m2 or int8, got float32"
                                 : "point to memory, got a null pointer of shape []"));
 }
 

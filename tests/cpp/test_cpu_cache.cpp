@@ -124,6 +124,9 @@ const Case kCases[] = {
     {.name = "all_reversed", .heads = 3, .head_size = 20, .cache = "dhsn2", .rows = "dht2", .scales = "hsn2"},
     {.name = "heads_first", .heads = 3, .head_size = 64, .cache = "h2nsd", .rows = "h2td", .scales = "h.2ns"},
     {.name = "many_heads", .heads = 70, .head_size = 20, .scales = "2nhs"},
+    {.name = "more_channels_than_a_batch", .heads = 70, .head_size = 80, .cache = "2nhsd", .tokens = 3},
+    {.name = "longer_than_a_batch", .heads = 2, .head_size = 4200, .cache = "2nhsd", .tokens = 3, .blocks = 2},
+    {.name = "longer_than_a_batch_sparse", .heads = 2, .head_size = 4200, .cache = "2nshd:", .tokens = 3, .blocks = 2},
     {.name = "one_slot", .heads = 2, .head_size = 64, .tokens = 7, .blocks = 1, .block_size = 1},
     {.name = "no_tokens", .heads = 2, .head_size = 64, .tokens = 0},
     {.name = "no_heads", .heads = 0, .head_size = 64},
@@ -169,31 +172,83 @@ Slots random_slots(std::int64_t tokens, std::int64_t slots, unsigned seed) {
   return found;
 }
 
-// Scales of K or V: the number of one, given the head.
-std::int64_t scale_index(const Tensor& scale, std::int64_t head) { return scale.numel() == 1 ? 0 : head; }
+// Scales of K or V, [1, 1], [heads, 1] or [heads, head_size], in storage that is not contiguous.
+Tensor make_scales(std::int64_t heads, unsigned seed, std::int64_t columns = 1) {
+  Tensor scale(DType::Float32, {heads, columns}, columns == 1 ? Memory::Padded : Memory::Reversed, 1);
+  fill_scales(scale, seed);
+  return scale;
+}
+
+float scale_at(Tensor& scale, std::int64_t head, std::int64_t dim) {
+  const Sizes& sizes = scale.sizes();
+  return scale.get<float>((sizes[0] == 1 ? 0 : head) * sizes[1] + (sizes[1] == 1 ? 0 : dim));
+}
+
+// Which scales there are, and whether there are offsets.
+struct Form {
+  const char* name;
+  enum { PerTensor, PerHead, PerChannel, PerSlot } scales;
+  bool offsets;
+};
+constexpr Form kForms[] = {{"per tensor", Form::PerTensor, false},
+                           {"per head", Form::PerHead, false},
+                           {"per head with offsets", Form::PerHead, true},
+                           {"per channel", Form::PerChannel, false},
+                           {"per channel with offsets", Form::PerChannel, true},
+                           {"per slot", Form::PerSlot, false},
+                           {"per slot with offsets", Form::PerSlot, true}};
+
+// Scales and offsets of K and V, in any form but PerSlot.
+struct Parameters {
+  Tensor scales[2], offsets[2];
+  bool has_offsets;
+
+  Parameters(const Case& c, const Form& form, unsigned seed)
+      : scales{make(c, form, seed), make(c, form, seed + 1)},
+        offsets{Tensor(DType::Float32, {c.heads, c.head_size}, Memory::Sparse, 1),
+                Tensor(DType::Float32, {c.heads, c.head_size}, Memory::Reversed)},
+        has_offsets(form.offsets) {
+    for (Tensor& t : offsets) fill(t, ++seed);  // every now and then infinite or NaN
+  }
+  static Tensor make(const Case& c, const Form& form, unsigned seed) {
+    const bool one = form.scales == Form::PerTensor || form.scales == Form::PerSlot;
+    return make_scales(one ? 1 : c.heads, seed, form.scales == Form::PerChannel ? c.head_size : 1);
+  }
+
+  std::optional<TensorView> offset(int kv) { return has_offsets ? std::optional(offsets[kv].view()) : std::nullopt; }
+  std::optional<float> offset_at(int kv, std::int64_t head, std::int64_t dim) {
+    return has_offsets ? std::optional(scale_at(offsets[kv], head, dim)) : std::nullopt;
+  }
+};
 
 // One element from a storage of floating-point numbers to any other, by the rules.
-void convert(Tensor& to, std::int64_t to_index, Tensor& from, std::int64_t from_index, float scale) {
-  if (core::is_quantized(from.dtype())) return to.set_real(to_index, from.get_real(from_index) * scale);
-  const float x = from.get_real(from_index);
-  if (to.dtype() == DType::E4M3) return to.set(to_index, quantize<E4M3>(x, scale));
-  if (to.dtype() == DType::E5M2) return to.set(to_index, quantize<E5M2>(x, scale));
+void convert(Tensor& to, std::int64_t to_index, Tensor& from, std::int64_t from_index, float scale,
+             std::optional<float> offset = {}) {
+  if (core::is_quantized(from.dtype())) {
+    const float product = from.get_real(from_index) * scale;
+    return to.set_real(to_index, offset ? product + *offset : product);
+  }
+  const float x = from.get_real(from_index), difference = offset ? x - *offset : x;
+  if (core::is_quantized(to.dtype())) return to.quantize(to_index, difference, scale);
   if (to.dtype() != from.dtype()) return to.set_real(to_index, x);
   std::memcpy(to.at(to_index), from.at(from_index), size_of(to.dtype()));
 }
 
-void reference_append(const Case& c, Pair& rows, Pair& cache, const Slots& slots, Tensor (&scales)[2]) {
+void reference_append(const Case& c, Pair& rows, Pair& cache, const Slots& slots, Tensor (&scales)[2],
+                      Parameters* offsets = nullptr) {
   for (int kv = 0; kv < 2; ++kv)
     for (std::size_t t = 0; t < slots.size(); ++t)
       for (std::int64_t h = 0; h < c.heads && slots[t] >= 0; ++h)
         for (std::int64_t d = 0; d < c.head_size; ++d) {
           const std::int64_t token = static_cast<std::int64_t>(t), block = slots[t] / c.block_size;
           convert(cache.storage(), cache.index(kv, {block, slots[t] % c.block_size, h, d}), rows.storage(),
-                  rows.index(kv, {token, h, d}), scales[kv].get<float>(scale_index(scales[kv], h)));
+                  rows.index(kv, {token, h, d}), scale_at(scales[kv], h, d),
+                  offsets ? offsets->offset_at(kv, h, d) : std::nullopt);
         }
 }
 
-void reference_append_dynamic(const Case& c, Pair& rows, Pair& cache, Pair& scales, const Slots& slots) {
+void reference_append_dynamic(const Case& c, Pair& rows, Pair& cache, Pair& scales, const Slots& slots,
+                              Parameters* offsets = nullptr) {
   if (c.head_size == 0) return;
   for (int kv = 0; kv < 2; ++kv)
     for (std::size_t t = 0; t < slots.size(); ++t)
@@ -202,14 +257,15 @@ void reference_append_dynamic(const Case& c, Pair& rows, Pair& cache, Pair& scal
         const std::int64_t block = slots[t] / c.block_size, offset = slots[t] % c.block_size;
         float amax = 0.0f;
         for (std::int64_t d = 0; d < c.head_size; ++d) {
-          const float x = rows.storage().get_real(rows.index(kv, {token, h, d}));
+          float x = rows.storage().get_real(rows.index(kv, {token, h, d}));
+          if (offsets) x -= offsets->offset_at(kv, h, d).value_or(0.0f);
           if (is_finite(x)) amax = std::max(amax, x < 0 ? -x : x);
         }
-        const float scale = cache.dtype() == DType::E4M3 ? dynamic_scale<E4M3>(amax, kInf) : dynamic_scale<E5M2>(amax, kInf);
+        const float scale = dynamic_scale_of(cache.dtype(), amax, kInf);
         scales.storage().set(scales.index(kv, {block, offset, h}), scale);
         for (std::int64_t d = 0; d < c.head_size; ++d)
-          convert(cache.storage(), cache.index(kv, {block, offset, h, d}), rows.storage(), rows.index(kv, {token, h, d}),
-                  scale);
+          convert(cache.storage(), cache.index(kv, {block, offset, h, d}), rows.storage(), rows.index(kv, {token, h, d}), scale,
+                  offsets ? offsets->offset_at(kv, h, d) : std::nullopt);
       }
 }
 
@@ -234,9 +290,10 @@ struct Sequences {
   }
 };
 
-// scale(kv, block, offset, head)
-void reference_gather(const Case& c, Pair& cache, Pair& rows, Sequences& sequences, bool from_start,
-                      const std::function<float(int, std::int64_t, std::int64_t, std::int64_t)>& scale) {
+// scale(kv, block, offset, head, dim)
+using ScaleOf = std::function<float(int, std::int64_t, std::int64_t, std::int64_t, std::int64_t)>;
+void reference_gather(const Case& c, Pair& cache, Pair& rows, Sequences& sequences, bool from_start, const ScaleOf& scale,
+                      Parameters* offsets = nullptr) {
   for (int kv = 0; kv < 2; ++kv)
     for (std::size_t s = 0; s + 1 < sequences.sums.size(); ++s)
       for (std::int64_t row = sequences.sums[s]; row < sequences.sums[s + 1]; ++row) {
@@ -246,7 +303,7 @@ void reference_gather(const Case& c, Pair& cache, Pair& rows, Sequences& sequenc
         for (std::int64_t h = 0; h < c.heads; ++h)
           for (std::int64_t d = 0; d < c.head_size; ++d)
             convert(rows.storage(), rows.index(kv, {row, h, d}), cache.storage(), cache.index(kv, {block, offset, h, d}),
-                    scale(kv, block, offset, h));
+                    scale(kv, block, offset, h, d), offsets ? offsets->offset_at(kv, h, d) : std::nullopt);
       }
 }
 
@@ -256,28 +313,26 @@ TensorView as_bytes(TensorView view) {
   return view;
 }
 
-Tensor make_scales(std::int64_t count, unsigned seed) {
-  Tensor scale(DType::Float32, {count, 1}, Memory::Padded, 1);
-  fill_scales(scale, seed);
-  return scale;
-}
-
 // --- Every layout --------------------------------
 
 TEST_P(CpuCache, Append) {
   const Case& c = std::get<1>(GetParam());
   const Slots slots = random_slots(c.tokens, c.slots(), 1);
   for (DType real : kReals)
-    for (DType fp8 : kFp8s)
-      for (std::int64_t count : {std::int64_t{1}, c.heads}) {
-        SCOPED_TRACE(pair_name(real, fp8) + ", scales: " + std::to_string(count));
+    for (DType fp8 : kQuantized)
+      for (const Form& form : kForms) {
+        if (form.scales == Form::PerSlot || (form.offsets && fp8 == DType::E5M2)) continue;
+        SCOPED_TRACE(pair_name(real, fp8) + ", scales " + form.name);
         Pair rows = c.make_rows(real), cache = c.make_cache(fp8);
         fill(rows.storage(), 2);
-        Tensor scales[] = {make_scales(count, 3), make_scales(count, 4)}, mapping = int64s(slots);
+        Parameters p(c, form, 3);
+        Tensor mapping = int64s(slots);
         Pair expected = cache;
-        reference_append(c, rows, expected, slots, scales);
-        cpu::run(CacheAppend{rows.key(), rows.value(), as_bytes(cache.key()), as_bytes(cache.value()), mapping.view(), fp8,
-                             scales[0].view(), scales[1].view()});
+        reference_append(c, rows, expected, slots, p.scales, &p);
+        const bool bytes = core::is_fp8(fp8);
+        cpu::run(CacheAppend{rows.key(), rows.value(), bytes ? as_bytes(cache.key()) : cache.key(),
+                             bytes ? as_bytes(cache.value()) : cache.value(), mapping.view(), fp8, p.scales[0].view(),
+                             p.scales[1].view(), p.offset(0), p.offset(1)});
         EXPECT_EQ(difference(cache.storage(), expected.storage()), "");
       }
 }
@@ -286,18 +341,21 @@ TEST_P(CpuCache, AppendDynamic) {
   const Case& c = std::get<1>(GetParam());
   const Slots slots = random_slots(c.tokens, c.slots(), 5);
   for (DType real : kReals)
-    for (DType fp8 : kFp8s) {
-      SCOPED_TRACE(pair_name(real, fp8));
-      Pair rows = c.make_rows(real), cache = c.make_cache(fp8), scales = c.make_scale_cache();
-      fill(rows.storage(), 6);
-      Tensor mapping = int32s(slots);
-      Pair expected = cache, expected_scales = scales;
-      reference_append_dynamic(c, rows, expected, expected_scales, slots);
-      cpu::run(CacheAppendDynamic{rows.key(), rows.value(), cache.key(), cache.value(), scales.key(), scales.value(),
-                                  mapping.view(), fp8});
-      EXPECT_EQ(difference(scales.storage(), expected_scales.storage()), "") << "scales";
-      EXPECT_EQ(difference(cache.storage(), expected.storage()), "");
-    }
+    for (DType fp8 : kQuantized)
+      for (const Form& form : kForms) {
+        if (form.scales != Form::PerSlot) continue;
+        SCOPED_TRACE(pair_name(real, fp8) + ", scales " + form.name);
+        Pair rows = c.make_rows(real), cache = c.make_cache(fp8), scales = c.make_scale_cache();
+        fill(rows.storage(), 6);
+        Parameters p(c, form, 38);
+        Tensor mapping = int32s(slots);
+        Pair expected = cache, expected_scales = scales;
+        reference_append_dynamic(c, rows, expected, expected_scales, slots, &p);
+        cpu::run(CacheAppendDynamic{rows.key(), rows.value(), cache.key(), cache.value(), scales.key(), scales.value(),
+                                    mapping.view(), fp8, p.offset(0), p.offset(1)});
+        EXPECT_EQ(difference(scales.storage(), expected_scales.storage()), "") << "scales";
+        EXPECT_EQ(difference(cache.storage(), expected.storage()), "");
+      }
 }
 
 TEST_P(CpuCache, Gather) {
@@ -305,24 +363,25 @@ TEST_P(CpuCache, Gather) {
   Sequences sequences(c, 7);
   Tensor sums = int32s(sequences.sums), starts = int32s(sequences.starts);
   for (DType real : kReals)
-    for (DType fp8 : kFp8s) {
+    for (DType fp8 : kQuantized) {
       Pair rows = c.make_rows(real), cache = c.make_cache(fp8), slot_scales = c.make_scale_cache();
       fill(cache.storage(), 8);
       fill_scales(slot_scales.storage(), 9);
-      for (std::int64_t count : {std::int64_t{1}, c.heads, std::int64_t{-1}}) {
-        SCOPED_TRACE(pair_name(fp8, real) + ", scales: " + std::to_string(count));
-        Tensor scales[] = {make_scales(std::max<std::int64_t>(0, count), 10),
-                           make_scales(std::max<std::int64_t>(0, count), 11)};
-        const bool from_start = count == 1, by_slot = count == -1;
+      for (const Form& form : kForms) {
+        if (form.offsets && fp8 == DType::E5M2) continue;
+        SCOPED_TRACE(pair_name(fp8, real) + ", scales " + form.name);
+        Parameters p(c, form, 10);
+        const bool from_start = form.scales == Form::PerTensor, by_slot = form.scales == Form::PerSlot;
         Pair expected = rows;
-        reference_gather(c, cache, expected, sequences, from_start,
-                         [&](int kv, std::int64_t block, std::int64_t offset, std::int64_t h) {
-                           return by_slot ? slot_scales.storage().get<float>(slot_scales.index(kv, {block, offset, h}))
-                                          : scales[kv].get<float>(scale_index(scales[kv], h));
-                         });
+        const auto scale_of = [&](int kv, std::int64_t block, std::int64_t offset, std::int64_t h, std::int64_t d) {
+          return by_slot ? slot_scales.storage().get<float>(slot_scales.index(kv, {block, offset, h}))
+                         : scale_at(p.scales[kv], h, d);
+        };
+        reference_gather(c, cache, expected, sequences, from_start, scale_of, &p);
         cpu::run(CacheGather{cache.key(), cache.value(), rows.key(), rows.value(), sequences.table.view(), sums.view(), fp8,
-                             by_slot ? slot_scales.key() : scales[0].view(), by_slot ? slot_scales.value() : scales[1].view(),
-                             from_start ? std::nullopt : std::optional(starts.view())});
+                             by_slot ? slot_scales.key() : p.scales[0].view(),
+                             by_slot ? slot_scales.value() : p.scales[1].view(),
+                             from_start ? std::nullopt : std::optional(starts.view()), p.offset(0), p.offset(1)});
         EXPECT_EQ(difference(rows.storage(), expected.storage()), "");
         rows = c.make_rows(real);
       }
@@ -371,10 +430,10 @@ INSTANTIATE_TEST_SUITE_P(, CpuThreads, testing::Combine(testing::ValuesIn(cpu::a
 
 // Large enough to be divided, with every slot written by many tokens.
 const Case kLarge[] = {
-    {.name = "nhd", .heads = 8, .head_size = 72, .tokens = 500},
-    {.name = "hnd", .heads = 8, .head_size = 72, .cache = "2nhsd", .tokens = 500},
-    {.name = "one_head", .heads = 1, .head_size = 520, .tokens = 500},
-    {.name = "sparse", .heads = 5, .head_size = 72, .cache = "nshd2", .rows = "2thd:", .tokens = 500},
+    {.name = "nhd", .heads = 8, .head_size = 72, .tokens = 300},
+    {.name = "hnd", .heads = 8, .head_size = 72, .cache = "2nhsd", .tokens = 300},
+    {.name = "one_head", .heads = 1, .head_size = 520, .tokens = 300},
+    {.name = "sparse", .heads = 5, .head_size = 72, .cache = "nshd2", .rows = "2thd:", .tokens = 300},
     {.name = "many_heads", .heads = 150, .head_size = 72, .tokens = 60},
 };
 
@@ -383,32 +442,46 @@ TEST_P(CpuThreads, OfSeveralTokensWithOneSlotTheLastStays) {
   for (const Case& c : kLarge) {
     const Slots slots = random_slots(c.tokens, c.slots(), 18);
     Tensor mapping = int64s(slots);
-    for (std::int64_t count : {std::int64_t{1}, c.heads}) {
-      SCOPED_TRACE(std::string(c.name) + ", scales: " + std::to_string(count));
+    for (const Form& form : {kForms[0], kForms[1], kForms[4]}) {
+      SCOPED_TRACE(std::string(c.name) + ", scales " + form.name);
+      Parameters p(c, form, 20);
       Pair rows = c.make_rows(DType::BFloat16), cache = c.make_cache(DType::E4M3), scale_cache = c.make_scale_cache();
       fill(rows.storage(), 19);
-      Tensor scales[] = {make_scales(count, 20), make_scales(count, 21)};
       Pair expected = cache, expected_scales = scale_cache;
-      reference_append(c, rows, expected, slots, scales);
-      cpu::run(
-          CacheAppend{
-              rows.key(), rows.value(), cache.key(), cache.value(), mapping.view(), {}, scales[0].view(), scales[1].view()},
-          spread);
+      reference_append(c, rows, expected, slots, p.scales, &p);
+      cpu::run(CacheAppend{rows.key(),
+                           rows.value(),
+                           cache.key(),
+                           cache.value(),
+                           mapping.view(),
+                           {},
+                           p.scales[0].view(),
+                           p.scales[1].view(),
+                           p.offset(0),
+                           p.offset(1)},
+               spread);
       EXPECT_EQ(difference(cache.storage(), expected.storage()), "");
 
-      reference_append_dynamic(c, rows, expected, expected_scales, slots);
-      cpu::run(
-          CacheAppendDynamic{
-              rows.key(), rows.value(), cache.key(), cache.value(), scale_cache.key(), scale_cache.value(), mapping.view(), {}},
-          spread);
+      reference_append_dynamic(c, rows, expected, expected_scales, slots, &p);
+      cpu::run(CacheAppendDynamic{rows.key(),
+                                  rows.value(),
+                                  cache.key(),
+                                  cache.value(),
+                                  scale_cache.key(),
+                                  scale_cache.value(),
+                                  mapping.view(),
+                                  {},
+                                  p.offset(0),
+                                  p.offset(1)},
+               spread);
       EXPECT_EQ(difference(scale_cache.storage(), expected_scales.storage()), "") << "dynamic scales";
       EXPECT_EQ(difference(cache.storage(), expected.storage()), "") << "dynamic";
 
       Pair plain = c.make_cache(DType::BFloat16), expected_plain = plain;
-      reference_append(c, rows, expected_plain, slots, scales);
+      reference_append(c, rows, expected_plain, slots, p.scales);
       cpu::run(
           CacheAppend{
-              rows.key(), rows.value(), plain.key(), plain.value(), mapping.view(), {}, scales[0].view(), scales[1].view()},
+              rows.key(), rows.value(), plain.key(), plain.value(), mapping.view(), {}, p.scales[0].view(), p.scales[1].view()},
           spread);
       EXPECT_EQ(difference(plain.storage(), expected_plain.storage()), "") << "plain";
     }
@@ -427,7 +500,7 @@ TEST_P(CpuThreads, GatheredRangesGiveTheSameBytesAsTheWhole) {
     fill_scales(scales.storage(), 24);
     Pair expected = rows;
     reference_gather(c, cache, expected, sequences, false,
-                     [&](int kv, std::int64_t block, std::int64_t offset, std::int64_t h) {
+                     [&](int kv, std::int64_t block, std::int64_t offset, std::int64_t h, std::int64_t) {
                        return scales.storage().get<float>(scales.index(kv, {block, offset, h}));
                      });
     cpu::run(CacheGather{cache.key(),
@@ -472,7 +545,7 @@ TEST_P(CpuIsa, AppendsEveryPatternWithHostileScales) {
     for (std::int64_t t = 0; t < c.tokens; ++t)
       for (std::int64_t h = 0; h < heads; ++h)
         std::memcpy(rows.storage().at(rows.index(kv, {t, h, 0})), patterns.at(t * c.head_size), c.head_size * 2);
-  for (DType fp8 : kFp8s) {
+  for (DType fp8 : kQuantized) {
     SCOPED_TRACE(name(fp8));
     Pair cache = c.make_cache(fp8);
     Pair expected = cache;
@@ -545,9 +618,9 @@ TEST_P(CpuIsa, IgnoresFlushToZeroAndRoundingOfTheThread) {
   reference_append(c, rows, expected, slots, scales);
   reference_append_dynamic(c, rows, expected_dynamic, expected_found, slots);
   reference_append(c, rows, expected_half, slots, scales);
-  reference_gather(c, expected, expected_back, sequences, true, [&](int kv, std::int64_t, std::int64_t, std::int64_t h) {
-    return scales[kv].get<float>(scale_index(scales[kv], h));
-  });
+  reference_gather(
+      c, expected, expected_back, sequences, true,
+      [&](int kv, std::int64_t, std::int64_t, std::int64_t h, std::int64_t d) { return scale_at(scales[kv], h, d); });
   unsigned after = 0;
   {
     const Mxcsr set(kFlushToZero | kDenormalsAreZero | kTowardsZero);
@@ -686,6 +759,12 @@ TEST_F(CpuCacheFormats, AnFp8CacheIsQuantized) {
   EXPECT_EQ(key_cache[0], 0x40 | 0xBC << 8) << "2 and -1";
 }
 
+TEST_F(CpuCacheFormats, AnInt8CacheIsQuantized) {
+  cpu::run(append(DType::Int8));
+  EXPECT_EQ(key_cache[0], 0x02 | 0xFF << 8) << "2 and -1";
+  EXPECT_EQ(value_cache[0], 0x7F) << "127 and 0";
+}
+
 TEST_F(CpuCacheFormats, ACacheOf16BitsIsAPlainCopy) {
   cpu::run(append(DType::BFloat16));
   EXPECT_EQ(key_cache[0], 0x3F80);
@@ -697,7 +776,7 @@ TEST_F(CpuCacheFormats, ACacheOf16BitsIsAPlainCopy) {
 
 TEST_F(CpuCacheFormats, ACacheOfBytesNeedsItsFormat) {
   EXPECT_EQ(error_of([&] { cpu::run(append(DType::UInt8)); }),
-            "fp8kv::reshape_and_cache_flash: key_cache must be float32, float16, bfloat16, float8_e4m3fn or float8_e5m2, "
+            "fp8kv::reshape_and_cache_flash: key_cache must be float32, float16, bfloat16, float8_e4m3fn, float8_e5m2 or int8, "
             "as kv_cache_dtype is not given, got uint8");
   EXPECT_EQ(key_cache[0], 0xA5A5);
   CacheAppend problem = append(DType::UInt8);
@@ -783,7 +862,7 @@ TEST_F(CpuCacheErrors, ForgottenScales) {
 
 TEST_F(CpuCacheErrors, RefusedProblems) {
   CacheAppend a = append();
-  a.kv_cache_dtype = DType::Int8;
+  a.kv_cache_dtype = DType::Int16;
   EXPECT_NE(sentence(a), "");
   CacheAppendDynamic d = append_dynamic();
   d.kv_cache_dtype = DType::BFloat16;

@@ -50,11 +50,7 @@ struct Grouping {
 void reference_quantize(Tensor& result, Tensor& input, Tensor& scale, const Grouping& grouping) {
   for (std::int64_t i = 0; i < input.numel(); ++i) {
     const float x = input.get_real(i), s = scale.get<float>(grouping.group(i));
-    if (result.dtype() == DType::E4M3) {
-      result.set(i, quantize<E4M3>(x, s));
-    } else {
-      result.set(i, quantize<E5M2>(x, s));
-    }
+    result.quantize(i, x, s);
   }
 }
 
@@ -76,7 +72,7 @@ void reference_dynamic_scales(Tensor& scale, Tensor& input, const Grouping& grou
   reference_amax(scale, input, grouping);
   for (std::int64_t g = 0; g < scale.numel(); ++g) {
     const float amax = scale.get<float>(g);
-    scale.set(g, fp8 == DType::E4M3 ? dynamic_scale<E4M3>(amax, upper_bound) : dynamic_scale<E5M2>(amax, upper_bound));
+    scale.set(g, dynamic_scale_of(fp8, amax, upper_bound));
   }
 }
 
@@ -260,7 +256,7 @@ INSTANTIATE_TEST_SUITE_P(, CpuGroupAmax,
 TEST_P(CpuQuantize, Static) {
   const Case& c = layout();
   for (DType real : kReals) {
-    for (DType fp8 : kFp8s) {
+    for (DType fp8 : kQuantized) {
       SCOPED_TRACE(pair_name(real, fp8));
       Tensor input(real, c.sizes, c.input, 3), result(fp8, c.sizes, c.result, 5), scale(DType::Float32, c.scale, c.scales, 1);
       fill(input, 1);
@@ -276,7 +272,7 @@ TEST_P(CpuQuantize, Static) {
 TEST_P(CpuQuantize, Dequantize) {
   const Case& c = layout();
   for (DType real : kReals) {
-    for (DType fp8 : kFp8s) {
+    for (DType fp8 : kQuantized) {
       SCOPED_TRACE(pair_name(fp8, real));
       Tensor input(fp8, c.sizes, c.input, 3), result(real, c.sizes, c.result, 5), scale(DType::Float32, c.scale, c.scales, 1);
       fill(input, 3);
@@ -292,7 +288,7 @@ TEST_P(CpuQuantize, Dequantize) {
 TEST_P(CpuQuantize, Dynamic) {
   const Case& c = layout();
   for (DType real : kReals) {
-    for (DType fp8 : kFp8s) {
+    for (DType fp8 : kQuantized) {
       SCOPED_TRACE(pair_name(real, fp8));
       Tensor input(real, c.sizes, c.input, 3), result(fp8, c.sizes, c.result, 5), scale(DType::Float32, c.scale, c.scales, 1);
       fill(input, 5);
@@ -376,7 +372,7 @@ TEST_P(CpuThreads, RangesGiveTheSameBytesAsTheWhole) {
 TEST_P(CpuIsa, QuantizesEveryPatternWithHostileScales) {
   for (DType real : kReals) {
     Tensor input = every_pattern(real, 12);
-    for (DType fp8 : kFp8s) {
+    for (DType fp8 : kQuantized) {
       for (float s : hostile_scales()) {
         Tensor result(fp8, {65536}), scale(DType::Float32, {});
         scale.set(0, s);
@@ -397,7 +393,7 @@ TEST_P(CpuIsa, QuantizesEveryPatternWithHostileScalesPerColumn) {
     Tensor input(real, {65536, columns}), scale(DType::Float32, {columns});
     for (std::int64_t i = 0; i < 65536 * columns; ++i) std::memcpy(input.at(i), patterns.at(i / columns), size_of(real));
     for (std::int64_t i = 0; i < columns; ++i) scale.set(i, scales[i]);
-    for (DType fp8 : kFp8s) {
+    for (DType fp8 : kQuantized) {
       Tensor result(fp8, {65536, columns});
       Tensor expected = result;
       reference_quantize(expected, input, scale, {{65536, columns}, {columns}, GroupShape{-1, 1}});
@@ -408,11 +404,13 @@ TEST_P(CpuIsa, QuantizesEveryPatternWithHostileScalesPerColumn) {
 }
 
 // Scales and, for each, inputs whose quotients lie at and next to the boundaries between FP8 values of one binade, where a
-// product with a reciprocal goes wrong. The quotients lie around 2^exponent.
+// product with a reciprocal goes wrong. The quotients lie around 2^exponent. Those of INT8 have 8 bits.
 class Boundaries {
  public:
   Boundaries(DType fp8, std::int64_t max_scales)
-      : significands_(fp8 == DType::E4M3 ? 16 : 8),
+      : significands_(fp8 == DType::E4M3   ? 16
+                      : fp8 == DType::E5M2 ? 8
+                                           : 128),
         fp8_(fp8),
         input_(DType::Float32, {max_scales, significands_ * kAround}),
         scale_(DType::Float32, {max_scales}),
@@ -430,7 +428,9 @@ class Boundaries {
   // The number of wrong bytes.
   std::int64_t mistakes() {
     cpu::run(StaticQuantize{result_.view(), input_.view(), scale_.view(), GroupShape{1, -1}});
-    return fp8_ == DType::E4M3 ? count_mistakes<E4M3>() : count_mistakes<E5M2>();
+    std::int64_t count = 0;
+    core::visit_quantized(fp8_, [&]<class T>(core::Type<T>) { count = count_mistakes<T>(); });
+    return count;
   }
 
  private:
@@ -456,7 +456,7 @@ class Boundaries {
 TEST_P(CpuIsa, QuantizesLikeTheDivisionForEverySignificandOfTheScale) {
   if (GetParam() == cpu::Isa::Generic) return;  // it divides
   constexpr std::uint32_t kBatch = 1 << 14;
-  for (DType fp8 : kFp8s) {
+  for (DType fp8 : {DType::E4M3, DType::E5M2}) {
     Boundaries boundaries(fp8, kBatch);
     for (std::uint32_t first = 0x3f800000u; first < 0x40000000u; first += kBatch) {
       for (std::uint32_t i = 0; i < kBatch; ++i) boundaries.set(i, float_of(first + i), 0);
@@ -465,15 +465,28 @@ TEST_P(CpuIsa, QuantizesLikeTheDivisionForEverySignificandOfTheScale) {
   }
 }
 
+// Integers have too many boundaries for every significand; the split quotient goes wrong within 3 of multiples of 2^17 only.
+TEST_P(CpuIsa, QuantizesToInt8LikeTheDivisionForSignificandsWhereTheSplitQuotientMayGoWrong) {
+  constexpr std::int64_t kReach = 16;
+  Boundaries boundaries(DType::Int8, 2 * kReach);
+  for (std::uint32_t multiple = 0x3f800000u; multiple <= 0x40000000u; multiple += 0x20000u)
+    for (int exponent = -1; exponent <= 6; ++exponent) {
+      for (std::int64_t i = 0; i < 2 * kReach; ++i)
+        boundaries.set(i, float_of(multiple + static_cast<std::uint32_t>(i - kReach)), exponent);
+      ASSERT_EQ(boundaries.mistakes(), 0) << "scales around " << float_of(multiple);
+    }
+}
+
 TEST_P(CpuIsa, QuantizesLikeTheDivisionForEveryExponentOfTheScale) {
   std::mt19937 random(14);
-  for (DType fp8 : kFp8s) {
-    const int lowest = fp8 == DType::E4M3 ? -11 : -18, highest = fp8 == DType::E4M3 ? 8 : 15;
+  for (DType fp8 : kQuantized) {
+    const int lowest = fp8 == DType::E4M3 ? -11 : fp8 == DType::E5M2 ? -18 : -1;
+    const int highest = fp8 == DType::E4M3 ? 8 : fp8 == DType::E5M2 ? 15 : 6;
     Boundaries boundaries(fp8, highest - lowest + 1);
     for (int exponent = 1; exponent < 255; ++exponent) {
       for (int repeat = 0; repeat < 8; ++repeat) {
         std::uint32_t significand = random() & 0x7fffffu;
-        if (repeat % 2 == 0) significand = (significand | 0xfffffu) - random() % 16;
+        if (repeat % 2 == 0) significand = (significand | (fp8 == DType::Int8 ? 0x1ffffu : 0xfffffu)) - random() % 16;
         const float scale = float_of(static_cast<std::uint32_t>(exponent) << 23 | significand);
         for (int q = lowest; q <= highest; ++q) boundaries.set(q - lowest, scale, q);
         ASSERT_EQ(boundaries.mistakes(), 0) << name(fp8) << ", scale " << scale;
@@ -483,7 +496,7 @@ TEST_P(CpuIsa, QuantizesLikeTheDivisionForEveryExponentOfTheScale) {
 }
 
 TEST_P(CpuIsa, DequantizesEveryByteWithHostileScales) {
-  for (DType fp8 : kFp8s) {
+  for (DType fp8 : kQuantized) {
     Tensor input(fp8, {256});
     for (std::int64_t i = 0; i < 256; ++i) input.set(i, static_cast<std::uint8_t>(i));
     std::vector<float> scales = hostile_scales();
@@ -555,7 +568,7 @@ TEST_P(CpuIsa, IgnoresFlushToZeroAndRoundingOfTheThread) {
   std::mt19937 random(17);
   for (std::int64_t i = 0; i < input.numel(); ++i) input.set(i, random() & 0x80ffffffu);  // subnormals and their neighbors
   for (std::int64_t i = 0; i < 64; ++i) scale.set(i, float_of(i % 2 ? 0x00012345u : 0x01000001u));
-  for (DType fp8 : kFp8s) {
+  for (DType fp8 : kQuantized) {
     Tensor result(fp8, {64, 64}), dynamic(fp8, {64, 64}), found(DType::Float32, {64}), back(DType::Float32, {64, 64});
     Tensor expected = result, expected_dynamic = dynamic, expected_found = found, expected_back = back;
     reference_quantize(expected, input, scale, grouping);

@@ -25,8 +25,8 @@ TEST(Formats, PlacesInTheLists) {
     DType dtype;
     int real, quantized;
   };
-  constexpr Row kListed[] = {
-      {DType::Float32, 0, -1}, {DType::Float16, 1, -1}, {DType::BFloat16, 2, -1}, {DType::E4M3, -1, 0}, {DType::E5M2, -1, 1}};
+  constexpr Row kListed[] = {{DType::Float32, 0, -1}, {DType::Float16, 1, -1}, {DType::BFloat16, 2, -1},
+                             {DType::E4M3, -1, 0},    {DType::E5M2, -1, 1},    {DType::Int8, -1, 2}};
   for (DType dtype : kAll) {
     const auto* row = std::find_if(std::begin(kListed), std::end(kListed), [=](const Row& r) { return r.dtype == dtype; });
     const Row expected = row == std::end(kListed) ? Row{dtype, -1, -1} : *row;
@@ -34,13 +34,14 @@ TEST(Formats, PlacesInTheLists) {
     EXPECT_EQ(quantized_index(dtype), expected.quantized) << name(dtype);
     EXPECT_EQ(is_real(dtype), expected.real >= 0) << name(dtype);
     EXPECT_EQ(is_quantized(dtype), expected.quantized >= 0) << name(dtype);
+    EXPECT_EQ(is_fp8(dtype), dtype == DType::E4M3 || dtype == DType::E5M2) << name(dtype);
   }
 }
 
 TEST(Formats, NamesInSentences) {
   EXPECT_EQ(names_of(TypeList<>{}), "");
   EXPECT_EQ(names_of(TypeList<float>{}), "float32");
-  EXPECT_EQ(names_of(QuantizedTypes{}), "float8_e4m3fn or float8_e5m2");
+  EXPECT_EQ(names_of(QuantizedTypes{}), "float8_e4m3fn, float8_e5m2 or int8");
   EXPECT_EQ(names_of(RealTypes{}), "float32, float16 or bfloat16");
 }
 
@@ -53,13 +54,15 @@ TEST(Formats, VisitCallsWithTheTypeOfTheDType) {
     });
     EXPECT_EQ(calls, 1) << name(dtype);
   }
-  for (DType dtype : {DType::E4M3, DType::E5M2}) {
+  for (DType dtype : {DType::E4M3, DType::E5M2, DType::Int8}) {
     int calls = 0;
-    visit_quantized(dtype, [&]<class T>(Type<T>) {
+    const auto count = [&]<class T>(Type<T>) {
       ++calls;
       EXPECT_EQ(DTypeOf<T>::value, dtype);
-    });
-    EXPECT_EQ(calls, 1) << name(dtype);
+    };
+    visit_quantized(dtype, count);
+    if (is_fp8(dtype)) visit_fp8(dtype, count);
+    EXPECT_EQ(calls, is_fp8(dtype) ? 2 : 1) << name(dtype);
   }
 }
 
@@ -74,6 +77,9 @@ TEST(Formats, VisitThrowsForTypesThatAreNotInTheList) {
     if (!is_quantized(dtype)) {
       EXPECT_EQ(error_of([&] { visit_quantized(dtype, never); }), expected(dtype));
     }
+    if (!is_fp8(dtype)) {
+      EXPECT_EQ(error_of([&] { visit_fp8(dtype, never); }), expected(dtype));
+    }
     if (!is_quantized(dtype)) {
       EXPECT_EQ(error_of([&] { min_scale(dtype); }), expected(dtype));
     }
@@ -83,12 +89,13 @@ TEST(Formats, VisitThrowsForTypesThatAreNotInTheList) {
 TEST(Formats, SmallestScales) {
   EXPECT_EQ(min_scale(DType::E4M3), 1.0f / (448.0f * 512.0f));
   EXPECT_EQ(min_scale(DType::E5M2), 1.0f / (57344.0f * 512.0f));
+  EXPECT_EQ(min_scale(DType::Int8), 1.0f / (127.0f * 512.0f));
 }
 
 TEST(Formats, NamesOfCacheFormats) {
   const std::pair<const char*, DType> kExpected[] = {
-      {"float16", DType::Float16}, {"bfloat16", DType::BFloat16}, {"float32", DType::Float32},
-      {"fp8", DType::E4M3},        {"fp8_e4m3", DType::E4M3},     {"fp8_e5m2", DType::E5M2},
+      {"float16", DType::Float16}, {"bfloat16", DType::BFloat16}, {"float32", DType::Float32}, {"fp8", DType::E4M3},
+      {"fp8_e4m3", DType::E4M3},   {"fp8_e5m2", DType::E5M2},     {"int8", DType::Int8},
   };
   ASSERT_EQ(std::size(kCacheFormats), std::size(kExpected));
   for (std::size_t i = 0; i < std::size(kExpected); ++i) {

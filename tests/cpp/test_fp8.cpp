@@ -41,6 +41,11 @@ static_assert(quantize<E4M3>(13 * 0x1p-13f, std::bit_cast<float>(0x3fcfffffu)).b
 static_assert(encode<E4M3>(13 * 0x1p-13f * (1.0f / std::bit_cast<float>(0x3fcfffffu))).bits == 0x00);
 static_assert(dequantize<float>(E4M3{0x38}, 3.0f) == 3.0f);
 static_assert(kMinScale<E4M3> == 1.0f / 229376.0f);
+static_assert(encode<Int8>(-1.5f).bits == 0xFE && encode<Int8>(2.5f).bits == 0x02 && encode<Int8>(-0.0f).bits == 0x00);
+static_assert(encode<Int8>(kInf).bits == 0x7F && encode<Int8>(-kInf).bits == 0x81 && encode<Int8>(kNaN).bits == 0x00);
+static_assert(decode(Int8{0x80}) == -128.0f && decode(Int8{0x81}) == -127.0f && decode(Int8{0x7F}) == 127.0f);
+static_assert(dequantize<float>(Int8{0xFF}, 0.5f) == -0.5f);
+static_assert(kMinScale<Int8> == 1.0f / 65024.0f);
 static_assert(kMinScale<E5M2> == 1.0f / 29360128.0f);
 
 // --- The oracle: a format from its parameters --------------------------------
@@ -174,6 +179,28 @@ TYPED_TEST(Fp8Codec, EncodesEveryFp32AsTheNearestValueWithTiesToEven) {
   EXPECT_EQ(high, 0x80000000u) << "wrong for +-" << float_of(high);
 }
 
+// --- INT8 --------------------------------
+
+TEST(Int8Codec, DecodesEveryByteAsTwosComplement) {
+  for (int byte = 0; byte < 256; ++byte)
+    EXPECT_EQ(decode(Int8{static_cast<std::uint8_t>(byte)}), byte < 128 ? byte : byte - 256);
+}
+
+TEST(Int8Codec, EncodesTheNearestIntegerWithTiesToEven) {
+  std::uint64_t mistakes = 0;
+  const auto check = [&](std::uint32_t bits) {
+    const float x = float_of(bits);
+    const double rounded = std::nearbyint(double{x});  // the default rounding
+    const int expected = std::isnan(x) ? 0 : rounded > 127 ? 127 : static_cast<int>(rounded);
+    mistakes += encode<Int8>(x).bits != expected;
+    mistakes += encode<Int8>(float_of(bits | 0x80000000u)).bits != static_cast<std::uint8_t>(-expected);
+  };
+  for (std::uint32_t bits = 0; bits < 0x80000000u; bits += 61) check(bits);
+  for (int i = 1; i < 300; ++i)  // integers and ties
+    for (std::uint32_t near = 0; near < 9; ++near) check(bits_of(0.5f * static_cast<float>(i)) + near - 4);
+  EXPECT_EQ(mistakes, 0u);
+}
+
 #if defined(FP8KV_TEST_HAVE_CUDA_FP8)
 TYPED_TEST(Fp8Codec, AgreesWithCudaOnTheHost) {
   constexpr auto kKind = std::is_same_v<TypeParam, E4M3> ? __NV_E4M3 : __NV_E5M2;
@@ -275,6 +302,12 @@ TEST(Rules, QuantizeSpecialScales) {
   EXPECT_EQ(quantize<E4M3>(1.0f, -1.0f).bits, 0xB8);
   EXPECT_EQ(quantize<E4M3>(1.0f, kNaN).bits, 0x7F);
   EXPECT_EQ(quantize<E5M2>(float_of(1), float_of(1)).bits, 0x3C);
+  EXPECT_EQ(quantize<Int8>(1.0f, 0.0f).bits, 0x7F);
+  EXPECT_EQ(quantize<Int8>(-1.0f, 0.0f).bits, 0x81);
+  EXPECT_EQ(quantize<Int8>(0.0f, 0.0f).bits, 0x00);
+  EXPECT_EQ(quantize<Int8>(1.0f, kInf).bits, 0x00);
+  EXPECT_EQ(quantize<Int8>(kInf, kInf).bits, 0x00);
+  EXPECT_EQ(quantize<Int8>(1.0f, -1.0f).bits, 0xFF);
 }
 
 TEST(Rules, DequantizeRoundsTwice) {
@@ -295,6 +328,8 @@ TEST(Rules, DynamicScaleIsBoundedOnBothSides) {
   EXPECT_EQ(dynamic_scale<E4M3>(448.0f, kNaN), 1.0f);
   EXPECT_EQ(dynamic_scale<E4M3>(448.0f, -1.0f), kMinScale<E4M3>);
   EXPECT_EQ(dynamic_scale<E5M2>(57344.0f, kInf), 1.0f);
+  EXPECT_EQ(dynamic_scale<Int8>(254.0f, kInf), 2.0f);
+  EXPECT_EQ(dynamic_scale<Int8>(0.0f, kInf), kMinScale<Int8>);
   EXPECT_EQ(dynamic_scale<E5M2>(0.0f, kInf), kMinScale<E5M2>);
 }
 

@@ -77,10 +77,17 @@ const Mistake kMistakes[] = {
      [](auto& p) { p.key_cache = key_cache({10, 16, 0, 64}), p.value_cache = value_cache({10, 16, 0, 64}); },
      "query must have a number of heads that is a multiple of num_kv_heads=0, got num_heads=8"},
     // Caches.
-    {"cache_dtype", [](auto& p) { p.key_cache.dtype = DType::Int8; },
-     "key_cache must be float32, float16, bfloat16, float8_e4m3fn or float8_e5m2, as kv_cache_dtype is not given, got int8"},
+    {"cache_dtype", [](auto& p) { p.key_cache.dtype = DType::Int16; },
+     "key_cache must be float32, float16, bfloat16, float8_e4m3fn, float8_e5m2 or int8, as kv_cache_dtype is not given, got "
+     "int16"},
+    {"int8_caches", [](auto& p) { set_caches(p, DType::Int8), set_real_query(p); }, ""},
+    {"int8_queries", [](auto& p) { set_caches(p, DType::Int8), p.query.dtype = DType::Int8; },
+     "query must be float32, float16 or bfloat16 as the caches are not FP8, got int8"},
+    {"queries_of_bytes_with_int8_caches", [](auto& p) { set_caches(p, DType::Int8), p.query.dtype = DType::UInt8; },
+     "query must be float32, float16 or bfloat16 as the caches are not FP8, got uint8"},
     {"cache_of_bytes_and_no_format", [](auto& p) { set_caches(p, DType::UInt8); },
-     "key_cache must be float32, float16, bfloat16, float8_e4m3fn or float8_e5m2, as kv_cache_dtype is not given, got uint8"},
+     "key_cache must be float32, float16, bfloat16, float8_e4m3fn, float8_e5m2 or int8, as kv_cache_dtype is not given, got "
+     "uint8"},
     {"cache_of_bytes", [](auto& p) { set_caches(p, DType::UInt8), p.kv_cache_dtype = DType::E4M3; }, ""},
     {"cache_format", [](auto& p) { p.kv_cache_dtype = DType::E5M2; },
      "key_cache must be float8_e5m2 or uint8 as kv_cache_dtype is \"fp8_e5m2\", got float8_e4m3fn"},
@@ -177,9 +184,9 @@ const Mistake kMistakes[] = {
     {"v_offset_shape", [](auto& p) { p.v_offset = reals(kValueOffset, {64, 4}); },
      "v_offset must have the shape [num_kv_heads=4, head_size=64], got shape [64, 4]"},
     {"k_offset_of_plain_caches", [](auto& p) { set_unquantized(p), p.k_offset = reals(kKeyOffset, {4, 64}); },
-     "k_offset must be None as the caches are not FP8, got shape [4, 64]"},
+     "k_offset must be None as the caches are not quantized, got shape [4, 64]"},
     {"v_offset_of_plain_caches", [](auto& p) { set_unquantized(p), p.v_offset = reals(kValueOffset, {4, 64}); },
-     "v_offset must be None as the caches are not FP8, got shape [4, 64]"},
+     "v_offset must be None as the caches are not quantized, got shape [4, 64]"},
     {"one_offset", [](auto& p) { p.k_offset.reset(); }, ""},
     // What else is written.
     {"lse_dtype", [](auto& p) { p.lse->dtype = DType::BFloat16; }, "lse must be float32, got bfloat16"},

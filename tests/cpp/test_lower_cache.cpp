@@ -63,12 +63,16 @@ const Format kFormats[] = {
     {{},
      DType::UInt8,
      DType::Other,
-     "key_cache must be float32, float16, bfloat16, float8_e4m3fn or float8_e5m2, as kv_cache_dtype is not given, got "
+     "key_cache must be float32, float16, bfloat16, float8_e4m3fn, float8_e5m2 or int8, as kv_cache_dtype is not given, got "
      "uint8"},
-    {DType::Int8, DType::E4M3, DType::Other,
-     "kv_cache_dtype must be float32, float16, bfloat16, float8_e4m3fn or float8_e5m2, got int8"},
+    {{}, DType::Int8, DType::Int8, ""},
+    {DType::Int8, DType::Int8, DType::Int8, ""},
+    {DType::Int8, DType::UInt8, DType::Other, "key_cache must be int8 as kv_cache_dtype is \"int8\", got uint8"},
+    {DType::Int8, DType::E4M3, DType::Other, "key_cache must be int8 as kv_cache_dtype is \"int8\", got float8_e4m3fn"},
+    {DType::Int16, DType::E4M3, DType::Other,
+     "kv_cache_dtype must be float32, float16, bfloat16, float8_e4m3fn, float8_e5m2 or int8, got int16"},
     {DType::UInt8, DType::UInt8, DType::Other,
-     "kv_cache_dtype must be float32, float16, bfloat16, float8_e4m3fn or float8_e5m2, got uint8"},
+     "kv_cache_dtype must be float32, float16, bfloat16, float8_e4m3fn, float8_e5m2 or int8, got uint8"},
     {DType::E4M3, DType::E5M2, DType::Other,
      "key_cache must be float8_e4m3fn or uint8 as kv_cache_dtype is \"fp8\", got float8_e5m2"},
     {DType::E4M3, DType::Int8, DType::Other, "key_cache must be float8_e4m3fn or uint8 as kv_cache_dtype is \"fp8\", got int8"},
@@ -94,14 +98,15 @@ TEST(CacheErrors, FormatAndDtypeOfTheCacheMustSayTheSame) {
 }
 
 TEST(CacheErrors, ADynamicAppendMustQuantize) {
-  for (DType real : {DType::BFloat16, DType::Float32, DType::Int8}) {
+  for (DType real : {DType::BFloat16, DType::Float32, DType::Int16}) {
     CacheAppendDynamic p = append_dynamic_problem();
     p.kv_cache_dtype = real;
-    EXPECT_EQ(sentence(p), kDynamic + "kv_cache_dtype must be float8_e4m3fn or float8_e5m2, got " + name(real));
+    EXPECT_EQ(sentence(p), kDynamic + "kv_cache_dtype must be float8_e4m3fn, float8_e5m2 or int8, got " + name(real));
     p.kv_cache_dtype.reset();
     p.key_cache.dtype = p.value_cache.dtype = real;
-    EXPECT_EQ(sentence(p),
-              kDynamic + "key_cache must be float8_e4m3fn or float8_e5m2, as kv_cache_dtype is not given, got " + name(real));
+    EXPECT_EQ(
+        sentence(p),
+        kDynamic + "key_cache must be float8_e4m3fn, float8_e5m2 or int8, as kv_cache_dtype is not given, got " + name(real));
   }
 }
 
@@ -182,6 +187,8 @@ TEST(CacheErrors, FewerRowsThanSlots) {
             kAppend + "value must have at least 5 rows, one for each element of slot_mapping, got shape [0, 4, 64]");
 }
 
+const std::string kOneOrHeads = " must have 1 or num_kv_heads=4 elements, or the shape [num_kv_heads, head_size=64], ";
+
 TEST(CacheErrors, Scales) {
   CacheAppend p = append_problem();
   p.k_scale.dtype = DType::BFloat16;
@@ -189,11 +196,11 @@ TEST(CacheErrors, Scales) {
   p = append_problem(), p.v_scale.dtype = DType::Float64;
   EXPECT_EQ(sentence(p), kAppend + "v_scale must be float32, got float64");
   p = append_problem(), p.k_scale = k_scale({3});
-  EXPECT_EQ(sentence(p), kAppend + "k_scale must have 1 or num_kv_heads=4 elements, got shape [3]");
+  EXPECT_EQ(sentence(p), kAppend + "k_scale" + kOneOrHeads + "got shape [3]");
   p = append_problem(), p.v_scale = v_scale({0});
-  EXPECT_EQ(sentence(p), kAppend + "v_scale must have 1 or num_kv_heads=4 elements, got shape [0]");
+  EXPECT_EQ(sentence(p), kAppend + "v_scale" + kOneOrHeads + "got shape [0]");
   p = append_problem(), p.k_scale = k_scale({10, 16, 4});
-  EXPECT_EQ(sentence(p), kAppend + "k_scale must have 1 or num_kv_heads=4 elements, got shape [10, 16, 4]");
+  EXPECT_EQ(sentence(p), kAppend + "k_scale" + kOneOrHeads + "got shape [10, 16, 4]");
   p = append_problem(), p.k_scale = k_scale({2, 2}, {5, 1});
   EXPECT_EQ(sentence(p), kAppend + "k_scale must have even steps between its elements, got several strides in shape [2, 2]");
   p = append_problem(), p.v_scale = v_scale({2, 2}, {1, 2});
@@ -204,12 +211,12 @@ TEST(CacheErrors, ScalesAreCheckedForPlainCopiesToo) {
   CacheAppend p = append_problem();
   p.key_cache.dtype = p.value_cache.dtype = DType::BFloat16;
   p.k_scale = k_scale({3});
-  EXPECT_EQ(sentence(p), kAppend + "k_scale must have 1 or num_kv_heads=4 elements, got shape [3]");
+  EXPECT_EQ(sentence(p), kAppend + "k_scale" + kOneOrHeads + "got shape [3]");
 }
 
 TEST(CacheErrors, ScalesOfAGather) {
   const std::string expected =
-      " must have 1 or num_kv_heads=4 elements, or the shape [num_blocks=10, block_size=16, "
+      " must have 1 or num_kv_heads=4 elements, or the shape [num_kv_heads, head_size=64] or [num_blocks=10, block_size=16, "
       "num_kv_heads], got shape ";
   CacheGather p = gather_problem();
   p.k_scale = k_scale({10, 16, 1});
@@ -220,6 +227,103 @@ TEST(CacheErrors, ScalesOfAGather) {
   EXPECT_EQ(sentence(p), "");
   p.v_scale.dtype = DType::Float16;
   EXPECT_EQ(sentence(p), kGather + "v_scale must be float32, got float16");
+}
+
+TEST(CacheErrors, ScalesPerChannel) {
+  CacheAppend p = append_problem();
+  p.k_scale = k_scale({4, 64}), p.v_scale = v_scale({4, 64}, {3, 17});
+  EXPECT_EQ(sentence(p), "");
+  p.k_scale.dtype = DType::Float16;
+  EXPECT_EQ(sentence(p), kAppend + "k_scale must be float32, got float16");
+  for (const Sizes& sizes : {Sizes{64, 4}, Sizes{4, 32}, Sizes{256}, Sizes{1, 4, 64}, Sizes{4, 64, 1}, Sizes{1, 64}}) {
+    p.k_scale = k_scale(sizes);
+    EXPECT_EQ(sentence(p), kAppend + "k_scale" + kOneOrHeads + "got shape " + shape_string(p.k_scale));
+  }
+}
+
+template <class Problem>
+void expect_sentences_about_offsets(const Problem& sound, const std::string& op) {
+  Problem p = sound;
+  p.k_offset = view_at(kKeyOffset, DType::Float32, {4, 64}),
+  p.v_offset = view_at(kValueOffset, DType::Float32, {4, 64}, {1, 9});
+  EXPECT_EQ(sentence(p), "");
+  for (const Sizes& sizes : {Sizes{64, 4}, Sizes{4}, Sizes{1}, Sizes{0}, Sizes{1, 4, 64}}) {
+    Problem q = p;
+    q.v_offset = view_at(kValueOffset, DType::Float32, sizes);
+    EXPECT_EQ(sentence(q),
+              op + "v_offset must have the shape [num_kv_heads=4, head_size=64], got shape " + shape_string(*q.v_offset));
+  }
+  Problem q = p;
+  q.k_offset->dtype = DType::BFloat16;
+  EXPECT_EQ(sentence(q), op + "k_offset must be float32, got bfloat16");
+  q = p, q.k_offset->device = kCuda;
+  EXPECT_EQ(sentence(q), op + "k_offset must be on the device of key, cpu, got cuda:0");
+  q = p, q.k_offset->data = nullptr;
+  EXPECT_EQ(sentence(q), op + "k_offset must point to memory, got a null pointer of shape [4, 64]");
+}
+
+TEST(CacheErrors, Offsets) {
+  expect_sentences_about_offsets(append_problem(), kAppend);
+  expect_sentences_about_offsets(append_dynamic_problem(), kDynamic);
+  expect_sentences_about_offsets(gather_problem(), kGather);
+}
+
+TEST(CacheErrors, OffsetsOfPlainCopies) {
+  CacheAppend a = append_problem();
+  a.key_cache.dtype = a.value_cache.dtype = DType::BFloat16;
+  a.v_offset = view_at(kValueOffset, DType::Float32, {4, 64});
+  EXPECT_EQ(sentence(a), kAppend + "v_offset must be None as the caches are not quantized, got shape [4, 64]");
+}
+
+// All views of a problem to CUDA.
+void move(CacheAppend& p) {
+  for (TensorView* v : {&p.key, &p.value, &p.key_cache, &p.value_cache, &p.slot_mapping, &p.k_scale, &p.v_scale})
+    v->device = kCuda;
+}
+void move(CacheAppendDynamic& p) {
+  for (TensorView* v : {&p.key, &p.value, &p.key_cache, &p.value_cache, &p.slot_mapping, &p.k_scale_cache, &p.v_scale_cache})
+    v->device = kCuda;
+}
+void move(CacheGather& p) {
+  for (TensorView* v :
+       {&p.key, &p.value, &p.key_cache, &p.value_cache, &p.block_table, &p.cu_seq_lens, &p.k_scale, &p.v_scale, &*p.seq_starts})
+    v->device = kCuda;
+}
+
+template <class Problem>
+Problem on_cuda(Problem p) {
+  move(p);
+  return p;
+}
+
+TensorView offset_on_cuda() {
+  TensorView view = view_at(kKeyOffset, DType::Float32, {4, 64});
+  view.device = kCuda;
+  return view;
+}
+
+TEST(CacheErrors, WhatHasNoCudaKernels) {
+  const auto expected = [](const char* argument, const char* what) {
+    return std::string(argument) + " must be on the cpu, as there are no CUDA kernels for " + what + " yet, got cuda:0";
+  };
+  CacheAppend a = on_cuda(append_problem());
+  EXPECT_EQ(sentence(a), "");
+  a.k_scale.ndim = 2, a.k_scale.sizes[0] = 4, a.k_scale.sizes[1] = 64, a.k_scale.strides[0] = 64, a.k_scale.strides[1] = 1;
+  EXPECT_EQ(sentence(a), kAppend + expected("k_scale", "scales per channel"));
+  a.key_cache.dtype = a.value_cache.dtype = DType::BFloat16;
+  EXPECT_EQ(sentence(a), "") << "a plain copy does not use them";
+  a = on_cuda(append_problem()), a.key_cache.dtype = a.value_cache.dtype = DType::Int8;
+  EXPECT_EQ(sentence(a), kAppend + expected("key_cache", "int8"));
+  a = on_cuda(append_problem()), a.v_offset = offset_on_cuda();
+  EXPECT_EQ(sentence(a), kAppend + expected("v_offset", "offsets"));
+  CacheAppendDynamic d = on_cuda(append_dynamic_problem());
+  EXPECT_EQ(sentence(d), "");
+  d.k_offset = offset_on_cuda();
+  EXPECT_EQ(sentence(d), kDynamic + expected("k_offset", "offsets"));
+  CacheGather g = on_cuda(gather_problem());
+  EXPECT_EQ(sentence(g), "");
+  g.k_offset = offset_on_cuda();
+  EXPECT_EQ(sentence(g), kGather + expected("k_offset", "offsets"));
 }
 
 TEST(CacheErrors, ScaleCaches) {
@@ -324,6 +428,15 @@ TEST(CacheOverlap, EveryWrittenTensorWithEveryOther) {
   }
   g = gather_problem(), g.seq_starts->data = g.key.data;
   EXPECT_EQ(sentence(g), expected(kGather, "key", "seq_starts"));
+  const auto offset_at = [](const TensorView& view) {
+    return view_at(reinterpret_cast<std::uintptr_t>(view.data), DType::Float32, {4, 64});
+  };
+  a = append_problem(), a.k_offset = offset_at(a.value_cache);
+  EXPECT_EQ(sentence(a), expected(kAppend, "value_cache", "k_offset"));
+  d = append_dynamic_problem(), d.v_offset = offset_at(d.k_scale_cache);
+  EXPECT_EQ(sentence(d), expected(kDynamic, "k_scale_cache", "v_offset"));
+  g = gather_problem(), g.v_offset = offset_at(g.key);
+  EXPECT_EQ(sentence(g), expected(kGather, "key", "v_offset"));
 }
 
 TEST(CacheOverlap, WhatIsOnlyReadMayOverlap) {
@@ -466,6 +579,50 @@ TEST(CacheLayout, HeadsWithScalesOfTheirOwnAreNot) {
   p.v_scale = v_scale({4});
   EXPECT_EQ(layout_text(p), "5x4x64 in 10x16: 256,64,1 4096,256,64,1 0,0,0");
   EXPECT_EQ(text(lower(p).v), "256,64,1 4096,256,64,1 0,0,1");
+}
+
+TEST(CacheLayout, HeadsWithScalesPerChannelAreOneWhereTheseAreContiguousToo) {
+  const auto text_with = [](const Sizes& strides) {
+    CacheAppend p = append_problem();
+    p.k_scale = k_scale({4, 64}, strides);
+    const PagedScales scales = lower(p).k.scales;
+    EXPECT_EQ(scales.head, strides[0]);
+    EXPECT_EQ(scales.dim, strides[1]);
+    EXPECT_FALSE(scales.per_token());
+    return layout_text(p);
+  };
+  EXPECT_EQ(text_with({64, 1}), "5x1x256 in 10x16: 256,64,1 4096,256,64,1 0,0,64");
+  EXPECT_EQ(text_with({128, 2}), "5x1x256 in 10x16: 256,64,1 4096,256,64,1 0,0,128");
+  EXPECT_EQ(text_with({65, 1}), "5x4x64 in 10x16: 256,64,1 4096,256,64,1 0,0,65");
+  EXPECT_EQ(text_with({1, 4}), "5x4x64 in 10x16: 256,64,1 4096,256,64,1 0,0,1");
+  EXPECT_EQ(text_with({0, 1}), "5x4x64 in 10x16: 256,64,1 4096,256,64,1 0,0,0");
+}
+
+TEST(CacheLayout, AScalePerChannelIsOnePerHeadWhereItIsTheSameForAll) {
+  CacheGather p = gather_problem();
+  p.v_scale = v_scale({4, 64}, {3, 0});
+  EXPECT_EQ(lower(p).v.scales.head, 3);
+  EXPECT_EQ(lower(p).v.scales.dim, 0);
+  p.key_cache.dtype = p.value_cache.dtype = DType::Float16;
+  p.v_scale = v_scale({4, 64});
+  EXPECT_EQ(lower(p).v.scales.dim, 0) << "a plain copy";
+}
+
+TEST(CacheLayout, Offsets) {
+  CacheAppend p = append_problem();
+  EXPECT_EQ(lower(p).k.offsets.data, nullptr);
+  p.v_offset = view_at(kValueOffset, DType::Float32, {4, 64});
+  EXPECT_EQ(layout_text(p), "5x1x256 in 10x16: 256,64,1 4096,256,64,1 0,0,0");
+  EXPECT_EQ(lower(p).k.offsets.data, nullptr);
+  EXPECT_EQ(lower(p).v.offsets.data, p.v_offset->data);
+  p.v_offset->strides[0] = 100, p.v_offset->strides[1] = 2;
+  EXPECT_EQ(layout_text(p), "5x4x64 in 10x16: 256,64,1 4096,256,64,1 0,0,0");
+  EXPECT_EQ(lower(p).v.offsets.head, 100);
+  EXPECT_EQ(lower(p).v.offsets.dim, 2);
+  CacheAppendDynamic d = append_dynamic_problem();
+  d.k_offset = view_at(kKeyOffset, DType::Float32, {4, 64});
+  EXPECT_EQ(lower(d).k.offsets.data, d.k_offset->data);
+  EXPECT_EQ(lower(d).v.offsets.data, nullptr);
 }
 
 TEST(CacheLayout, DynamicScalesKeepTheHeads) {

@@ -28,9 +28,10 @@ TEST(QuantizeErrors, InputDtype) {
 TEST(QuantizeErrors, ResultDtype) {
   StaticQuantize p = static_problem({4, 8}, {1});
   p.result.dtype = DType::E4M3Fnuz;
-  EXPECT_EQ(sentence(p), "fp8kv::static_scaled_fp8_quant: result must be float8_e4m3fn or float8_e5m2, got float8_e4m3fnuz");
+  EXPECT_EQ(sentence(p),
+            "fp8kv::static_scaled_fp8_quant: result must be float8_e4m3fn, float8_e5m2 or int8, got float8_e4m3fnuz");
   p.result.dtype = DType::UInt8;
-  EXPECT_EQ(sentence(p), "fp8kv::static_scaled_fp8_quant: result must be float8_e4m3fn or float8_e5m2, got uint8");
+  EXPECT_EQ(sentence(p), "fp8kv::static_scaled_fp8_quant: result must be float8_e4m3fn, float8_e5m2 or int8, got uint8");
 }
 
 TEST(QuantizeErrors, ScaleDtype) {
@@ -42,11 +43,30 @@ TEST(QuantizeErrors, ScaleDtype) {
 TEST(QuantizeErrors, DequantizeDtypes) {
   Dequantize p = dequantize_problem({4, 8}, {1});
   EXPECT_EQ(sentence(p), "");
+  p.input.dtype = DType::Int16;
+  EXPECT_EQ(sentence(p), "fp8kv::scaled_fp8_dequant: input must be float8_e4m3fn, float8_e5m2 or int8, got int16");
   p.input.dtype = DType::Int8;
-  EXPECT_EQ(sentence(p), "fp8kv::scaled_fp8_dequant: input must be float8_e4m3fn or float8_e5m2, got int8");
+  EXPECT_EQ(sentence(p), "");
   p.input.dtype = DType::E4M3;
   p.result.dtype = DType::Int32;
   EXPECT_EQ(sentence(p), "fp8kv::scaled_fp8_dequant: result must be float32, float16 or bfloat16, got int32");
+}
+
+TEST(QuantizeErrors, Int8HasNoCudaKernels) {
+  const std::string expected = " must be on the cpu, as there are no CUDA kernels for int8 yet, got cuda:0";
+  StaticQuantize s = static_problem({4, 8}, {1});
+  s.result.dtype = DType::Int8;
+  EXPECT_EQ(sentence(s), "");
+  for (TensorView* v : {&s.result, &s.input, &s.scale}) v->device = kCuda;
+  EXPECT_EQ(sentence(s), "fp8kv::static_scaled_fp8_quant: result" + expected);
+  DynamicQuantize d = dynamic_problem({4, 8}, {1});
+  d.result.dtype = DType::Int8;
+  for (TensorView* v : {&d.result, &d.input, &d.scale}) v->device = kCuda;
+  EXPECT_EQ(sentence(d), "fp8kv::dynamic_scaled_fp8_quant: result" + expected);
+  Dequantize q = dequantize_problem({4, 8}, {1});
+  q.input.dtype = DType::Int8;
+  for (TensorView* v : {&q.result, &q.input, &q.scale}) v->device = kCuda;
+  EXPECT_EQ(sentence(q), "fp8kv::scaled_fp8_dequant: input" + expected);
 }
 
 TEST(QuantizeErrors, Devices) {

@@ -25,6 +25,7 @@ TensorView q_scale(const Sizes& sizes, const Sizes& strides = {}) {
 }
 TensorView cos_sin(const Sizes& sizes, const Sizes& strides = {}) { return view_at(kCosSin, DType::Float32, sizes, strides); }
 TensorView positions(const Sizes& sizes) { return view_at(kPositions, DType::Int64, sizes); }
+TensorView offset(std::uintptr_t address, const Sizes& sizes) { return view_at(address, DType::Float32, sizes); }
 TensorView weight(const Sizes& sizes, DType dtype = DType::BFloat16) { return view_at(kKeyWeight, dtype, sizes); }
 
 void set_caches(RopeAppend& p, DType dtype) { p.key_cache.dtype = p.value_cache.dtype = dtype; }
@@ -45,7 +46,22 @@ const Mistake kMistakes[] = {
      "key_cache must be float8_e5m2 or uint8 as kv_cache_dtype is \"fp8_e5m2\", got float8_e4m3fn"},
     {"key_rows", [](auto& p) { p.key = key({4, 4, 64}); },
      "key must have at least 5 rows, one for each element of slot_mapping, got shape [4, 4, 64]"},
-    {"k_scales", [](auto& p) { p.k_scale = k_scale({8}); }, "k_scale must have 1 or num_kv_heads=4 elements, got shape [8]"},
+    {"k_scales", [](auto& p) { p.k_scale = k_scale({8}); },
+     "k_scale must have 1 or num_kv_heads=4 elements, or the shape [num_kv_heads, head_size=64], got shape [8]"},
+    {"channel_scales", [](auto& p) { p.v_scale = v_scale({4, 64}, {1, 5}); }, ""},
+    {"offsets", [](auto& p) { p.k_offset = offset(kKeyOffset, {4, 64}), p.v_offset = offset(kValueOffset, {4, 64}); }, ""},
+    {"offset_shape", [](auto& p) { p.v_offset = offset(kValueOffset, {64, 4}); },
+     "v_offset must have the shape [num_kv_heads=4, head_size=64], got shape [64, 4]"},
+    {"offset_dtype", [](auto& p) { p.k_offset = offset(kKeyOffset, {4, 64}), p.k_offset->dtype = DType::Float16; },
+     "k_offset must be float32, got float16"},
+    {"offset_of_plain_caches",
+     [](auto& p) {
+       set_caches(p, DType::BFloat16), p.query_out.dtype = DType::BFloat16, p.k_offset = offset(kKeyOffset, {4, 64});
+     },
+     "k_offset must be None as the caches are not quantized, got shape [4, 64]"},
+    {"int8_caches", [](auto& p) { set_caches(p, DType::Int8), p.query_out.dtype = DType::BFloat16; }, ""},
+    {"int8_queries", [](auto& p) { set_caches(p, DType::Int8), p.query_out.dtype = DType::Int8; },
+     "query_out must be float32, float16 or bfloat16 as the caches are not FP8, got int8"},
     // Query.
     {"query_dtype", [](auto& p) { p.query.dtype = DType::Float16; }, "query must be bfloat16 as key is, got float16"},
     {"query_device", [](auto& p) { p.query.device = kCuda; }, "query must be on the device of key, cpu, got cuda:0"},
@@ -144,14 +160,15 @@ TEST(RopeOverlap, EveryWrittenTensorWithEveryOther) {
       {"value", &RopeAppend::value},     {"slot_mapping", &RopeAppend::slot_mapping},
       {"q_scale", &RopeAppend::q_scale}, {"k_scale", &RopeAppend::k_scale},
       {"v_scale", &RopeAppend::v_scale}};
-  const std::pair<const char*, Optional> kOptional[] = {{"positions", &RopeAppend::positions},
-                                                        {"cos_sin_cache", &RopeAppend::cos_sin_cache},
-                                                        {"q_norm_weight", &RopeAppend::q_norm_weight},
-                                                        {"k_norm_weight", &RopeAppend::k_norm_weight}};
+  const std::pair<const char*, Optional> kOptional[] = {
+      {"positions", &RopeAppend::positions},         {"cos_sin_cache", &RopeAppend::cos_sin_cache},
+      {"q_norm_weight", &RopeAppend::q_norm_weight}, {"k_norm_weight", &RopeAppend::k_norm_weight},
+      {"k_offset", &RopeAppend::k_offset},           {"v_offset", &RopeAppend::v_offset}};
   for (std::size_t i = 0; i < std::size(kWritten); ++i) {
     const auto& [name, written] = kWritten[i];
     const auto over_it = [&, member = written](const auto& change) {
       RopeAppend p = rope_problem();
+      p.k_offset = offset(kKeyOffset, {4, 64}), p.v_offset = offset(kValueOffset, {4, 64});
       change(p, (p.*member).data);
       return p;
     };
@@ -172,6 +189,20 @@ TEST(RopeLayout, HeadsAreNeverMerged) {
   EXPECT_EQ(layout.cache.num_heads, 4);
   EXPECT_EQ(layout.cache.head_size, 64);
   EXPECT_EQ(layout.num_heads, 8);
+}
+
+TEST(RopeLayout, ScalesPerChannelAndOffsets) {
+  RopeAppend p = rope_problem();
+  p.k_scale = k_scale({4, 64}), p.v_offset = offset(kValueOffset, {4, 64});
+  const CacheLayout cache = lower(p).cache;
+  EXPECT_EQ(cache.num_heads, 4) << "not merged";
+  EXPECT_EQ(cache.k.scales.head, 64);
+  EXPECT_EQ(cache.k.scales.dim, 1);
+  EXPECT_EQ(cache.v.scales.dim, 0);
+  EXPECT_EQ(cache.k.offsets.data, nullptr);
+  EXPECT_EQ(cache.v.offsets.data, p.v_offset->data);
+  EXPECT_EQ(cache.v.offsets.head, 64);
+  EXPECT_EQ(cache.v.offsets.dim, 1);
 }
 
 TEST(RopeLayout, QueryKeepsItsStrides) {

@@ -13,9 +13,10 @@ from torch import Tensor
 
 import fp8kv
 from fp8kv import reference
+from fp8kv._dtypes import FORMATS
 from helpers import (
-    FP8_CACHES,
     PLAIN_CACHES,
+    QUANTIZED_CACHES,
     assert_same_bytes,
     copy_bits,
     empty_caches,
@@ -24,7 +25,7 @@ from helpers import (
     sentinels,
 )
 
-CACHES = FP8_CACHES | PLAIN_CACHES
+CACHES = QUANTIZED_CACHES | PLAIN_CACHES
 CPU = torch.device("cpu")
 #: Entries of a block table that nobody may use.
 GARBAGE = torch.tensor([-1, (1 << 31) - 1, -(1 << 31), 12345678])
@@ -117,7 +118,7 @@ def make(problem: Problem) -> Inputs:
     name, dtype, element = CACHES[problem.cache]
     num_heads, num_kv_heads = problem.heads
     head_size, block_size = problem.head_size, problem.block_size
-    quantized = problem.cache in FP8_CACHES
+    quantized = problem.cache in QUANTIZED_CACHES
     seen = problem.seen()
     num_tokens = sum(problem.num_queries())
 
@@ -145,7 +146,7 @@ def make(problem: Problem) -> Inputs:
     kv = [8 * (normal(*shape) + normal(*shape[2:])) if quantized else normal(*shape) for _ in "kv"]
     spread = 8.0
     if problem.extreme:
-        spread = torch.finfo(element).max
+        spread = FORMATS[element].max
         kv = [spread * x.sign() for x in kv]
     nan = torch.full((), math.nan)
     caches = [torch.where(is_seen[..., None, None], x, nan).to(element) for x in kv]

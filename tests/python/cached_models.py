@@ -1,4 +1,4 @@
-"""Tiny models of Transformers and their caches: `Fp8Cache`, and one of reference numbers beside it."""
+"""Tiny Transformers models and their caches: `Fp8Cache`, and a cache of reference values for comparison."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from helpers import assert_same_bytes
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LENGTH = 24  # tokens of the sequences
-STEPS = (7, 5, 1, 1, 1, 4, 1, 1, 3)  # they come in these pieces
+STEPS = (7, 5, 1, 1, 1, 4, 1, 1, 3)  # processed in these chunks
 LAYERS, KV_HEADS, HEAD_SIZE = 2, 2, 16
 
 FIELDS: dict[str, Any] = {
@@ -42,7 +42,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "GptOss": ("GptOss", {"sliding_window": 9, "head_dim": 16, "num_local_experts": 2,
                           "num_experts_per_tok": 2}),  # with sinks
 }  # fmt: skip
-#: What the argument of a model is called: `cache` in newer releases.
+#: The name of the cache argument of models: `cache` in newer releases.
 CACHE = next(
     x
     for x in inspect.signature(transformers.LlamaForCausalLM.forward).parameters
@@ -70,7 +70,7 @@ def model_of(kind: str, dtype: torch.dtype = torch.float32, device: torch.device
 
 
 def scales_of(kind: str, config: Any) -> Any:
-    """Some heads saturate with these, others use little of the range."""
+    """With these, some heads saturate, and others use little of the range."""
     if kind in ("1.0", "dynamic"):
         return None if kind == "1.0" else "dynamic"
     count = 1 if kind == "tensor" else config.num_key_value_heads
@@ -100,7 +100,7 @@ def by_tokens(x: Tensor) -> Tensor:
 
 
 class _ThereAndBack:
-    """Makes a cache of Transformers one of FP8 values in the dtype of the model."""
+    """Makes a Transformers cache store FP8 values in the model's dtype."""
 
     def rounds(self, scales: Any, fp8: torch.dtype = E4M3) -> Any:
         self.scales, self.fp8 = scales, fp8
@@ -134,7 +134,7 @@ def caches(
     config: Any = None,
     **options: Any,
 ) -> tuple[Fp8Cache, Any]:
-    """A cache, and the one to compare it with.
+    """A cache, and the reference cache.
 
     The cache dequantizes, so that both give the model the same numbers; with `direct` and the config of the
     model it does not.
@@ -164,7 +164,7 @@ def with_cache(cache: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def logits(model: Any, cache: Any, ids: Tensor, mask: Tensor, steps: Sequence[int] = STEPS) -> Tensor:
-    """Of all tokens, given to the model in pieces; the cache may hold earlier ones, which the mask has."""
+    """For all tokens, processed in chunks; the cache may hold earlier tokens, which the mask includes."""
     past, pieces = mask.shape[1] - ids.shape[1], []
     for piece in ids.split(list(steps), 1):
         past += piece.shape[1]

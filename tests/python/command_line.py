@@ -1,4 +1,4 @@
-"""Running commands within the process of the tests."""
+"""Runs commands within the test process."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typer.testing import CliRunner
 
 from fp8kv.cli import _app
 
-#: What a picture begins with.
+#: The first bytes of a PNG file.
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def output_of(*arguments: str | Path, status: int = 0) -> str:
-    """The output of `fp8kv`, as it is laid out."""
+    """The output of `fp8kv`, with its layout."""
     result = CliRunner().invoke(_app.app, [str(argument) for argument in arguments])
     assert result.exit_code == status, result.output
     assert result.exception is None or isinstance(result.exception, SystemExit)

@@ -1,4 +1,4 @@
-"""Fixtures of all tests. Tests that take `device` run on the CPU and, where there is one, on the GPU."""
+"""Fixtures for all tests. Tests with `device` run on the CPU and, if there is one, on the GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from helpers import torch_threads
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup`, what runs in the same process.
+    """Groups tests that must run in the same process, for `--dist loadgroup`.
 
     Tests that need most of the memory of a GPU, so that they never run at the same time; and those of a
     module that share its `ranks`, so that the ranks are started once.
@@ -47,14 +47,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """For models so small that threads only wait for each other."""
+    """One thread, for models so small that threads only slow each other down."""
     with torch_threads(1):
         yield
 
 
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
-    """What `torch.compile` knows of other tests is forgotten, and so is what it learns."""
+    """Resets `torch.compile` before and after the test."""
     torch.compiler.reset()
     yield
     torch.compiler.reset()
@@ -62,7 +62,7 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a language model with random weights, and of its tokenizer."""
+    """The folder of a language model with random weights and its tokenizer."""
     return tiny_models.make_model(tmp_path_factory.mktemp("models") / "tiny")
 
 

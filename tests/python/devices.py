@@ -1,4 +1,4 @@
-"""The devices that tests run on, and the account of what was not run for want of a GPU."""
+"""The devices that tests run on, and the report of tests not run without a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import fp8kv
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device that the ops run on."""
+    """Every device that the operators run on."""
     if request.param == "cuda":
         require_cuda()
     return torch.device(request.param)
@@ -20,7 +20,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture
 def cuda() -> torch.device:
-    """For what only a GPU can do."""
+    """For tests that need a GPU."""
     require_cuda()
     return torch.device("cuda")
 
@@ -37,9 +37,9 @@ def require_gpus(count: int) -> None:
         pytest.skip(f"needs {count} GPUs")
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)  # after all that others report
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # after all other reports
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> object:
-    """Says how many cases wait for a GPU, or for a larger one, or for more: their reasons name a GPU."""
+    """Reports how many cases need a GPU, a larger one, or more of them, from the reasons of skips."""
     result = yield
     reasons = Counter(
         report.longrepr[2].removeprefix("Skipped: ")

@@ -1,4 +1,4 @@
-"""Examples in docstrings and on pages run, links lead somewhere, and every public name has its place."""
+"""Examples in docstrings and on pages run, links resolve, and every public name is documented."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def python_blocks(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks_of_a_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In order and in one namespace, so that a page may build on what it did before; in an empty folder."""
+    """In order and in one namespace, so that blocks may build on earlier ones; in an empty folder."""
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}
     for number, block in enumerate(python_blocks(page), 1):
@@ -63,7 +63,7 @@ def test_the_tables_of_a_page_hold_the_numbers_of_the_results(page: Path) -> Non
 
 
 def anchors(page: Path) -> set[str]:
-    """What `#...` may name in a page: its headings, in the form that GitHub and the site give them."""
+    """The anchors of a page: its headings, in the form of GitHub and the site."""
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
@@ -99,7 +99,7 @@ def test_every_public_name_is_on_a_page_of_the_reference(module: str) -> None:
 
 
 def test_the_version_of_the_first_page() -> None:
-    """Its picture, and the words that stand for it."""
+    """The badge and its alternative text."""
     assert f"![version {fp8kv.__version__}]" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert f">{fp8kv.__version__}<" in (ROOT / "docs/images/version.svg").read_text(encoding="utf-8")
 

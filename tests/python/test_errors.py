@@ -101,7 +101,7 @@ WRITTEN = {
     "paged_attention": ["out", "lse"],
 }
 REAL = "float32, float16 or bfloat16"
-FP8 = "float8_e4m3fn or float8_e5m2"
+QUANTIZED = "float8_e4m3fn, float8_e5m2 or int8"
 EXTENTS = "group_shape must have two extents"
 F32 = torch.float32
 OTHER_DTYPES = {
@@ -177,6 +177,7 @@ def wrong_dtype(name: str, expected: str, *others: str) -> list[Case]:
             {name: new(4, 6, dtype=(OTHER_DTYPES | EVERY_DTYPE)[other])},
         )
         for other in (*OTHER_DTYPES, *others)
+        if other != "int8" or expected != QUANTIZED
     ]
 
 
@@ -236,7 +237,7 @@ def too_many_dimensions(name: str, dtype: torch.dtype) -> Case:
 
 CACHE = "[num_blocks, block_size, num_kv_heads, head_size]"
 HEADS = "[num_tokens, num_kv_heads, head_size]"
-STRINGS = '"auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3" or "fp8_e5m2"'
+STRINGS = '"auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2" or "int8"'
 INT32, INT64 = torch.int32, torch.int64
 
 
@@ -288,8 +289,8 @@ def wrong_caches() -> list[Case]:
 
 def contradictions(*, quantized_only: bool) -> list[Case]:
     """Strings there are not, and strings that say something else than the caches."""
-    known = '"fp8", "fp8_e4m3" or "fp8_e5m2"' if quantized_only else STRINGS
-    unknown = ["fp8e4m3", "int8", "fp8_e4m3fnuz", "", "FP8"]
+    known = '"fp8", "fp8_e4m3", "fp8_e5m2" or "int8"' if quantized_only else STRINGS
+    unknown = ["fp8e4m3", "int16", "fp8_e4m3fnuz", "", "FP8"]
     unknown += ["auto", "float16", "bfloat16", "float32"] if quantized_only else []
     cases = [
         Case(
@@ -301,10 +302,12 @@ def contradictions(*, quantized_only: bool) -> list[Case]:
     pairs = [
         ("fp8", "float8_e5m2", e4m3), ("fp8_e4m3", "float8_e5m2", e4m3), ("fp8_e4m3", "float16", e4m3),
         ("fp8_e5m2", "float8_e4m3fn", e5m2), ("fp8_e5m2", "float16", e5m2),
+        ("fp8", "int8", e4m3), ("int8", "uint8", "int8"), ("int8", "float8_e4m3fn", "int8"),
     ]  # fmt: skip
     if not quantized_only:
         pairs += [
             ("auto", "float8_e4m3fn", REAL), ("auto", "uint8", REAL), ("auto", "float64", REAL),
+            ("auto", "int8", REAL),
             ("float16", "bfloat16", "float16"), ("bfloat16", "float32", "bfloat16"),
             ("float32", "float8_e4m3fn", "float32"), ("float16", "uint8", "float16"),
         ]  # fmt: skip
@@ -343,10 +346,8 @@ def wrong_attention() -> list[Case]:
         "[num_blocks=2, block_size=5, num_kv_heads]"
     )
     fits = "num_seqs=2 elements, as block_table has rows"
-    per_channel = "the shape [num_kv_heads=4, head_size=6]"
     formats = f"float8_e4m3fn or uint8 as the caches are, or {REAL}"
-    plain = new(2, 5, 4, 6, dtype=torch.bfloat16)
-    unquantized = {"key_cache": plain, "value_cache": plain, "kv_cache_dtype": text("auto")}
+    unquantized = plain_caches(new)
     without_sums: dict[str, Make] = {"cu_query_lens": lambda device: None}
 
     def number(name: str, value: float, expected: str, got: str | None = None) -> Case:
@@ -460,19 +461,7 @@ def wrong_attention() -> list[Case]:
         ),
         *wrong_shape("sinks", "the shape [num_heads]", F32, (8, 1), ()),
         *wrong_shape("sinks", "num_heads=8 elements", F32, (4,), (1,), (0,)),
-        *(
-            case
-            for name in ("k_offset", "v_offset")
-            for case in (
-                *every_dtype_but(name, "float32", "float32"),
-                *wrong_shape(name, per_channel, F32, (4,), (24,), (6, 4), (1, 4, 6), ()),
-                Case(
-                    f"{name} of plain caches",
-                    f"{name} must be None as the caches are not FP8, got shape [4, 6]",
-                    {name: new(4, 6), **unquantized},
-                ),
-            )
-        ),
+        *wrong_offsets(unquantized),
         *(number("softmax_scale", x, "finite", str(x)) for x in (math.nan, math.inf)),
         *(number("softcap", x, "finite and at least 0", str(x)) for x in (-0.5, math.nan, math.inf)),
         number("max_query_len", 0, "at least 1"),
@@ -483,17 +472,61 @@ def wrong_attention() -> list[Case]:
     ]  # fmt: skip
 
 
+def plain_caches(make: Callable[..., Make]) -> dict[str, Make]:
+    caches = make(2, 5, 4, 6, dtype=torch.bfloat16)
+    return {"key_cache": caches, "value_cache": caches, "kv_cache_dtype": text("auto")}
+
+
+def wrong_offsets(unquantized: dict[str, Make]) -> list[Case]:
+    """`unquantized`: arguments with caches that are not. Without them, where caches must be quantized."""
+    per_channel = "the shape [num_kv_heads=4, head_size=6]"
+    return [
+        case
+        for name in ("k_offset", "v_offset")
+        for case in (
+            *every_dtype_but(name, "float32", "float32"),
+            too_many_dimensions(name, F32),
+            *wrong_shape(name, per_channel, F32, (4,), (24,), (6, 4), (1, 4, 6), (0,), ()),
+            *(
+                [
+                    Case(
+                        f"{name} of plain caches",
+                        f"{name} must be None as the caches are not quantized, got shape [4, 6]",
+                        {name: new(4, 6), **unquantized},
+                    )
+                ]
+                if unquantized
+                else []
+            ),
+        )
+    ]
+
+
 def wrong_cache_scales(*, or_cache: bool) -> list[Case]:
-    count = "1 or num_kv_heads=4 elements"
+    count = "1 or num_kv_heads=4 elements, or the shape [num_kv_heads, head_size=6]"
     if or_cache:
-        count += ", or the shape [num_blocks=2, block_size=5, num_kv_heads]"
+        count += " or [num_blocks=2, block_size=5, num_kv_heads]"
     return [
         case
         for name in ("k_scale", "v_scale")
         for case in (
             *every_dtype_but(name, "float32", "float32"),
             too_many_dimensions(name, F32),
-            *wrong_shape(name, count, F32, (2,), (0,), (8,), (4, 4), (2, 5, 3), (5, 2, 4), (2, 5, 4, 1)),
+            *wrong_shape(
+                name,
+                count,
+                F32,
+                (2,),
+                (0,),
+                (8,),
+                (4, 4),
+                (6, 4),
+                (24,),
+                (1, 4, 6),
+                (2, 5, 3),
+                (5, 2, 4),
+                (2, 5, 4, 1),
+            ),
             *([] if or_cache else wrong_shape(name, count, F32, (2, 5, 4))),
             Case(
                 f"{name} with several strides",
@@ -575,6 +608,9 @@ def overlaps(written: dict[str, Make], read: dict[str, Make]) -> list[Case]:
     return cases
 
 
+OFFSETS = (("k_offset", new(4, 6)), ("v_offset", new(4, 6)))
+
+
 def cache_overlaps(op: str, *more: tuple[str, Make]) -> list[Case]:
     arguments = {name: make for name, make in (*USUAL[op].items(), *more) if name != "kv_cache_dtype"}
     written = {name: make for name, make in arguments.items() if name in WRITTEN[op]}
@@ -589,7 +625,7 @@ EXPANDED = Case(
 CASES: dict[str, list[Case]] = {
     "static_scaled_fp8_quant": [
         *wrong_dtype("input", REAL, "float8_e4m3fn", "float8_e5m2"),
-        *wrong_dtype("result", FP8, "float32", "float16", "bfloat16"),
+        *wrong_dtype("result", QUANTIZED, "float32", "float16", "bfloat16"),
         *wrong_float32("scale"),
         *wrong_shapes(E4M3),
         too_many_dimensions("input", F32),
@@ -607,7 +643,7 @@ CASES: dict[str, list[Case]] = {
     ],
     "dynamic_scaled_fp8_quant": [
         *wrong_dtype("input", REAL, "float8_e4m3fn", "float8_e5m2"),
-        *wrong_dtype("result", FP8, "float32", "float16", "bfloat16"),
+        *wrong_dtype("result", QUANTIZED, "float32", "float16", "bfloat16"),
         *wrong_float32("scale"),
         *wrong_float32("scale_ub"),
         *wrong_shapes(E4M3),
@@ -645,7 +681,7 @@ CASES: dict[str, list[Case]] = {
         too_many_dimensions("scale_ub", F32),
     ],
     "scaled_fp8_dequant": [
-        *wrong_dtype("input", FP8, "float32", "float16", "bfloat16"),
+        *wrong_dtype("input", QUANTIZED, "float32", "float16", "bfloat16"),
         *wrong_dtype("result", REAL, "float8_e4m3fn", "float8_e5m2"),
         *wrong_float32("scale"),
         *wrong_shapes(torch.bfloat16),
@@ -683,26 +719,28 @@ CASES: dict[str, list[Case]] = {
     ],
     "reshape_and_cache_flash": [
         *wrong_caches(), *contradictions(quantized_only=False), *wrong_slots(),
-        *wrong_cache_scales(or_cache=False), *cache_overlaps("reshape_and_cache_flash"),
+        *wrong_cache_scales(or_cache=False), *wrong_offsets(plain_caches(sevens)),
+        *cache_overlaps("reshape_and_cache_flash", *OFFSETS),
     ],
     "reshape_and_cache_flash_dynamic": [
         *wrong_caches(), *contradictions(quantized_only=True), *wrong_slots(), *wrong_scale_caches(),
-        *cache_overlaps("reshape_and_cache_flash_dynamic"),
+        *wrong_offsets({}), *cache_overlaps("reshape_and_cache_flash_dynamic", *OFFSETS),
     ],
     "rope_quant_and_cache": [
         *wrong_caches(), *contradictions(quantized_only=False), *wrong_slots(),
-        *wrong_cache_scales(or_cache=False), *cache_overlaps("rope_quant_and_cache"),
+        *wrong_cache_scales(or_cache=False),
+        *wrong_offsets(plain_caches(sevens) | {"query_out": sevens(3, 8, 6, dtype=torch.bfloat16)}),
+        *cache_overlaps("rope_quant_and_cache", *OFFSETS),
     ],
     "gather_and_dequant_cache": [
         *wrong_caches(), *contradictions(quantized_only=False), *wrong_cache_scales(or_cache=True),
-        *wrong_sequences(),
-        *cache_overlaps("gather_and_dequant_cache", ("seq_starts", new(2, dtype=INT32))),
+        *wrong_sequences(), *wrong_offsets(plain_caches(new)),
+        *cache_overlaps("gather_and_dequant_cache", ("seq_starts", new(2, dtype=INT32)), *OFFSETS),
     ],
     "paged_attention": [
         *wrong_attention(), *contradictions(quantized_only=False),
         *cache_overlaps(
-            "paged_attention", ("seq_starts", new(2, dtype=INT32)), ("sinks", new(8)),
-            ("k_offset", new(4, 6)), ("v_offset", new(4, 6)),
+            "paged_attention", ("seq_starts", new(2, dtype=INT32)), ("sinks", new(8)), *OFFSETS
         ),
     ],
 }  # fmt: skip
@@ -753,6 +791,18 @@ def test_the_usual_arguments_are_accepted(device: torch.device, op: str) -> None
         assert any(not torch.equal(raw(arguments[name]), before[name]) for name in WRITTEN[op])
 
 
+@pytest.mark.parametrize("op", [op for op in USUAL if "key_cache" in USUAL[op] and op != "paged_attention"])
+def test_what_has_no_cuda_kernels_yet(cuda: torch.device, op: str) -> None:
+    offsets = Case(
+        "", "v_offset must be on the cpu, as there are no CUDA kernels for offsets yet, got cuda:0",
+        {"v_offset": new(4, 6)},
+    )  # fmt: skip
+    refuse(cuda, op, offsets)
+    if "k_scale" in USUAL[op]:
+        sentence = "k_scale must be on the cpu, as there are no CUDA kernels for scales per channel yet"
+        refuse(cuda, op, Case("", f"{sentence}, got cuda:0", {"k_scale": new(4, 6)}))
+
+
 @pytest.mark.parametrize(
     ("op", "argument", "other"),
     [
@@ -772,7 +822,7 @@ def test_the_usual_arguments_are_accepted(device: torch.device, op: str) -> None
                 "rope_quant_and_cache",
                 "gather_and_dequant_cache",
             )
-            for argument in USUAL[op]
+            for argument in (*USUAL[op], "k_offset", "v_offset")
             if argument not in ("key", "kv_cache_dtype")
         ),
         ("gather_and_dequant_cache", "seq_starts", "key"),
@@ -788,8 +838,7 @@ def test_devices_that_differ(cuda: torch.device, op: str, argument: str, other: 
     home = "cuda:0" if stray == "cpu" else "cpu"
     arguments = {name: make(torch.device(home)) for name, make in USUAL[op].items()}
     optional = {
-        "scale_ub": new(1), "seq_starts": new(2, dtype=INT32), "sinks": new(8), "k_offset": new(4, 6),
-        "v_offset": new(4, 6),
+        "scale_ub": new(1), "seq_starts": new(2, dtype=INT32), "sinks": new(8), **dict(OFFSETS)
     }  # fmt: skip
     arguments[argument] = (USUAL[op] | optional)[argument](torch.device(stray))
     with pytest.raises(RuntimeError) as error:
@@ -825,7 +874,7 @@ def test_what_quantize_refuses_itself(device: torch.device) -> None:
     ("call", "sentence"),
     [
         (lambda x: fp8kv.quantize(x, dtype=torch.uint8),
-         "dynamic_scaled_fp8_quant: result must be " + FP8 + ", got uint8"),
+         "dynamic_scaled_fp8_quant: result must be " + QUANTIZED + ", got uint8"),
         (lambda x: fp8kv.quantize(x, group_shape=(1,)),
          "dynamic_scaled_fp8_quant: group_shape must have two extents, rows and columns, got 1"),
         (lambda x: fp8kv.quantize(x, group_shape=(0, 5)),
@@ -833,7 +882,7 @@ def test_what_quantize_refuses_itself(device: torch.device) -> None:
         (lambda x: fp8kv.quantize(x.double()),
          "dynamic_scaled_fp8_quant: input must be " + REAL + ", got float64"),
         (lambda x: fp8kv.dequantize(x, x[:1, 0]),
-         "scaled_fp8_dequant: input must be " + FP8 + ", got float32"),
+         "scaled_fp8_dequant: input must be " + QUANTIZED + ", got float32"),
         (lambda x: fp8kv.dequantize(x.to(E4M3), x[:1, 0], dtype=torch.float64),
          "scaled_fp8_dequant: result must be " + REAL + ", got float64"),
     ],

@@ -1,4 +1,4 @@
-"""Every program of examples/ runs and says what it should; on the GPU where there is one, but for C++."""
+"""Every program of examples/ runs with the expected output; on the GPU if there is one, except C++."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 BUILDING = ROOT / "docs" / "building.md"
 
-#: What `find_package(fp8kv)` finds here: the library and the headers of the Python package.
+#: A CMake package for `find_package(fp8kv)`: the library and the headers of the Python package.
 PACKAGE = """\
 add_library(fp8kv::core SHARED IMPORTED)
 set_target_properties(fp8kv::core PROPERTIES
@@ -31,7 +31,7 @@ set_target_properties(fp8kv::core PROPERTIES
 
 @pytest.fixture
 def python(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a program of Python with its arguments, in this process, and returns its output."""
+    """Runs a Python program with its arguments, in this process, and returns its output."""
 
     def run(name: str, *arguments: str | Path) -> str:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])

@@ -1,4 +1,4 @@
-"""`benchmarks/generate.py`: it runs small on the CPU, and computes what fits into a memory."""
+"""`benchmarks/generate.py`: a small run on the CPU, and the context length that fits in memory."""
 
 from __future__ import annotations
 

@@ -22,9 +22,9 @@ from fp8kv import (
 )
 from helpers import (
     CACHE_LAYOUTS,
-    FP8_CACHES,
     LAYOUTS,
     PLAIN_CACHES,
+    QUANTIZED_CACHES,
     REAL,
     assert_same_bytes,
     copy_bits,
@@ -162,8 +162,31 @@ def draw_scales(
     return scale_values(k, generator, ordinary), scale_values(v, generator, ordinary)
 
 
-def forms_of(heads: int) -> list[tuple[int, ...]]:
-    return [(), (1,), (1, 1), (heads,), (1, heads), (heads, 1, 1)]
+def forms_of(device: torch.device, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Of the scales of a cache."""
+    heads = shape[2]
+    forms: list[tuple[int, ...]] = [(), (1,), (1, 1), (heads,), (1, heads), (heads, 1, 1)]
+    return forms if device.type == "cuda" else [*forms, shape[2:], shape[2:]]
+
+
+def draw_offsets(
+    data: st.DataObject,
+    device: torch.device,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Of K, of V, of both or of none, in any layout; none with caches and devices that take none."""
+    if device.type == "cuda" or dtype in REAL.values():
+        return {}
+    names = data.draw(st.sets(st.sampled_from(["k_offset", "v_offset"])), "offsets")
+    ordinary = data.draw(st.booleans(), "ordinary offsets")
+    return {
+        name: placed(
+            random_reals([*shape[2:]], torch.float32, generator, ordinary), data.draw(layouts, name), CPU
+        )
+        for name in sorted(names)
+    }
 
 
 #: All but those in which the elements of scales of more than one dimension have no even steps.
@@ -187,21 +210,25 @@ def draw_heads(data: st.DataObject, tokens: int, shape: tuple[int, ...], generat
 @given(st.data())
 def test_append(device: torch.device, data: st.DataObject) -> None:
     shape = data.draw(cache_shapes(), "cache")
-    name, dtype, _ = data.draw(st.sampled_from([*FP8_CACHES.values(), *PLAIN_CACHES.values()]), "elements")
+    name, dtype, _ = data.draw(
+        st.sampled_from([*QUANTIZED_CACHES.values(), *PLAIN_CACHES.values()]), "elements"
+    )
     cache_layout = data.draw(st.sampled_from(CACHE_LAYOUTS), "layout")
     generator = torch.Generator().manual_seed(data.draw(seeds, "seed"))
     slots = draw_slots(data, device, shape[0] * shape[1], generator)
     heads, places = draw_heads(data, len(slots), shape, generator)
-    scales = draw_scales(data, generator, forms_of(shape[2]))
+    scales = draw_scales(data, generator, forms_of(device, shape))
     scale_layout, slot_layout = data.draw(even_layouts, "scales"), data.draw(layouts, "slots")
+    offsets = draw_offsets(data, device, shape, dtype, generator)
 
     key_cache, value_cache, actual = empty_caches(shape, dtype, cache_layout, device)
     reshape_and_cache_flash(
         *(placed(x, place, device) for x, place in zip(heads, places, strict=True)), key_cache, value_cache,
         placed(slots, slot_layout, device), name, *(placed(s, scale_layout, device) for s in scales),
+        **offsets,
     )  # fmt: skip
     key_cache, value_cache, expected = empty_caches(shape, dtype, cache_layout, CPU)
-    reference.reshape_and_cache_flash(*heads, key_cache, value_cache, slots, name, *scales)
+    reference.reshape_and_cache_flash(*heads, key_cache, value_cache, slots, name, *scales, **offsets)
     for a, e in zip(actual, expected, strict=True):
         assert_same_bytes(a, e)
 
@@ -210,12 +237,13 @@ def test_append(device: torch.device, data: st.DataObject) -> None:
 @given(st.data())
 def test_append_dynamic(device: torch.device, data: st.DataObject) -> None:
     shape = data.draw(cache_shapes(), "cache")
-    name, dtype, _ = data.draw(st.sampled_from([*FP8_CACHES.values()]), "elements")
+    name, dtype, _ = data.draw(st.sampled_from([*QUANTIZED_CACHES.values()]), "elements")
     cache_layout = data.draw(st.sampled_from(CACHE_LAYOUTS), "layout")
     scale_layouts = [data.draw(layouts, name) for name in ("scales of K", "scales of V")]
     generator = torch.Generator().manual_seed(data.draw(seeds, "seed"))
     slots = draw_slots(data, device, shape[0] * shape[1], generator)
     heads, places = draw_heads(data, len(slots), shape, generator)
+    offsets = draw_offsets(data, device, shape, dtype, generator)
 
     buffers = []
     for at in (device, CPU):
@@ -224,7 +252,7 @@ def test_append_dynamic(device: torch.device, data: st.DataObject) -> None:
         op = reshape_and_cache_flash_dynamic if not buffers else reference.reshape_and_cache_flash_dynamic
         op(
             *(placed(x, place, at) for x, place in zip(heads, places, strict=True)), key_cache, value_cache,
-            *(scale for scale, _ in scales), slots.to(at), name,
+            *(scale for scale, _ in scales), slots.to(at), name, **offsets,
         )  # fmt: skip
         buffers.append([*caches, *(buffer for _, buffer in scales)])
     for a, e in zip(*buffers, strict=True):
@@ -238,8 +266,11 @@ def test_step(device: torch.device, data: st.DataObject) -> None:
     shape = data.draw(cache_shapes(), "cache")
     kv_heads, head_size = shape[2:]
     num_heads = kv_heads * data.draw(st.integers(0, 4), "query heads for one of K")
-    name, dtype, _ = data.draw(st.sampled_from([*FP8_CACHES.values(), *PLAIN_CACHES.values()]), "elements")
-    out_dtype = data.draw(st.sampled_from([dtype, *REAL.values()]), "query_out")
+    name, dtype, _ = data.draw(
+        st.sampled_from([*QUANTIZED_CACHES.values(), *PLAIN_CACHES.values()]), "elements"
+    )
+    out_dtypes = [*REAL.values()] if dtype == torch.int8 else [dtype, *REAL.values()]
+    out_dtype = data.draw(st.sampled_from(out_dtypes), "query_out")
     cache_layout = data.draw(st.sampled_from(CACHE_LAYOUTS), "layout")
     generator = torch.Generator().manual_seed(data.draw(seeds, "seed"))
     slots = draw_slots(data, device, shape[0] * shape[1], generator)
@@ -248,7 +279,8 @@ def test_step(device: torch.device, data: st.DataObject) -> None:
     q_scale = scale_values(
         data.draw(st.sampled_from([(1,), (kv_heads,), (num_heads,)]), "q_scale"), generator, False
     )
-    scales = draw_scales(data, generator, forms_of(kv_heads))
+    scales = draw_scales(data, generator, forms_of(device, shape))
+    offsets = draw_offsets(data, device, shape, dtype, generator)
     rope: list[Any] = [None, None, True]
     if head_size >= 2 and data.draw(st.booleans(), "rope"):
         rotary_dim = 2 * data.draw(st.integers(1, head_size // 2), "half of rotary_dim")
@@ -269,7 +301,7 @@ def test_step(device: torch.device, data: st.DataObject) -> None:
         op = rope_quant_and_cache if not buffers else reference.rope_quant_and_cache
         op(
             *inputs, out, key_cache, value_cache, slots.to(at), name,
-            *(scale.to(at) for scale in (q_scale, *scales)), *rope,
+            *(scale.to(at) for scale in (q_scale, *scales)), *rope, **offsets,
         )  # fmt: skip
         buffers.append([*caches, out_buffer])
     for a, e in zip(*buffers, strict=True):
@@ -280,8 +312,10 @@ def test_step(device: torch.device, data: st.DataObject) -> None:
 @given(st.data())
 def test_gather(device: torch.device, data: st.DataObject) -> None:
     shape = data.draw(cache_shapes(), "cache")
-    blocks, block_size, heads = shape[:3]
-    name, dtype, _ = data.draw(st.sampled_from([*FP8_CACHES.values(), *PLAIN_CACHES.values()]), "elements")
+    blocks, block_size = shape[:2]
+    name, dtype, _ = data.draw(
+        st.sampled_from([*QUANTIZED_CACHES.values(), *PLAIN_CACHES.values()]), "elements"
+    )
     real = data.draw(st.sampled_from([*REAL.values()]), "type")
     cache_layout = data.draw(st.sampled_from(CACHE_LAYOUTS), "layout")
     places = [data.draw(layouts, name) for name in ("key", "value")]
@@ -290,7 +324,8 @@ def test_gather(device: torch.device, data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.integers(0, longest), max_size=6), "lengths")
     starts = [data.draw(st.integers(0, longest), "start") for _ in lengths]
     generator = torch.Generator().manual_seed(data.draw(seeds, "seed"))
-    scales = draw_scales(data, generator, [*forms_of(heads), shape[:3]])
+    scales = draw_scales(data, generator, [*forms_of(device, shape), shape[:3]])
+    offsets = draw_offsets(data, device, shape, dtype, generator)
     contents = random_bits((2, *shape), dtype, generator)
     max_blocks = -(-2 * longest // block_size) if longest else data.draw(st.integers(0, 2), "max_blocks")
     table = torch.randint(0, max(1, blocks), (len(lengths), max_blocks), generator=generator).to(torch.int32)
@@ -307,7 +342,7 @@ def test_gather(device: torch.device, data: st.DataObject) -> None:
         block_table, sums, seq_starts = (placed(x, index_layout, at) for x in indices)
         op(
             key_cache, value_cache, *(x for x, _ in outputs), block_table, sums, name,
-            *(scale.to(at) for scale in scales), seq_starts,
+            *(scale.to(at) for scale in scales), seq_starts, **offsets,
         )  # fmt: skip
         buffers.append([buffer for _, buffer in outputs])
     for a, e in zip(*buffers, strict=True):

@@ -1,4 +1,4 @@
-"""Which module of the package knows which, what it needs of other packages, and its old names."""
+"""Imports between modules of the package, its dependencies, and its old names."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from fp8kv.calibration import _progress
 from fp8kv.evaluation import inspection
 
 PACKAGE = Path(str(fp8kv.__file__)).parent
-#: What `import fp8kv` must not need. PyTorch imports NumPy if it is there.
+#: Packages that `import fp8kv` must not need. PyTorch imports NumPy if installed.
 OPTIONAL = ("rich", "typer", "matplotlib", "safetensors", "transformers", "huggingface_hub", "numpy")
-#: Who may import the reference, which all else is compared with.
+#: Modules that may import the reference, the ground truth for everything else.
 OF_THE_REFERENCE = ("fp8kv.reference", "fp8kv.cli.doctor")
 #: What can be imported where an engine is installed only; tests/python/engines has its own.
 OF_ENGINES = ("fp8kv.vllm.backend", "fp8kv.vllm.queries", "fp8kv.vllm.versions", "fp8kv.vllm.writes")
@@ -39,7 +39,7 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 class Imports(ast.NodeVisitor):
-    """The modules of the package that a module imports, at any time, but for the sake of types alone."""
+    """The modules of the package that a module imports at any time, except for types only."""
 
     def __init__(self, path: Path) -> None:
         self.found: set[str] = set()
@@ -69,14 +69,14 @@ def interpreter(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def python(code: str) -> str:
-    """What a fresh interpreter prints."""
+    """The output of a fresh interpreter."""
     result = interpreter(code)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
 
 def without(*modules: str) -> str:
-    """The beginning of code for an interpreter in which these are not installed."""
+    """A preamble that makes these packages unavailable to an interpreter."""
     return f"""
 import sys
 class Without:
@@ -202,7 +202,7 @@ runpy.run_module("fp8kv", run_name="__main__")
 
 
 def test_the_library_works_with_pytorch_alone(tmp_path: Path) -> None:
-    """Every operator, a cache, scales and a checkpoint; the command line says what it lacks."""
+    """Every operator, a cache, scales and a checkpoint work; the command line names missing packages."""
     make_checkpoint(tmp_path)
     result = interpreter(without(*OPTIONAL, "fp8kv._introspect") + PYTORCH_ALONE, str(tmp_path))
     assert result.stdout.splitlines() == ["[-1.0, 1.0]", "3 torch.Size([4])"], result.stderr

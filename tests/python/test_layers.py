@@ -1,4 +1,4 @@
-"""The layers of the source tree, read off its #include lines: which folder may know which."""
+"""The layers of the source tree, from its #include lines: which folder may include which."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STABLE_TORCH = r"torch/csrc/stable/.+|torch/csrc/inductor/aoti_torch/c/.+|torch/
 
 @dataclass(frozen=True)
 class Layer:
-    """A folder: whose files it may include, its own always, and which headers of others."""
+    """A folder: the folders it may include besides itself, and the external headers."""
 
     below: tuple[str, ...] = ()
     foreign: str = STANDARD

@@ -1,4 +1,4 @@
-"""The Python functions and the module: what they allocate, return and refuse."""
+"""The Python functions and the module: results, allocations and errors."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ def test_the_documentation_and_the_functions_of_the_reference_have_the_same_argu
         ], name
 
 
-# Plans, as the C++ library shows them
+# Plans, as exposed by the C++ library
 
 
 @pytest.mark.parametrize(

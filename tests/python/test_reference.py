@@ -523,8 +523,11 @@ def test_sequences_that_lead_nowhere(
         ({"kv_cache_dtype": "int8"}, "caches can't be torch.float8_e4m3fn with kv_cache_dtype 'int8'"),
         ({"kv_cache_dtype": "auto"}, "caches can't be torch.float8_e4m3fn with kv_cache_dtype 'auto'"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "caches can't be torch.float8_e4m3fn with kv_cache_dtype 'fp8_"),
-        ({"k_scale": torch.ones(3)}, "scales must be float32 with 1 or 2 elements"),
-        ({"v_scale": torch.ones(1).half()}, "scales must be float32 with 1 or 2 elements"),
+        ({"k_scale": torch.ones(3)}, "scales can't be torch.float32 of shape [3]"),
+        ({"v_scale": torch.ones(1).half()}, "scales can't be torch.float16 of shape [1]"),
+        ({"k_scale": torch.ones(4, 2)}, "scales can't be torch.float32 of shape [4, 2]"),
+        ({"k_offset": torch.ones(4, 2)}, "offsets can't be torch.float32 of shape [4, 2]"),
+        ({"v_offset": torch.ones(2, 4).half()}, "offsets can't be torch.float16 of shape [2, 4]"),
         ({"key": torch.ones(3, 2, 4).double()}, "key and value can't be torch.float64 and torch.float32"),
         ({"value": torch.ones(3, 2, 4).half()}, "key and value can't be torch.float32 and torch.float16"),
         ({"value": torch.ones(2, 2, 4)}, "key and value must have a row for each of 3 slots"),
@@ -532,8 +535,8 @@ def test_sequences_that_lead_nowhere(
         ({"value_cache": torch.zeros(2, 3, 2, 4).to(FP8["e5m2"])}, "caches must have one dtype"),
         ({"value_cache": torch.zeros(1, 3, 2, 4).to(FP8["e4m3"])}, "caches can't have the shapes"),
     ],
-    ids=["unknown", "auto", "e5m2", "3 scales", "fp16 scale", "fp64", "two types", "few rows", "head size",
-         "two formats", "shapes"],
+    ids=["unknown", "auto", "e5m2", "3 scales", "fp16 scale", "channels", "offset", "fp16 offset", "fp64",
+         "two types", "few rows", "head size", "two formats", "shapes"],
 )  # fmt: skip
 def test_an_append_that_does_not_fit_is_refused(arguments: dict[str, object], sentence: str) -> None:
     usual = {

@@ -94,6 +94,19 @@ def test_opcheck(device: torch.device, op: str) -> None:
 
 
 @pytest.mark.usefixtures("_allclose_knows_fp8")
+@pytest.mark.parametrize("op", [op for op in OPS if "cache" in op])
+def test_opcheck_with_scales_per_channel_and_offsets(op: str) -> None:
+    """On the CPU: there are no CUDA kernels for them yet."""
+    positional = arguments(torch.device("cpu"))[op]
+    head_size = 8 if op == "rope_quant_and_cache" else 24
+    channels = torch.ones(2, head_size)
+    at = positional.index("fp8") + (2 if op == "rope_quant_and_cache" else 1)
+    if op != "reshape_and_cache_flash_dynamic":
+        positional = (*positional[:at], channels, channels, *positional[at + 2 :])
+    torch.library.opcheck(getattr(ops, op).default, positional, {"k_offset": channels, "v_offset": channels})
+
+
+@pytest.mark.usefixtures("_allclose_knows_fp8")
 def test_opcheck_of_attention_with_defaults(device: torch.device) -> None:
     all_arguments = arguments(device)["paged_attention"]
     query = torch.ones(2, 4, 24, dtype=torch.bfloat16, device=device)
@@ -117,17 +130,19 @@ SCHEMAS = {
     "scaled_fp8_dequant": MAP,
     "group_amax": "(Tensor(a!) amax, Tensor input, int[] group_shape) -> ()",
     "reshape_and_cache_flash": "(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-    "Tensor slot_mapping, str kv_cache_dtype, Tensor k_scale, Tensor v_scale) -> ()",
+    "Tensor slot_mapping, str kv_cache_dtype, Tensor k_scale, Tensor v_scale, "
+    "Tensor? k_offset=None, Tensor? v_offset=None) -> ()",
     "reshape_and_cache_flash_dynamic": "(Tensor key, Tensor value, Tensor(a!) key_cache, "
     "Tensor(b!) value_cache, Tensor(c!) k_scale_cache, Tensor(d!) v_scale_cache, Tensor slot_mapping, "
-    "str kv_cache_dtype) -> ()",
+    "str kv_cache_dtype, Tensor? k_offset=None, Tensor? v_offset=None) -> ()",
     "rope_quant_and_cache": "(Tensor query, Tensor key, Tensor value, Tensor(a!) query_out, "
     "Tensor(b!) key_cache, Tensor(c!) value_cache, Tensor slot_mapping, str kv_cache_dtype, Tensor q_scale, "
     "Tensor k_scale, Tensor v_scale, Tensor? positions=None, Tensor? cos_sin_cache=None, bool is_neox=True, "
-    "Tensor? q_norm_weight=None, Tensor? k_norm_weight=None, float norm_eps=9.9999999999999995e-07) -> ()",
+    "Tensor? q_norm_weight=None, Tensor? k_norm_weight=None, float norm_eps=9.9999999999999995e-07, "
+    "Tensor? k_offset=None, Tensor? v_offset=None) -> ()",
     "gather_and_dequant_cache": "(Tensor key_cache, Tensor value_cache, Tensor(a!) key, Tensor(b!) value, "
     "Tensor block_table, Tensor cu_seq_lens, str kv_cache_dtype, Tensor k_scale, Tensor v_scale, "
-    "Tensor? seq_starts=None) -> ()",
+    "Tensor? seq_starts=None, Tensor? k_offset=None, Tensor? v_offset=None) -> ()",
     "paged_attention": "(Tensor query, Tensor key_cache, Tensor value_cache, Tensor(a!) out, "
     "Tensor block_table, Tensor seq_lens, str kv_cache_dtype, Tensor k_scale, Tensor v_scale, "
     "float softmax_scale, Tensor? cu_query_lens=None, int max_query_len=1, int max_seq_len=0, "

@@ -1,4 +1,4 @@
-"""Language models with random weights, so small that they run in milliseconds, whose tokens are words."""
+"""Language models with random weights, small enough to run in milliseconds, whose tokens are words."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_model(folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any
 
 
 def add_tokenizer(folder: Path) -> None:
-    """A token for each of `WORDS`, from 1 on."""
+    """One token per word of `WORDS`, starting from 1."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -37,6 +37,6 @@ def add_tokenizer(folder: Path) -> None:
 
 
 def random_text(num_tokens: int, seed: int = 0) -> str:
-    """So many words, each one token."""
+    """The given number of words, one token each."""
     generator = torch.Generator().manual_seed(seed)
     return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (num_tokens,), generator=generator).tolist())

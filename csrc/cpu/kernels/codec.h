@@ -56,6 +56,17 @@ class Encoder {
   const I32 code_mask_ = constant(splat(F::kCodeMask));
 };
 
+// From fp32 to integers; anything for NaN. A sum with kMagic is rounded to an integer, which its low bits then hold.
+template <>
+class Encoder<Int8> {
+ public:
+  FP8KV_INLINE_MEMBER I32 integer(F32 x) const { return bits_of(limit_both_ways(x, limit_) + magic_) - bits_of(magic_); }
+
+ private:
+  static constexpr float kMagic = 0x1.8p23f;
+  const F32 limit_ = constant(splat(Fp8Traits<Int8>::kMax)), magic_ = constant(splat(kMagic));
+};
+
 // The fp32 bits of a finite code without its sign. A subnormal gets an exponent of its own, from which the implicit bit that it
 // doesn't have is subtracted.
 template <class T>
@@ -92,7 +103,16 @@ FP8KV_INLINE F32 load(const Fp8* from) {
   return float_of(select(magnitude > kLastNumber, splat(kQuietNaN), value));
 }
 
-// The same where all are finite. fp16 has the exponent of E5M2, and that of E4M3 but for a factor.
+FP8KV_INLINE F32 load(const Int8* from) { return __builtin_convertvector(widen(load_vector<I8>(from)), F32); }
+
+// Whether a tile, four vectors, holds finite numbers only.
+template <class Fp8>
+FP8KV_INLINE bool all_finite(const Fp8* from) {
+  return !any_magnitude_above(load_vector<Bytes>(from), Fp8Traits<Fp8>::kMaxBits);
+}
+FP8KV_INLINE bool all_finite(const Int8*) { return true; }
+
+// The same as load() where all are finite. fp16 has the exponent of E5M2, and that of E4M3 but for a factor.
 FP8KV_INLINE F32 load_number(const E5M2* from) {
   if constexpr (!kHasHalf) return load(from);
   return widen_half(widen_signed(load_vector<U8>(from)) << 8);
@@ -102,6 +122,8 @@ FP8KV_INLINE F32 load_number(const E4M3* from) {
   constexpr std::uint16_t kSignAndCode = 0xbf80;
   return widen_half((widen_signed(load_vector<U8>(from)) << 7) & kSignAndCode) * 256.0f;
 }
+
+FP8KV_INLINE F32 load_number(const Int8* from) { return load(from); }
 
 // --- Stores of four vectors --------------------------------
 
@@ -123,6 +145,17 @@ FP8KV_INLINE void store(Fp8* to, const F32 (&x)[4], const Encoder<Fp8>& encoder)
     sign[k] = select(nan, I32{}, bits_of(x[k]));
   }
   pack8_signed(&to->bits, code, sign);
+}
+
+FP8KV_INLINE void store_numbers(Int8* to, const F32 (&x)[4], const Encoder<Int8>& encoder) {
+  I32 code[4];
+  for (int k = 0; k < 4; ++k) code[k] = encoder.integer(x[k]);
+  pack8(&to->bits, code);
+}
+FP8KV_INLINE void store(Int8* to, const F32 (&x)[4], const Encoder<Int8>& encoder) {
+  I32 code[4];
+  for (int k = 0; k < 4; ++k) code[k] = select(is_nan(bits_of(x[k])), I32{}, encoder.integer(x[k]));
+  pack8(&to->bits, code);
 }
 
 FP8KV_INLINE I32 quiet(F32 x) { return select(is_nan(bits_of(x)), splat(kQuietNaN), bits_of(x)); }

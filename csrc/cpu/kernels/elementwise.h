@@ -1,6 +1,8 @@
 // Quantize and dequantize rows with given scales.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/kernels/codec.h"
 #include "cpu/kernels/table.h"
 
@@ -12,16 +14,19 @@ constexpr int kTile = 4 * kLanes;  // elements handled per step
 // --- The two operations on a tile ----------
 
 // x / s without dividing: 1 / s = high + low with high rounded down and low > 0, so that both terms of x * high + x * low have
-// the sign of x. It isn't always the fp32 quotient, but on the same side of every boundary between FP8 values, for the scales
-// that are `ordinary` (docs/numerics.md); the others take the division. With a `high` further below 1 / s, more scales would go
-// wrong.
+// the sign of x. It isn't always the fp32 quotient, but on the same side of every boundary between values of the format, for
+// the scales that are `ordinary` (docs/numerics.md); the others take the division. With a `high` further below 1 / s, more
+// scales would go wrong.
+template <class Fp8>
 struct Reciprocal {
   // Lanes of -1 for ordinary scales.
   FP8KV_INLINE I32 ordinary(F32 scale) {
     constexpr std::int32_t kFirst = 0x00800000, kLast = 0x6f800000;  // 2^-126, 2^96
     const I32 bits = bits_of(scale);
     if constexpr (!kHasFma) return I32{};
-    return (bits >= kFirst) & (bits <= kLast) & (((bits + 4) & 0xfffff) >= 4);
+    const I32 in_window = (bits >= kFirst) & (bits <= kLast);
+    if constexpr (std::is_same_v<Fp8, Int8>) return in_window & (((bits + 3) & 0x1ffff) >= 3) & ((bits & 0x1ffff) != 2);
+    return in_window & (((bits + 4) & 0xfffff) >= 4);
   }
   FP8KV_INLINE F32 high(F32 scale) {
     const F32 nearest = 1.0f / scale;
@@ -51,7 +56,7 @@ template <class Real, class Fp8>
 struct QuantizeKernel {
   using In = Real;
   using Out = Fp8;
-  using Split = Reciprocal;
+  using Split = Reciprocal<Fp8>;
 
   FP8KV_INLINE_MEMBER void plain(const In* in, Out* out, const F32 (&scale)[4]) const {
     F32 x[4];
@@ -101,7 +106,7 @@ struct DequantizeKernel {
   }
 
   FP8KV_INLINE_MEMBER bool fast(const In* in, Out* out, const F32 (&scale)[4], const F32 (&)[4]) const {
-    if (any_magnitude_above(load_vector<Bytes>(in), Fp8Traits<Fp8>::kMaxBits)) return false;
+    if (!all_finite(in)) return false;
     F32 x[4];
     for (int k = 0; k < 4; ++k) x[k] = load_number(in + k * kLanes) * scale[k];
     store(out, x);

@@ -4,6 +4,7 @@
 #include "cpu/kernels/amax.h"
 #include "cpu/kernels/attention.h"
 #include "cpu/kernels/elementwise.h"
+#include "cpu/kernels/offsets.h"
 #include "cpu/kernels/rope.h"
 
 namespace fp8kv::cpu::FP8KV_ISA_NAMESPACE {
@@ -28,6 +29,7 @@ constexpr KernelTable make_table(core::TypeList<Real...>, core::TypeList<Quantiz
   return {.quantize = {quantize_row<Real>(core::QuantizedTypes{})...},
           .dequantize = {dequantize_row<Quantized>(core::RealTypes{})...},
           .amax = {AmaxKernels{amax_rows<Real>, amax_columns<Real>}...},
+          .offsets = {OffsetKernels{subtract_offsets<Real>, add_offsets<Real>}...},
           .transform = {transform_rows<Real>...},
           .attention = {attention_scores, attention_exponentials, attention_accumulate}};
 }

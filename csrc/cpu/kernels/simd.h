@@ -31,6 +31,7 @@ typedef std::int16_t I16 __attribute__((vector_size(4 * kLanes)));
 typedef std::uint32_t U32 __attribute__((vector_size(4 * kLanes)));
 typedef std::uint16_t U16 __attribute__((vector_size(2 * kLanes)));
 typedef std::uint8_t U8 __attribute__((vector_size(kLanes)));
+typedef std::int8_t I8 __attribute__((vector_size(kLanes)));
 typedef std::uint8_t Bytes __attribute__((vector_size(4 * kLanes)));
 
 FP8KV_INLINE I32 bits_of(F32 x) { return reinterpret_cast<I32>(x); }
@@ -76,25 +77,30 @@ FP8KV_INLINE Vector constant(Vector v) {
 
 // --- Lanes of 32 bits from narrower ones, and back --------------------------------
 
-// pack16 stores the low halves of the lanes of two vectors, in which what is above must be 0. pack8_signed stores the low bytes
-// of four vectors, which must be 0 from bit 7 on, with the signs of four others in bit 7.
+// pack16 stores the low halves of the lanes of two vectors, in which what is above must be 0. pack8 stores four vectors of
+// integers from -128 to 127 as bytes. pack8_signed stores four of integers from 0 to 127, with the signs of four others in
+// bit 7.
 
 #if defined(__AVX512F__)
 FP8KV_INLINE I32 widen(U16 x) {
   return reinterpret_cast<I32>(_mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(x)));
 }
 FP8KV_INLINE I32 widen(U8 x) { return reinterpret_cast<I32>(_mm512_maskz_cvtepu8_epi32(0xffff, reinterpret_cast<__m128i>(x))); }
+FP8KV_INLINE I32 widen(I8 x) { return reinterpret_cast<I32>(_mm512_maskz_cvtepi8_epi32(0xffff, reinterpret_cast<__m128i>(x))); }
 FP8KV_INLINE __m512i pack_words(I32 a, I32 b) {
   return _mm512_packs_epi32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b));
 }
-FP8KV_INLINE void pack8_signed(std::uint8_t* to, const I32 (&x)[4], const I32 (&sign)[4]) {
-  const __m512i codes = _mm512_packs_epi16(pack_words(x[0], x[1]), pack_words(x[2], x[3]));
-  const __m512i signs = _mm512_packs_epi16(pack_words(sign[0], sign[1]), pack_words(sign[2], sign[3]));
-  constexpr int kFirstOrSecondAndThird = 0xf8;
-  const __m512i packed = _mm512_ternarylogic_epi32(codes, signs, _mm512_set1_epi8(-128), kFirstOrSecondAndThird);
-  const __m512i order =
-      _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);  // packing stays within 128 bits
+FP8KV_INLINE __m512i pack_bytes(const I32 (&x)[4]) {  // packing stays within 128 bits: out of order
+  return _mm512_packs_epi16(pack_words(x[0], x[1]), pack_words(x[2], x[3]));
+}
+FP8KV_INLINE void store_bytes(std::uint8_t* to, __m512i packed) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   store_vector(to, _mm512_maskz_permutexvar_epi32(0xffff, order, packed));
+}
+FP8KV_INLINE void pack8(std::uint8_t* to, const I32 (&x)[4]) { store_bytes(to, pack_bytes(x)); }
+FP8KV_INLINE void pack8_signed(std::uint8_t* to, const I32 (&x)[4], const I32 (&sign)[4]) {
+  constexpr int kFirstOrSecondAndThird = 0xf8;
+  store_bytes(to, _mm512_ternarylogic_epi32(pack_bytes(x), pack_bytes(sign), _mm512_set1_epi8(-128), kFirstOrSecondAndThird));
 }
 FP8KV_INLINE void pack16(std::uint16_t* to, I32 a, I32 b) {
   const __m512i packed = _mm512_packus_epi32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b));
@@ -105,15 +111,21 @@ FP8KV_INLINE I32 widen(U16 x) { return reinterpret_cast<I32>(_mm256_cvtepu16_epi
 FP8KV_INLINE I32 widen(U8 x) {
   return reinterpret_cast<I32>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(reinterpret_cast<long long>(x))));
 }
+FP8KV_INLINE I32 widen(I8 x) {
+  return reinterpret_cast<I32>(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(reinterpret_cast<long long>(x))));
+}
 FP8KV_INLINE __m256i pack_words(I32 a, I32 b) {
   return _mm256_packs_epi32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b));
 }
+FP8KV_INLINE __m256i pack_bytes(const I32 (&x)[4]) {  // packing stays within 128 bits: out of order
+  return _mm256_packs_epi16(pack_words(x[0], x[1]), pack_words(x[2], x[3]));
+}
+FP8KV_INLINE void store_bytes(std::uint8_t* to, __m256i packed) {
+  store_vector(to, _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+}
+FP8KV_INLINE void pack8(std::uint8_t* to, const I32 (&x)[4]) { store_bytes(to, pack_bytes(x)); }
 FP8KV_INLINE void pack8_signed(std::uint8_t* to, const I32 (&x)[4], const I32 (&sign)[4]) {
-  const __m256i codes = _mm256_packs_epi16(pack_words(x[0], x[1]), pack_words(x[2], x[3]));
-  const __m256i signs = _mm256_packs_epi16(pack_words(sign[0], sign[1]), pack_words(sign[2], sign[3]));
-  const __m256i packed = _mm256_or_si256(codes, _mm256_and_si256(signs, _mm256_set1_epi8(-128)));
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing stays within 128 bits
-  store_vector(to, _mm256_permutevar8x32_epi32(packed, order));
+  store_bytes(to, _mm256_or_si256(pack_bytes(x), _mm256_and_si256(pack_bytes(sign), _mm256_set1_epi8(-128))));
 }
 FP8KV_INLINE void pack16(std::uint16_t* to, I32 a, I32 b) {
   const __m256i packed = _mm256_packus_epi32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b));
@@ -127,13 +139,14 @@ FP8KV_INLINE I32 widen(U8 x) {
   const __m128i words = _mm_unpacklo_epi8(_mm_cvtsi32_si128(reinterpret_cast<int>(x)), __m128i{});
   return reinterpret_cast<I32>(_mm_unpacklo_epi16(words, __m128i{}));
 }
+FP8KV_INLINE I32 widen(I8 x) { return widen(reinterpret_cast<U8>(x)) << 24 >> 24; }
 FP8KV_INLINE __m128i pack_words(I32 a, I32 b) {
   return _mm_packs_epi32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b));
 }
+FP8KV_INLINE __m128i pack_bytes(const I32 (&x)[4]) { return _mm_packs_epi16(pack_words(x[0], x[1]), pack_words(x[2], x[3])); }
+FP8KV_INLINE void pack8(std::uint8_t* to, const I32 (&x)[4]) { store_vector(to, pack_bytes(x)); }
 FP8KV_INLINE void pack8_signed(std::uint8_t* to, const I32 (&x)[4], const I32 (&sign)[4]) {
-  const __m128i codes = _mm_packs_epi16(pack_words(x[0], x[1]), pack_words(x[2], x[3]));
-  const __m128i signs = _mm_packs_epi16(pack_words(sign[0], sign[1]), pack_words(sign[2], sign[3]));
-  store_vector(to, _mm_or_si128(codes, _mm_and_si128(signs, _mm_set1_epi8(-128))));
+  store_vector(to, _mm_or_si128(pack_bytes(x), _mm_and_si128(pack_bytes(sign), _mm_set1_epi8(-128))));
 }
 FP8KV_INLINE void pack16(std::uint16_t* to, I32 a, I32 b) {  // there is no packing of unsigned halves: make them signed
   store_vector(to, pack_words(a << 16 >> 16, b << 16 >> 16));
@@ -141,6 +154,10 @@ FP8KV_INLINE void pack16(std::uint16_t* to, I32 a, I32 b) {  // there is no pack
 #else
 FP8KV_INLINE I32 widen(U16 x) { return __builtin_convertvector(x, I32); }
 FP8KV_INLINE I32 widen(U8 x) { return __builtin_convertvector(x, I32); }
+FP8KV_INLINE I32 widen(I8 x) { return __builtin_convertvector(x, I32); }
+FP8KV_INLINE void pack8(std::uint8_t* to, const I32 (&x)[4]) {
+  for (int k = 0; k < 4; ++k) store_vector(to + k * kLanes, __builtin_convertvector(x[k], I8));
+}
 FP8KV_INLINE void pack8_signed(std::uint8_t* to, const I32 (&x)[4], const I32 (&sign)[4]) {
   for (int k = 0; k < 4; ++k)
     store_vector(to + k * kLanes, __builtin_convertvector(x[k] | (shift_right(sign[k], 24) & 0x80), U8));
@@ -177,6 +194,16 @@ FP8KV_INLINE F32 limit_magnitude(F32 x, F32 limit) {
   return _mm512_maskz_range_ps(0xffff, x, limit, kSmallerMagnitudeWithoutSign);
 #else
   return float_of(min(bits_of(x) & 0x7fffffff, bits_of(limit)));
+#endif
+}
+
+// The same with the sign of x.
+FP8KV_INLINE F32 limit_both_ways(F32 x, F32 limit) {
+#if defined(__AVX512DQ__)
+  constexpr int kSmallerMagnitude = 0b0010;
+  return _mm512_maskz_range_ps(0xffff, x, limit, kSmallerMagnitude);
+#else
+  return float_of(bits_of(limit_magnitude(x, limit)) | (bits_of(x) & std::int32_t{-0x7fffffff - 1}));
 #endif
 }
 

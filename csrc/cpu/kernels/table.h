@@ -56,6 +56,13 @@ struct AmaxKernels {
   void (*columns)(const void* in, std::int32_t* amax, std::int64_t columns);
 };
 
+struct OffsetKernels {
+  // out = in - offsets, in fp32.
+  void (*subtract)(const void* in, const float* offsets, float* out, std::int64_t count);
+  // out = in + offsets, in fp32, then rounded; NaN becomes the quiet NaN.
+  void (*add)(const float* in, const float* offsets, void* out, std::int64_t count);
+};
+
 // Norm and RoPE of a head, in fp32 with one rounding; fp8kv/rope.h has the formulas.
 struct HeadTransform {
   const float* norm_weight = nullptr;  // nullptr: no norm
@@ -91,6 +98,7 @@ struct KernelTable {
   std::array<QuantizeRow, core::RealTypes::kSize> quantize;           // [real_index(input)][quantized_index(result)]
   std::array<DequantizeRow, core::QuantizedTypes::kSize> dequantize;  // [quantized_index(input)][real_index(result)]
   std::array<AmaxKernels, core::RealTypes::kSize> amax;               // [real_index(input)]
+  std::array<OffsetKernels, core::RealTypes::kSize> offsets;          // [real_index(unquantized side)]
   std::array<TransformRows, core::RealTypes::kSize> transform;        // [real_index(input)]
   AttentionKernels attention;
 };

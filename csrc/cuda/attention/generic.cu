@@ -140,7 +140,7 @@ void launch_generic(const AttentionLayout& layout, const AttentionPlan& plan, cu
                           .threads = plan.warps * kWarp,
                           .shared_memory = plan.shared_memory,
                           .dependent = launches_dependent(blocks)};
-  core::visit(core::RealTypes{} + core::QuantizedTypes{}, layout.cache_dtype, [&]<class Cache>(core::Type<Cache>) {
+  core::visit(core::RealTypes{} + core::Fp8Types{}, layout.cache_dtype, [&]<class Cache>(core::Type<Cache>) {
     launch(attention_generic<Cache>, shape, stream, args);
     check_launch("paged_attention");
   });

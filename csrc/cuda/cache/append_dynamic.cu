@@ -138,7 +138,7 @@ void run(const CacheAppendDynamic& problem, Stream stream) {
   if (layout.num_slots() == 0) return;
   const CachePlan plan = core::plan_append_dynamic(layout);
   core::visit_real(layout.row_dtype, [&]<class In>(core::Type<In>) {
-    core::visit_quantized(layout.cache_dtype, [&]<class Out>(core::Type<Out>) {
+    core::visit_fp8(layout.cache_dtype, [&]<class Out>(core::Type<Out>) {
       for_each_token_chunk(layout, plan.tokens, problem.slot_mapping, [&](const CacheLayout& chunk, const TokenIndices& slots) {
         launch_append_dynamic<Out, In>(chunk, slots, plan, stream);
         check_launch(op);

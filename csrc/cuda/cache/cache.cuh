@@ -118,8 +118,7 @@ template <class F>
 void visit_append(DType real, DType element, const F& f) {
   core::visit_real(real, [&]<class In>(core::Type<In>) {
     if (core::is_quantized(element))
-      core::visit_quantized(element,
-                            [&]<class Out>(core::Type<Out>) { f.template operator()<device::QuantizeOp<Out>, In, Out>(); });
+      core::visit_fp8(element, [&]<class Out>(core::Type<Out>) { f.template operator()<device::QuantizeOp<Out>, In, Out>(); });
     else
       core::visit_real(element, [&]<class Out>(core::Type<Out>) { f.template operator()<device::CopyOp, In, Out>(); });
   });

@@ -209,7 +209,7 @@ void run(const CacheGather& problem, Stream stream) {
   const Sequences sequences = Sequences::of(problem);
   core::visit_real(layout.row_dtype, [&]<class Out>(core::Type<Out>) {
     if (core::is_quantized(layout.cache_dtype))
-      core::visit_quantized(layout.cache_dtype, [&]<class In>(core::Type<In>) {
+      core::visit_fp8(layout.cache_dtype, [&]<class In>(core::Type<In>) {
         launch_gather<device::DequantizeOp, In, Out>(op, layout, sequences, plan, stream);
       });
     else

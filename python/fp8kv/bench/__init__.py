@@ -1,14 +1,14 @@
-"""Benchmarks: every operator against a copy of the same bytes, and against the peers that are installed.
+"""Benchmarks: every operator against a copy of the same bytes, and against installed peers.
 
-On CUDA the time is that of one call inside a CUDA graph of many calls over rotating buffers, so that neither
-the host nor the L2 cache flatters. **Floor** is the better of `cudaMemcpyAsync` and a plain 16-byte copy
+On CUDA, the time is per call inside a CUDA graph of many calls over rotating buffers, so that neither host
+overhead nor L2 cache hits distort it. **Floor** is the better of `cudaMemcpyAsync` and a plain 16-byte copy
 kernel, moving as many bytes as the operator reads and writes, measured the same way in the same run;
-**share** is floor / time. A **warm** run rotates over buffers and caches that fit the L2 cache together:
-there an operator finds what the kernel before it has just written. On CPU the floor is a copy with as many
-threads as the operator has.
+**share** is floor / time. A **warm** run rotates over buffers and caches that together fit in the L2 cache,
+where an operator finds what the previous kernel has just written. On the CPU, the floor is a copy with the
+operator's number of threads.
 
-Attention only reads: its floor is a plain read of the bytes of K and V that are seen, on the CPU their sum.
-As it is not exact, errors of a sample are measured, too: see `fp8kv.bench.attention`.
+Attention only reads: its floor is a plain read of the bytes of K and V that it attends to, on the CPU their
+sum. Because it is not exact, errors of a sample are measured too: see `fp8kv.bench.attention`.
 
 Example:
     >>> import fp8kv.bench
@@ -37,7 +37,7 @@ __all__ = ["SUITES", "Report", "Row", "Suite", "host_table", "peer_table", "plot
 class Suite(NamedTuple):
     """One benchmark: ``cases(device, quick, warm)`` yields its cases.
 
-    `peers` are those on CUDA, `cpu_peers` those on the CPU, where `torch.compile` alone must be asked for.
+    `peers` are measured on CUDA, `cpu_peers` on the CPU, where only `torch.compile` is optional.
     """
 
     cases: Callable[[torch.device, bool, bool], Iterable[Case[Any]]]
@@ -83,19 +83,19 @@ def run(
         device: "cpu", "cuda" or "cuda:N".
         what: "quantize", "cache", "decode" or "attention".
         quick: few shapes and few repetitions.
-        only: a regular expression; measures only works in whose "name MxN" (for caches and steps "name
-            TOKENSx... models", for attention "name BATCHxCONTEXTx... models") it is found.
-        peers: also measures PyTorch eager, torch.compile and, when they are installed, vLLM (quantization and
-            appends) and FlashInfer (steps); beside attention on CUDA that of PyTorch, of vLLM and of
-            FlashInfer. One that raises is left out, with a note in the report. On the CPU all are measured
-            but torch.compile, which must be asked for.
-        warm: keeps all buffers within the L2 cache, on CUDA; leaves out works that don't fit.
-        host: also measures what an eager call costs the host.
-        progress: is told what is measured next.
+        only: a regular expression; measures only cases whose "name MxN" (for caches and steps "name
+            TOKENSx... models", for attention "name BATCHxCONTEXTx... models") matches it.
+        peers: also measures PyTorch eager, torch.compile and, if installed, vLLM (quantization and appends)
+            and FlashInfer (steps); for attention on CUDA, the attention of PyTorch, vLLM and FlashInfer. One
+            that raises is omitted, with a note in the report. On the CPU, all except torch.compile are always
+            measured.
+        warm: keeps all buffers within the L2 cache, on CUDA; omits cases that don't fit.
+        host: also measures the host time of an eager call.
+        progress: called with the name of the next case.
 
     Raises:
-        ValueError: there is no such benchmark or device, `only` is no regular expression, nothing matches it
-            and fits into the memory, or `warm` is asked for on the CPU.
+        ValueError: there is no such benchmark or device, `only` is not a regular expression, no case matches
+            it and fits in memory, or `warm` is set on the CPU.
     """
     if what not in SUITES:
         raise ValueError(f'fp8kv.bench: what must be {listed(map(quoted, SUITES))}, got "{what}"')

@@ -1,9 +1,9 @@
 """Attention that reads the paged KV cache, on the geometries of known models.
 
-The bytes of a call are those of the keys and values that its queries see, with their scales where each token
-and head has one. K and V of all calls lie in two allocations; each call has blocks of its own, in random
-order. Queries are bf16. The error of a result is the norm of its difference to fp64 arithmetic on the
-dequantized cache, relative to the norm of that, for the first KV head of the first and the last sequence.
+The bytes of a call are the keys and values that its queries see, with their scales if they are per token and
+head. K and V of all calls are in two allocations; each call has its own blocks, in random order. Queries are
+bf16. The error of a result is the norm of its difference from fp64 arithmetic on the dequantized cache,
+relative to the norm of the latter, for the first KV head of the first and the last sequence.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ OP = "paged_attention"
 
 
 class Work(NamedTuple):
-    """What is attended to, and how.
+    """The kind of a case.
 
-    `layout` is "NHD", "HND", or "side by side": K and V of a token and head follow each other. `scales` are
-    "tensor", "head" or "token-head". Each sequence has `queries`, of its last tokens. `ragged`: lengths are
-    random, the longest is the context. `window` is how many positions a query sees, 0: all.
+    `layout` is "NHD", "HND", or "side by side": K and V of a token and head are adjacent. `scales` are
+    "tensor", "head" or "token-head". Each sequence has `queries` queries, for its last tokens. `ragged`:
+    lengths are random, the longest is the context. `window` is the number of positions that a query sees, 0:
+    all.
     """
 
     layout: str = "NHD"
@@ -71,7 +72,7 @@ GEOMETRIES: dict[tuple[int, ...], tuple[str, ...]] = {
 }
 FIRST = (32, 8, 128)
 WINDOW_GEOMETRIES = (FIRST, (8, 4, 256), (4, 1, 256))
-# (sequences, context), of the plain work and of the others; multiples of a block.
+# (sequences, context), for the plain case and for the others; multiples of a block.
 SIZES = {
     "cuda": ((1, 1024), (1, 8192), (1, 32768), (1, 131072), (16, 8192), (64, 8192), (256, 1024)),
     "cpu": ((1, 1024), (1, 4096), (1, 32768), (8, 4096)),
@@ -80,9 +81,9 @@ WORK_SIZES = {"cuda": ((16, 8192), (64, 8192)), "cpu": ((8, 4096),)}
 QUICK_SIZES = {"cuda": ((16, 1024),), "cpu": ((2, 256),)}
 #: Standard deviation of the elements of the caches, without their scale.
 SPREAD = 32.0
-#: Elements after which they repeat; a prime number, so that neither K and V nor heads are alike.
+#: The period of the elements; a prime number, so that neither K and V nor heads are equal.
 PATTERN = 1_000_003
-#: The dimensions of the caches as they follow each other: K or V, block, offset, head, channel.
+#: The order of the dimensions of the caches: K or V, block, offset, head, channel.
 _IN_MEMORY = {"NHD": (0, 1, 2, 3, 4), "HND": (0, 1, 3, 2, 4), "side by side": (1, 2, 3, 0, 4)}
 
 
@@ -249,7 +250,7 @@ class AttentionCase(Case[Buffers]):
 
 
 def _scale(scale: Tensor, place: tuple[Tensor, Tensor]) -> Tensor:
-    """Of the first head at each place: [places, 1], or one element."""
+    """The scales of the first head at each slot: [slots, 1], or one element."""
     if scale.dim() == 3:
         return scale[place][:, :1].double()
     return scale[:1].double()

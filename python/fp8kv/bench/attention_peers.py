@@ -1,10 +1,10 @@
-"""What else attends to keys and values: for each an adapter, which makes calls for the buffers of a case.
+"""Peers of attention: one adapter each, which creates calls for the buffers of a case.
 
-An adapter returns None where the peer can't do the work. It raises an ImportError where the peer is not
-installed, and the peer raises what it likes; both become notes of the report.
+An adapter returns None if the peer doesn't support the case. It raises an ImportError if the peer is not
+installed, and the peer may raise anything; both become notes in the report.
 
-Peers that read 16 or 32 bits get what the FP8 cache stands for, rounded to bf16 or fp32. Those that read
-pages get them in random order.
+Peers that read 16 or 32 bits get the dequantized FP8 cache, rounded to bf16 or fp32. Peers that read pages
+get them in random order.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def sdpa(
     backend: SDPBackend | None = None,
     grouped: bool = False,
 ) -> Peer | None:
-    """PyTorch's attention to K and V that are dense already; see `_attend` about `grouped`."""
+    """PyTorch's attention to dense K and V; see `_attend` for `grouped`."""
     if not _fits_sdpa(case) or (grouped and (case.how.queries > 1 or case.num_heads == case.num_kv_heads)):
         return None
 
@@ -58,7 +58,7 @@ def sdpa(
 
 
 def gather_and_sdpa(case: AttentionCase) -> Peer | None:
-    """`gather_and_dequant_cache` into a workspace of bf16 that all calls share, and PyTorch's attention."""
+    """`gather_and_dequant_cache` into a bf16 workspace shared by all calls, then PyTorch's attention."""
     if not _fits_sdpa(case):
         return None
     rows = _rows(case, INPUT)
@@ -131,7 +131,7 @@ def _attend(case: AttentionCase, b: Buffers, dense: list[Tensor], grouped: bool)
 
 
 def flash_attention_3(case: AttentionCase, fp8: bool) -> Peer | None:
-    """Of vLLM, without metadata of its scheduler that were made before; with FP8 its queries are FP8, too."""
+    """FlashAttention-3 of vLLM, without precomputed scheduler metadata; with FP8, its queries are FP8 too."""
     if fp8 and case.how.scales == "token-head":
         return None
     attend = importlib.import_module("vllm.vllm_flash_attn").flash_attn_varlen_func
@@ -161,7 +161,7 @@ def flash_attention_3(case: AttentionCase, fp8: bool) -> Peer | None:
 
 
 def flashinfer(case: AttentionCase, fp8: bool) -> Peer | None:
-    """Its decode, planned before; in FP8 with scales per tensor, or per token and head."""
+    """FlashInfer's decode, planned ahead; in FP8 with scales per tensor, or per token and head."""
     how = case.how
     if fp8 and how.scales == "head":
         return None
@@ -183,7 +183,7 @@ def flashinfer(case: AttentionCase, fp8: bool) -> Peer | None:
         paged_kv_last_page_len_buffer=torch.empty_like(last),
     )
     token_head = fp8 and how.scales == "token-head"
-    # What older versions lack is passed only where it is needed.
+    # Arguments that older versions lack are passed only if needed.
     options = {"q_len_per_req": how.queries} if how.queries > 1 else {}
     options |= {"use_token_head_sf": True} if token_head else {}
     wrapper.plan(
@@ -210,7 +210,7 @@ FLASHINFER_WORKSPACE = 128 << 20  # bytes, as its documentation recommends
 
 
 def _order(case: AttentionCase) -> Tensor:
-    """Where the pages of a call go that stand in the rows of its block table."""
+    """The destinations of the pages in the rows of a call's block table."""
     generator = torch.Generator(case.device).manual_seed(0)
     return torch.randperm(case.batch * (case.context // BLOCK_SIZE), generator=generator, device=case.device)
 

@@ -1,10 +1,10 @@
-"""The memory bandwidth that makers specify for their cards."""
+"""The specified memory bandwidth of GPUs."""
 
 from __future__ import annotations
 
 import re
 
-#: 1e9 bytes a second, by what is found in the name that CUDA gives the card; the first that is found counts.
+#: 1e9 bytes per second, by a part of the card's name in CUDA; the first match counts.
 _SPECIFIED = {
     r"\bB200\b": 8000.0,
     r"\bH200\b": 4800.0,
@@ -29,7 +29,7 @@ _SPECIFIED = {
 
 
 def specified_gbps(name: str) -> float | None:
-    """Of the card with this name; None where the table lacks it.
+    """The bandwidth of the card with this name; None if it is not in the table.
 
     Example:
         >>> from fp8kv.bench.cards import specified_gbps

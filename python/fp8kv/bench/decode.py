@@ -1,7 +1,7 @@
 """One step of an attention layer: norm, RoPE and quantization of Q and K, quantization of V, and the append.
 
-Bytes are those of Q, K and V, read and written; the table of RoPE and the indices are left out. The caches
-are those of the cache benchmark, the slots random and distinct, the inputs slices of one QKV tensor.
+Bytes are Q, K and V, read and written, without the RoPE table and the indices. The caches are the same as in
+the cache benchmark, the slots random and distinct, the inputs slices of one QKV tensor.
 
 The peer "separate ops" is `quantize` of Q and `reshape_and_cache_flash`; RoPE and norm come before them as
 one compiled PyTorch expression.
@@ -117,7 +117,7 @@ def rope_table(max_position: int, rotary_dim: int, device: torch.device) -> Tens
     return torch.cat((angles.cos(), angles.sin()), 1)
 
 
-# The operator as one would write it in PyTorch
+# The operator in plain PyTorch
 
 
 def transformed(
@@ -164,7 +164,7 @@ def step(
 
 
 def separate(transform: Callable[..., object]) -> Callable[..., None]:
-    """Our own operators one after the other; `transform` does norm and RoPE."""
+    """Separate operators of this library; `transform` does norm and RoPE."""
 
     def call(
         q: Any, k: Any, v: Any, out: Any, k_cache: Any, v_cache: Any, slots: Any, format: str,
@@ -185,7 +185,7 @@ def separate(transform: Callable[..., object]) -> Callable[..., None]:
 
 
 def flashinfer_rope() -> Any:
-    """None where FlashInfer is not installed."""
+    """None if FlashInfer is not installed."""
     try:
         return importlib.import_module("flashinfer.rope").rope_quantize_fp8_append_paged_kv_cache
     except ImportError:
@@ -193,7 +193,7 @@ def flashinfer_rope() -> Any:
 
 
 def flashinfer_call(rope: Any, b: tuple[Any, ...], layout: str, pdl: bool) -> Call:
-    """Each token is a request of one page. One scale for Q and one for K and V, as it has no others."""
+    """Each token is a request of one page. One scale for Q and one for K and V, the only ones it supports."""
     q, k, v, out, k_cache, v_cache, slots, *_ = b
     positions, table = b[11].int(), b[12]
     tokens = len(slots)

@@ -1,10 +1,10 @@
 """The operators of the paged KV cache, on the geometries of known models.
 
-All caches of a run lie in the same two allocations, one for K and one for V, which fit into no cache of
-the hardware unless the run is warm. Every call has keys, values and slots of its own; the slots are random
-and distinct. A gather reads sequences of at most 1024 tokens in random blocks.
+All caches of a run are in the same two allocations, one for K and one for V, which exceed all hardware caches
+unless the run is warm. Every call has its own keys, values and slots; the slots are random and distinct. A
+gather reads sequences of at most 1024 tokens in random blocks.
 
-FlashInfer is no peer: its append_paged_kv_cache copies and does not quantize.
+FlashInfer is not a peer: its append_paged_kv_cache copies without quantizing.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def cases(device: torch.device, quick: bool, warm: bool) -> Iterator[CacheCase]:
 
 @dataclass(frozen=True)
 class Caches:
-    """The memory of K and of V, taken when it is first asked for."""
+    """The memory of K and of V, allocated at first use."""
 
     device: torch.device
     warm: bool
@@ -101,7 +101,7 @@ class CacheCase(Case[tuple[Any, ...]]):
         return 2 * tokens * heads * (head_size * (INPUT.itemsize + FP8.itemsize) + scale)
 
     def buffers(self, count: int) -> list[tuple[Any, ...]]:
-        """Keys and values of an activation's spread."""
+        """Keys and values distributed like activations."""
         tokens, heads, head_size = self.shape
         generator = torch.Generator(self.device).manual_seed(0)
         random: dict[str, Any] = {"generator": generator, "device": self.device, "dtype": torch.float32}
@@ -145,13 +145,13 @@ class CacheCase(Case[tuple[Any, ...]]):
 
 
 def draws(limit: int, size: int, count: int, generator: torch.Generator) -> list[Tensor]:
-    """`count` times `size` distinct random numbers below `limit`; none comes twice where there are enough."""
+    """`count` times `size` distinct random numbers below `limit`; all are distinct if there are enough."""
     order = torch.randperm(limit, generator=generator, device=generator.device)
     starts = [i * size % (limit - size + 1) for i in range(count)]
     return [order[start : start + size].clone() for start in starts]
 
 
-# The operators as one would write them in PyTorch
+# The operators in plain PyTorch
 
 
 def append(
@@ -199,7 +199,7 @@ def gather(
     k_scale: Tensor,
     v_scale: Tensor,
 ) -> None:
-    """Of sequences that all have the same length."""
+    """For sequences that all have the same length."""
     num_seqs = block_table.shape[0]
     position = torch.arange(key.shape[0] // num_seqs, device=key.device)
     place = (block_table[:, position // BLOCK_SIZE].flatten(), (position % BLOCK_SIZE).repeat(num_seqs))

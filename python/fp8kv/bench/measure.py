@@ -1,4 +1,4 @@
-"""How things are measured: times on CUDA and on the CPU, of copies or reads next to them, and of the host."""
+"""Measurements: times on CUDA and on the CPU, of copies or reads for comparison, and on the host."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ class Case(ABC, Generic[Buffers]):
 
     @abstractmethod
     def peer(self, name: str) -> Callable[[Buffers], Call] | None:
-        """How a peer does this work on given buffers; None when it can't, or is not installed."""
+        """A peer's call on given buffers; None if it doesn't support the case or is not installed."""
 
     def error(self, b: Buffers, result: Any) -> float | None:
-        """How far off what a call on these buffers returned is; None where results are exact."""
+        """The error of the result of a call on these buffers; None if results are exact."""
         return None
 
 
@@ -82,7 +82,7 @@ def torch_peer(name: str, expression: Callable[..., object]) -> Callable[..., ob
 
 
 def vllm_ops() -> Any:
-    """None where vLLM is not installed."""
+    """None if vLLM is not installed."""
     try:
         return importlib.import_module("vllm._custom_ops")
     except ImportError:
@@ -90,7 +90,7 @@ def vllm_ops() -> Any:
 
 
 class Settings(NamedTuple):
-    """See `fp8kv.bench.run`; `peers` are the names of those to measure, `floor` is "copy" or "read"."""
+    """See `fp8kv.bench.run`; `peers` are the names of the peers to measure, `floor` is "copy" or "read"."""
 
     quick: bool
     peers: tuple[str, ...]
@@ -100,14 +100,14 @@ class Settings(NamedTuple):
 
 
 def run_cases(what: str, device: torch.device, cases: Sequence[Case[Any]], settings: Settings) -> Report:
-    """Measures all cases on their device. What can't be measured becomes a note of the report."""
+    """Measures all cases on their device. Failures become notes in the report."""
     if device.type == "cuda":
         return _run_cuda(what, device, cases, settings)
     return _run_cpu(what, cases, settings)
 
 
 class _Measured(NamedTuple):
-    """Microseconds, and what `Case.error` says."""
+    """Microseconds, and the result of `Case.error`."""
 
     us: float
     error: float | None
@@ -131,7 +131,7 @@ def _measured_peers(
             peer = case.peer(name)
             if peer is not None:
                 found[name] = _measured(case, [peer(b) for b in buffers], buffers[0], time_of)
-        except Exception as error:  # whatever a peer raises is no reason to lose the other numbers
+        except Exception as error:  # an error of a peer must not lose the other numbers
             reason = (str(error).splitlines() or [""])[0]
             report.note(f"{name} left out: {type(error).__name__}: {reason}", case.name)
     return found
@@ -172,11 +172,11 @@ def _run_cuda(what: str, device: torch.device, cases: Sequence[Case[Any]], setti
             if count < 2:
                 report.note("left out: too large for a quarter of the L2 cache of this device", case.name)
                 continue
-            if 4 * count * case.size > memory:  # the buffers, those of the floor, and what peers allocate
+            if 4 * count * case.size > memory:  # the buffers, the floor's buffers, and allocations of peers
                 report.note("left out: too large for the memory of this device", case.name)
                 continue
             settings.progress(case.name)
-            cuda.empty_cache()  # else small buffers lie scattered over what earlier cases left behind
+            cuda.empty_cache()  # otherwise small buffers are scattered over memory freed by earlier cases
             buffers = case.buffers(count)
             ours = _measured(case, [case.ours(b) for b in buffers], buffers[0], time_of)
             peers = _measured_peers(settings.peers, case, buffers, time_of, report)
@@ -186,9 +186,9 @@ def _run_cuda(what: str, device: torch.device, cases: Sequence[Case[Any]], setti
 
 
 def _rotation(size: int, device: torch.device, warm: bool) -> int:
-    """How many sets of buffers to rotate over: together above four times the L2 cache, but at most 512.
+    """The number of sets of buffers to rotate over: more than four times the L2 cache, but at most 512.
 
-    If they are to stay warm at most 16, within a quarter of it; less than 2 where they don't fit.
+    Warm: at most 16, within a quarter of the L2 cache; less than 2 if they don't fit.
     """
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     if warm:
@@ -199,10 +199,10 @@ def _rotation(size: int, device: torch.device, warm: bool) -> int:
 def graph_time(calls: Sequence[Call], replays: int) -> float:
     """Microseconds of one call: the median over replays of a CUDA graph of at least 200 calls.
 
-    Fewer would show the start of the graph, about 7 us.
+    With fewer calls, the start of the graph, about 7 us, would be visible.
     """
     rounds = math.ceil(200 / len(calls))
-    for call in calls[:2]:  # what is compiled or loaded at first is so before the capture
+    for call in calls[:2]:  # compile and load before the capture
         call()
     cuda.synchronize()
     graph = cuda.CUDAGraph()
@@ -214,7 +214,7 @@ def graph_time(calls: Sequence[Call], replays: int) -> float:
     samples: list[float] = []
     for _ in range(replays):
         start, end = (cuda.Event(enable_timing=True) for _ in range(2))
-        cuda._sleep(100_000)  # the GPU waits while the host enqueues, not the other way round
+        cuda._sleep(100_000)  # the GPU must wait for the host here, not the host for the GPU
         start.record()
         graph.replay()
         end.record()
@@ -229,7 +229,7 @@ extern "C" __global__ void copy16(const uint4* __restrict__ source, uint4* __res
   if (i < (unsigned)count) target[i] = source[i];
 }
 """
-# The store, which random bytes hardly ever lead to, keeps the loads.
+# The store, hardly ever reached with random bytes, keeps the loads from being optimized out.
 _READ_SOURCE = """
 extern "C" __global__ void read16(const uint4* __restrict__ source, unsigned* target, int count) {
   const unsigned first = blockIdx.x * blockDim.x * VECTORS + threadIdx.x;
@@ -250,7 +250,7 @@ extern "C" __global__ void read16(const uint4* __restrict__ source, unsigned* ta
 class _CudaFloor:
     """The time of a copy that reads half the bytes and writes the other half, or of a read of them all.
 
-    Remembered by size.
+    Cached by size.
     """
 
     def __init__(self, device: torch.device, replays: int, kind: str) -> None:
@@ -302,12 +302,12 @@ def _sums(sources: Sequence[Tensor]) -> list[Call]:
 
 
 def _random_bytes(count: int, device: torch.device) -> Tensor:
-    """Not zeros: memory systems may be faster with those."""
+    """Not zeros, with which memory systems may be faster."""
     return torch.randint(256, (count,), dtype=torch.uint8, device=device)
 
 
 def _kernels(source: str, name: str, *vectors: int) -> list[Callable[[Tensor, Tensor], object]]:
-    """A kernel for each number of 16-byte accesses a thread; none where PyTorch can't compile them."""
+    """Kernels for each number of 16-byte accesses per thread; none if PyTorch can't compile them."""
     try:
         return [_kernel(source.replace("VECTORS", str(n)), name, n) for n in vectors]
     except (AttributeError, OSError, RuntimeError):
@@ -380,8 +380,8 @@ def _cpu_floors(case: Case[Any], count: int, threads: int, kind: str) -> list[li
 def cpu_time(calls: Sequence[Call], samples: int) -> float:
     """Microseconds of one call: the median of `samples`, each of all calls and at least two milliseconds.
 
-    Calls that take long get fewer samples, but three. With one thread it is the time of that thread, which
-    does not count while others have the processor.
+    Long calls get fewer samples, but at least three. With one thread, it is the CPU time of that thread,
+    which excludes time in which others have the processor.
     """
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
@@ -411,10 +411,10 @@ def _memmove(target: Tensor, source: Tensor) -> object:
 
 
 def host_cost(calls: dict[str, Call], device: torch.device, rounds: int) -> dict[str, float]:
-    """Microseconds an eager call costs the host, by name, with `torch.zero_` of the same run.
+    """Host time of an eager call in microseconds, by name, with `torch.zero_` in the same run.
 
-    Calls must be small: the queue is kept short, so that what is measured is the way to the launch. On CPU
-    the work itself is part of it.
+    Calls must be small: the queue is kept short, so that only the time to the launch is measured. On the CPU,
+    the work itself is included.
     """
     x = small(1, device)
     calls = {"torch.zero_": lambda: x.zero_(), **calls}

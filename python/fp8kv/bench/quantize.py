@@ -68,7 +68,7 @@ class QuantizeCase(Case[Buffers]):
         return self.shape[0] * self.shape[1] * (INPUT.itemsize + FP8.itemsize)
 
     def buffers(self, count: int) -> list[Buffers]:
-        """Data of an activation's spread."""
+        """Data distributed like activations."""
         made = []
         generator = torch.Generator(self.device).manual_seed(0)
         for _ in range(count):
@@ -99,7 +99,7 @@ class QuantizeCase(Case[Buffers]):
         return lambda b: lambda: function(b.input, b.scale)
 
     def expression(self) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """The work as one would write it in PyTorch; None where groups don't divide the shape."""
+        """The case in plain PyTorch; None if the groups don't divide the shape."""
         shape = self.shape
         rows, cols = (
             size if extent == -1 else min(extent, size)

@@ -1,4 +1,4 @@
-"""What a benchmark found, and how it is shown: tables and pictures."""
+"""Results of a benchmark, as tables and plots."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Row:
     """One measurement. Times are in microseconds, `gbps` is 1e9 bytes a second, `share` is floor / time.
 
-    `errors`, of this library and of peers, where results are not exact: what `Case.error` says.
+    `errors`: the results of `Case.error`, of this library and of peers, if results are not exact.
     """
 
     work: str
@@ -46,9 +46,9 @@ class Row:
 class Report:
     """All measurements of one run on one device.
 
-    `against`: "copy" or "read", what the floor is the time of. `specified_gbps`: the bandwidth that the maker
-    of the card gives. `warm`: the buffers stayed in the L2 cache. `pdl`: with programmatic dependent launch
-    (FP8KV_PDL=1). `notes`: what was left out and why, and in which cases.
+    `against`: "copy" or "read", the operation of the floor. `specified_gbps`: the card's specified bandwidth.
+    `warm`: the buffers stayed in the L2 cache. `pdl`: with programmatic dependent launch (FP8KV_PDL=1).
+    `notes`: what was omitted and why, and in which cases.
     """
 
     what: str
@@ -67,7 +67,7 @@ class Report:
 
     @staticmethod
     def begin(what: str, device: str, floor: str) -> Report:
-        """An empty report of this version, of now."""
+        """An empty report with the current version and time."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         return Report(what, device, torch.__version__, now, _ops.version(), floor)
 
@@ -85,7 +85,7 @@ class Report:
 
     @staticmethod
     def read_json(path: Path) -> Report:
-        """What `write_json` wrote."""
+        """Reads a report written by `write_json`."""
         fields = json.loads(path.read_text())
         return Report(**fields | {"rows": [Row(**row) for row in fields["rows"]]})
 
@@ -94,7 +94,7 @@ class Report:
 
 
 def table(report: Report) -> Table:
-    """The report as a rich table; peers whose errors are known get a table of their own, `peer_table`."""
+    """The report as a rich table; peers with known errors are in a separate one, `peer_table`."""
     require("rich", "cli", "a table")
     from rich.table import Table
 
@@ -141,9 +141,9 @@ def table(report: Report) -> Table:
 
 
 def peer_table(report: Report) -> Table | None:
-    """Microseconds and error of peers, the fastest first, where errors are known; None where none are.
+    """Microseconds and error of peers, the fastest first, if errors are known; otherwise None.
 
-    Beside the last instruction set of a CPU, which is the best.
+    On a CPU, compared with the last instruction set, which is the best.
     """
     require("rich", "cli", "a table")
     from rich.table import Table
@@ -175,7 +175,7 @@ def _peers_of(report: Report) -> list[str]:
 
 
 def _of_last_isa(report: Report) -> list[Row]:
-    """All rows, or of a CPU those of its last instruction set, which is the best."""
+    """All rows, or on a CPU the rows of its last instruction set, which is the best."""
     return [row for row in report.rows if row.isa == report.rows[-1].isa]
 
 
@@ -194,15 +194,15 @@ def host_table(report: Report) -> Table:
     return result
 
 
-# Pictures
+# Plots
 
 
 def plot(report: Report, path: Path) -> None:
-    """Writes a picture (PNG) of the share of the floor, with a panel for each work and a line at `MARK`.
+    """Writes a plot (PNG) of the share of the floor, with a panel per case and a line at `MARK`.
 
-    Of quantization a bar for each shape. Of caches and steps the share over the number of tokens, with a line
-    for each geometry. Of attention a panel for each work and geometry, with a line for this library and for
-    each peer over the sizes. Of the CPU's instruction sets the last only, which is the best.
+    For quantization, one bar per shape. For caches and steps, the share over the number of tokens, with one
+    line per geometry. For attention, one panel per case and geometry, with a line for this library and for
+    each peer over the sizes. Of the CPU's instruction sets only the last, which is the best.
     """
     require("matplotlib", "plot", "a chart")
     import matplotlib
@@ -243,16 +243,16 @@ def plot(report: Report, path: Path) -> None:
     pyplot.close(figure)
 
 
-#: What this library is called beside its peers.
+#: The name of this library among its peers.
 OURS = "fp8kv"
 #: The share of the floor at which a dashed line is drawn.
 MARK = 0.95
 SHARE = "share of a copy of the same bytes, %"
-Panels = Sequence[tuple["Axes", list[Row]]]  # one work each
+Panels = Sequence[tuple["Axes", list[Row]]]  # one case each
 
 
 def _draw_bars(panels: Panels, rows: Sequence[Row]) -> list[Line2D]:
-    """A bar for each shape and number of threads. Returns the legend."""
+    """One bar per shape and number of threads. Returns the legend."""
     threads = list(dict.fromkeys(row.threads for row in rows))
     shapes = list(dict.fromkeys(tuple(row.shape) for row in rows))
     colors = dict(zip(threads, _colors(len(threads)), strict=True))
@@ -271,7 +271,7 @@ def _draw_bars(panels: Panels, rows: Sequence[Row]) -> list[Line2D]:
 
 
 def _draw_lines(panels: Panels, rows: Sequence[Row]) -> list[Line2D]:
-    """A line over the number of tokens for each geometry, in a style for each number of threads."""
+    """One line per geometry over the number of tokens, with one style per number of threads."""
     geometries = {tuple(row.shape[1:]): row.models for row in rows}
     colors = dict(zip(geometries, _colors(len(geometries)), strict=True))
     styles = dict(zip(dict.fromkeys(row.threads for row in rows), ("-", ":"), strict=False))
@@ -302,9 +302,9 @@ def _draw_lines(panels: Panels, rows: Sequence[Row]) -> list[Line2D]:
 
 
 def _draw_peers(panels: Panels, rows: Sequence[Row]) -> list[Line2D]:
-    """A line over batch x context for this library and each peer, in a style for each number of threads.
+    """One line for this library and for each peer over batch x context, with one style per number of threads.
 
-    The share is that of a read of the FP8 cache, for peers that read 16 bits, too.
+    The share is relative to a read of the FP8 cache, also for peers that read 16 bits.
     """
     from matplotlib import colormaps
 

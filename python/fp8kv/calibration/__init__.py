@@ -1,7 +1,7 @@
-"""Calibration: FP8 scales for K, V and Q of a Hugging Face causal language model, from texts that it reads.
+"""Calibration: FP8 scales for K, V and Q of a Hugging Face causal language model, from sample text.
 
-What observers do is in `fp8kv.calibration.observers`; which one to take, and how much text, in
-docs/calibration.md.
+Observers are defined in `fp8kv.calibration.observers`; docs/calibration.md explains which one to use, and how
+much text.
 """
 
 from __future__ import annotations
@@ -44,27 +44,27 @@ def calibrate(
 ) -> KVScales:
     """Finds scales for the KV cache of a causal language model of `transformers`.
 
-    The model reads all batches; K and V are observed as its cache receives them, after RoPE and all norms. Of
-    latent attention (DeepSeek's MLA) the row is observed that engines cache, the latent and the RoPE part: K
-    and V have the same scale. NaN and infinite elements are left out, with a warning. A head of zeros gets
-    the smallest scale, ``1 / (448 * 512)``. Nothing of the cache is kept, but for models that read the layers
-    of their cache, and the model is afterwards as it was before.
+    The model reads all batches; K and V are observed as its cache receives them, after RoPE and all norms.
+    For latent attention (DeepSeek's MLA), the row that engines cache is observed, the latent and the RoPE
+    part: K and V have the same scale. NaN and infinite elements are ignored, with a warning. A head of zeros
+    gets the smallest scale, ``1 / (448 * 512)``. The cache keeps nothing, except for models that read the
+    layers of their cache, and the model is restored afterwards.
 
     When `torch.distributed` is initialized, all ranks must call this, each with its share of the batches
-    (`share`), which may be empty; all get the same scales, those of all batches. The ranks of tensor
-    parallelism read the same batches, and share the scales of a tensor only.
+    (`share`), which may be empty; all get the same scales, found from all batches. Tensor-parallel ranks must
+    read the same batches, and support only scales per tensor.
 
     Args:
-        model: a causal language model of `transformers`, on one device or spread over many by `accelerate`.
-        batches: token ids ``[B, N]`` or ``[N]``, or what a tokenizer returns, with ``input_ids`` and perhaps
-            ``attention_mask``; any number, of any lengths. Padding has no influence on the scales.
+        model: a causal language model of `transformers`, on one device or distributed by `accelerate`.
+        batches: token ids ``[B, N]`` or ``[N]``, or the output of a tokenizer, with ``input_ids`` and
+            optionally ``attention_mask``; any number, of any lengths. Padding does not affect the scales.
         strategy: "tensor" or "attn_head": one scale per layer or one per KV head, for each of K, V and Q.
         observer: "static_minmax", "percentile" or "mse"; see `fp8kv.calibration.observers`.
-        query: whether to find scales for queries, one for each group of heads that share a KV head.
-        percentile: of the observer of that name.
+        query: whether to find scales for queries, one per group of heads that share a KV head.
+        percentile: for the observer of that name.
         group: the ranks that work together; None: all of them.
         progress: True shows a bar on stderr, in the first rank; a function is called after each batch with
-            the number of batches done, and of all if that is known, else None.
+            the number of finished batches, and the total or None if it is unknown.
 
     Returns:
         The scales of all layers that have a cache, on the CPU.
@@ -110,14 +110,14 @@ def text_batches(
     seq_len: int = 1024,
     batch_size: int = 1,
 ) -> list[Tensor]:
-    """Splits a text into windows for `calibrate`: always the same ones, spread evenly over the text.
+    """Splits a text into windows for `calibrate`, deterministic and evenly spaced.
 
     Args:
-        tokenizer: of `transformers`. If it begins a text with a special token, every window begins with it.
-        text: one text, or several that are put one after the other.
-        num_samples: windows at most; there are fewer if the text is short.
-        seq_len: tokens of a window; a shorter text becomes one shorter window.
-        batch_size: windows in a batch.
+        tokenizer: of `transformers`. If it starts a text with a special token, every window starts with it.
+        text: one text, or several that are concatenated.
+        num_samples: maximum number of windows; there are fewer if the text is short.
+        seq_len: tokens per window; a shorter text becomes one shorter window.
+        batch_size: windows per batch.
 
     Returns:
         Batches ``[batch_size, seq_len]``; the last may have fewer windows.
@@ -151,7 +151,7 @@ def text_batches(
 
 
 def share(batches: Iterable[T], rank: int, size: int) -> Iterable[T]:
-    """The batches of one of `size` ranks: every size-th. A sequence gives a list, whose length is known.
+    """The batches of one of `size` ranks: every size-th. A sequence gives a list, with a known length.
 
     Example:
         >>> from fp8kv.calibration import share
@@ -191,7 +191,7 @@ def _check_arguments(model: nn.Module, strategy: str, observer: str, percentile:
 
 
 def _is_tensor_parallel(model: nn.Module) -> bool:
-    """Whether this process has a part of the heads only; FSDP shards weights too, but computes all heads."""
+    """Whether this process has only some of the heads; FSDP shards weights too, but computes all heads."""
     if not is_distributed():
         return False
     from torch.distributed.fsdp import FSDPModule

@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from transformers import Cache
 
 
-#: Token ids, or what a tokenizer returns; see `fp8kv.calibrate`.
+#: Token ids, or the output of a tokenizer; see `fp8kv.calibrate`.
 Batch: TypeAlias = "Tensor | Mapping[str, Any]"
 
 
 @contextmanager
 def reading(model: Any, recorder: Recorder, *, query: bool) -> Iterator[Callable[[Batch], int]]:
-    """A function by which the model reads a batch; it returns the number of tokens that are not padding.
+    """A function that runs the model on a batch and returns the number of tokens that are not padding.
 
     Args:
-        model: a causal language model of `transformers`; it is afterwards as it was before.
-        recorder: is told of each batch, and sees the keys and values of those tokens in every layer.
-        query: whether it sees queries too.
+        model: a causal language model of `transformers`, restored afterwards.
+        recorder: notified of each batch; observes the keys and values of its tokens in every layer.
+        query: whether it observes queries too.
     """
     device = _input_device(model)
     num_embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    keeps = False  # until the model is seen to read what it has cached
+    keeps = False  # until the model turns out to read cached tokens
 
     def read(batch: Batch) -> int:
         nonlocal keeps
@@ -51,13 +51,13 @@ def reading(model: Any, recorder: Recorder, *, query: bool) -> Iterator[Callable
         cache = _recording_cache(model, recorder, keeps=keeps)
         model(**_inputs(model, ids.to(device), mask.to(device), cache))
 
-    # Not inference_mode: buffers that a model computes in a forward pass would not be fit for training.
+    # Not inference_mode: buffers computed in a forward pass could not be used for training later.
     with _evaluating(model), torch.no_grad(), _queries_of(recorder) if query else nullcontext():
         yield read
 
 
 def cache_argument(model: Any) -> str:
-    """What the model calls its cache; older versions of transformers know the second name only."""
+    """The name of the model's cache argument; older versions of transformers know only the second."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
@@ -69,13 +69,13 @@ def _inputs(model: Any, ids: Tensor, mask: Tensor, cache: Cache) -> dict[str, An
         if "position_ids" in parameters:
             # The positions that tokens have without padding, as in `generate`: K and Q depend on them.
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
-    if "logits_to_keep" in parameters:  # those of all tokens would take more memory than all else
+    if "logits_to_keep" in parameters:  # for all tokens, they would take more memory than everything else
         inputs["logits_to_keep"] = 1
     return inputs
 
 
 def _tokens(batch: Batch, num_embeddings: int | None) -> tuple[Tensor, Tensor]:
-    """Ids and mask ``[B, N]`` of a batch, without the rows that are nothing but padding."""
+    """Ids and mask ``[B, N]`` of a batch, without rows of padding only."""
     mask = None
     if isinstance(batch, Mapping):
         if "input_ids" not in batch:
@@ -89,7 +89,7 @@ def _tokens(batch: Batch, num_embeddings: int | None) -> tuple[Tensor, Tensor]:
             f"calibrate: attention_mask must have the shape {list(ids.shape)} of input_ids, "
             f"got {list(mask.shape)}"
         )
-    # On a GPU, an id that is out of range would be the end of the process.
+    # On a GPU, an id out of range would abort the process.
     limit = torch.iinfo(ids.dtype).max if num_embeddings is None else num_embeddings
     unknown = ids[(ids < 0) | (ids >= limit)]
     if unknown.numel():
@@ -124,7 +124,7 @@ def _input_device(model: Any) -> torch.device:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode; every module has its own mode back afterwards."""
+    """In eval mode; the mode of every module is restored."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -135,13 +135,13 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class _CacheIsReadError(Exception):
-    """The model reads keys or values of the cache that were not kept."""
+    """The model reads keys or values that the cache did not keep."""
 
 
 def _recording_cache(model: Any, recorder: Recorder, *, keeps: bool) -> Cache:
-    """A cache for the model's kinds of layers that shows what it is given.
+    """A cache for the model's kinds of layers that passes its inputs to the recorder.
 
-    It keeps nothing of it, for the memory, but for models that look into the layers of their cache.
+    It stores nothing, to save memory, except for models that read the layers of their cache.
     """
     from transformers import DynamicCache
 
@@ -178,7 +178,7 @@ def latent_sizes(config: Any) -> tuple[int, int] | None:
 
 
 def _is_latent(model: Any, layer: int, key: Tensor, value: Tensor, latent: int, rope: int) -> bool:
-    """Whether these are the two parts of a latent row; layers of other attention may be beside such ones.
+    """Whether these are the two parts of a latent row; the model may also have layers of other attention.
 
     Raises:
         RuntimeError: the model has expanded them to keys and values of all heads, which engines don't cache.
@@ -195,7 +195,7 @@ def _is_latent(model: Any, layer: int, key: Tensor, value: Tensor, latent: int, 
 
 
 def _refuse_reads(layer: Any) -> None:
-    """Lets the keys and values of a layer of a cache, which are not there, raise when they are looked at."""
+    """Makes the missing keys and values of a cache layer raise when they are read."""
 
     def refuse(self: Any) -> Tensor:
         raise _CacheIsReadError
@@ -209,10 +209,10 @@ def _refuse_reads(layer: Any) -> None:
 
 @contextmanager
 def _queries_of(recorder: Recorder) -> Iterator[None]:
-    """Shows all queries, as the attention function in use is given them.
+    """Records all queries, as passed to the current attention function.
 
-    All models get that function from one method. Replacing it leaves the name of the implementation alone,
-    from which models conclude other things, such as the form of the mask.
+    All models get that function from one method. Replacing it keeps the name of the implementation, on which
+    other behavior of models depends, such as the form of the mask.
     """
     from transformers.modeling_utils import AttentionInterface
 

@@ -1,4 +1,4 @@
-"""The bars of long work, on stderr."""
+"""Progress bars on stderr."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def bar(
     label: str, total: int | None, *, middle: Sequence[str] = (), last: Sequence[str] = (), **fields: Any
 ) -> Iterator[tuple[Progress, TaskID]]:
-    """A bar and its task; `middle` and `last` are what stands before and behind the times."""
+    """A bar and its task; `middle` and `last` are the columns before and after the times."""
     require("rich", "cli", "a progress bar")
     from rich.console import Console
     from rich.progress import (

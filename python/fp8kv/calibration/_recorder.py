@@ -21,11 +21,11 @@ ScaleCounts = dict[tuple[int, str], int]
 
 
 class Recorder:
-    """Observers by layer and by "k", "v" or "q"; made when a layer shows its number of heads.
+    """Observers by layer and by "k", "v" or "q"; created when the number of heads of a layer is known.
 
     Args:
         make: an observer for a number of heads on a device.
-        per_head: whether each head has a scale of its own.
+        per_head: whether each head has its own scale.
     """
 
     def __init__(self, make: Callable[[int, torch.device], Observer], *, per_head: bool) -> None:
@@ -34,20 +34,20 @@ class Recorder:
         self.observers: dict[int, dict[str, Observer]] = {}
         self.num_tokens = 0
         self._mask = torch.ones(0, 0, dtype=torch.bool)
-        # Where the tokens are among the padding, on each device that asked; None without padding.
+        # The positions of tokens among the padding, per device; None without padding.
         self._places: dict[torch.device, Tensor] | None = None
         # The layer whose attention comes next, and its number of KV heads.
         self._attending: tuple[int, int] | None = None
 
     def expect(self, mask: Tensor) -> None:
-        """What comes next is a batch with this mask, bool ``[B, N]``; False is padding."""
+        """Starts a batch with this mask, bool ``[B, N]``; False is padding."""
         self._mask = mask
         self._places = None if mask.all() else {mask.device: mask.flatten().nonzero().squeeze(1)}
         self._attending = None
         self.num_tokens += int(mask.sum())
 
     def forget_batch(self) -> None:
-        """What came of this batch, the first one, is not counted: it comes again."""
+        """Discards this batch, the first one, because it will be repeated."""
         if self.num_tokens > int(self._mask.sum()):
             raise RuntimeError(
                 "calibrate: the model must read the layers of its cache in every batch or in none, but does "
@@ -64,7 +64,7 @@ class Recorder:
 
     def queries(self, query: Tensor) -> None:
         """``[B, num_heads, N, head_size]``, of the layer whose keys and values came last."""
-        if self._attending is None:  # attention that has no cache, in an image encoder for example
+        if self._attending is None:  # attention without a cache, in an image encoder for example
             return
         (layer, num_kv_heads), self._attending = self._attending, None
         if query.shape[1] % num_kv_heads:
@@ -120,7 +120,7 @@ class Recorder:
         return {key: observer.num_heads for key, observer in self._all().items()}
 
     def reduce(self, counts: ScaleCounts, group: ProcessGroup | None) -> None:
-        """Merges the statistics of all ranks; this one may have seen nothing of the counts."""
+        """Merges the statistics of all ranks; this one may have no observations."""
         for (layer, name), num_heads in sorted(counts.items()):
             observers = self.observers.setdefault(layer, {})
             if name not in observers:
@@ -136,7 +136,7 @@ class Recorder:
 
 
 def is_first_rank(group: ProcessGroup | None) -> bool:
-    """Of the group, None: of all; True without `torch.distributed`.
+    """Whether this is the first rank of the group, None: of all; True without `torch.distributed`.
 
     Raises:
         ValueError: this rank is not in the group.
@@ -149,7 +149,7 @@ def is_first_rank(group: ProcessGroup | None) -> bool:
 
 @contextmanager
 def all_ranks(recorder: Recorder, group: ProcessGroup | None) -> Iterator[None]:
-    """Merges the statistics of all ranks at the end; if one of them fails, all raise, and none waits forever.
+    """Merges the statistics of all ranks at the end; if one of them fails, all raise, and none hangs.
 
     Raises:
         RuntimeError: another rank failed, or has another model.

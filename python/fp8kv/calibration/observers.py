@@ -1,4 +1,4 @@
-"""Observers: from all elements of K, V or Q that calibration sees to one scale for each head.
+"""Observers: find one scale per head from all elements of K, V or Q that calibration observes.
 
 Every observer keeps running statistics on the device of its tensors and never synchronizes before `scales`.
 
@@ -29,25 +29,25 @@ from fp8kv.quantization import dequantize, quantize, raise_head_amax, scale_of_a
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-#: The names that `make_observer` knows.
+#: The names that `make_observer` accepts.
 OBSERVERS = ("static_minmax", "percentile", "mse")
-#: What `MSEObserver` multiplies amax / 448 with, the best first if their errors are the same.
+#: Factors of amax / 448 that `MSEObserver` compares; the first wins if errors are equal.
 MSE_FACTORS = tuple(percent / 100 for percent in range(100, 19, -1))
 
 
 class Observer(Protocol):
-    """What calibration needs of an observer of one tensor of one layer.
+    """The interface of an observer of one tensor of one layer.
 
     Attributes:
         num_heads: the number of scales.
-        counts: int64 ``[2]``: elements seen, and those of them that are NaN or infinite.
+        counts: int64 ``[2]``: all elements observed, and the NaN and infinite ones among them.
     """
 
     num_heads: int
     counts: Tensor
 
     def update(self, x: Tensor) -> None:
-        """Takes ``[num_tokens, num_heads, head_size]`` into account."""
+        """Observes ``[num_tokens, num_heads, head_size]``."""
 
     def reduce(self, group: ProcessGroup | None) -> None:
         """Merges the statistics of all ranks of `group`, None: the default group. A collective call."""
@@ -85,7 +85,7 @@ def check_observer(what: str, name: str) -> None:
 
 
 class MinMaxObserver:
-    """``amax / 448``, with the largest finite magnitude of all elements ever seen.
+    """``amax / 448``, where amax is the largest finite magnitude of all elements observed.
 
     Args:
         num_heads: the number of scales.
@@ -125,14 +125,14 @@ class MinMaxObserver:
 class _HistogramObserver(MinMaxObserver):
     """Counts magnitudes in bins whose upper edges are the bf16 numbers from 2^-16 to 2^16.
 
-    A bf16 element within that range is the upper edge of its bin, so nothing is lost of it; one of another
-    type is rounded up. The first bin has what is below, zeros for example, and the last what is above.
+    A bf16 element within that range is the upper edge of its bin, so it is counted exactly; elements of other
+    types are rounded up. The first bin counts smaller elements, such as zeros, and the last larger ones.
     """
 
     LOWEST, HIGHEST = -16, 16  # exponents
-    #: 7 bits of mantissa for every exponent, and the bins below and above.
+    #: 7 mantissa bits per exponent, and the bins below and above.
     NUM_BINS = (HIGHEST - LOWEST) * 128 + 2
-    # Elements at a time: this bounds the memory of a very large batch.
+    # Elements at a time, which bounds the memory of a very large batch.
     _CHUNK = 1 << 22
 
     def __init__(self, num_heads: int, device: torch.device | str = "cpu") -> None:
@@ -147,7 +147,7 @@ class _HistogramObserver(MinMaxObserver):
         for part in torch.split(x, max(1, self._CHUNK // (x.shape[1] * x.shape[2]))):
             finite = part.isfinite()
             magnitude = torch.where(finite, part, 0).float().abs()
-            # Positive floats are ordered like their bits, and the upper 16 of them are those of bf16.
+            # Positive floats are ordered like their bits, and the upper 16 bits are the bits in bf16.
             bf16 = (magnitude.view(torch.int32) + 0xFFFF) >> 16
             bins = (bf16 - (127 + self.LOWEST) * 128 + 1).clamp(0, self.NUM_BINS - 1)
             self.histogram.view(-1).scatter_add_(
@@ -161,18 +161,18 @@ class _HistogramObserver(MinMaxObserver):
         _all_reduce(self.histogram, ReduceOp.SUM, group)
 
     def _edges(self) -> Tensor:
-        """The upper edges of all bins but the last, which has none: float32."""
+        """The upper edges of all bins except the last, which has none: float32."""
         first = (127 + self.LOWEST) * 128
         bf16 = torch.arange(first - 1, first + self.NUM_BINS - 2, device=self.amax.device, dtype=torch.int32)
         return (bf16 << 16).view(torch.float32)
 
 
 class PercentileObserver(_HistogramObserver):
-    """A percentile of the magnitudes, divided by 448; what is above will be clipped.
+    """A percentile of the magnitudes, divided by 448; larger elements will be clipped.
 
     The percentile is the smallest magnitude that `percentile` percent of all finite elements do not exceed;
-    exact for bf16 elements between 2^-16 and 2^16, else rounded up to the next bf16 number, but not beyond
-    amax, which also stands for all that is above 2^16.
+    exact for bf16 elements between 2^-16 and 2^16, otherwise rounded up to the next bf16 number, but not
+    beyond amax, which also represents all elements above 2^16.
 
     Args:
         num_heads: the number of scales.
@@ -200,7 +200,7 @@ class PercentileObserver(_HistogramObserver):
         self.percentile = percentile
 
     def scales(self) -> Tensor:
-        # In whole numbers: 99.99 percent of 10,000 elements are 9,999 and not one more.
+        # In integers: 99.99 percent of 10,000 elements are exactly 9,999.
         share = Fraction(str(self.percentile)) / 100
         wanted = [max(1, math.ceil(count * share)) for count in self.histogram.sum(1).tolist()]
         needed = torch.tensor(wanted, device=self.amax.device).unsqueeze(1)
@@ -212,9 +212,9 @@ class PercentileObserver(_HistogramObserver):
 class MSEObserver(_HistogramObserver):
     """The scale with the smallest squared quantization error, of ``amax / 448 * f`` for f in `MSE_FACTORS`.
 
-    The factors are 1.00, 0.99, ... 0.20; the largest of the scales with the same error is taken. Elements are
-    taken as the upper edges of their bins: exact for bf16 elements between 2^-16 and 2^16, else rounded up to
-    the next bf16 number. What is above counts as amax, what is below as 0.
+    The factors are 1.00, 0.99, ... 0.20; if errors are equal, the largest scale wins. Elements count as the
+    upper edges of their bins: exact for bf16 elements between 2^-16 and 2^16, otherwise rounded up to the
+    next bf16 number. Larger elements count as amax, smaller ones as 0.
 
     Args:
         num_heads: the number of scales.

@@ -1,4 +1,4 @@
-"""Checkpoints: their scales read, checked, shared out to tensor-parallel ranks, and written.
+"""Scales in checkpoints: load, check, shard for tensor parallelism, and save.
 
 Formats, defects and remedies are described in docs/checkpoints.md.
 """

@@ -1,4 +1,4 @@
-"""`audit_checkpoint`: everything that is wrong with the scales of a checkpoint."""
+"""`audit_checkpoint`: finds all problems of the scales of a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fp8kv.checkpoint.problems import Problem
 
 
 def audit_checkpoint(checkpoint: str | Path, *, model: str | None = None) -> list[Problem]:
-    """All problems of the scales of a checkpoint, errors first; what is in it raises nothing.
+    """Returns all problems of the scales of a checkpoint, errors first; no content of it raises an error.
 
     Args:
         checkpoint: what `load_kv_scales` takes.
@@ -17,7 +17,7 @@ def audit_checkpoint(checkpoint: str | Path, *, model: str | None = None) -> lis
 
     Returns:
         A problem for each defect, with layer, tensor, value, severity and a remedy; docs/checkpoints.md lists
-        the kinds. Empty if all is as it should be.
+        the kinds. Empty if there are none.
 
     Raises:
         FileNotFoundError: there is no such directory or file, and no model of that id can be downloaded.

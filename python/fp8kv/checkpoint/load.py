@@ -1,6 +1,6 @@
-"""`load_kv_scales`: the scales of a checkpoint, checked, and the share of a tensor-parallel rank.
+"""`load_kv_scales`: loads and checks the scales of a checkpoint, for one tensor-parallel rank.
 
-`examine` does what loading and auditing have in common: it reads everything and checks it.
+`examine`, shared by loading and auditing, reads and checks everything.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from fp8kv.checkpoint.scales import (
 )
 from fp8kv.checkpoint.scheme import COMPRESSED_TENSORS, KVCacheScheme, declared, scheme_of
 
-#: As many problems are shown in full, or of one kind.
+#: The number of problems shown in full, in total or of one kind.
 _MANY = 5
 _RANKS = {"error": 0, "warning": 1, "note": 2}
 
@@ -55,30 +55,30 @@ def load_kv_scales(
     model: str | None = None,
     accept: Collection[str] = (),
 ) -> KVScales:
-    """Reads the scales of all layers of a checkpoint; of its files, only headers and scales are read.
+    """Loads the scales of all layers of a checkpoint; only headers and scales are read from its files.
 
     Every rank checks the whole checkpoint, so that all of them raise the same error.
 
     Args:
-        checkpoint: a directory with config.json and .safetensors files, one such file beside its config, a
+        checkpoint: a directory with config.json and .safetensors files, one such file next to its config, a
             .json file of scales, or the id of a model on the Hugging Face Hub, which is downloaded.
-        tp_rank: the rank among `tp_size` tensor-parallel ones.
-        tp_size: their number. Scales per head are shared out like KV heads: each rank gets as many neighbors,
-            or one head, replicated, if there are more ranks than heads.
+        tp_rank: the tensor-parallel rank.
+        tp_size: the number of tensor-parallel ranks. Scales per head are sharded like KV heads: each rank
+            gets the same number of adjacent heads, or one replicated head if there are more ranks than heads.
         device: of the result.
-        on_problem: "raise": problems of severity "error" are raised. "warn": all problems but notes are
+        on_problem: "raise": problems of severity "error" are raised. "warn": all problems except notes become
             warnings; bad scales are None, and a layer without usable scales is missing.
-        query: False: query scales are ignored, with all that is wrong with them, and `q` is None.
-        fnuz: doubles the scales, for hardware whose FP8 is float8_e4m3fnuz: the same byte means half as much
-            there.
-        model: which one, if there are several in the checkpoint: what sets the names of its tensors apart,
+        query: False: query scales and their problems are ignored, and `q` is None.
+        fnuz: doubles the scales, for hardware whose FP8 is float8_e4m3fnuz: the same byte stands for half the
+            value there.
+        model: which one, if there are several in the checkpoint, by the distinctive part of its tensor names,
             such as "talker" or "encoder_attn" (attention to an encoder). None: the language model.
-        accept: kinds of errors that become warnings: "before-rope" takes scales that Quark has found before
-            norm and RoPE, "nvfp4-cache" those of a cache in NVFP4.
+        accept: kinds of errors that become warnings: "before-rope" uses Quark's scales from before norm and
+            RoPE, "nvfp4-cache" the scales of an NVFP4 cache.
 
     Returns:
-        fp32 scales by layer, ``[1]`` or ``[KV heads of the rank]``; one query scale for each KV group, the
-        largest of its heads. ``.problems`` has all that was found.
+        fp32 scales by layer, ``[1]`` or ``[KV heads of the rank]``; one query scale per KV group, the largest
+        of its heads. ``.problems`` has all problems found.
 
     Raises:
         FileNotFoundError: there is no such directory or file, and no model of that id can be downloaded.
@@ -149,7 +149,7 @@ def _message(checkpoint: str | Path, errors: list[Problem]) -> str:
 
 
 def _warn(problems: list[Problem]) -> None:
-    """One warning for each problem, or for all of a kind where they are many."""
+    """One warning per problem, or per kind if there are many."""
     kinds: dict[str, list[Problem]] = {}
     for problem in problems:
         if problem.severity != "note":
@@ -163,7 +163,7 @@ def _warn(problems: list[Problem]) -> None:
             warnings.warn(f"load_kv_scales: {text}", stacklevel=3)
 
 
-# What loading and auditing have in common
+# Shared by loading and auditing
 
 
 @dataclass
@@ -172,11 +172,11 @@ class Examined:
 
     Attributes:
         path: of its directory, or its file.
-        scheme: what the config says; where it says nothing, what the tensors show. None if the config cannot
-            be read or its scheme is not supported, and if there are no scales.
-        heads: of the layers that have a KV cache, by index; None if nothing is known of them.
-        entries: the scales and zero points among the tensors, wrong ones too.
-        scales: by layer, then by letter: the usable ones, fp32 ``[1]`` or ``[heads]``, of all ranks.
+        scheme: from the config, or from the tensors where the config does not specify it. None if the config
+            cannot be read, its scheme is not supported, or there are no scales.
+        heads: of the layers that have a KV cache, by index; None if unknown.
+        entries: the scales and zero points among the tensors, including wrong ones.
+        scales: by layer, then by letter: the usable scales, fp32 ``[1]`` or ``[heads]``, of all ranks.
         problems: all of them, errors first.
     """
 
@@ -219,7 +219,7 @@ def examine(
         for problem in result.problems
     ]
     if any(problem.kind == "before-rope" and problem.severity == "error" for problem in result.problems):
-        # Values have no RoPE.
+        # RoPE does not apply to values.
         result.scales = {n: {"v": x["v"]} for n, x in result.scales.items() if "v" in x}
     result.problems.sort(key=lambda p: (_RANKS[p.severity], -1 if p.layer is None else p.layer))
     return result
@@ -233,20 +233,20 @@ def _check_accept(accept: Collection[str], caller: str) -> None:
 
 
 class _Examination:
-    """One pass over a checkpoint: its files are read first, and then one of the `models` is examined."""
+    """One pass over a checkpoint: reads its files first, then examines one of the `models`."""
 
     def __init__(self, path: Path, query: bool) -> None:
         self.path, self.query = path, query
         self.is_json = path.suffix == ".json" and not path.is_dir()
         self.result = Examined(path)
         self.config: Mapping[str, Any] = {}
-        #: Who has scales and no scheme.
+        #: The producer if there are scales but no scheme.
         self.producer: str | None = "JSON file" if self.is_json else None
         self.statement: Statement | None = None
         self.layers: Layers | None = None
         self.models: Models = {}
         self.tensors = ModelTensors("model.layers.")
-        self.complete = True  # else what is absent is so because its file is
+        self.complete = True  # otherwise, scales may be absent because their file is
         self.usable = self._read_config()
         self._read_tensors()
 
@@ -266,7 +266,7 @@ class _Examination:
         self.result.problems += problems
 
     def _read_config(self) -> bool:
-        """False if the config cannot be read, or its scheme not be used."""
+        """False if the config cannot be read, or its scheme is not supported."""
         folder = self.path if self.path.is_dir() else self.path.parent
         try:
             configs = read_configs(folder)
@@ -320,7 +320,7 @@ class _Examination:
         self.result.heads = None if self.layers is None else self.layers.heads
 
     def _find_scheme(self) -> None:
-        """What the config leaves open, the tensors show."""
+        """Fills in from the tensors what the config leaves open."""
         scales = [
             entry for key, copies in self.result.entries.items() if key.kind == "scale" for entry in copies
         ]
@@ -375,7 +375,7 @@ class _Examination:
             self._check_absent(stored, scheme)
 
     def _heads(self, stored: StoredScales, scheme: KVCacheScheme) -> Mapping[int, Heads]:
-        """Those of the config, and where K and V have as many scales that the tensors know better."""
+        """The heads from the config, corrected by the tensors if K and V have the same number of scales."""
         if self.layers is None or scheme.strategy == "tensor":
             return self.result.heads or {}
         counts = {}
@@ -409,7 +409,7 @@ class _Examination:
         return f"{self.tensors.stack}{layer}.self_attn" if module is None else module.name
 
     def _elsewhere(self) -> str | None:
-        """Where there are scales, or may be: in other models, and in files of the directory."""
+        """Where else there are, or may be, scales: in other models, and in other files of the directory."""
         stacks = [f"{x.stack}*" for x in self.models.values() if x is not self.tensors and x.entries]
         if stacks:
             return f"there are some of {', '.join(stacks)}"
@@ -418,7 +418,7 @@ class _Examination:
 
 
 def _strategy(entries: Mapping[Key, list[Entry]]) -> Strategy:
-    """Per head if a layer has several scales of K, and as many of V."""
+    """Per head if a layer has several scales of K, and the same number for V."""
     counts = {
         (key.layer, key.letter): math.prod(copies[0].stored.shape)
         for key, copies in entries.items()

@@ -1,7 +1,7 @@
-"""`remap_scale_name`: the names that scales of attention have in checkpoints, and the one they get here.
+"""`remap_scale_name`: maps the names of attention scales in checkpoints to one form.
 
-The names of all producers are data: the modules of attention, the forms of names below them, and the words
-that set models beside the language model apart.
+The names of all producers are data: attention modules, the forms of names below them, and the words that
+distinguish other models from the language model.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _CROSS = (
     r"cross_attn|encoder_attn|encdec_attn|src_attn|multihead_attn|cross_attention|crossattention|"
     r"encoder_decoder_attention|EncDecAttention"
 )
-#: A module between a layer and its attention: T5 (layer.0), DBRX (norm_attn_norm); drafts are in one, too.
+#: A module between a layer and its attention: T5 (layer.0), DBRX (norm_attn_norm), and draft models.
 _ABOVE = r"layer\.\d+|[A-Za-z_]+"
 #: Modules between attention and its scales: engines (vLLM, SGLang), ChatGLM, GPT-Neo, BERT.
 _BELOW = r"(?:attn|attn_mqa|attn_mha|mla_attn(?:\.mla_attn)?|core_attention|attention|self)"
 
-#: What a name in attention has at least; most tensors are those of experts.
+#: A quick filter for names in attention; most tensors belong to experts.
 _ATTENTION = re.compile(r"att|Att|mixer|temporal_block")
-#: Layer and attention of a tensor; the first number that fits, as T5 has another one behind it.
+#: Layer and attention of a tensor; the first matching number, because T5 has another one after it.
 _PLACE = re.compile(
     rf"(?P<stack>(?:.*?\.)?)(?P<layer>\d{{1,4}})\.(?:(?P<above>{_ABOVE})\.)??(?P<module>{_SELF}|{_CROSS})\."
     r"(?P<rest>.*)"
@@ -33,7 +33,7 @@ _PLACE = re.compile(
 #: EAGLE-3 has one layer, without a number.
 _ONLY_LAYER = re.compile(rf"(?P<stack>(?:.*\.)?midlayer)\.(?P<module>{_SELF})\.(?P<rest>.*)")
 
-# Forms of names, below the module of attention
+# Forms of names, below the attention module
 
 _KIND = r"(?:(?P<scale>scale)|zero_point)"
 _LETTER = r"(?P<letter>q|k|v|kv)"
@@ -43,7 +43,7 @@ _FORMS = [
     for form in (
         # llm-compressor, AutoFP8 (kv), and parameters of vLLM and SGLang
         rf"{_LETTER}_{_KIND}",
-        # ModelOpt; and what loaders of fused projections make of it
+        # ModelOpt, and its form after fusing projections
         rf"(?P<letter>[qkv])_proj\.(?P=letter)_{_KIND}",
         rf"(?:{_FUSED})\.{_LETTER}_{_KIND}",
         # Quark, and older compressed-tensors
@@ -60,14 +60,14 @@ _FORMS = [
     )
 ]
 
-# What looks like a scale and is in none of these forms
+# Names that look like scales but have none of these forms
 
 _SCALE_WORD = re.compile(r"scal(?:e|ing)|zero_?point|_amax", re.IGNORECASE)
 _LETTER_WORD = re.compile(
     r"(?<![a-z])(?:q|k|v|kv|qkv|key|value|query|kqv)(?![a-z])|(?:^|_)(?:kv_?)?cache(?![a-z])", re.IGNORECASE
 )
-#: Scales of other things: weights and inputs (Mistral's wk.qscale_act is one), probabilities, norms,
-#: adapters; the plural is that of GPTQ and AWQ, for weights.
+#: Other scales: of weights and inputs (such as Mistral's wk.qscale_act), probabilities, norms,
+#: adapters; the plural is used by GPTQ and AWQ, for weights.
 _OTHER_SCALE = re.compile(
     r"weight|input|w[qkvo]\.qscale_act|prob|softmax|norm|logit|lora|rope|rotary|(?:^|\.)(?:o|out)_|"
     r"indexer|bias|shape|\.scales$|layer_scale|residual",
@@ -76,7 +76,7 @@ _OTHER_SCALE = re.compile(
 
 # Models
 
-#: Parts of a name that say nothing of which model it is.
+#: Parts of a name that do not identify a model.
 _TRIVIAL = re.compile(
     r"model|module|base_model|transformer|backbone|language_model|text_model|llm|layers?|h|blocks?"
 )
@@ -85,9 +85,9 @@ _TOWERS = re.compile(
     r"vision|visual|image|audio|speech|vit(?![a-z])|siglip|(?<!transformer\.)encoder|qformer|resampler|"
     r"perceiver|projector|connector|vocoder|2wav|diffusion|dit(?![a-z])|sam(?![a-z])|codec"
 )
-#: Their encoder may be a language model all the same.
+#: Their encoder may still be a language model.
 _LANGUAGE_MODEL = re.compile(r"(?:^|\.)(?:language_model|text_model|llm)(?=\.|$)")
-#: Models with a KV cache that the language model does without: drafts, and what makes speech of its tokens.
+#: Models with a KV cache that the language model does not need: drafts, and speech generation.
 _COMPANIONS = re.compile(
     r"mtp|nextn|midlayer|eagle|draft|medusa|speculat|assistant|talker|code_predictor|depth_decoder"
 )
@@ -97,9 +97,9 @@ class ScaleName(NamedTuple):
     """Whose scale or zero point a tensor is.
 
     Attributes:
-        model: the model, as `model_of_stack` names it.
-        layer: index in it.
-        module: of attention, such as "self_attn" or "encoder_attn".
+        model: the model, as named by `model_of_stack`.
+        layer: index in the model.
+        module: the attention module, such as "self_attn" or "encoder_attn".
         letters: "q", "k", "v" or "kv".
         kind: "scale" or "zero_point".
     """
@@ -112,7 +112,7 @@ class ScaleName(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a tensor of attention is: `stack` is what stands before the number of the layer."""
+    """The location of an attention tensor: `stack` is the prefix before the layer number."""
 
     stack: str
     layer: int
@@ -121,16 +121,16 @@ class Place(NamedTuple):
 
 
 def remap_scale_name(name: str) -> str | None:
-    """The name of a scale or zero point of attention, whoever wrote the checkpoint.
+    """The standard name of an attention scale or zero point, from any producer's name.
 
     Args:
         name: of a tensor in a checkpoint.
 
     Returns:
-        ``model.layers.N.self_attn.{q,k,v}_scale`` or ``..._zero_point``; None if it is no scale of Q, K or V:
-        a weight, the scale of a weight, of an input or of probabilities, or of another model in the
+        ``model.layers.N.self_attn.{q,k,v}_scale`` or ``..._zero_point``; None if it is not a scale of Q, K or
+        V: a weight, a scale of a weight, input or probabilities, or a tensor of another model in the
         checkpoint, such as a vision tower, or of attention to another model. `kv_scale`, one scale for K and
-        V, becomes `k_scale`; it must be taken for V too.
+        V, becomes `k_scale`; it must be used for V too.
 
     Example:
         >>> from fp8kv import remap_scale_name
@@ -149,7 +149,7 @@ def remap_scale_name(name: str) -> str | None:
 def parse_scale_name(name: str) -> tuple[int, str, str] | None:
     """Layer, letters ("q", "k", "v" or "kv") and kind ("scale" or "zero_point"); None for other tensors.
 
-    Those of other models, and of attention to them, are others, but for the layer of EAGLE-3.
+    Tensors of other models, and of attention to them, give None, except the layer of EAGLE-3.
     """
     found = find_scale_name(name)
     if found is None or is_cross(found.module) or (is_side_model(name) and "midlayer" not in found.model):
@@ -158,13 +158,13 @@ def parse_scale_name(name: str) -> tuple[int, str, str] | None:
 
 
 def find_scale_name(name: str) -> ScaleName | None:
-    """Whose scale a tensor is, in whatever model; None if it is none that is understood."""
+    """Parses the name of a scale, in any model; None if it has no known form."""
     place = find_place(name)
     return None if place is None else scale_at(place)
 
 
 def scale_at(place: Place) -> ScaleName | None:
-    """Whose scale is at a place in attention; None if there is something else."""
+    """Parses the part of a name below attention; None if it is not a scale."""
     for form in _FORMS:
         match = form.fullmatch(place.rest)
         if match is not None:
@@ -174,7 +174,7 @@ def scale_at(place: Place) -> ScaleName | None:
 
 
 def find_place(name: str) -> Place | None:
-    """Layer and attention of a tensor, or of a module with a point behind; None if it is not in attention."""
+    """Layer and attention of a tensor, or of a module with a trailing dot; None if it is not in attention."""
     if not _ATTENTION.search(name):
         return None
     match = _PLACE.fullmatch(name)
@@ -188,7 +188,7 @@ def find_place(name: str) -> Place | None:
 
 
 def looks_like_scale(name: str) -> bool:
-    """A name of no known form that seems to be of a scale or zero point of Q, K or V.
+    """Whether a name without a known form looks like a scale or zero point of Q, K or V.
 
     Example:
         >>> from fp8kv.checkpoint.names import looks_like_scale
@@ -205,12 +205,12 @@ def looks_like_scale(name: str) -> bool:
 
 
 def is_cross(module: str) -> bool:
-    """A module of attention whose keys and values come from another model."""
+    """Whether an attention module takes its keys and values from another model."""
     return re.fullmatch(_CROSS, module) is not None
 
 
 def model_of_stack(stack: str) -> str:
-    """What sets the model of a stack of layers apart: its name without trivial parts, "" if nothing is left.
+    """The distinctive part of the name of a stack of layers, without trivial parts; may be "".
 
     Example:
         >>> from fp8kv.checkpoint.names import model_of_stack
@@ -222,11 +222,11 @@ def model_of_stack(stack: str) -> str:
 
 
 def is_tower(name: str) -> bool:
-    """A tensor or stack of a model that fills no KV cache."""
+    """Whether a tensor or stack belongs to a model without a KV cache."""
     found = list(_TOWERS.finditer(name))
     return bool(found) and not _LANGUAGE_MODEL.search(name, found[-1].end())
 
 
 def is_side_model(name: str) -> bool:
-    """A tensor or stack of a model that is not the language model."""
+    """Whether a tensor or stack belongs to a model other than the language model."""
     return is_tower(name) or _COMPANIONS.search(name) is not None

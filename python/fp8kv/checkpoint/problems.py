@@ -1,4 +1,4 @@
-"""What can be wrong with the scales of a checkpoint, and what to do about it."""
+"""Problems of the scales of a checkpoint, and their remedies."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ Severity = Literal["error", "warning", "note"]
 
 @dataclass(frozen=True)
 class Problem:
-    """One of the results of `fp8kv.audit_checkpoint`.
+    """A result of `fp8kv.audit_checkpoint`.
 
     Attributes:
-        kind: what is wrong, in one word with hyphens, such as "not-finite"; the kinds are listed in
-            docs/checkpoints.md.
-        severity: "error": the scales must not be used as they are; "warning": they can be used and the model
-            may be worse for it; "note": good to know.
+        kind: a hyphenated identifier, such as "not-finite"; the kinds are listed in docs/checkpoints.md.
+        severity: "error": the scales must not be used; "warning": they can be used, but accuracy may suffer;
+            "note": informational.
         message: one sentence with layer, tensor and value.
         remedy: what to do about it, one sentence.
         layer: index of the layer; None if it concerns the whole checkpoint.
-        tensor: name in the file; None if it isn't about one.
-        value: what was found, as text; None if there is nothing to show.
+        tensor: name in the file; None if it does not concern a single tensor.
+        value: the value found, as text; None if there is none.
 
     Example:
         >>> from fp8kv import Problem
@@ -74,14 +73,14 @@ class CheckpointError(ValueError):
 
 # The kinds of problems; docs/checkpoints.md lists them
 
-_RECALIBRATE = "Calibrate the model anew, for example with fp8kv calibrate."
+_RECALIBRATE = "Calibrate the model again, for example with fp8kv calibrate."
 _DOWNLOAD = "Download or copy the file again."
 _IGNORE_QUERY = (
     "Ignore the query scales and leave queries unquantized (load_kv_scales(..., query=False)), "
-    "or calibrate the model anew."
+    "or calibrate the model again."
 )
 
-#: Kinds of errors that `load_kv_scales` lets pass on request: the scales are what they are said to be.
+#: Kinds of errors that `load_kv_scales` accepts on request.
 ACCEPTABLE = ("before-rope", "nvfp4-cache")
 #: Severity and remedy of each kind.
 KINDS: dict[str, tuple[Severity, str]] = {
@@ -105,7 +104,7 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "tensor-missing": ("error", "Download or copy the index and this file again, from one source."),
     "layer-missing": (
         "error",
-        "Calibrate the model anew, with all attention layers; engines silently use the scale 1.0.",
+        "Calibrate the model again, with all attention layers; engines silently use the scale 1.0.",
     ),
     "scale-missing": ("error", _RECALIBRATE),
     "query-scale-missing": ("error", _IGNORE_QUERY),
@@ -115,15 +114,15 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "implausible": ("error", _RECALIBRATE),
     "head-count": (
         "error",
-        "Use the config.json that the scales were made with, or calibrate the model anew.",
+        "Use the config.json that the scales were made with, or calibrate the model again.",
     ),
     "wrong-dtype": ("error", "Store scales as float32, float16 or bfloat16."),
-    "zero-point": ("error", "Quantize the model anew with symmetric scales."),
-    "conflicting-scales": ("error", "Remove the scales that are out of date, or calibrate the model anew."),
+    "zero-point": ("error", "Quantize the model again with symmetric scales."),
+    "conflicting-scales": ("error", "Remove the scales that are out of date, or calibrate the model again."),
     "unknown-scale": (
         "error",
         "If it is a scale of K, V or Q, give it one of the names in docs/checkpoints.md, or calibrate the "
-        "model anew.",
+        "model again.",
     ),
     "several-models": (
         "error",
@@ -131,7 +130,7 @@ KINDS: dict[str, tuple[Severity, str]] = {
     ),
     "before-rope": (
         "error",
-        "Quantize the model anew with kv_cache_post_rope, or calibrate it; "
+        "Quantize the model again with kv_cache_post_rope, or calibrate it; "
         'load_kv_scales(..., accept=["before-rope"]) takes the scales all the same, which is right for a '
         "model without RoPE and without a norm of keys.",
     ),
@@ -146,17 +145,17 @@ KINDS: dict[str, tuple[Severity, str]] = {
     ),
     "latent-scales": (
         "warning",
-        "Use the larger one for the whole row, or calibrate the model anew.",
+        "Use the larger one for the whole row, or calibrate the model again.",
     ),
     "rope-unsaid": (
         "warning",
         "Compare the model's accuracy with that of a 16-bit cache, above all if it has a norm of keys; or "
-        "calibrate it anew.",
+        "calibrate it again.",
     ),
     "unexpected-scale": ("warning", "It is loaded; leave it out if the cache of this layer is in 16 bits."),
     "observer": (
         "warning",
-        "Compare the model's accuracy with that of a 16-bit cache, or calibrate anew with an observer that "
+        "Compare the model's accuracy with that of a 16-bit cache, or calibrate again with an observer that "
         "keeps all batches, such as static_minmax.",
     ),
     "duplicate-scale": ("note", "Nothing needs to be done; one of them is enough."),

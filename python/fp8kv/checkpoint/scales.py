@@ -1,4 +1,4 @@
-"""`KVScales`: the scales of all layers, and the share of one tensor-parallel rank."""
+"""`KVScales`: the scales of all layers, and their shards for tensor parallelism."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from fp8kv.checkpoint.scheme import KVCacheScheme
 class LayerScales:
     """The scales of one attention layer: fp32, ``[1]`` per tensor or ``[num_kv_heads]`` per head.
 
-    A query scale is that of a KV group: the query heads that share a KV head share their scale, as
-    FlashAttention-3 wants it (`reduce_query_scale`).
+    Query scales are per KV group: query heads that share a KV head share a scale, as FlashAttention-3
+    requires (`reduce_query_scale`).
 
     Attributes:
         q: None if queries are not quantized.
-        k: None only if the checkpoint lacks it and was loaded with ``on_problem="warn"``.
+        k: None only if it is missing in the checkpoint, loaded with ``on_problem="warn"``.
         v: likewise.
 
     Example:
@@ -52,7 +52,7 @@ class LayerScales:
         """The scales of the KV heads that a tensor-parallel rank owns; see `kv_heads_of_rank`."""
 
         def of_rank(scale: Tensor) -> Tensor:
-            # One element is the scale of the tensor, or of its only head: in both cases every rank's.
+            # One element is the scale of the tensor, or of its only head: it applies to every rank.
             return scale[kv_heads_of_rank(scale.numel(), tp_rank, tp_size)]
 
         return mapped(self, of_rank)
@@ -63,12 +63,12 @@ class LayerScales:
 
 
 class KVScales(Mapping[int, LayerScales]):
-    """The scales of a model by layer index: what `load_kv_scales` and `calibrate` return.
+    """The scales of a model by layer index, as returned by `load_kv_scales` and `calibrate`.
 
     Args:
         layers: scales by layer index.
-        scheme: what the config says, or what calibration did.
-        problems: what was found in the checkpoint.
+        scheme: from the config, or from calibration.
+        problems: the problems found in the checkpoint.
 
     Example:
         >>> import torch
@@ -96,7 +96,7 @@ class KVScales(Mapping[int, LayerScales]):
         return len(self._layers)
 
     def shard(self, tp_rank: int, tp_size: int) -> KVScales:
-        """The share of a tensor-parallel rank: `LayerScales.shard` of every layer."""
+        """The scales of a tensor-parallel rank: `LayerScales.shard` of every layer."""
         layers = {index: layer.shard(tp_rank, tp_size) for index, layer in self.items()}
         return KVScales(layers, self.scheme, self.problems)
 
@@ -107,7 +107,7 @@ class KVScales(Mapping[int, LayerScales]):
         )
 
     def summary(self) -> str:
-        """What there is in a few lines: scheme, layers, heads, ranges of the scales, problems.
+        """A few lines of text: scheme, layers, heads, ranges of the scales, problems.
 
         Example:
             >>> import torch
@@ -135,7 +135,7 @@ class KVScales(Mapping[int, LayerScales]):
         return "\n".join([*lines, ", ".join(counts) or "no problems"])
 
     def _heads(self) -> str:
-        """Nothing is known of them with one scale for the tensor."""
+        """The number of heads is unknown with one scale per tensor."""
         if self.scheme.strategy == "tensor":
             return ""
         counts = {x.numel() for layer in self.values() for x in (layer.k, layer.v) if x is not None}
@@ -148,28 +148,27 @@ class KVScales(Mapping[int, LayerScales]):
         *,
         overwrite: bool = False,
     ) -> None:
-        """Writes a whole checkpoint with these scales, of the form that llm-compressor writes.
+        """Writes a complete checkpoint with these scales, in the format of llm-compressor.
 
-        All files of the source come along; older scales are left out. Other tensors keep their bytes, and
-        shards remain the files they were: scales get one of their own. Scales get the dtype of the model,
-        rounded up. The new folder is built beside `checkpoint_dir` and takes its place in one step, so that a
-        crash leaves the old or the new one; the disk must have room for both. Under torch.distributed, only
-        one rank should save.
+        All files of the source are included, without older scales. Other tensors keep their bytes, and shards
+        stay the same files: scales get a new one. Scales have the model's dtype, rounded up. The new folder
+        is built next to `checkpoint_dir` and replaces it atomically, so that a crash leaves either the old or
+        the new one; the disk must have space for both. Under torch.distributed, only one rank should save.
 
         Args:
-            checkpoint_dir: where to write. It may be new, empty, a checkpoint of the source made before, or
-                the source, which is then replaced.
+            checkpoint_dir: where to write. It may be new, empty, an earlier checkpoint of the source, or the
+                source, which is then replaced.
             source: directory of the checkpoint that the scales are for, with safetensors files; not
-                quantized, or by compressed-tensors. None: `checkpoint_dir`.
-            overwrite: replace a `checkpoint_dir` that holds anything else, whatever that is.
+                quantized, or quantized by compressed-tensors. None: `checkpoint_dir`.
+            overwrite: replace a `checkpoint_dir` with any other contents.
 
         Raises:
             FileNotFoundError: a file of the source is missing.
             FileExistsError: `checkpoint_dir` holds something else.
-            ValueError: the scales are not usable, or not those of the source: of other layers, of other
-                numbers of heads or of one tensor-parallel rank; or the source can't take them. A
+            ValueError: the scales are not usable, or do not match the source: other layers, other numbers of
+                heads or only one tensor-parallel rank; or they cannot be added to the source. A
                 CheckpointError if a file of the source is corrupt.
-            OSError: a file can't be read or written. In no case anything has changed.
+            OSError: a file can't be read or written. Nothing has changed in any of these cases.
 
         Example:
             >>> import json, tempfile, torch
@@ -200,8 +199,8 @@ class KVScales(Mapping[int, LayerScales]):
 def kv_heads_of_rank(num_kv_heads: int, tp_rank: int, tp_size: int) -> slice:
     """The KV heads that a tensor-parallel rank owns.
 
-    With at least as many heads as ranks, each owns as many neighbors; otherwise heads are replicated and each
-    rank owns one, shared with its neighbors.
+    With at least as many heads as ranks, each owns the same number of adjacent heads; otherwise heads are
+    replicated and each rank owns one, shared with its neighbors.
 
     Raises:
         ValueError: the rank is not below the size, or neither number divides the other.
@@ -222,7 +221,7 @@ def kv_heads_of_rank(num_kv_heads: int, tp_rank: int, tp_size: int) -> slice:
 
 
 def reduce_query_scale(scale: Tensor, num_kv_heads: int) -> Tensor:
-    """One query scale for each KV group, the largest of its heads: ``[num_heads]`` to ``[num_kv_heads]``.
+    """One query scale per KV group, the largest of its heads: ``[num_heads]`` to ``[num_kv_heads]``.
 
     Raises:
         ValueError: the heads are not a multiple of the KV heads.
@@ -246,7 +245,7 @@ def by_letter(layer: LayerScales) -> dict[str, Tensor | None]:
 
 
 def mapped(layer: LayerScales, function: Callable[[Tensor], Tensor]) -> LayerScales:
-    """The results of a function for each scale that is there."""
+    """The results of a function for each scale that is present."""
     results = {letter: None if x is None else function(x) for letter, x in by_letter(layer).items()}
     return LayerScales(**results)
 

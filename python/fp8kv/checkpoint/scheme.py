@@ -1,4 +1,4 @@
-"""`KVCacheScheme`: what a checkpoint's config says about its KV cache."""
+"""`KVCacheScheme`: the description of the KV cache in a checkpoint's config."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _CALLER = "KVCacheScheme.from_config"
 
 @dataclass(frozen=True)
 class KVCacheScheme:
-    """The `quantization_config` of a checkpoint, as far as the KV cache is concerned.
+    """The part of a checkpoint's `quantization_config` about the KV cache.
 
     Attributes:
         strategy: "tensor" or "attn_head": one scale per tensor or per attention head.
         quantizes_query: whether queries have scales too.
-        observer: how the scales were found, such as "static_minmax"; None if the config does not say.
+        observer: how the scales were found, such as "static_minmax"; None if the config does not specify it.
         producer: the `quant_method`, such as "compressed-tensors".
 
     Example:
@@ -49,8 +49,8 @@ class KVCacheScheme:
                 directory.
 
         Returns:
-            The scheme. An attention group without `kv_cache_scheme` counts as the scheme of K and V too, and
-            some layers in FP8 as a cache in FP8.
+            The scheme. An attention group without `kv_cache_scheme` is also the scheme of K and V, and a
+            cache with some layers in FP8 counts as an FP8 cache.
 
         Raises:
             FileNotFoundError: there is no such file, or no config.json in the directory.
@@ -82,10 +82,10 @@ class KVCacheScheme:
 
 @dataclass(frozen=True)
 class Declared:
-    """What all configs of a checkpoint say of its KV cache.
+    """The descriptions of the KV cache in all configs of a checkpoint.
 
     Attributes:
-        statement: that of the first that says that it is quantized; None if none does.
+        statement: of the first config that quantizes it; None if none does.
         contradictions: a sentence for each pair that does not agree.
     """
 
@@ -94,7 +94,7 @@ class Declared:
 
 
 def declared(configs: Mapping[str, Mapping[str, Any]]) -> Declared:
-    """What configs say, by the names of their files.
+    """Combines configs, by the names of their files.
 
     Raises:
         ValueError: a scheme is not supported.
@@ -118,7 +118,7 @@ def _statements(name: str, config: Mapping[str, Any]) -> list[Statement]:
 
 
 def scheme_of(statement: Statement) -> KVCacheScheme:
-    """The part of a statement that concerns all layers; "tensor" where no strategy is said."""
+    """The part of a statement about all layers; "tensor" if no strategy is specified."""
     return KVCacheScheme(
         statement.strategy or "tensor", statement.quantizes_query, statement.observer, statement.producer
     )

@@ -19,33 +19,35 @@ if TYPE_CHECKING:
     from fp8kv.evaluation.inspection import Inspection
 
 app = typer.Typer(
-    help="FP8 KV caches: scales of checkpoints and models, what works here, and how fast it is.",
+    help="FP8 KV caches: find and inspect scales, evaluate models, test and benchmark this machine.",
     no_args_is_help=True,
     add_completion=False,
 )
 
 Device = Annotated[
-    str, typer.Option(help='"auto", "cpu", "cuda" or "cuda:N"; auto takes the GPU if there is one.')
+    str, typer.Option(help='"auto", "cpu", "cuda" or "cuda:N"; auto uses the GPU if there is one.')
 ]
 # typer evaluates annotations, and Python 3.10 with older versions of it does not accept `Path | None` there.
 OptionalPath = Optional[Path]  # noqa: UP045
 MODEL_DTYPE = (
-    'Of the arithmetic: "auto", "bfloat16", "float16" or "float32"; auto takes the model\'s own, on the CPU '
+    'Dtype of the arithmetic: "auto", "bfloat16", "float16" or "float32"; auto: the model\'s own, on the CPU '
     "float32."
 )
 CacheDir = Annotated[
-    OptionalPath, typer.Option(help="Where the small model is kept. Default: FP8KV_CACHE, or ~/.cache/fp8kv.")
+    OptionalPath,
+    typer.Option(help="Where the small model is stored. Default: FP8KV_CACHE, or ~/.cache/fp8kv."),
 ]
 
 
 Json = Annotated[
-    OptionalPath, typer.Option(help='Write everything to this file; "-": to stdout, and nothing else.')
+    OptionalPath,
+    typer.Option(help='Write the results as JSON to this file; "-": to stdout, without other output.'),
 ]
 _STDOUT = Path("-")
 
 
 def _console(json: Path | None = None) -> Console:
-    """Wide enough for tables where there is no terminal; silent if JSON goes to stdout."""
+    """Wide enough for tables without a terminal; silent if JSON goes to stdout."""
     from rich.console import Console
 
     console = Console(quiet=json == _STDOUT)
@@ -94,14 +96,14 @@ def bench(
         str, typer.Argument(metavar="WHAT", help='"quantize", "cache", "decode" or "attention".')
     ] = "quantize",
     device: Device = "auto",
-    quick: Annotated[bool, typer.Option(help="Few shapes, few repetitions.")] = False,
+    quick: Annotated[bool, typer.Option(help="Fewer shapes and repetitions.")] = False,
     only: Annotated[
-        str, typer.Option(help='Only works whose "name SHAPE models" matches this regular expression.')
+        str, typer.Option(help='Only cases whose "name SHAPE models" matches this regular expression.')
     ] = "",
     peers: Annotated[
-        bool, typer.Option(help="Also what PyTorch has and, if installed, vLLM or FlashInfer.")
+        bool, typer.Option(help="Also measure PyTorch and, if installed, vLLM and FlashInfer.")
     ] = False,
-    warm: Annotated[bool, typer.Option(help="Keep all buffers in the L2 cache of the GPU.")] = False,
+    warm: Annotated[bool, typer.Option(help="Keep all buffers in the GPU's L2 cache.")] = False,
     json: Json = None,
     plot: Annotated[OptionalPath, typer.Option(help="Write a chart (PNG) to this file.")] = None,
 ) -> None:
@@ -145,9 +147,7 @@ def demo(
         typer.Option(help="Your model: a directory or an id. Default: SmolLM2-135M-Instruct."),
     ] = None,
     out: Annotated[OptionalPath, typer.Option(help="Keep the checkpoints in this directory.")] = None,
-    plot: Annotated[OptionalPath, typer.Option(help="Write the picture (PNG) to this file.")] = Path(
-        "demo.png"
-    ),
+    plot: Annotated[OptionalPath, typer.Option(help="Write the plot (PNG) to this file.")] = Path("demo.png"),
     question: Annotated[Optional[str], typer.Option(help="Question for the model.")] = None,  # noqa: UP045
     text: Annotated[OptionalPath, typer.Option(help="A text instead of CPython's reference.")] = None,
     windows: Annotated[int, typer.Option(help="Windows of the text to evaluate on.")] = 2,
@@ -158,7 +158,7 @@ def demo(
     layout: Annotated[str, typer.Option(help='"NHD" or "HND".')] = "NHD",
     cache_dir: CacheDir = None,
 ) -> None:
-    """The whole story on a real language model: calibrate, write, inspect, load, evaluate, answer."""
+    """Runs all steps on a real language model: calibrate, write, inspect, load, evaluate, answer."""
     from fp8kv.cli import demo as demonstration
     from fp8kv.cli import evaluate as command
     from fp8kv.cli._command import CommandError
@@ -186,16 +186,18 @@ def eval_(
     calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 8192,
     first_tokens: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Tokens that scales on the fly are calculated from. Default: the first window."),
+        typer.Option(help="Tokens for the scales on the fly. Default: the first window."),
     ] = None,
-    scales: Annotated[OptionalPath, typer.Option(help="A checkpoint whose scales are one more row.")] = None,
+    scales: Annotated[
+        OptionalPath, typer.Option(help="Add a row with the scales of this checkpoint.")
+    ] = None,
     only: Annotated[str, typer.Option(help="Only caches whose name contains this.")] = "",
     layout: Annotated[str, typer.Option(help='"NHD" or "HND".')] = "NHD",
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help=MODEL_DTYPE)] = "auto",
     cache_dir: CacheDir = None,
-    json: Annotated[OptionalPath, typer.Option(help="Write all numbers to this file.")] = None,
-    plot: Annotated[OptionalPath, typer.Option(help="Write a picture (PNG) to this file.")] = None,
+    json: Annotated[OptionalPath, typer.Option(help="Write the results as JSON to this file.")] = None,
+    plot: Annotated[OptionalPath, typer.Option(help="Write a plot (PNG) to this file.")] = None,
 ) -> None:
     """Compares FP8 KV caches with the 16-bit cache: accuracy of the model, memory and speed."""
     from fp8kv import evaluation
@@ -223,16 +225,17 @@ def eval_(
 @app.command("inspect")
 def inspect_(
     checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's directory or id, or a file of scales.")
+        str,
+        typer.Argument(metavar="CHECKPOINT", help="A checkpoint's directory or id, or a file with scales."),
     ],
     model: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help='Which model, if it has several, such as "talker" or "encoder_attn".'),
+        typer.Option(help='Which model, if there are several, such as "talker" or "encoder_attn".'),
     ] = None,
     json: Json = None,
     plot: Annotated[OptionalPath, typer.Option(help="Write a heat map (PNG) to this file.")] = None,
 ) -> None:
-    """Shows the scales of a checkpoint and what is wrong with them; exit status 1 if it is an error."""
+    """Shows the scales of a checkpoint and their problems; exit status 1 if one is an error."""
     from fp8kv.evaluation import inspection
 
     for option, path in (("--json", json), ("--plot", plot)):
@@ -250,32 +253,32 @@ def inspect_(
 
 @app.command()
 def calibrate(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A directory with a language model, or its id.")
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A language model: a directory or an id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The directory of the new checkpoint.")],
     strategy: Annotated[str, typer.Option(help='"tensor" or "attn_head".')] = "tensor",
     observer: Annotated[str, typer.Option(help='"static_minmax", "percentile" or "mse".')] = "static_minmax",
-    percentile: Annotated[float, typer.Option(help="Of the magnitudes, for that observer.")] = 99.99,
-    query: Annotated[bool, typer.Option("--query", help="Also scales for queries.")] = False,
+    percentile: Annotated[
+        float, typer.Option(help="Percentile of the magnitudes, for that observer.")
+    ] = 99.99,
+    query: Annotated[bool, typer.Option("--query", help="Also find scales for queries.")] = False,
     text: Annotated[OptionalPath, typer.Option(help="A text instead of CPython's reference.")] = None,
     num_samples: Annotated[int, typer.Option(help="Windows of the text.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
-    batch_size: Annotated[int, typer.Option(help="Windows that run at a time.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Windows per batch.")] = 1,
     device: Device = "auto",
     device_map: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help='"auto" spreads the model over all GPUs, the CPU and the disk.'),
+        typer.Option(help='"auto" distributes the model over all GPUs, the CPU and the disk.'),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help='Of the model: "auto", "bfloat16", "float16" or "float32".')
+        str, typer.Option(help='Dtype of the model: "auto", "bfloat16", "float16" or "float32".')
     ] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint at OUTPUT.")] = False,
     plot: Annotated[OptionalPath, typer.Option(help="Write a heat map (PNG) to this file.")] = None,
 ) -> None:
-    """Calibrates FP8 KV scales and writes a checkpoint with them; under torchrun with many processes.
+    """Calibrates FP8 KV scales and writes a checkpoint with them; under torchrun, in several processes.
 
-    MODEL's other files come along unchanged.
+    MODEL's other files are copied unchanged.
     """
     from rich.console import Console
 
@@ -313,7 +316,7 @@ def _show(found: Inspection, console: Console) -> None:
 
 
 def _check_file(option: str, path: Path | None) -> None:
-    """Fails early where the file could not be written in the end."""
+    """Fails early if the file cannot be written later."""
     if path is not None and not path.absolute().parent.is_dir():
         _fail(f"{option} must be a file in a directory that exists, got {path}", 2)
     if path is not None and option == "--plot":
@@ -324,7 +327,7 @@ def _check_file(option: str, path: Path | None) -> None:
 
 
 def _is_first() -> bool:
-    """Of the processes of torchrun; the others are silent."""
+    """Whether this is the first process of torchrun; the others are silent."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -9,7 +9,7 @@ from fp8kv._checks import listed
 
 
 class CommandError(Exception):
-    """Ends the command with a sentence and an exit status: 2 if the arguments are to blame, else 1."""
+    """Ends the command with a sentence and an exit status: 2 for wrong arguments, otherwise 1."""
 
     def __init__(self, sentence: str, status: int = 1) -> None:
         super().__init__(sentence, status)
@@ -36,7 +36,7 @@ def check_count(name: str, value: int, least: int = 1) -> None:
 def reported(
     what: str, errors: tuple[type[Exception], ...] = (Exception,), status: int = 1
 ) -> Iterator[None]:
-    """Errors that are to be expected become one sentence; a `CommandError` has its own."""
+    """Turns expected errors into one sentence; a `CommandError` passes through."""
     try:
         yield
     except CommandError:
@@ -46,5 +46,5 @@ def reported(
 
 
 def reason_of(error: Exception) -> str:
-    """Its first line, or what it is if it says nothing."""
+    """The first line of its message, or its type if there is none."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

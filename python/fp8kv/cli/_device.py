@@ -11,10 +11,10 @@ from fp8kv.cli._command import CommandError
 
 
 def parse_device(name: str) -> tuple[str, int | None]:
-    """What --device says: "cpu" or "cuda", and its number if it has one; "auto" is the GPU if there is one.
+    """Parses --device: "cpu" or "cuda", with an optional index; "auto" is the GPU if there is one.
 
     Raises:
-        CommandError: it says something else.
+        CommandError: it is anything else.
     """
     match = re.fullmatch(r"auto|cpu|cuda(:(?P<index>\d+))?", name)
     if match is None:
@@ -25,7 +25,7 @@ def parse_device(name: str) -> tuple[str, int | None]:
 
 
 def device_of(name: str) -> str:
-    """What --device says, as PyTorch calls it.
+    """The PyTorch device for --device.
 
     Raises:
         CommandError: there is no such device.
@@ -38,7 +38,7 @@ def device_of(name: str) -> str:
 
 
 def device_name(device: str) -> str:
-    """What a reader of the numbers wants to know of it."""
+    """A description of the device for reports."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     return f"{cpu_name()}, {torch.get_num_threads()} threads"

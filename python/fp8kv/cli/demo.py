@@ -1,4 +1,4 @@
-"""`fp8kv demo`: from a language model to its FP8 KV cache, every step on the way, with the numbers.
+"""`fp8kv demo`: from a language model to its FP8 KV cache, step by step, with the numbers.
 
 Example:
     >>> from fp8kv.cli.demo import common_prefix
@@ -14,15 +14,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fp8kv import evaluation
 from fp8kv._dtypes import dtype_name
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from fp8kv.checkpoint import KVScales
     from fp8kv.cli._models import Model
@@ -30,35 +33,34 @@ if TYPE_CHECKING:
 
 QUESTION = "What is the capital of France, and what is it known for?"
 ANSWER_TOKENS = 32
+TIMED_ROUNDS = 2
 _FOLDERS = {evaluation.PER_TENSOR: "per_tensor", evaluation.PER_HEAD: "per_head"}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered with a cache.
+    """The answer of a model with a cache.
 
     Attributes:
-        tokens: as far as the end of the answer.
+        tokens: up to the end of the answer.
         text: the same, decoded.
         nbytes: of the cache, which has room for the question and `ANSWER_TOKENS` more.
-        tokens_per_s: of decoding.
     """
 
     tokens: list[int]
     text: str
     nbytes: int
-    tokens_per_s: float
 
 
 def run(
     options: Options, console: Console, out: Path | None, plot: Path | None, question: str = QUESTION
 ) -> evaluation.Evaluation:
-    """Tells the whole story.
+    """Runs all steps.
 
     Args:
         options: those of `fp8kv eval`.
-        out: where the checkpoints stay, in folders "per_tensor" and "per_head"; None: they don't.
-        plot: the file of the picture.
+        out: directory to keep the checkpoints in, as "per_tensor" and "per_head"; None: not kept.
+        plot: the file of the plot.
 
     Raises:
         CommandError: of `fp8kv eval`; or a checkpoint can't be written.
@@ -68,7 +70,7 @@ def run(
 
 
 class _Story:
-    """One step after the other, each with its time."""
+    """Runs the steps in order, each with its time."""
 
     def __init__(self, options: Options, console: Console, out: Path) -> None:
         self.options, self.console, self.out = options, console, out
@@ -121,6 +123,8 @@ class _Story:
             self.console.print(evaluation.table(result), highlight=False)
         with self.step("An answer with both caches"):
             self.answers(model, made, question)
+        with self.step("Decoding: 16 bits, and FP8 bytes that attention reads directly"):
+            self.speed(model, made, tokens.evaluation[:1])
         if plot is not None:
             evaluation.plot(result, plot, found)
             self.say(f"picture: {plot}")
@@ -146,11 +150,44 @@ class _Story:
         self.say(f"question: {question}")
         both = [answer(model, make, question) for make in caches.values()]
         for name, one in zip(names, both, strict=True):
-            self.say(f"{name}, {one.nbytes / 2**20:.3g} MiB, {one.tokens_per_s:.1f} tokens/s: {one.text}")
+            self.say(f"{name}, {one.nbytes / 2**20:.3g} MiB: {one.text}")
         expected, found = (one.tokens for one in both)
         same = common_prefix(expected, found)
         which = f"All {same}" if expected == found else f"The first {same}"
         self.say(f"{which} tokens are the same, with {both[1].nbytes / both[0].nbytes:.1%} of the memory.")
+
+    def speed(self, model: Model, scales: dict[str, KVScales], prompt: Tensor) -> None:
+        """Converts the model to the dtype of the checkpoint, in which Transformers' cache has 16 bits."""
+        if model.model.device.type != "cpu":
+            self.say("Not measured, as attention reads FP8 bytes on the CPU only so far.")
+            return
+        model.model.to(model.cache_dtype)
+        names = (evaluation.REFERENCE, evaluation.PER_HEAD, evaluation.PER_TOKEN_HEAD)
+        caches = evaluation.caches(model.model.config, names, scales, model.cache_dtype, self.options.layout)
+        times = evaluation.step_times(
+            model.model, prompt, caches, evaluation.DECODED_TOKENS, rounds=TIMED_ROUNDS
+        )
+        self.console.print(_times_table(times), highlight=False)
+        self.say(
+            f"{dtype_name(model.cache_dtype)} arithmetic, {prompt.shape[1]} tokens before, "
+            f"{torch.get_num_threads()} threads, the caches in turns. On the CPU only: "
+            "on a GPU attention does not read FP8 bytes yet."
+        )
+
+
+def _times_table(times: dict[str, list[float]]) -> Table:
+    from rich.table import Table
+
+    result = Table("KV cache")
+    for column in ("median of a step, ms", "of 16-bit", "best, ms", "of 16-bit"):
+        result.add_column(column, justify="right")
+    reference = times[evaluation.REFERENCE]
+    for name, own in times.items():
+        cells = []
+        for figure in (median, min):
+            cells += [f"{1e3 * figure(own):.1f}", f"{figure(own) / figure(reference):.0%}"]
+        result.add_row(name, *cells)
+    return result
 
 
 def answer(model: Model, make_cache: evaluation.CacheFactory, question: str) -> Answer:
@@ -158,20 +195,20 @@ def answer(model: Model, make_cache: evaluation.CacheFactory, question: str) -> 
     ids = _prompt(model.tokenizer, question).to(model.model.device)
     cache = make_cache(ids.shape[1] + ANSWER_TOKENS)
     first = evaluation.prefill(model.model, ids, cache)
-    tokens, seconds = evaluation.decode(model.model, first, cache, ANSWER_TOKENS)
+    tokens, _ = evaluation.decode(model.model, first, cache, ANSWER_TOKENS)
     ends = _ends(model)
     end = next((i for i, token in enumerate(tokens) if token in ends), ANSWER_TOKENS)
     text = model.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
-    return Answer(tokens[:end], text, cache.nbytes, ANSWER_TOKENS / seconds)
+    return Answer(tokens[:end], text, cache.nbytes)
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens are the same before the first that differs."""
+    """The number of equal tokens before the first difference."""
     pairs = zip(a, b, strict=False)
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
-def _prompt(tokenizer: Any, question: str) -> torch.Tensor:
+def _prompt(tokenizer: Any, question: str) -> Tensor:
     """``[1, tokens]``."""
     if getattr(tokenizer, "chat_template", None):
         message = [{"role": "user", "content": question}]

@@ -1,6 +1,6 @@
 """`fp8kv doctor`: what works here, and what would make it faster.
 
-A self-test compares every operator with `fp8kv.reference`: bytes, and of attention how near the results are.
+A self-test compares every operator with `fp8kv.reference`: the bytes, or for attention the error.
 
 Example:
     >>> import fp8kv.cli.doctor
@@ -24,7 +24,7 @@ from torch import Tensor
 
 import fp8kv
 from fp8kv import _ops, reference
-from fp8kv._dtypes import CACHE_NAMES, FORMATS
+from fp8kv._dtypes import CACHE_NAMES, FP8_DTYPES
 from fp8kv.group_shape import GroupShape
 
 cuda: Any = torch.cuda  # largely without annotations
@@ -32,7 +32,7 @@ cuda: Any = torch.cuda  # largely without annotations
 
 @dataclass(frozen=True)
 class Check:
-    """One finding: `ok` is None where something is merely absent."""
+    """One finding: `ok` is None if something is merely absent."""
 
     name: str
     ok: bool | None
@@ -49,7 +49,7 @@ def as_dict(found: list[Check], faster: list[Check]) -> dict[str, Any]:
 
 
 def checks() -> Iterator[Check]:
-    """All findings about this installation and this machine, the self-tests last."""
+    """All findings about this installation and this machine; the self-tests come last."""
     info = fp8kv.build_info()
     yield Check("fp8kv", True, f"{info['version']}, built with {info['compiler']}")
     yield Check("Python", True, f"{platform.python_version()} on {platform.platform()}")
@@ -82,7 +82,7 @@ def _cuda_checks(info: dict[str, Any]) -> Iterator[Check]:
 
 
 def advice() -> Iterator[Check]:
-    """What would make it faster here; `ok` is None."""
+    """Advice that would make it faster here; `ok` is None."""
     info = fp8kv.build_info()
     best = info["cpu_isas"][-1]
     if info["cpu_isa"] != best:
@@ -116,8 +116,8 @@ def _driver() -> str:
 def architecture_runs(architectures: str, major: int, minor: int) -> bool:
     """Whether code for `architectures`, such as "90-real;120-virtual", runs on a GPU of this capability.
 
-    Binary code runs on its major version from its minor version on; PTX on everything from its version on;
-    code for an architecture with a suffix (90a) on that one only.
+    Binary code runs on its major version from its minor version on; PTX on all versions from its own on; code
+    for an architecture with a suffix (90a) only on that architecture.
 
     Example:
         >>> from fp8kv.cli.doctor import architecture_runs
@@ -170,10 +170,10 @@ _GROUPS = {
 
 
 def self_test(device: str | torch.device) -> list[str]:
-    """Compares every operator with `fp8kv.reference` on hostile values; the names of those that differ.
+    """The names of operators that differ from `fp8kv.reference` on hostile values.
 
-    Attention must be near to it on values that are not hostile. The reference runs on the CPU, so that a
-    fault of the device can't hide in both.
+    Attention is compared within a tolerance on ordinary values. The reference runs on the CPU, so that a fault
+    of the device can't affect both.
     """
     return [
         failure.replace("torch.", "")
@@ -186,7 +186,7 @@ def self_test(device: str | torch.device) -> list[str]:
 def _quantization_failures(device: str | torch.device, input_type: torch.dtype) -> Iterator[str]:
     x = _values(input_type)
     for name, group in _GROUPS.items():
-        for dtype in FORMATS:
+        for dtype in FP8_DTYPES:
             what = f"{input_type}, {dtype}, per {name}"
             expected, expected_scale = reference.quantize(x, group_shape=group, dtype=dtype)
             actual, scale = fp8kv.quantize(x.to(device), group_shape=group, dtype=dtype)
@@ -211,7 +211,7 @@ def _quantization_failures(device: str | torch.device, input_type: torch.dtype) 
             yield f"group_amax ({input_type}, per {name})"
 
 
-#: Of 5 blocks of 16 tokens with 4 heads. The third kind is computed.
+#: For 5 blocks of 16 tokens with 4 heads. The third kind is computed.
 _CACHE_SCALES = {
     "tensor": torch.tensor([0.3]),
     "head": torch.tensor([0.01, 1.9999998807907104, 3.0, 700.0]),
@@ -221,7 +221,7 @@ _CACHE_SCALES = {
 
 def _cache_failures(device: str | torch.device, input_type: torch.dtype) -> Iterator[str]:
     for name, scale in _CACHE_SCALES.items():
-        for dtype in FORMATS:
+        for dtype in FP8_DTYPES:
             what = f"({input_type}, {dtype}, per {name})"
             expected = _append(reference, "cpu", input_type, dtype, scale)
             actual = _append(fp8kv, device, input_type, dtype, scale)
@@ -309,7 +309,7 @@ _ATTENTION_SCALES = {"tensor": (1,), "head": (2,), "channel": (2, 64), "token an
 
 def _attention_failures(device: str | torch.device, input_type: torch.dtype) -> Iterator[str]:
     for name, shape in _ATTENTION_SCALES.items():
-        for dtype in FORMATS:
+        for dtype in FP8_DTYPES:
             scale = torch.exp2(torch.randn(shape, generator=torch.Generator().manual_seed(0)) / 2)
             actual = _attend(fp8kv, device, input_type, dtype, scale).cpu().double()
             exact = _attend(reference, "cpu", input_type, dtype, scale, torch.float64)
@@ -331,7 +331,7 @@ def _attend(
     scale: Tensor,
     output_type: torch.dtype | None = None,
 ) -> Tensor:
-    """4 queries of two sequences, with sinks, softcap and a window, to K and V that lie side by side."""
+    """4 queries of two sequences, with sinks, softcap and a window, to K and V interleaved in memory."""
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(4, 8, 64, generator=generator)
     stored = torch.randn(6, 16, 2, 128, generator=generator)

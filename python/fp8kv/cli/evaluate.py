@@ -107,7 +107,7 @@ def measure(
 
 
 def check_options(options: Options) -> None:
-    """All that can be known before anything is loaded."""
+    """Checks everything that can be checked before loading."""
     for name, least in (("windows", 1), ("window", 2), ("calibration_tokens", 1)):
         check_count(name, getattr(options, name), least)
     first = options.first_tokens
@@ -133,7 +133,7 @@ def model_folder(options: Options, console: Console) -> str | Path:
 
 
 def texts(options: Options, model: _models.Model) -> Texts:
-    """Evaluation and calibration never read the same tokens."""
+    """The tokens of evaluation and calibration, which never overlap."""
     limit = getattr(model.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     needed = options.window + evaluation.DECODED_TOKENS
     check(
@@ -161,7 +161,7 @@ def texts(options: Options, model: _models.Model) -> Texts:
 
 
 def _own(options: Options) -> list[str]:
-    """The name of the row of the user's checkpoint."""
+    """The name of the row for the user's checkpoint."""
     return [] if options.scales is None else [options.scales.absolute().name]
 
 
@@ -187,5 +187,5 @@ def _bar(total: int) -> Iterator[Callable[[str], object]]:
 
 
 def reported(what: str = "the model cannot be evaluated", status: int = 1) -> AbstractContextManager[None]:
-    """`_command.reported` for what a model or a checkpoint may raise."""
+    """`_command.reported` for errors that a model or a checkpoint may raise."""
     return _command.reported(what, (ValueError, OSError, RuntimeError), status)

@@ -1,6 +1,6 @@
-"""What an FP8 KV cache costs a language model: perplexity, divergence from the 16-bit cache, memory, speed.
+"""The effect of an FP8 KV cache on a language model: perplexity, divergence from 16 bits, memory, speed.
 
-Described in docs/evaluation.md. `fp8kv eval` and `fp8kv demo` are made of it.
+Described in docs/evaluation.md. Used by `fp8kv eval` and `fp8kv demo`.
 
 Example:
     >>> import torch
@@ -36,6 +36,7 @@ __all__ = [
     "ON_THE_FLY",
     "PER_HEAD",
     "PER_TENSOR",
+    "PER_TOKEN_HEAD",
     "REFERENCE",
     "TRANSFORMERS_FP8",
     "CacheFactory",
@@ -51,19 +52,21 @@ __all__ = [
     "per_tensor",
     "plot",
     "prefill",
+    "step_times",
     "table",
     "windows_of",
 ]
 
-#: Makes a cache with room for as many tokens.
+#: Creates a cache for the given number of tokens.
 CacheFactory = Callable[[int], Any]
 
 PER_TENSOR, PER_HEAD, ON_THE_FLY = "e4m3 per tensor", "e4m3 per head", "e4m3 on the fly"
+PER_TOKEN_HEAD = "e4m3 per token-head"
 #: The row that there is with Transformers 5.21 or newer, and a model whose layers all have full attention.
 TRANSFORMERS_FP8 = "e4m3 of Transformers"
-#: The rows that need no more than the model, and those that need scales, in the order of the table.
+#: The rows, with and without scales, in the order of the table.
 CACHES = (
-    REFERENCE, "e4m3 scale 1.0", PER_TENSOR, PER_HEAD, "e4m3 per token-head", ON_THE_FLY, "e5m2 scale 1.0",
+    REFERENCE, "e4m3 scale 1.0", PER_TENSOR, PER_HEAD, PER_TOKEN_HEAD, ON_THE_FLY, "e5m2 scale 1.0",
     TRANSFORMERS_FP8,
 )  # fmt: skip
 DECODED_TOKENS = 16
@@ -93,17 +96,17 @@ def evaluate(
     decoded_tokens: int = DECODED_TOKENS,
     progress: Callable[[str], object] = lambda what: None,
 ) -> list[Row]:
-    """Runs the model on every window once with each cache, and compares all with the first.
+    """Runs the model on every window once per cache, and compares all caches with the first.
 
     Args:
         model: a causal language model of `transformers`, in eval mode.
         windows: its tokens, ``[num_windows, window]``.
-        caches: by name; the first is what the others are compared with.
-        decoded_tokens: to be decoded after the first window, for the speed; at least 1.
+        caches: by name; the first is the baseline.
+        decoded_tokens: number of tokens to decode after the first window, to measure speed; at least 1.
         progress: called before each run with its cache's name, ``len(windows) * len(caches)`` times.
 
     Returns:
-        One row for each cache, in their order.
+        One row per cache, in the same order.
 
     Raises:
         ValueError: there is no cache, no window, or a window has less than two tokens.
@@ -145,10 +148,10 @@ def evaluate(
 
 
 def compare(expected: Tensor, logits: Tensor, labels: Tensor) -> Comparison:
-    """How far `logits` are from the `expected` ones, both ``[positions, vocabulary]``, in float32.
+    """Compares `logits` with the `expected` ones, both ``[positions, vocabulary]``, in float32.
 
     Args:
-        labels: the token after each position; the last ones may be unknown, so there may be fewer.
+        labels: the token after each position; there may be fewer if the last ones are unknown.
     """
     nll = kl = 0.0
     agreeing = 0
@@ -175,11 +178,11 @@ def decode(model: Any, token: Tensor, cache: Any, num_tokens: int) -> tuple[list
     """Decodes greedily, one token at a time.
 
     Args:
-        token: the first one, which is not in the cache yet.
-        cache: has the tokens before it; has `num_tokens` more afterwards.
+        token: the first token, which is not in the cache yet.
+        cache: holds the tokens before it, and `num_tokens` more afterwards.
 
     Returns:
-        The first token and those that followed it, `num_tokens + 1` in all, and the seconds it took.
+        The first token and the following ones, `num_tokens + 1` in total, and the seconds taken.
     """
     tokens = [token]
     with torch.no_grad():
@@ -189,6 +192,33 @@ def decode(model: Any, token: Tensor, cache: Any, num_tokens: int) -> tuple[list
             tokens.append(_run(model, tokens[-1].view(1, 1), cache)[0, -1].argmax())
         _wait(model)
         return [int(x) for x in tokens], time.perf_counter() - start
+
+
+def step_times(
+    model: Any, ids: Tensor, caches: Mapping[str, CacheFactory], num_tokens: int, rounds: int = 1
+) -> dict[str, list[float]]:
+    """Times steps of greedy decoding with each cache, in turns, so that what else the machine does hits all.
+
+    Args:
+        ids: the prompt, ``[1, tokens]``.
+        num_tokens: to be decoded in a round; its first two steps are not counted.
+        rounds: how often to begin anew.
+
+    Returns:
+        Seconds by cache, ``rounds * (num_tokens - 2)`` each.
+    """
+    names = list(caches)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        made = {name: caches[name](ids.shape[1] + num_tokens) for name in names}
+        tokens = {name: prefill(model, ids, cache) for name, cache in made.items()}
+        for number in range(num_tokens):
+            for name in names if number % 2 else reversed(names):
+                (_, token), seconds = decode(model, tokens[name], made[name], 1)
+                tokens[name] = torch.tensor(token, device=ids.device)
+                if number >= 2:
+                    times[name].append(seconds)
+    return times
 
 
 def _run(model: Any, ids: Tensor, cache: Any) -> Tensor:
@@ -205,22 +235,22 @@ def _exp(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf
 
 
-# What is measured
+# Inputs
 
 
 def windows_of(tokenizer: Any, text: str, num_windows: int, window: int, skip: int = 0) -> Tensor:
-    """The first windows of a text, one after the other: ``[num_windows, window]``.
+    """The first windows of a text, consecutively: ``[num_windows, window]``.
 
     Args:
-        tokenizer: of `transformers`. If it begins a text with a special token, every window begins with it.
-        skip: tokens of the text to leave out at its beginning.
+        tokenizer: of `transformers`. If it starts a text with a special token, every window starts with it.
+        skip: number of tokens to skip at the beginning of the text.
 
     Raises:
         ValueError: the text is too short.
     """
     start = beginning(tokenizer, window)
     size = window - len(start)
-    # So much of a long text is tokens enough, in any language; all of it would take long.
+    # This much of a long text gives enough tokens in any language; tokenizing all of it would take long.
     needed = skip + num_windows * size
     ids = token_ids(tokenizer, text[: 40 * needed])
     if len(ids) < needed:
@@ -236,11 +266,11 @@ def calibrated(
     cache_dtype: torch.dtype = torch.bfloat16,
     progress: bool = False,
 ) -> dict[str, KVScales]:
-    """The scales that the rows of these names need, of those that are found by running the model.
+    """The scales that these rows need, found by running the model.
 
     Args:
         calibration: tokens ``[num_windows, window]`` for `fp8kv.calibrate`.
-        first: tokens likewise, for the scales that are calculated on the fly: the first that the model sees.
+        first: tokens likewise, for the scales on the fly: the first tokens that the model sees.
         names: of `CACHES`.
         progress: whether to show bars.
     """
@@ -255,7 +285,7 @@ def calibrated(
 
 
 def per_tensor(by_head: KVScales) -> KVScales:
-    """The largest scale of the heads of each layer: what calibration per tensor finds in the same texts.
+    """The largest scale of the heads of each layer, equal to calibration per tensor on the same text.
 
     Example:
         >>> import torch
@@ -273,7 +303,7 @@ def per_tensor(by_head: KVScales) -> KVScales:
 
 
 def on_the_fly(model: Any, first: Tensor, cache_dtype: torch.dtype = torch.bfloat16) -> KVScales:
-    """Scales as an engine calculates them: `fp8kv.AttentionScales` observe the first tokens, then freeze."""
+    """Scales as an engine finds them: `fp8kv.AttentionScales` observes the first tokens, then freezes."""
     from fp8kv.evaluation._caches import ObservingCache
 
     attention: dict[int, AttentionScales] = {}
@@ -293,15 +323,15 @@ def caches(
     cache_dtype: torch.dtype = torch.bfloat16,
     layout: str = "NHD",
 ) -> dict[str, CacheFactory]:
-    """Factories of the caches of these names, of `CACHES` or of `scales`, as far as there are such caches.
+    """Factories of the caches with these names, from `CACHES` or `scales`, as far as available.
 
-    `TRANSFORMERS_FP8` is left out where the version of Transformers, or the model, does not allow it.
+    `TRANSFORMERS_FP8` is omitted if the version of Transformers, or the model, does not support it.
 
     Args:
         config: of the model.
         scales: by name.
-        cache_dtype: of the 16-bit cache.
-        layout: "NHD" or "HND", of the FP8 caches.
+        cache_dtype: dtype of the 16-bit cache.
+        layout: "NHD" or "HND", for the FP8 caches.
     """
     from fp8kv.evaluation._caches import Cache8, Cache16, TransformersCache8
 
@@ -313,7 +343,7 @@ def caches(
     made: dict[str, CacheFactory] = {
         REFERENCE: lambda size: Cache16(config, cache_dtype),
         "e4m3 scale 1.0": fp8(None),
-        "e4m3 per token-head": fp8("dynamic"),
+        PER_TOKEN_HEAD: fp8("dynamic"),
         "e5m2 scale 1.0": fp8(None, "fp8_e5m2"),
     }
     made |= {name: fp8(of_name) for name, of_name in scales.items()}

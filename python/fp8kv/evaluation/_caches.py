@@ -1,6 +1,6 @@
 """The caches that an evaluation compares.
 
-All of them get keys and values rounded to 16 bits, as a model in 16 bits has them, and give back 16-bit
+All of them get keys and values rounded to 16 bits, as a model in 16 bits has them, and dequantize to 16-bit
 values: so the arithmetic of the model may be of higher precision, and what differs is the cache alone.
 """
 
@@ -17,18 +17,28 @@ from fp8kv.transformers import Fp8Cache
 
 
 class _Rounding:
-    """Puts a rounding before and a conversion after the `update` of a cache."""
+    """Rounds what the `update` of a cache gets, and keeps its dtype, so that no step of decoding converts."""
 
     rounded_to = torch.bfloat16
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        key, value = key_states.to(self.rounded_to), value_states.to(self.rounded_to)
-        seen = super().update(key, value, *args, **kwargs)  # type: ignore[misc]
-        return tuple(x.to(key_states.dtype) for x in seen)
+        rounded = (x.to(self.rounded_to).to(x.dtype) for x in (key_states, value_states))
+        return super().update(*rounded, *args, **kwargs)  # type: ignore[misc]
+
+
+class _RoundingBack(_Rounding):
+    """Rounds what `update` returns as well; in place, as `Fp8Cache` marks its tensors."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen = super().update(key_states, value_states, *args, **kwargs)
+        if key_states.dtype != self.rounded_to:
+            for x in seen:
+                x.copy_(x.to(self.rounded_to))
+        return seen
 
 
 class Cache16(_Rounding, DynamicCache):
-    """Transformers' own cache, in 16 bits."""
+    """Transformers' own cache, of values of 16 bits."""
 
     def __init__(self, config: Any, rounded_to: torch.dtype) -> None:
         super().__init__(config=config)
@@ -36,12 +46,14 @@ class Cache16(_Rounding, DynamicCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys and values that it holds."""
+        """Bytes that the keys and values take in 16 bits."""
         layers: Any = self.layers
-        return sum(x.nbytes for layer in layers if layer.is_initialized for x in (layer.keys, layer.values))
+        held = [x for layer in layers if layer.is_initialized for x in (layer.keys, layer.values)]
+        num_elements: int = sum(x.numel() for x in held)
+        return num_elements * self.rounded_to.itemsize
 
 
-class Cache8(_Rounding, Fp8Cache):
+class Cache8(_RoundingBack, Fp8Cache):
     """`Fp8Cache`."""
 
     def __init__(self, config: Any, rounded_to: torch.dtype, *args: Any, **kwargs: Any) -> None:
@@ -50,7 +62,7 @@ class Cache8(_Rounding, Fp8Cache):
 
 
 class _ReadBack:
-    """Makes attention see the first tokens, too, as the cache gives them back."""
+    """Makes attention see the first tokens, too, as the cache returns them."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         seen = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
@@ -60,11 +72,11 @@ class _ReadBack:
         return super().update(*nothing, *args, **kwargs)  # type: ignore[misc]
 
 
-class TransformersCache8(_Rounding, _ReadBack, QuantizedCache):
+class TransformersCache8(_RoundingBack, _ReadBack, QuantizedCache):
     """Transformers' own FP8 cache, of version 5.21 and newer.
 
     Raises:
-        ValueError: an older one has none; or the model has other layers than those of full attention.
+        ValueError: Transformers is older; or the model has layers without full attention.
     """
 
     def __init__(self, config: Any, rounded_to: torch.dtype) -> None:
@@ -80,10 +92,10 @@ class TransformersCache8(_Rounding, _ReadBack, QuantizedCache):
 
 
 class ObservingCache(Cache16):
-    """A 16-bit cache whose layers observe what they are given, as an engine's do that calculates its scales.
+    """A 16-bit cache whose layers observe their inputs, as in an engine that calculates its scales.
 
     Args:
-        attention: by layer; layers that are not there yet are added.
+        attention: by layer; missing layers are added.
     """
 
     def __init__(self, config: Any, rounded_to: torch.dtype, attention: dict[int, AttentionScales]) -> None:

@@ -1,4 +1,4 @@
-"""The pictures (PNG) of an evaluation, and of the scales of a checkpoint."""
+"""Plots (PNG) of an evaluation, and of the scales of a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def plot_evaluation(evaluation: Evaluation, path: Path, inspection: Inspection | None = None) -> None:
-    """Writes a picture (PNG): what every cache costs and takes, and the scales of a checkpoint if given."""
+    """Writes a plot (PNG): accuracy and memory of every cache, and the scales of a checkpoint if given."""
     require("matplotlib", "plot", "a picture")
     import matplotlib
 
@@ -94,9 +94,9 @@ _SPECIAL = {
 
 
 def plot_scales(inspection: Inspection, path: Path) -> None:
-    """Writes a picture (PNG): the scales of K, V and Q by layer and head, in colors on a logarithmic scale.
+    """Writes a heat map (PNG): the scales of K, V and Q by layer and head, on a logarithmic color scale.
 
-    Scales that are missing, unusable, or far from those without a finding have colors of their own.
+    Scales that are missing, unusable, or far from the unsuspicious ones have distinct colors.
     """
     require("matplotlib", "plot", "a picture")
     import matplotlib
@@ -145,12 +145,12 @@ def plot_scales(inspection: Inspection, path: Path) -> None:
 
 
 def num_heads(inspection: Inspection, name: str) -> int:
-    """The columns of a panel: the most scales that a layer has of "k", "v" or "q"."""
+    """The columns of a panel: the largest number of scales of "k", "v" or "q" in a layer."""
     return max((len(getattr(row, name) or ()) for row in inspection.layers), default=1) or 1
 
 
 def color_range(inspection: Inspection) -> tuple[float, float]:
-    """That of the scales without a finding of severity error, and of all others within a factor of ten."""
+    """The range of the scales without an error, and of all others within a factor of ten."""
     healthy: list[float] = []
     others: list[float] = []
     for row in inspection.layers:
@@ -161,13 +161,13 @@ def color_range(inspection: Inspection) -> tuple[float, float]:
     low, high = min(values), max(values)
     values += [x for x in others if low / 10 <= x <= high * 10]
     low, high = min(values), max(values)
-    return (low, high) if low < high else (low / 2, high * 2)  # a range of one value has no colors
+    return (low, high) if low < high else (low / 2, high * 2)  # a range needs two values
 
 
 def draw(
     axes: Axes, inspection: Inspection, name: str, num_heads: int, colors: Colormap, norm: LogNorm
 ) -> set[str]:
-    """One panel; returns the special colors that are in it."""
+    """Draws one panel; returns the special colors it uses."""
     from matplotlib.colors import to_rgba
     from matplotlib.ticker import MaxNLocator
 
@@ -204,7 +204,7 @@ def draw(
 
 
 def _special_color(values: list[float] | None, head: int, norm: LogNorm) -> str | None:
-    """None where the color says the value."""
+    """None where the color shows the value."""
     if values is None:
         return _MISSING
     if head >= len(values):

@@ -1,4 +1,4 @@
-"""What an evaluation found."""
+"""Results of an evaluation."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from fp8kv._checks import require
 if TYPE_CHECKING:
     from rich.table import Table
 
-#: The name of the cache that the others are compared with.
+#: The name of the baseline cache.
 REFERENCE = "16-bit"
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one cache.
+    """Measurements of one cache.
 
     Attributes:
         cache: its name.
         perplexity: of the text, token by token within each window.
-        kl: mean Kullback-Leibler divergence of its next-token distribution from that with the 16-bit cache.
-        agreement: share of the positions at which both find the same token the most likely.
-        nbytes: of the cache, with a window and the tokens decoded after it.
+        kl: mean Kullback-Leibler divergence of its next-token distribution from the 16-bit cache's.
+        agreement: share of positions where both predict the same most likely token.
+        nbytes: size of the cache, with a window and the tokens decoded after it.
         tokens_per_s: of greedy decoding after a window, one sequence.
     """
 
@@ -54,7 +54,7 @@ class Evaluation:
     rows: list[Row]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, which has no infinity: an infinite perplexity becomes the string "inf"."""
+        """For JSON, which cannot represent infinity: an infinite perplexity becomes the string "inf"."""
         result = asdict(self)
         for row in result["rows"]:
             row.update({k: str(x) for k, x in row.items() if isinstance(x, float) and not math.isfinite(x)})

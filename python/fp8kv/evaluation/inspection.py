@@ -1,4 +1,4 @@
-"""`fp8kv inspect`: the scales of a checkpoint as they are in its files, with what is wrong, shown to people.
+"""`fp8kv inspect`: shows the scales of a checkpoint as stored in its files, with their problems.
 
 Example:
     >>> from fp8kv.evaluation import inspection
@@ -45,7 +45,7 @@ SEVERITIES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 
 @dataclass(frozen=True)
 class LayerRow:
-    """The scales of one layer as they are in the files, bad ones too; None: the checkpoint has none."""
+    """The scales of one layer as stored in the files, including bad ones; None: the checkpoint has none."""
 
     layer: int
     q: list[float] | None
@@ -55,12 +55,12 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect_checkpoint` found.
+    """The result of `inspect_checkpoint`.
 
     Attributes:
         checkpoint: its path.
-        scheme: what the config says; None if it says nothing that can be used.
-        layers: by index, with those that lack scales and should have some.
+        scheme: from the config; None if it has no usable scheme.
+        layers: by index, including layers that should have scales but lack them.
         problems: the findings of `fp8kv.audit_checkpoint`.
     """
 
@@ -71,27 +71,27 @@ class Inspection:
 
     @property
     def name(self) -> str:
-        """Of its directory or file, also where the path is "."."""
+        """The name of its directory or file, even if the path is "."."""
         return Path(self.checkpoint).resolve().name
 
     @property
     def ok(self) -> bool:
-        """No problem is of severity "error"."""
+        """Whether no problem has severity "error"."""
         return all(problem.severity != "error" for problem in self.problems)
 
     @property
     def has_query_scales(self) -> bool:
-        """The config or a layer says that queries are quantized."""
+        """Whether the config or a layer quantizes queries."""
         promised = self.scheme is not None and self.scheme.quantizes_query
         return promised or any(row.q is not None for row in self.layers)
 
     def problems_of(self, layer: int, name: str | None = None) -> list[Problem]:
-        """The findings of a layer, or those that concern its "q", "k" or "v"."""
+        """The problems of a layer, or of its "q", "k" or "v"."""
         found = [problem for problem in self.problems if problem.layer == layer]
         return [p for p in found if name is None or p.tensor is None or name in _names(p.tensor)]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, which has no NaN and no infinity: they become the strings "nan", "inf" and "-inf"."""
+        """For JSON, which lacks them, NaN and infinity become the strings "nan", "inf" and "-inf"."""
         return {
             "checkpoint": self.checkpoint,
             "ok": self.ok,
@@ -109,21 +109,21 @@ def _jsonable(values: list[float] | None) -> list[float | str] | None:
 
 
 def _names(tensor: str) -> str:
-    """Whose scale or zero point a tensor is: "q", "k" or "v", or several where it is not known."""
+    """The letters of a scale or zero point: "q", "k" or "v", or several if it is unknown which."""
     found = find_scale_name(tensor)
     return "qkv" if found is None else found.letters
 
 
 def inspect_checkpoint(checkpoint: str | Path, model: str | None = None) -> Inspection:
-    """Reads all scales of a checkpoint as they are, and all that is wrong with them.
+    """Reads all scales of a checkpoint as stored, and finds their problems.
 
     Args:
-        checkpoint: what `fp8kv.load_kv_scales` takes.
-        model: which one, if there are several in it, as for `fp8kv.load_kv_scales`.
+        checkpoint: as for `fp8kv.load_kv_scales`.
+        model: which one, if there are several, as for `fp8kv.load_kv_scales`.
 
     Raises:
         FileNotFoundError: there is no such directory or file.
-        ValueError: it has nothing of a checkpoint, or not that model.
+        ValueError: it is not a checkpoint, or does not have that model.
     """
     examined = examine(checkpoint, "inspect", model=model)
     path = examined.path
@@ -139,7 +139,7 @@ def inspect_checkpoint(checkpoint: str | Path, model: str | None = None) -> Insp
 
 
 def _raw_scales(entries: dict[Key, list[Entry]]) -> dict[int, dict[str, list[float]]]:
-    """By layer and "q", "k" or "v", whatever can be read; of copies the first."""
+    """All readable scales by layer and "q", "k" or "v"; the first of duplicates."""
     scales: dict[int, dict[str, list[float]]] = {}
     for key, copies in entries.items():
         try:
@@ -155,7 +155,7 @@ def _raw_scales(entries: dict[Key, list[Entry]]) -> dict[int, dict[str, list[flo
 
 
 def report(inspection: Inspection) -> Iterator[RenderableType]:
-    """Everything, to be printed with rich: the scheme, the scales of every layer, the problems, a verdict."""
+    """The full report, to print with rich: the scheme, the scales of every layer, the problems, a verdict."""
     require("rich", "cli", "a report")
     from rich.text import Text
 
@@ -166,7 +166,7 @@ def report(inspection: Inspection) -> Iterator[RenderableType]:
 
 
 def scheme_line(scheme: KVCacheScheme | None) -> str:
-    """The scheme in words."""
+    """The scheme as text."""
     if scheme is None:
         return "no scheme that can be used"
     per = "attention head" if scheme.strategy == "attn_head" else "tensor"
@@ -182,7 +182,7 @@ def table(inspection: Inspection) -> Table:
     from rich.text import Text
 
     names = "kvq" if inspection.has_query_scales else "kv"
-    # A name is no markup.
+    # Names must not be parsed as markup.
     result = Table(title=Text(f"Scales of {inspection.name}"))
     result.add_column("layer", justify="right", no_wrap=True)
     for name in names:
@@ -205,7 +205,7 @@ def table(inspection: Inspection) -> Table:
 
 
 def _cell(values: list[float] | None, problems: Sequence[Problem]) -> str:
-    """The value, or the smallest and largest one; what is unusable is counted and shown."""
+    """The value, or the smallest and largest one; unusable values are counted and shown."""
     if values is None:
         return "[bold red]missing[/]" if problems else "[dim]-[/]"
     good = [x for x in values if is_scale(x)]
@@ -221,14 +221,14 @@ def _cell(values: list[float] | None, problems: Sequence[Problem]) -> str:
 
 
 def _counts(row: LayerRow, names: str) -> str:
-    """How many scales K and V have, and Q."""
+    """The number of scales of K and V, and of Q."""
     lengths = [[len(values) for n in part if (values := getattr(row, n)) is not None] for part in ("kv", "q")]
     parts = ["/".join(dict.fromkeys(map(str, part))) or "-" for part in lengths]
     return f"{parts[0]}, q {parts[1]}" if "q" in names else parts[0]
 
 
 def problem_lines(problems: Sequence[Problem]) -> Iterator[RenderableType]:
-    """Every finding with its remedy, worst first; what hits many layers in the same way is one paragraph."""
+    """Every problem with its remedy, worst first; the same problem in many layers is one paragraph."""
     from rich.padding import Padding
     from rich.text import Text
 
@@ -257,7 +257,7 @@ def _ranges(numbers: set[int]) -> str:
 
 
 def verdict(inspection: Inspection) -> str:
-    """One line: how many problems, and whether the scales can be used."""
+    """One line: the number of problems, and whether the scales can be used."""
     if not inspection.problems:
         return "[green]no problems[/]"
     counts = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -66,18 +67,32 @@ class ClipCounter:
             v_scale: likewise.
         """
         num_tokens = slot_mapping.shape[0]
-        stored = (slot_mapping >= 0).view(-1, 1, 1)
-        for count, x, scale in zip(self.counts.unbind(), (key, value), (k_scale, v_scale), strict=True):
-            x, bound = x.detach()[:num_tokens], scale.view(1, -1, 1) * self.limit
-            # Not in compiled code: it is fused, so that it needs no such memory, and its sizes are symbols.
-            rows = num_tokens if torch.compiler.is_compiling() else _CHUNK // max(1, x[:1].numel())
-            rows = max(1, rows)
-            for part, kept in zip(torch.split(x, rows), torch.split(stored, rows), strict=True):
-                count.add_(((part.abs() > bound) & kept).sum())
+        for index, (x, scale) in enumerate(((key, k_scale), (value, v_scale))):
+            x = x.detach()[:num_tokens]
+            if not self._is_within(x, scale):
+                self.counts[index].add_(_num_beyond(x, scale * self.limit, slot_mapping))
+
+    def _is_within(self, x: Tensor, scale: Tensor) -> bool:
+        """Whether nothing is beyond the range, as one operation tells on the CPU; False: unknown."""
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) is not Tensor:
+            return False
+        # A NaN makes the norm NaN. Rounding of `scale * limit` to float32 can't pass a float32 norm below it.
+        lowest = min(scale.flatten().tolist()) * self.limit
+        return x.numel() == 0 or float(torch.linalg.vector_norm(x, math.inf)) <= lowest
 
     def read(self) -> Clipped:
         """What was clipped since the counter was made, or since ``counts.zero_()``."""
         return Clipped(*self.counts.tolist())
+
+
+def _num_beyond(x: Tensor, bound: Tensor, slot_mapping: Tensor) -> Tensor:
+    """How many elements of stored tokens are beyond the bound of their head."""
+    stored = (slot_mapping >= 0).view(-1, 1, 1)
+    # Not in compiled code: it is fused, so that it needs no such memory, and its sizes are symbols.
+    rows = len(x) if torch.compiler.is_compiling() else _CHUNK // max(1, x[:1].numel())
+    parts = zip(torch.split(x, max(1, rows)), torch.split(stored, max(1, rows)), strict=True)
+    counts = [((part.abs() > bound.view(1, -1, 1)) & kept).sum() for part, kept in parts]
+    return torch.stack(counts).sum()
 
 
 def clipped_sentence(where: str, clipped: Clipped, limit: float) -> str:

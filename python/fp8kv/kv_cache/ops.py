@@ -26,8 +26,10 @@ def reshape_and_cache_flash(
     kv_cache_dtype: str,
     k_scale: Tensor,
     v_scale: Tensor,
+    k_offset: Tensor | None = None,
+    v_offset: Tensor | None = None,
 ) -> None:
-    """Stores tokens in a paged cache: ``cache[slot of token t, h] = quantize(key[t, h], scale of h)``.
+    """Stores tokens in a paged cache: ``cache[slot of token t, h] = quantize(key[t, h] - offset, scale)``.
 
     Args:
         key: float32, float16 or bfloat16 ``[num_tokens, num_kv_heads, head_size]``, any strides, such as a
@@ -37,11 +39,17 @@ def reshape_and_cache_flash(
         value_cache: likewise; both may be slices of one tensor.
         slot_mapping: int32 or int64 ``[num_tokens]``. Tokens with a negative slot are skipped. If a slot
             occurs twice, the last token wins on the CPU; on CUDA each element comes from any of them.
-        kv_cache_dtype: "fp8" or "fp8_e4m3", "fp8_e5m2" (caches of that dtype or uint8); "float32", "float16",
-            "bfloat16" (caches of that dtype), "auto" (whichever of these three the caches are): not
-            quantized, rounded where the dtypes differ.
-        k_scale: float32, 1 or num_kv_heads elements, evenly strided, in any shape; not used without FP8.
+        kv_cache_dtype: "fp8" or "fp8_e4m3", "fp8_e5m2" (caches of that dtype or uint8), "int8"; "float32",
+            "float16", "bfloat16" (caches of that dtype), "auto" (whichever of these three the caches are):
+            not quantized, rounded where the dtypes differ.
+        k_scale: float32, 1 or num_kv_heads elements, evenly strided, in any shape; or one for each channel,
+            ``[num_kv_heads, head_size]``, any strides. Not used by caches that are not quantized.
         v_scale: likewise.
+        k_offset: float32 ``[num_kv_heads, head_size]``, any strides, for quantized caches: what is quantized
+            is the difference, in float32. None: 0.
+        v_offset: likewise.
+
+    "int8", scales for each channel and offsets are on the CPU only: there are no CUDA kernels for them yet.
 
     Raises:
         RuntimeError: an argument doesn't fit, or, on the CPU, a slot lies beyond the cache. Nothing is
@@ -59,7 +67,9 @@ def reshape_and_cache_flash(
         >>> key_cache[1, 1, 0, 0].item(), value_cache[3, 15, 7, 63].item()
         (4.0, 6.0)
     """
-    append(key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale)
+    append(
+        key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale, k_offset, v_offset
+    )
 
 
 def reshape_and_cache_flash_dynamic(
@@ -71,10 +81,13 @@ def reshape_and_cache_flash_dynamic(
     v_scale_cache: Tensor,
     slot_mapping: Tensor,
     kv_cache_dtype: str,
+    k_offset: Tensor | None = None,
+    v_offset: Tensor | None = None,
 ) -> None:
     """Stores tokens with a scale for each token and head, which is computed and stored at the token's slot.
 
-    The scale is ``max(amax / max, 1 / (max * 512))`` with the largest finite magnitude of the head.
+    The scale is ``max(amax / max, 1 / (max * 512))`` with the largest finite magnitude of the head, after its
+    offsets are subtracted.
 
     Args:
         key: as for `reshape_and_cache_flash`, as are `value`, `key_cache`, `value_cache`, `slot_mapping`.
@@ -84,7 +97,9 @@ def reshape_and_cache_flash_dynamic(
         k_scale_cache: float32 ``[num_blocks, block_size, num_kv_heads]``, any strides; written.
         v_scale_cache: likewise.
         slot_mapping: likewise.
-        kv_cache_dtype: "fp8" or "fp8_e4m3", "fp8_e5m2".
+        kv_cache_dtype: "fp8" or "fp8_e4m3", "fp8_e5m2", "int8".
+        k_offset: as for `reshape_and_cache_flash`.
+        v_offset: likewise.
 
     Raises:
         RuntimeError: as `reshape_and_cache_flash`.
@@ -100,8 +115,9 @@ def reshape_and_cache_flash_dynamic(
         ([[448.0, -224.0]], [0.015625], [0.03125])
     """
     append_dynamic(
-        key, value, key_cache, value_cache, k_scale_cache, v_scale_cache, slot_mapping, kv_cache_dtype
-    )
+        key, value, key_cache, value_cache, k_scale_cache, v_scale_cache, slot_mapping, kv_cache_dtype,
+        k_offset, v_offset,
+    )  # fmt: skip
 
 
 def rope_quant_and_cache(
@@ -122,6 +138,8 @@ def rope_quant_and_cache(
     q_norm_weight: Tensor | None = None,
     k_norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
+    k_offset: Tensor | None = None,
+    v_offset: Tensor | None = None,
 ) -> None:
     """Does in one launch what an attention layer does between its projection and attention.
 
@@ -138,7 +156,7 @@ def rope_quant_and_cache(
         value: likewise.
         query_out: ``[num_tokens, num_heads, head_size]``, any strides; written, for every token whatever its
             slot. Of the FP8 dtype of the caches or uint8: quantized; float32, float16 or bfloat16: not. Rows
-            beyond the slots stay as they are.
+            beyond the slots stay as they are. Beside int8 caches it is not quantized.
         key_cache: as for `reshape_and_cache_flash`, as are `value_cache`, `slot_mapping` and
             `kv_cache_dtype`; written.
         value_cache: likewise; written.
@@ -146,7 +164,7 @@ def rope_quant_and_cache(
         kv_cache_dtype: likewise.
         q_scale: float32, 1, num_kv_heads or num_heads elements, evenly strided, in any shape; not used where
             `query_out` is not FP8.
-        k_scale: float32, 1 or num_kv_heads elements.
+        k_scale: as for `reshape_and_cache_flash`.
         v_scale: likewise.
         positions: int32 or int64 ``[num_tokens]``, with `cos_sin_cache`; None: no RoPE.
         cos_sin_cache: float32 or the dtype of `query`, ``[max_position, rotary_dim]``: rotary_dim / 2
@@ -156,6 +174,8 @@ def rope_quant_and_cache(
         q_norm_weight: float32 or the dtype of `query` ``[head_size]``; None: no norm of Q.
         k_norm_weight: likewise, of K.
         norm_eps: added to the mean of the squares.
+        k_offset: as for `reshape_and_cache_flash`: of K after RoPE.
+        v_offset: likewise.
 
     Raises:
         RuntimeError: an argument doesn't fit, or, on the CPU, a slot lies beyond the cache or a position
@@ -180,7 +200,8 @@ def rope_quant_and_cache(
     """
     rope_append(
         query, key, value, query_out, key_cache, value_cache, slot_mapping, kv_cache_dtype, q_scale, k_scale,
-        v_scale, positions, cos_sin_cache, is_neox, q_norm_weight, k_norm_weight, norm_eps,
+        v_scale, positions, cos_sin_cache, is_neox, q_norm_weight, k_norm_weight, norm_eps, k_offset,
+        v_offset,
     )  # fmt: skip
 
 
@@ -195,6 +216,8 @@ def gather_and_dequant_cache(
     k_scale: Tensor,
     v_scale: Tensor,
     seq_starts: Tensor | None = None,
+    k_offset: Tensor | None = None,
+    v_offset: Tensor | None = None,
 ) -> None:
     """Reads sequences out of a paged cache into packed rows: the inverse of `reshape_and_cache_flash`.
 
@@ -215,6 +238,8 @@ def gather_and_dequant_cache(
             scales of `reshape_and_cache_flash_dynamic`.
         v_scale: likewise.
         seq_starts: int32 ``[num_seqs]``, the first position of each sequence; None: 0.
+        k_offset: as for `reshape_and_cache_flash`: added, in float32, to what is dequantized.
+        v_offset: likewise.
 
     Raises:
         RuntimeError: an argument doesn't fit, or, on the CPU, the sums fall or exceed the rows, or a position
@@ -234,5 +259,5 @@ def gather_and_dequant_cache(
     """
     gather(
         key_cache, value_cache, key, value, block_table, cu_seq_lens, kv_cache_dtype, k_scale, v_scale,
-        seq_starts,
+        seq_starts, k_offset, v_offset,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Modules of a model: the scales of an attention layer, and a layer that quantizes."""
+"""Modules for models: the scales of an attention layer, and a quantization layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scales of one attention layer in a state dict: found under all their names, checked, made to fit."""
+"""Scales of one attention layer in a state dict: found under all names, checked and reshaped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fp8kv.checkpoint.scales import reduce_query_scale
 
 
 class LayerShape:
-    """What scales must fit: 1 element, or with strategy "attn_head" one for each KV head as well."""
+    """The sizes that scales may have: 1 element, or with strategy "attn_head" also one per KV head."""
 
     def __init__(self, num_heads: int, num_kv_heads: int, strategy: str) -> None:
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
@@ -27,7 +27,7 @@ class LayerShape:
 
         Raises:
             ValueError: it isn't a floating-point tensor, or its values are not of the right number, finite
-                and above 0; the sentence begins with `name`.
+                and above 0; the message begins with `name`.
         """
         if not (isinstance(scale, Tensor) and scale.is_floating_point() and not scale.is_meta):
             raise ValueError(f"{name} must be a floating-point tensor, got {_kind(scale)}")
@@ -57,13 +57,14 @@ class LayerState:
 
     Args:
         state_dict: names as in checkpoints, after `prefix`: whole, or from the layer or the attention on.
-        prefix: keys without it are of no concern.
-        shape: what the scales must fit.
+        prefix: keys without it are ignored.
+        shape: the sizes that the scales may have.
 
     Attributes:
-        scales: "q", "k", "v" to fp32 ``[num_scales]``; those that are there.
-        unknown: keys that are no scales.
-        errors: a sentence for each tensor that can't be used; nothing of this state should be, then.
+        scales: "q", "k", "v" to fp32 ``[num_scales]``, as far as present.
+        unknown: keys that are not scales.
+        errors: a sentence for each tensor that can't be used; if there are any, nothing of this state should
+            be used.
     """
 
     def __init__(self, state_dict: Mapping[str, Any], prefix: str, shape: LayerShape) -> None:

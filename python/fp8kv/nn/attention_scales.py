@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fp8kv._checks import STRATEGIES, check_choice, listed
-from fp8kv._dtypes import CACHE_NAMES, FORMATS, REAL_DTYPES, dtype_name
+from fp8kv._dtypes import CACHE_NAMES, FORMATS, FP8_DTYPES, REAL_DTYPES, dtype_name
 from fp8kv.checkpoint.scales import LayerScales
 from fp8kv.kv_cache import PagedKVCache, paged_attention, reshape_and_cache_flash, rope_quant_and_cache
 from fp8kv.nn._loading import LayerShape, LayerState, name_below_owner, parse_relative_name
@@ -21,8 +21,8 @@ from fp8kv.quantization import scale_of_amax, static_scaled_fp8_quant
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-#: The next fp32 value above the largest of each format. The quotient of amax and the scale made of it can be
-#: that one, by rounding alone, so what is not above it is not called clipped.
+#: The next fp32 value above the largest of each format. The quotient of amax and the scale from it can be
+#: this value by rounding alone, so only quotients above it count as clipped.
 _LIMITS = {dtype: row.max + 2.0 ** (math.frexp(row.max)[1] - 24) for dtype, row in FORMATS.items()}
 
 
@@ -35,29 +35,29 @@ class AttentionScales(nn.Module):
 
     `load_state_dict` takes the tensors of a checkpoint, under every name that `fp8kv.remap_scale_name` knows,
     whole or from the layer or the attention on, in any floating-point dtype and in the shapes ``[]``,
-    ``[1]``, ``[H]`` and ``[H, 1, 1]``. One element serves all heads, a `kv_scale` K and V; query scales of
-    all heads become those of their KV groups, the largest of each. A missing `q_scale` leaves the present
-    one; missing others are missing keys. Rejects scales that are not finite, not above 0 or not of the right
+    ``[1]``, ``[H]`` and ``[H, 1, 1]``. One element applies to all heads, a `kv_scale` to K and V; query
+    scales per head are reduced to the largest of each KV group. Without a `q_scale` the current one stays;
+    other missing scales are missing keys. Rejects scales that are not finite, not above 0 or not of the right
     number, names for the same scale that disagree, and zero points other than 0; then nothing of this layer
-    changes. ``assign=True`` copies in place too, but makes a module on the meta device a real one.
+    changes. ``assign=True`` copies in place too, except that it materializes a module on the meta device.
     Names at the level of the parent, such as ``layers.3.self_attn.k_scale`` for a module
     ``layers.3.self_attn.attn``, need `accept_foreign_names`.
 
-    Changed scales invalidate what is cached: calibrate before anything that must stay is in the cache.
+    Changed scales invalidate cached values: calibrate before the cache holds tokens that must stay.
 
     Args:
         num_heads: heads of Q.
         num_kv_heads: heads of K, and of V.
         head_size: elements of a head.
-        strategy: "tensor" or "attn_head": one scale for all heads, or one for each KV head. The query heads
-            of a KV head share one, as FlashAttention-3 wants it.
-        calculate_kv_scales: `quantize_query`, `update_cache` and `append_step` observe what they quantize,
-            until `freeze`.
+        strategy: "tensor" or "attn_head": one scale for all heads, or one per KV head. The query heads of a
+            KV head share a scale, as FlashAttention-3 requires.
+        calculate_kv_scales: `quantize_query`, `update_cache` and `append_step` observe their inputs, until
+            `freeze`.
         dtype: float8_e4m3fn or float8_e5m2, of queries and cache.
-        first_kv_head: the number in the layer of the first KV head of this rank, under tensor parallelism:
-            statistics of several ranks are merged head by head then. None: ranks whose statistics are merged
-            must have the same heads.
-        device: None is PyTorch's default device.
+        first_kv_head: the index in the layer of this rank's first KV head, under tensor parallelism. With it,
+            statistics of several ranks are merged head by head. None: ranks whose statistics are merged must
+            have the same heads.
+        device: None: PyTorch's default device.
 
     Attributes:
         q_scale: float32 ``[1]`` or ``[num_kv_heads]``, 1.0 at first.
@@ -66,7 +66,7 @@ class AttentionScales(nn.Module):
         q_amax, k_amax, v_amax: float32, the largest finite magnitudes observed; not in the state dict, as are
             the counts `q_clipped`, `k_clipped`, `v_clipped`, `q_observed`, `k_observed`, `v_observed`, int64.
         calculate_kv_scales: as above; `freeze` makes it False. It is a constant in compiled and captured
-            code: compiled code is compiled again when it changes, captured code goes on observing.
+            code: when it changes, compiled code is recompiled, while captured code keeps observing.
         num_heads, num_kv_heads, head_size, strategy, dtype, first_kv_head: as above.
 
     Raises:
@@ -115,8 +115,8 @@ class AttentionScales(nn.Module):
         if first_kv_head is not None and first_kv_head < 0:
             raise ValueError(f"AttentionScales: first_kv_head must be at least 0, got {first_kv_head}")
         check_choice("AttentionScales: strategy", strategy, STRATEGIES)
-        if dtype not in FORMATS:
-            names = listed(map(dtype_name, FORMATS))
+        if dtype not in FP8_DTYPES:
+            names = listed(map(dtype_name, FP8_DTYPES))
             raise ValueError(f"AttentionScales: dtype must be {names}, got {dtype_name(dtype)}")
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
         self.strategy = strategy
@@ -137,7 +137,7 @@ class AttentionScales(nn.Module):
     def quantize_query(self, query: Tensor, out: Tensor | None = None) -> Tensor:
         """Quantizes queries with `q_scale`.
 
-        With `calculate_kv_scales` they are observed too, all rows.
+        With `calculate_kv_scales`, all rows are observed too.
 
         Args:
             query: float32, float16 or bfloat16 ``[num_tokens, num_heads, head_size]`` or
@@ -177,17 +177,17 @@ class AttentionScales(nn.Module):
     ) -> None:
         """Stores tokens in a paged cache, quantized with `k_scale` and `v_scale`.
 
-        With `calculate_kv_scales` they are observed too, but for those with a negative slot.
+        With `calculate_kv_scales`, tokens with a non-negative slot are observed too.
 
         Args:
             key: float32, float16 or bfloat16 ``[num_tokens, num_kv_heads, head_size]`` or
                 ``[num_tokens, num_kv_heads * head_size]``, any strides. It may have more rows than there are
-                slots; those are left out.
+                slots; the others are ignored.
             value: likewise, of the dtype of `key`.
             cache: a `PagedKVCache`, whose `k_scale` and `v_scale` become the buffers of this module if it is
                 FP8, so that `gather` and `descales` use them; or K and V caches
                 ``[num_blocks, block_size, num_kv_heads, head_size]`` of this module's dtype or uint8. A cache
-                of a 16-bit type or float32 is written as it is, without scales.
+                of a 16-bit type or float32 stores values directly, without scales.
             slot_mapping: int32 or int64 ``[num_tokens]``; tokens with a negative slot are skipped.
 
         Raises:
@@ -233,7 +233,7 @@ class AttentionScales(nn.Module):
     ) -> Tensor:
         """Norm and RoPE of queries and keys, quantization of all three, and the append, in one launch.
 
-        With `calculate_kv_scales` several launches do the same, and observe what is quantized.
+        With `calculate_kv_scales`, several launches do the same, and observe the values to quantize.
 
         Args:
             query: float32, float16 or bfloat16 ``[num_tokens, num_heads, head_size]`` or
@@ -244,13 +244,13 @@ class AttentionScales(nn.Module):
             slot_mapping: int32 or int64 ``[num_tokens]``. Tokens with a negative slot are not stored; their
                 queries are quantized.
             positions: int32 or int64 ``[num_tokens]``; None: no RoPE.
-            cos_sin_cache: as for `fp8kv.rope_quant_and_cache`, as are the rest.
+            cos_sin_cache: as for `fp8kv.rope_quant_and_cache`, like the following arguments.
             is_neox: likewise.
             q_norm_weight: likewise.
             k_norm_weight: likewise.
             norm_eps: likewise.
             out: receives the queries, ``[num_tokens, num_heads, head_size]`` or flat: of this module's dtype,
-                or of that of `query`, not quantized. None allocates the former.
+                or, not quantized, of the dtype of `query`. None allocates the former.
 
         Returns:
             The queries: `out`, or FP8 with the shape of `query` and a row for each slot.
@@ -292,7 +292,7 @@ class AttentionScales(nn.Module):
             return out
 
         def transformed(heads: Tensor, weight: Tensor | None) -> Tensor:
-            """As the operator gives queries that are not quantized; nothing is stored."""
+            """Queries as the operator returns them without quantization; nothing is stored."""
             rows = slot_mapping.shape[0]
             result = torch.empty((rows, *heads.shape[1:]), dtype=heads.dtype, device=heads.device)
             nowhere = torch.full_like(slot_mapping, -1)
@@ -332,19 +332,19 @@ class AttentionScales(nn.Module):
         num_splits: int = 0,
         out: Tensor | None = None,
     ) -> Tensor:
-        """Attention of the queries of `append_step` to the cache that it has appended to, in one launch.
+        """Attention of the queries of `append_step` to the cache, in one launch.
 
-        It is `fp8kv.paged_attention` with the scales of this module and the format of the cache. Nothing is
-        looked at on the host and nothing is allocated but the result. On the CPU only, so far.
+        It is `fp8kv.paged_attention` with the scales of this module and the format of the cache. It reads
+        nothing on the host and allocates only the result. CPU only, so far.
 
         Args:
-            query: what `append_step` returned, or queries of a real type, of the shape
+            query: the result of `append_step`, or queries of a real type, of shape
                 ``[num_tokens, num_heads, head_size]`` or ``[num_tokens, num_heads * head_size]``.
-            cache: as for `append_step`. A `PagedKVCache` is read with its own scales, which are those of this
-                module once it has stored something there.
+            cache: as for `append_step`. A `PagedKVCache` is read with its own scales, which are this module's
+                scales once it has appended to the cache.
             block_table: int32 ``[num_seqs, max_blocks]``, the blocks of each sequence.
-            seq_lens: int32 ``[num_seqs]``, tokens of each sequence, those of this step included.
-            softmax_scale: as for `fp8kv.paged_attention`, as are all others.
+            seq_lens: int32 ``[num_seqs]``, tokens of each sequence, including this step.
+            softmax_scale: as for `fp8kv.paged_attention`, like the following arguments.
             cu_query_lens: likewise.
             max_query_len: likewise.
             max_seq_len: likewise.
@@ -356,8 +356,8 @@ class AttentionScales(nn.Module):
             v_offset: likewise.
             lse: likewise.
             num_splits: likewise.
-            out: receives the result, of a real type and a shape as `query` may have. None: a new tensor of
-                the shape of `query` and its dtype, bfloat16 for FP8.
+            out: receives the result, of a real type, in one of the shapes of `query`. None: a new tensor with
+                the shape and dtype of `query`, bfloat16 for FP8.
 
         Returns:
             `out`, or the new tensor.
@@ -395,13 +395,13 @@ class AttentionScales(nn.Module):
         return out
 
     def descales(self, num_seqs: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The scales in the form FlashAttention-3 takes: q_descale, k_descale and v_descale.
+        """The scales in FlashAttention-3's form: q_descale, k_descale and v_descale.
 
         Args:
             num_seqs: sequences of the batch.
 
         Returns:
-            float32 ``[num_seqs, num_kv_heads]`` for Q, K and V: views, nothing is copied.
+            float32 ``[num_seqs, num_kv_heads]`` for Q, K and V, as views, without a copy.
 
         Example:
             >>> import fp8kv
@@ -417,14 +417,14 @@ class AttentionScales(nn.Module):
     def observe(
         self, query: Tensor | None, key: Tensor, value: Tensor, slot_mapping: Tensor | None = None
     ) -> None:
-        """Adds tokens to what was seen: the largest magnitudes, and what the scales in force would clip.
+        """Observes tokens: the largest magnitudes, and the elements that the current scales would clip.
 
-        Clipped is what lies beyond the range by more than rounding, so a scale made of the largest magnitude
-        clips nothing. NaN is never clipped, infinite elements always are.
+        An element is clipped if it is beyond the range by more than rounding, so a scale computed from the
+        largest magnitude clips nothing. NaN is never clipped, infinite elements always are.
 
         It runs on the device without synchronization and updates buffers in place, so it can be compiled, and
-        captured in a CUDA graph, each replay of which observes. Temporary memory stays below 40 MB however
-        many tokens there are, unless a single one has millions of elements.
+        captured in a CUDA graph, every replay of which observes. Temporary memory stays below 40 MB for any
+        number of tokens, unless a single token has millions of elements.
 
         Args:
             query: float32, float16 or bfloat16 ``[num_tokens, num_heads, head_size]`` or
@@ -432,7 +432,7 @@ class AttentionScales(nn.Module):
             key: likewise, with num_kv_heads.
             value: likewise.
             slot_mapping: int32 or int64. Tokens with a negative slot, and rows beyond the slots, are padding
-                and not seen. None: all rows are.
+                and not observed. None: all rows are observed.
 
         Raises:
             ValueError: a shape, dtype or device doesn't fit, or there are fewer rows than slots. Nothing is
@@ -458,7 +458,7 @@ class AttentionScales(nn.Module):
             self._observe(letter, x, slot_mapping)
 
     def discard_observations(self) -> None:
-        """Forgets what was seen: the end of a warm-up. In place, without synchronization.
+        """Discards all observations, for example after a warm-up. In place, without synchronization.
 
         Example:
             >>> import torch, fp8kv
@@ -473,13 +473,13 @@ class AttentionScales(nn.Module):
                 self._buffer(letter, kind).zero_()
 
     def observations(self, group: ProcessGroup | None = None) -> Observations:
-        """What was seen since the beginning, or since the last `discard_observations` or `freeze`.
+        """Observations since the beginning, or since the last `discard_observations` or `freeze`.
 
-        It waits for the device.
+        It synchronizes.
 
         Args:
-            group: all its ranks must call; they get the largest magnitudes and the sums of the counts, per
-                head those of the ranks that have it; see `freeze`. None: those of this process.
+            group: all its ranks must call; they get the largest magnitudes and the sums of the counts, for
+                each head over the ranks that have it; see `freeze`. None: this process alone.
 
         Raises:
             ValueError: `group` is not a process group that this rank belongs to, or its ranks don't have the
@@ -504,26 +504,25 @@ class AttentionScales(nn.Module):
         return Observations(*(Observed(*map(tuple, row)) for row in rows))
 
     def freeze(self, group: ProcessGroup | None = None, margin: float = 1.0) -> Observations:
-        """Makes scales of what was seen, ``max(amax * margin / max, 1 / (max * 512))``, and forgets it.
+        """Sets the scales to ``max(amax * margin / max, 1 / (max * 512))`` and discards the observations.
 
-        From then on `observe` counts what the new scales clip. `q_scale` stays if no query was seen.
-        `calculate_kv_scales` becomes False. It waits for the device.
+        From then on, `observe` counts what the new scales clip. `q_scale` is unchanged if no query was
+        observed. `calculate_kv_scales` becomes False. It synchronizes.
 
         Args:
             group: all its ranks must call; the largest magnitudes of all become the same scales everywhere.
-                With strategy "tensor" these are all ranks that run this layer: those of tensor parallelism,
-                which must have the same scale, and of data parallelism. With "attn_head" and `first_kv_head`
-                they may be all of these too: a scale is that of the ranks that have the head. Without
-                `first_kv_head` nobody knows which heads a rank has, so they are ranks with the same heads
-                only: replicas of data parallelism, not those of tensor parallelism. None: this process alone.
-            margin: room for what was not seen; 1.0 puts the largest magnitude at the end of the range.
+                With strategy "tensor" these are all ranks that run this layer: tensor-parallel ranks, which
+                must have the same scale, and data-parallel replicas. With "attn_head" and `first_kv_head`
+                they may be all of these too: the scale of a head comes from the ranks that have it. Without
+                `first_kv_head`, the heads of a rank are unknown, so the group may only contain ranks with the
+                same heads: data-parallel replicas, not tensor-parallel ranks. None: this process alone.
+            margin: headroom for larger values; 1.0 puts the largest magnitude at the end of the range.
 
         Returns:
-            What was seen, of all ranks of the group. Its clipped elements are those that the scales before
-            clipped.
+            The observations of all ranks of the group. Clipped elements are counted with the previous scales.
 
         Raises:
-            RuntimeError: no rank has seen keys and values. Nothing is changed then.
+            RuntimeError: no rank has observed keys and values. Nothing is changed then.
             ValueError: `margin` is not finite or not above 0, or `group` doesn't fit, as for `observations`.
 
         Example:
@@ -555,11 +554,11 @@ class AttentionScales(nn.Module):
     # Loading
 
     def load_scales(self, scales: LayerScales) -> None:
-        """Takes the scales of a layer, such as ``fp8kv.load_kv_scales(checkpoint)[layer]``.
+        """Loads the scales of a layer, such as ``fp8kv.load_kv_scales(checkpoint)[layer]``.
 
         Args:
-            scales: those of this rank, on any device. Without `q`, `q_scale` stays as it is: queries are
-                quantized by `quantize_query` all the same, so don't call it if they should not be.
+            scales: of this rank, on any device. Without `q`, `q_scale` is unchanged, and `quantize_query`
+                still quantizes; don't call it if queries should stay unquantized.
 
         Raises:
             ValueError: `k` or `v` is missing, or a scale is not finite, not above 0 or not of the right
@@ -589,12 +588,12 @@ class AttentionScales(nn.Module):
 
     @staticmethod
     def accept_foreign_names(model: nn.Module) -> RemovableHandle:
-        """Lets ``model.load_state_dict`` find scales that are named at the level of a parent module.
+        """Lets ``model.load_state_dict`` find scales with names at the level of a parent module.
 
-        A scale goes to the one `AttentionScales` below the closest module that its name names, inside its
-        layer: ``layers.3.self_attn.k_scale`` and ``layers.3.self_attn.k_proj.k_scale`` go to
-        ``layers.3.self_attn.attn``. Where there is none or more than one, and where a tensor has that name
-        already, the key stays what it is.
+        A scale goes to the only `AttentionScales` below the closest module in its name, inside its layer:
+        ``layers.3.self_attn.k_scale`` and ``layers.3.self_attn.k_proj.k_scale`` go to
+        ``layers.3.self_attn.attn``. If there is none or more than one, or if a tensor already has that name,
+        the key is unchanged.
 
         Args:
             model: the module whose `load_state_dict` is called, or any that contains the layers.
@@ -626,7 +625,7 @@ class AttentionScales(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """In place of PyTorch's, which wants its own names and shapes and may replace the buffers."""
+        """Replaces PyTorch's, which requires exact names and shapes and may replace the buffers."""
         for hook in self._load_state_dict_pre_hooks.values():
             hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         state = LayerState(state_dict, prefix, self._shape)
@@ -685,7 +684,7 @@ class AttentionScales(nn.Module):
     def _storage_of(
         self, method: str, cache: PagedKVCache | tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, str]:
-        """K cache, V cache, and what the operators call their elements."""
+        """K cache, V cache, and the operators' name of their format."""
         if isinstance(cache, PagedKVCache):
             if cache.dynamic:
                 raise ValueError(

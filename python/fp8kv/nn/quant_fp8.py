@@ -1,4 +1,4 @@
-"""`QuantFP8`: quantization as a module of a model, in the call form of vLLM's layer of that name."""
+"""`QuantFP8`: quantization as a module, with the call signature of vLLM's layer of that name."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from fp8kv.quantization import quantize
 
 
 class QuantFP8(nn.Module):
-    """Quantizes its input to FP8, with a scale it is given (static) or one it computes (dynamic).
+    """Quantizes its input to FP8, with a given scale (static) or a computed one (dynamic).
 
     Args:
-        static: whether `forward` is given the scale.
+        static: whether the scale is passed to `forward`.
         group_shape: which elements share a scale; see `GroupShape`.
         dtype: float8_e4m3fn or float8_e5m2.
-        num_token_padding: the result has at least this many rows (its first dimension); rows beyond those of
-            the input are zero. For matrix products that want a minimum of rows. Scales are not padded.
+        num_token_padding: the result has at least this many rows (its first dimension); additional rows are
+            zero. For matrix products that require a minimum number of rows. Scales are not padded.
 
     Example:
         >>> import torch
@@ -53,11 +53,11 @@ class QuantFP8(nn.Module):
             scale_ub: float32, one element; bounds computed scales. Dynamic only.
 
         Returns:
-            ``(q, scale)``: `q` of the shape of `x`, but for padding; `scale` as given, or as `fp8kv.quantize`
-            computes it.
+            ``(q, scale)``: `q` in the shape of `x`, except for padding; `scale` as given, or as computed by
+            `fp8kv.quantize`.
 
         Raises:
-            ValueError: a scale is missing or not wanted, or padding asked of a vector.
+            ValueError: a scale is missing or unexpected, or padding is requested for a vector.
             RuntimeError: as `fp8kv.quantize`.
         """
         if self.static and scale is None:

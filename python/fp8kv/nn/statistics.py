@@ -1,4 +1,4 @@
-"""What an attention layer has seen: largest magnitudes, and the elements that its scales would clip."""
+"""Observations of an attention layer: largest magnitudes, and the elements that its scales would clip."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from fp8kv.quantization import raise_head_amax
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-#: Elements that `observe_groups` looks at in one go, which bounds its temporary memory.
+#: Elements that `observe_groups` processes at a time, which bounds its temporary memory.
 _CHUNK = 1 << 21
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What was seen of one of Q, K and V, per tensor or per KV head.
+    """Observations of one of Q, K and V, per tensor or per KV head.
 
     Attributes:
         amax: the largest finite magnitude; 0 if there was none.
-        clipped: how many elements lay beyond the range of the scale in force, infinite ones included.
-        observed: how many elements were seen.
+        clipped: number of elements beyond the range of the current scale, infinite ones included.
+        observed: number of elements.
     """
 
     amax: tuple[float, ...]
@@ -35,15 +35,15 @@ class Observed:
 
     @property
     def clipped_fraction(self) -> float:
-        """Of all elements; 0 if none was seen."""
+        """Of all elements; 0 if there are none."""
         return sum(self.clipped) / max(1, sum(self.observed))
 
 
 @dataclass(frozen=True)
 class Observations:
-    """What an attention layer has seen of Q, K and V: the report of `fp8kv.AttentionScales`.
+    """Observations of Q, K and V in an attention layer: the report of `fp8kv.AttentionScales`.
 
-    As text it is one or two sentences, the second of which says what was clipped.
+    As text, it is one or two sentences, the second of which reports clipping.
 
     Attributes:
         q: nothing observed if queries are not.
@@ -69,7 +69,7 @@ class Observations:
 
     @property
     def clipped_fraction(self) -> float:
-        """Of all elements of Q, K and V; 0 if none was seen."""
+        """Of all elements of Q, K and V; 0 if there are none."""
         seen = (self.q, self.k, self.v)
         return sum(sum(x.clipped) for x in seen) / max(1, sum(sum(x.observed) for x in seen))
 
@@ -108,17 +108,17 @@ def _observe_groups(
     limit: float,
     slots: Tensor | None,
 ) -> None:
-    """Adds the elements of `x` to what was seen. Only the tensors written are touched, on the device.
+    """Adds the elements of `x` to the statistics, in place on the device, without synchronization.
 
     Args:
         x: float32, float16 or bfloat16 ``[num_tokens, num_scales, heads of a scale, head_size]``, any
             strides.
-        scale: float32 ``[num_scales]``, in force.
+        scale: float32 ``[num_scales]``, the current ones.
         amax: likewise; raised to the largest finite magnitude of each group.
         clipped: int64 ``[num_scales]``; grows by the elements with ``|x / scale| > limit``.
         observed: int64 ``[num_scales]``; grows by the elements seen.
         limit: the largest quotient that is not clipped.
-        slots: as many as tokens; those with a negative slot are not seen. None: all are.
+        slots: as many as tokens; those with a negative slot are not observed. None: all are.
     """
     num_tokens, num_scales, *rest = x.shape
     if x.numel() == 0:
@@ -152,17 +152,17 @@ observe_groups = torch.ops.fp8kv._observe_groups.default
 def reduced(
     amax: Tensor, counts: Tensor, group: ProcessGroup | None, first_head: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The largest `amax` and the sum of the `counts` of the ranks that have a head, on the host.
+    """The largest `amax` and the sum of the `counts` over the ranks that have a head, on the host.
 
     Args:
         amax: float32 ``[n, num_scales]`` of this rank.
         counts: int64 ``[m, num_scales]``.
         group: None: this rank alone.
-        first_head: the number of its first head in the layer; None: all ranks have the same heads.
+        first_head: the index of its first head in the layer; None: all ranks have the same heads.
 
     Raises:
-        ValueError: `group` is not a process group of this rank, or its ranks don't fit together; on all ranks
-            then.
+        ValueError: `group` is not a process group of this rank, or its ranks don't fit together; raised on
+            all ranks.
     """
     if group is None:
         return amax.cpu(), counts.cpu()

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fp8kv._dtypes import CACHE_DTYPES, FORMATS, REAL_DTYPES
+from fp8kv._dtypes import CACHE_DTYPES, FORMATS, FP8_DTYPES, REAL_DTYPES
 from fp8kv.reference.rules import fail
 
 _OP = "paged_attention"
@@ -198,7 +198,7 @@ def _queries(query: Tensor, cache: Tensor, q_scale: Tensor | None) -> Tensor:
         if q_scale is not None:
             fail(_OP, f"q_scale goes with an FP8 query, got {query.dtype}")
         return query.double()
-    if query.dtype not in (cache.dtype, torch.uint8) or cache.dtype not in FORMATS or q_scale is None:
+    if query.dtype not in (cache.dtype, torch.uint8) or cache.dtype not in FP8_DTYPES or q_scale is None:
         fail(_OP, f"query can't be {query.dtype} with caches of {cache.dtype}, and FP8 needs q_scale")
     num_heads = query.shape[1]
     if q_scale.dtype != torch.float32 or q_scale.numel() not in (1, num_kv_heads, num_heads):
@@ -211,7 +211,7 @@ def _caches(key_cache: Tensor, value_cache: Tensor, kv_cache_dtype: str) -> tupl
     """As tensors of the dtype that kv_cache_dtype says."""
     actual = key_cache.dtype
     dtype = actual if kv_cache_dtype == "auto" and actual in REAL_DTYPES else CACHE_DTYPES.get(kv_cache_dtype)
-    if dtype is None or (actual != dtype and not (actual == torch.uint8 and dtype in FORMATS)):
+    if dtype is None or (actual != dtype and not (actual == torch.uint8 and dtype in FP8_DTYPES)):
         fail(_OP, f"caches can't be {actual} with kv_cache_dtype {kv_cache_dtype!r}")
     if key_cache.dim() != 4 or value_cache.shape != key_cache.shape or value_cache.dtype != actual:
         fail(

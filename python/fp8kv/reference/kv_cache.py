@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fp8kv._dtypes import CACHE_DTYPES, FORMATS, REAL_DTYPES
+from fp8kv._dtypes import CACHE_DTYPES, FORMATS, FP8_DTYPES, REAL_DTYPES
 from fp8kv.reference.rules import bits, dynamic_scale, encode, fail, finite_magnitude, round_to
 
 
@@ -19,6 +19,8 @@ def reshape_and_cache_flash(
     kv_cache_dtype: str,
     k_scale: Tensor,
     v_scale: Tensor,
+    k_offset: Tensor | None = None,
+    v_offset: Tensor | None = None,
 ) -> None:
     """See `fp8kv.reshape_and_cache_flash`. The same slot twice: the last token stays, on CUDA as well.
 
@@ -33,12 +35,15 @@ def reshape_and_cache_flash(
     """
     op = "reshape_and_cache_flash"
     caches = _caches(op, key, value, key_cache, value_cache, kv_cache_dtype)
-    num_heads = key_cache.shape[2]
-    scales = [_scale_of_heads(op, scale, num_heads) for scale in (k_scale, v_scale)]
+    scales = [_scale_of_channels(op, scale, caches[0]) for scale in (k_scale, v_scale)]
+    offsets = [_offset_of_channels(op, offset, caches[0]) for offset in (k_offset, v_offset)]
     tokens, place = _appended(op, key, value, caches[0], slot_mapping)
-    for heads, cache, scale in zip((key, value), caches, scales, strict=True):
+    for heads, cache, scale, offset in zip((key, value), caches, scales, offsets, strict=True):
         x = heads[tokens]
-        q = encode(x.float() / scale, cache.dtype) if cache.dtype in FORMATS else _converted(x, cache.dtype)
+        if cache.dtype in FORMATS:
+            q = encode(_less(x, offset) / scale, cache.dtype)
+        else:
+            q = _converted(x, cache.dtype)
         bits(cache)[place] = bits(q)
 
 
@@ -52,6 +57,8 @@ def reshape_and_cache_flash_dynamic(
     v_scale_cache: Tensor,
     slot_mapping: Tensor,
     kv_cache_dtype: str,
+    k_offset: Tensor | None = None,
+    v_offset: Tensor | None = None,
 ) -> None:
     """See `fp8kv.reshape_and_cache_flash_dynamic`. The same slot twice: the last token stays.
 
@@ -67,19 +74,20 @@ def reshape_and_cache_flash_dynamic(
     op = "reshape_and_cache_flash_dynamic"
     caches = _caches(op, key, value, key_cache, value_cache, kv_cache_dtype)
     if caches[0].dtype not in FORMATS:
-        fail(op, f"kv_cache_dtype must be one of FP8, got {kv_cache_dtype!r}")
+        fail(op, f"kv_cache_dtype must be that of a quantized format, got {kv_cache_dtype!r}")
     scale_caches = (k_scale_cache, v_scale_cache)
     for scale_cache in scale_caches:
         if scale_cache.dtype != torch.float32 or scale_cache.shape != key_cache.shape[:3]:
             fail(op, f"scale caches must be float32 of shape {list(key_cache.shape[:3])}")
+    offsets = [_offset_of_channels(op, offset, caches[0]) for offset in (k_offset, v_offset)]
     tokens, place = _appended(op, key, value, caches[0], slot_mapping)
-    for heads, cache, scale_cache in zip((key, value), caches, scale_caches, strict=True):
-        x = heads[tokens]
+    for heads, cache, scale_cache, offset in zip((key, value), caches, scale_caches, offsets, strict=True):
+        x = _less(heads[tokens], offset)
         if x.numel() == 0:
             continue
         scale = dynamic_scale(finite_magnitude(x).amax(-1), cache.dtype)
         scale_cache[place] = scale
-        bits(cache)[place] = bits(encode(x.float() / scale.unsqueeze(-1), cache.dtype))
+        bits(cache)[place] = bits(encode(x / scale.unsqueeze(-1), cache.dtype))
 
 
 @torch.no_grad()
@@ -94,6 +102,8 @@ def gather_and_dequant_cache(
     k_scale: Tensor,
     v_scale: Tensor,
     seq_starts: Tensor | None = None,
+    k_offset: Tensor | None = None,
+    v_offset: Tensor | None = None,
 ) -> None:
     """See `fp8kv.gather_and_dequant_cache`.
 
@@ -109,18 +119,21 @@ def gather_and_dequant_cache(
     """
     op = "gather_and_dequant_cache"
     caches = _caches(op, key, value, key_cache, value_cache, kv_cache_dtype)
-    num_heads = key_cache.shape[2]
     scales = [
         scale.unsqueeze(-1)
         if scale.numel() != 1 and scale.shape == key_cache.shape[:3] and scale.dtype == torch.float32
-        else _scale_of_heads(op, scale, num_heads).expand(*key_cache.shape[:3], 1)
+        else _scale_of_channels(op, scale, caches[0]).expand(key_cache.shape)
         for scale in (k_scale, v_scale)
     ]
+    offsets = [_offset_of_channels(op, offset, caches[0]) for offset in (k_offset, v_offset)]
     rows, place = _gathered(op, caches[0], key, value, block_table, cu_seq_lens, seq_starts)
-    for cache, heads, scale in zip(caches, (key, value), scales, strict=True):
+    for cache, heads, scale, offset in zip(caches, (key, value), scales, offsets, strict=True):
         q = bits(cache)[place].view(cache.dtype)
-        fp8 = cache.dtype in FORMATS
-        x = round_to(q.float() * scale[place], heads.dtype) if fp8 else _converted(q, heads.dtype)
+        if cache.dtype in FORMATS:
+            x = q.float() * scale[place]
+            x = round_to(x if offset is None else x + offset, heads.dtype)
+        else:
+            x = _converted(q, heads.dtype)
         bits(heads)[rows] = bits(x)
 
 
@@ -143,6 +156,8 @@ def rope_quant_and_cache(
     q_norm_weight: Tensor | None = None,
     k_norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
+    k_offset: Tensor | None = None,
+    v_offset: Tensor | None = None,
 ) -> None:
     """See `fp8kv.rope_quant_and_cache`.
 
@@ -169,8 +184,8 @@ def rope_quant_and_cache(
         if weight is not None and weight.shape != (head_size,):
             fail(op, f"norm weights must be [{head_size}], got {list(weight.shape)}")
     format = CACHE_DTYPES.get(kv_cache_dtype)
-    out = query_out.view(format) if query_out.dtype == torch.uint8 and format in FORMATS else query_out
-    if out.dtype not in REAL_DTYPES and (out.dtype != format or format not in FORMATS):
+    out = query_out.view(format) if query_out.dtype == torch.uint8 and format in FP8_DTYPES else query_out
+    if out.dtype not in REAL_DTYPES and (out.dtype != format or format not in FP8_DTYPES):
         fail(op, f"query_out can't be {query_out.dtype} with kv_cache_dtype {kv_cache_dtype!r}")
 
     cos_sin, slots, rows = None, slot_mapping, torch.arange(num_tokens, device=query.device)
@@ -189,7 +204,9 @@ def rope_quant_and_cache(
 
     key = _transformed(key[:num_tokens], k_norm_weight, norm_eps, cos_sin, is_neox)
     query = _transformed(query[:num_tokens], q_norm_weight, norm_eps, cos_sin, is_neox)[rows]
-    reshape_and_cache_flash(key, value, key_cache, value_cache, slots, kv_cache_dtype, k_scale, v_scale)
+    reshape_and_cache_flash(
+        key, value, key_cache, value_cache, slots, kv_cache_dtype, k_scale, v_scale, k_offset, v_offset
+    )
     if out.dtype in FORMATS:
         scale = q_scale.reshape(-1, 1).repeat_interleave(num_heads // max(1, q_scale.numel()), 0)
         bits(out)[rows] = bits(encode(query.float() / scale, out.dtype))
@@ -224,11 +241,27 @@ def _converted(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else round_to(x.float(), dtype)
 
 
-def _scale_of_heads(op: str, scale: Tensor, num_heads: int) -> Tensor:
-    """[1, 1] or [num_heads, 1]."""
+def _less(x: Tensor, offset: Tensor | None) -> Tensor:
+    """In fp32."""
+    return x.float() if offset is None else x.float() - offset
+
+
+def _scale_of_channels(op: str, scale: Tensor, cache: Tensor) -> Tensor:
+    """[1, 1], [num_heads, 1] or [num_heads, head_size]."""
+    num_heads, head_size = cache.shape[2:]
+    if scale.dtype == torch.float32 and scale.shape == (num_heads, head_size):
+        return scale
     if scale.dtype != torch.float32 or scale.numel() not in (1, num_heads):
-        fail(op, f"scales must be float32 with 1 or {num_heads} elements, got {scale.dtype}, {scale.shape}")
+        fail(op, f"scales can't be {scale.dtype} of shape {list(scale.shape)}")
     return scale.reshape(-1, 1)
+
+
+def _offset_of_channels(op: str, offset: Tensor | None, cache: Tensor) -> Tensor | None:
+    if offset is not None and (
+        offset.dtype != torch.float32 or offset.shape != cache.shape[2:] or cache.dtype not in FORMATS
+    ):
+        fail(op, f"offsets can't be {offset.dtype} of shape {list(offset.shape)} with {cache.dtype} caches")
+    return offset
 
 
 def _appended(
@@ -302,7 +335,7 @@ def _caches(
         fail(op, f"key and value must be [num_tokens, {key_cache.shape[2]}, {key_cache.shape[3]}]")
     actual = key_cache.dtype
     dtype = actual if kv_cache_dtype == "auto" and actual in REAL_DTYPES else CACHE_DTYPES.get(kv_cache_dtype)
-    if dtype is None or (actual != dtype and not (actual == torch.uint8 and dtype in FORMATS)):
+    if dtype is None or (actual != dtype and not (actual == torch.uint8 and dtype in FP8_DTYPES)):
         fail(op, f"caches can't be {actual} with kv_cache_dtype {kv_cache_dtype!r}")
     if value_cache.dtype != actual:
         fail(op, f"caches must have one dtype, got {actual} and {value_cache.dtype}")

@@ -14,9 +14,12 @@ _INTEGER = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat
 
 
 def encode(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest FP8 values of fp32 `values`, ties to even, saturating; NaN becomes the byte 0x7F."""
+    """The nearest values of a format to fp32 `values`, ties to even, saturating; NaN becomes its byte."""
     format = FORMATS[dtype]
-    nearest = values.clamp(-format.max, format.max).to(dtype).view(torch.uint8)
+    limited = values.clamp(-format.max, format.max)
+    if not dtype.is_floating_point:  # PyTorch cuts off
+        limited = limited.round()
+    nearest = limited.to(dtype).view(torch.uint8)
     return torch.where(values.isnan(), torch.full_like(nearest, format.nan_byte), nearest).view(dtype)
 
 

@@ -1,7 +1,7 @@
-"""`Fp8Cache`: the KV cache of a Hugging Face model in FP8, for `generate` and for calls of the model.
+"""`Fp8Cache`: an FP8 KV cache for Hugging Face models, for `generate` and direct calls of the model.
 
-Importing it makes the attention function "fp8kv" known to Transformers. Described in docs/transformers.md.
-`import fp8kv` does not import this module, as it needs Transformers.
+Importing it registers the attention function "fp8kv" with Transformers. Described in docs/transformers.md.
+`import fp8kv` does not import this module, because it needs Transformers.
 """
 
 from __future__ import annotations

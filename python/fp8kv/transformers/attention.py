@@ -1,9 +1,9 @@
-"""The attention function "fp8kv" of Transformers: reads the FP8 bytes of an `Fp8Cache` where it can.
+"""The attention function "fp8kv" for Transformers: reads the FP8 bytes of an `Fp8Cache` if possible.
 
-Transformers calls `update` of the cache and gives what it returns to the attention function. A layer of
-`Fp8Cache` marks these tensors with a `Stored`, which says where their tokens lie. A mark is an attribute of
-the very tensor: it does not survive if a model changes keys or values on the way, which then stay on the
-usual path. The mask function marks masks likewise, with the first position that each sequence sees.
+Transformers calls the cache's `update` and passes its result to the attention function. A layer of `Fp8Cache`
+marks these tensors with a `Stored`, which describes where their tokens are. A mark is an attribute of the
+tensor object: it is lost if a model processes keys or values before attention, which then takes the usual
+path. The mask function marks masks likewise, with the first position that each sequence sees.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from transformers.models.auto.modeling_auto import (
 from fp8kv._dtypes import REAL_DTYPES
 from fp8kv.transformers.step import Step
 
-#: What `attn_implementation` is called.
+#: The name for `attn_implementation`.
 NAME = "fp8kv"
-#: Steps of more tokens dequantize their keys and values and take the attention of the framework.
+#: Longer steps dequantize their keys and values and use PyTorch's attention.
 MAX_NEW_TOKENS = 8
 
 _STORED = "_fp8kv_stored"
@@ -37,17 +37,17 @@ _sdpa_mask: Any = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether `fp8kv.paged_attention` takes tensors of this device."""
+    """Whether `fp8kv.paged_attention` supports this device."""
     return device.type in ("cpu", "cuda")
 
 
 class Stored:
-    """Where the tokens of keys and values lie.
+    """The location of the tokens of keys and values.
 
     Args:
         layer: of `Fp8Cache`.
-        step: its indices; None if attention must take the tensors.
-        whole: whether the tensors have all tokens, dequantized; else they have the new ones only.
+        step: the indices of the step; None if attention must use the tensors.
+        whole: whether the tensors have all tokens, dequantized; otherwise only the new ones.
     """
 
     def __init__(self, layer: Any, step: Step | None, whole: bool) -> None:
@@ -62,7 +62,7 @@ class Stored:
 
 
 def choose(model_config: PreTrainedConfig, config: PreTrainedConfig) -> None:
-    """Sets the attention function of a model to "fp8kv", if it is one that "fp8kv" does the work of.
+    """Sets the attention function of a model to "fp8kv", if "fp8kv" can replace the current one.
 
     Args:
         model_config: of the model.
@@ -78,8 +78,8 @@ def choose(model_config: PreTrainedConfig, config: PreTrainedConfig) -> None:
     model = classes[0] if classes else None
     if model is None or not model._can_set_attn_implementation():
         return
-    # Eager attention may be a wish, or all there is, as "sdpa" has neither softcap nor sinks. Where the model
-    # takes FlashAttention, the arguments of the function are all there is to know.
+    # Eager attention may be a choice or the only one, as "sdpa" has no softcap or sinks. If the model
+    # supports FlashAttention, the arguments of the function are sufficient.
     no_other = chosen == "eager" and not model._supports_sdpa and model._supports_flash_attn
     if chosen == "sdpa" or no_other:
         config._attn_implementation = NAME
@@ -98,19 +98,19 @@ def attend(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function; the arguments are those that Transformers gives to all of them.
+    """The attention function, with the arguments that Transformers passes to all attention functions.
 
     Args:
         module: of the model.
         query: ``[batch, num_heads, new tokens, head_size]``.
         key: ``[batch, num_kv_heads, tokens, head_size]``, from `Fp8Cache` or not.
         value: likewise.
-        attention_mask: of `mask`, or 4-dimensional and of the user; None: causal, nothing is padded.
-        dropout: of the attention weights.
-        scaling: of the logits; None: ``head_size ** -0.5``.
-        softcap: bound of the logits; None: none.
+        attention_mask: from `mask`, or 4-dimensional from the user; None: causal, without padding.
+        dropout: for the attention weights.
+        scaling: factor of the logits; None: ``head_size ** -0.5``.
+        softcap: bound of the logits; None: no bound.
         s_aux: ``[num_heads]``, sinks.
-        kwargs: further arguments; they go to "sdpa" or eager attention.
+        kwargs: further arguments, passed to "sdpa" or eager attention.
 
     Returns:
         ``[batch, new tokens, num_heads, head_size]``, and the weights of eager attention or None.
@@ -160,14 +160,14 @@ def _is_causal(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
 
 
 def _can_read(query: Tensor, mask: Tensor | None, step: Step) -> bool:
-    """Whether the query is that of the new tokens, and the mask one that `fp8kv.paged_attention` has."""
+    """Whether the query is for the new tokens, with a mask that `fp8kv.paged_attention` supports."""
     known = mask is None or hasattr(mask, _STARTS)
     records = torch.is_grad_enabled() and query.requires_grad
     return known and not records and query.shape[2] == step.num_tokens and query.dtype in REAL_DTYPES
 
 
 def _eager_attention(module: torch.nn.Module) -> Any:
-    """That of the model: it lies beside the class of the module."""
+    """The model's eager attention, from the Python module of the layer's class."""
     for kind in type(module).__mro__:
         function = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
         if function is not None:
@@ -192,21 +192,21 @@ def _additive(mask: Tensor | None, query: Tensor, key: Tensor, is_causal: bool) 
 
 
 def mask(**kwargs: Any) -> Tensor | None:
-    """The mask function: that of "sdpa". What `fp8kv.paged_attention` can do without the mask, it marks."""
+    """The mask function of "sdpa", which also marks masks that `fp8kv.paged_attention` does not need."""
     result: Tensor | None = _sdpa_mask(**kwargs)
     if result is not None and kwargs["q_length"] <= MAX_NEW_TOKENS and runs_on(result.device):
         starts = _starts_untested(kwargs) if torch.compiler.is_compiling() else _starts(result, kwargs)
         if starts is not None:
-            result = result.contiguous()  # `generate` makes it so, and a copy has no mark
+            result = result.contiguous()  # `generate` does this, and a copy has no mark
             setattr(result, _STARTS, starts)
     return result
 
 
 def _starts(mask: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-    """The first position that each sequence sees, if that and the window are all there is in the mask.
+    """The first position that each sequence sees, if the mask contains nothing else but the window.
 
-    So the padding is on the left, without holes. Reading the answer makes a GPU wait, as "sdpa" does to see
-    whether anything is padded.
+    So the padding is on the left, without holes. Reading the answer synchronizes with a GPU, as "sdpa" does
+    to check for padding.
     """
     local_size = kwargs.get("local_size")
     queries = torch.arange(kwargs["q_length"], device=mask.device)[:, None] + kwargs["q_offset"]
@@ -219,7 +219,7 @@ def _starts(mask: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
 
 
 def _starts_untested(kwargs: dict[str, Any]) -> Tensor | None:
-    """Of a mask that compiled code makes of nothing but the positions, and so can't look at."""
+    """For a mask that compiled code computes from positions alone, and therefore can't inspect."""
     one_query = kwargs["q_length"] == 1 and kwargs.get("attention_mask") is None
     chunks = getattr(kwargs.get("config"), "attention_chunk_size", None)
     in_chunks = kwargs.get("local_size") is not None and chunks is not None
@@ -229,6 +229,6 @@ def _starts_untested(kwargs: dict[str, Any]) -> Tensor | None:
 
 
 def register() -> None:
-    """Makes "fp8kv" known to Transformers."""
+    """Registers "fp8kv" with Transformers."""
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, mask)

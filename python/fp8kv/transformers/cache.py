@@ -1,4 +1,4 @@
-"""`Fp8Cache`: the cache as `generate` takes it."""
+"""`Fp8Cache`: the cache for `generate`."""
 
 from __future__ import annotations
 
@@ -39,49 +39,49 @@ _STORED_IN_FP8 = {
     LinearAttentionAndFullAttentionLayer: True,
     LinearAttentionAndSlidingWindowAttentionLayer: True,
 }
-#: Fields of a config that bound how far back a layer looks, and what the type of such a layer is.
+#: Fields of a config with the window of a layer, and the type of such a layer.
 _BOUNDED = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}
 
 
 class Fp8Cache(Cache):
-    """A cache for Transformers that keeps keys and values in FP8, in a `fp8kv.PagedKVCache` for each layer.
+    """A cache for Transformers that stores keys and values in FP8, in one `fp8kv.PagedKVCache` per layer.
 
-    `update` quantizes the new tokens and stores them. In steps of up to 8 tokens the attention function
+    `update` quantizes the new tokens and stores them. In steps of up to 8 tokens, the attention function
     "fp8kv" then reads the FP8 bytes; for prompts, and where that is not possible, `update` returns all tokens
-    dequantized, the new ones too. Such tensors are temporary: between steps only FP8 is alive.
+    dequantized, including the new ones. Such tensors are temporary: between steps, only FP8 data is kept.
 
-    Without `max_cache_len` the cache is dynamic: it takes any number of sequences and grows with them, by at
-    most one eighth and one block more than they need. With `max_cache_len` it is static: allocated once, at
+    Without `max_cache_len` the cache is dynamic: it accepts any number of sequences and grows with them, to
+    at most one eighth and one block more than needed. With `max_cache_len` it is static: allocated once, at
     addresses that don't change, so that the forward pass can be compiled and captured.
 
-    Layers that keep other states than keys and values, and layers that take those of another one, are as in
-    Transformers' own caches.
+    Layers with states other than keys and values, and layers that reuse another layer's keys and values, work
+    as in Transformers' own caches.
 
     Args:
-        config: of the model; its layers tell how far back each of them looks.
-        scales: None: 1.0; what that clips is counted, and a warning tells. A `fp8kv.KVScales`, as
+        config: of the model, which defines the layers and their windows.
+        scales: None: 1.0; clipped elements are counted, with a warning. A `fp8kv.KVScales`, as
             `fp8kv.load_kv_scales` and `fp8kv.calibrate` return it, or the folder of a checkpoint. "dynamic":
-            one for each token and head, computed when it is stored.
+            one per token and head, computed when the token is stored.
         dtype: "fp8" or "fp8_e4m3", "fp8_e5m2", or the torch dtype.
         layout: "NHD" or "HND"; see `fp8kv.PagedKVCache`.
-        block_size: tokens of a block.
-        max_cache_len: static: tokens of a sequence, prompt and answer together.
-        max_batch_size: static: sequences there is room for; None: those of the first call.
-        device: static, with `max_batch_size`: allocates now, on this device. None: each layer allocates when
-            it gets its first key, on the device of that key.
-        skip_layers: layers that stay in the dtype of the model: their numbers, or their types as the config
-            has them, such as "sliding_attention".
-        direct: whether attention may read the FP8 bytes. If `config` has "sdpa" as attention function, or
-            eager attention because its model has no other, this sets it to "fp8kv", which does the same for
-            every other cache. CPU only today.
+        block_size: tokens per block.
+        max_cache_len: makes the cache static: tokens per sequence, prompt and answer together.
+        max_batch_size: static caches: maximum number of sequences; None: the number in the first call.
+        device: static caches, with `max_batch_size`: allocates immediately, on this device. None: each layer
+            allocates with its first key, on the key's device.
+        skip_layers: layers that stay in the model's dtype, by index, or by type as in the config, such as
+            "sliding_attention".
+        direct: whether attention may read the FP8 bytes. If the attention function of `config` is "sdpa", or
+            eager attention because the model has no other, it is set to "fp8kv", which does the same for
+            every other cache. CPU only so far.
 
     Attributes:
-        layers: of `fp8kv.transformers.layers`; ``layers[i].storage`` is the `fp8kv.PagedKVCache`. Those that
-            are not in FP8 are of Transformers.
+        layers: from `fp8kv.transformers.layers`; ``layers[i].storage`` is the `fp8kv.PagedKVCache`. Layers
+            that are not in FP8 are Transformers' own.
 
     Raises:
-        ValueError: an argument can't be used, scales are missing or don't fit, or the model has layers that
-            keep things that are not known.
+        ValueError: an argument can't be used, scales are missing or don't fit, or the model has layers with
+            unknown states.
 
     Example:
         >>> import torch
@@ -148,8 +148,8 @@ class Fp8Cache(Cache):
         """Stores the new tokens of a layer.
 
         Returns:
-            ``[batch, num_kv_heads, tokens, head_size]`` of K and V: all tokens, dequantized, or the new ones,
-            if the attention function "fp8kv" reads the others.
+            ``[batch, num_kv_heads, tokens, head_size]`` of K and V: all tokens, dequantized, or only the new
+            ones, if the attention function "fp8kv" reads the others.
         """
         result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx == self._fp8[-1]:
@@ -157,18 +157,18 @@ class Fp8Cache(Cache):
         return result
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """How many tokens the next `update` returns if it returns all, and the position of the first one."""
+        """The number of tokens of the next `update` if it returns all, and the position of the first."""
         self._clipping.look()
         return super().get_mask_sizes(query_length, layer_idx)
 
     def clipped(self) -> Clipped | None:
-        """How many elements of K and V were clipped in a cache that was given no scales.
+        """The number of clipped elements of K and V, in a cache without explicit scales.
 
-        It waits for the device. A warning tells once that something was clipped, on a GPU when that is known
-        without waiting.
+        It synchronizes. A single warning is issued when elements were clipped, on a GPU as soon as this is
+        known without synchronization.
 
         Returns:
-            The numbers; None if the cache was given scales or computes them, as nothing is counted then.
+            The counts; None if scales were given or are computed, because nothing is counted then.
 
         Example:
             >>> import torch
@@ -184,7 +184,7 @@ class Fp8Cache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers as they are allocated now, with the scales of single tokens and other states.
+        """Bytes currently allocated in all layers, including scales per token and other states.
 
         Example:
             >>> from transformers import LlamaConfig
@@ -204,13 +204,13 @@ class Fp8Cache(Cache):
         """Removes the last tokens of all sequences: ``crop(-3)`` removes three.
 
         Raises:
-            ValueError: there are not so many, or a layer with a window has forgotten the tokens before them:
-                `activate_past_recording` keeps them. Nothing is removed then.
+            ValueError: there are fewer tokens, or a layer with a window no longer has the tokens before them,
+                which `activate_past_recording` would keep. Nothing is removed then.
         """
-        tokens_to_remove = int(tokens_to_remove)  # some releases of Transformers give a tensor
+        tokens_to_remove = int(tokens_to_remove)  # some releases of Transformers pass a tensor
         for index in self._fp8:
             self.layers[index].check_crop(tokens_to_remove)
-        # Those of Transformers first, as they refuse by themselves.
+        # Transformers' own layers first, because they may raise errors.
         for layer in sorted(self.layers, key=lambda layer: isinstance(layer, Fp8Layer)):
             layer.crop(tokens_to_remove)
         self._progress.crop(tokens_to_remove)
@@ -250,7 +250,7 @@ def _check_sizes(
 
 
 def _decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The part of it that describes the language model."""
+    """The part of the config that describes the language model."""
     if config.is_encoder_decoder:
         raise ValueError(
             "Fp8Cache: config must be of a model without an encoder, as keys of an encoder are not cached, "
@@ -270,9 +270,9 @@ class _Plan:
     """Of a layer in FP8.
 
     Args:
-        window: how many tokens a query sees, itself included; None: all.
-        is_shared: whether other layers take its keys and values.
-        num_states: recurrent states beside the keys and values; None: it is no such layer.
+        window: number of tokens that a query sees, including itself; None: all.
+        is_shared: whether other layers use its keys and values.
+        num_states: recurrent states in addition to keys and values; None: the layer has none.
     """
 
     window: int | None
@@ -281,7 +281,7 @@ class _Plan:
 
 
 def _plans(config: PreTrainedConfig, skip_layers: Sequence[int | str]) -> list[_Plan | None]:
-    """One for each layer; None: it stays as Transformers has it."""
+    """One per layer; None: it stays Transformers' own."""
     types = _layer_types(config)
     try:
         own = DynamicCache(config=config).layers
@@ -318,7 +318,7 @@ def _plan(config: PreTrainedConfig, types: list[str], index: int, layer: Any) ->
 
 
 def _skipped(skip_layers: Sequence[int | str], types: list[str]) -> set[int]:
-    """The layers that are named by number or type."""
+    """The layers selected by index or type."""
     if isinstance(skip_layers, (int, str)):
         skip_layers = [skip_layers]
     skipped: set[int] = set()
@@ -341,7 +341,7 @@ def _layer(
     progress: Progress,
     room: tuple[int, int | None] | None,
 ) -> Fp8Layer:
-    """Of the class that fits; the second one of each kind has recurrent states as well."""
+    """A layer of the matching class; the second of each kind also has recurrent states."""
     arguments: tuple[Any, ...] = (options, steps)
     classes: list[Any] = [layers.DynamicFp8Layer, layers.HybridDynamicFp8Layer]
     if room is not None:
@@ -371,12 +371,12 @@ def _layer_types(config: PreTrainedConfig) -> list[str]:
 
 
 def _layer_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    """One for each layer: models may have layers of different sizes."""
+    """One per layer: models may have layers of different sizes."""
     return getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
 
 
 def _layer_type(config: PreTrainedConfig) -> str:
-    """For models that don't name the types of their layers."""
+    """For models that don't specify the types of their layers."""
     bounded = (kind for field, kind in _BOUNDED.items() if getattr(config, field, None))
     return next(bounded, "full_attention")
 
@@ -390,7 +390,7 @@ def _geometry(config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def _scales_of_layers(scales: Any, indices: Iterable[int]) -> dict[int, Any]:
-    """What `PagedKVCache` takes, for each of these layers."""
+    """The `scales` argument of `PagedKVCache`, for each of these layers."""
     if scales is None or (isinstance(scales, str) and scales == "dynamic"):
         return dict.fromkeys(indices, scales)
     if isinstance(scales, (str, Path)):
@@ -404,7 +404,7 @@ def _scales_of_layers(scales: Any, indices: Iterable[int]) -> dict[int, Any]:
 
 
 def _layer_scales(scales: KVScales, index: int) -> LayerScales:
-    """Those of K and V, checked and copied to the host, from where every new storage takes them."""
+    """The scales of K and V, checked and copied to the host, for every new storage."""
     layer = scales[index] if index in scales else LayerScales(q=None, k=None, v=None)
     copies = []
     for name, scale in (("k", layer.k), ("v", layer.v)):

@@ -1,4 +1,4 @@
-"""`Clipping`: what the layers of a cache clip that was given no scales, and the warning about it."""
+"""`Clipping`: counts what the layers of a cache without explicit scales clip, and warns about it."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from fp8kv.kv_cache.clipping import ClipCounter, Clipped, clipped_sentence
 
 
 class Clipping:
-    """One `ClipCounter` for all layers on a device, and one warning for all of them."""
+    """One `ClipCounter` per device, and one warning for all layers."""
 
     def __init__(self) -> None:
         self.counters: dict[str, ClipCounter] = {}
         self.warned = False
-        self._on_its_way: tuple[Any, list[Tensor]] | None = None  # counts of a GPU, and the event behind them
+        self._on_its_way: tuple[Any, list[Tensor]] | None = None  # GPU counts, and the event after them
 
     def watch(self, storage: PagedKVCache) -> None:
-        """The counter of a new storage becomes that of its device, if there are counters at all."""
+        """Makes a new storage use the counter of its device, if it counts at all."""
         if storage.clip_counter is not None:
             counter = self.counters.setdefault(str(storage.device), storage.clip_counter)
             counter.warned = True  # so that `PagedKVCache` does not warn
             storage.clip_counter = counter
 
     def read(self) -> Clipped:
-        """What was clipped so far; waits for the devices."""
+        """The counts so far; synchronizes."""
         counts = [counter.read() for counter in self.counters.values()]
         clipped = Clipped(sum(count.k for count in counts), sum(count.v for count in counts))
         self._warn(clipped)
         return clipped
 
     def look(self) -> None:
-        """Warns if something was clipped, as soon as that is known without waiting."""
+        """Warns about clipping as soon as it is known without synchronization."""
         if self.warned or not self.counters or torch.compiler.is_compiling():
             return
         counts = [counter.counts for counter in self.counters.values()]

@@ -1,4 +1,4 @@
-"""`Progress`: what the layers of a static cache share."""
+"""`Progress`: the state shared by the layers of a static cache."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from fp8kv.transformers.step import Step
 
 
 class Progress:
-    """How many tokens the layers of a static cache have, and the indices of the step that is on.
+    """The number of tokens in the layers of a static cache, and the indices of the current step.
 
-    A step is on from the first layer that gets its tokens to the last one, or to a layer that gets tokens
-    once more. The length changes at its end, on the device, so that compiled code keeps nothing of the step.
+    A step lasts from the first layer that gets its tokens to the last one, or until a layer gets tokens
+    again. The length changes at its end, on the device, so that compiled code keeps nothing of the step.
 
     Args:
         layers: the indices of all layers.
 
     Attributes:
-        length: tokens of a sequence at the end of the last step, if `counts_on_host`.
-        counts_on_host: whether `length` is kept; code that reads it is compiled once more when it changes.
+        length: tokens per sequence at the end of the last step, if `counts_on_host`.
+        counts_on_host: whether `length` is kept; code that reads it is recompiled when it changes.
     """
 
     def __init__(self, layers: Iterable[int]) -> None:
@@ -29,8 +29,8 @@ class Progress:
         self.length = 0
         self.counts_on_host = False
         self._lengths: dict[str, Tensor] = {}
-        self._num_tokens = 0  # of the step that is on
-        self._done: list[int] = []  # layers that have them
+        self._num_tokens = 0  # of the current step
+        self._done: list[int] = []  # layers that have got them
         self._behind: list[int] = []  # layers that missed a step
         self._steps: dict[Hashable, Step] = {}
 
@@ -43,10 +43,10 @@ class Progress:
         return self._lengths[str(device)]
 
     def begin(self, layer: int, num_tokens: int) -> None:
-        """A layer is about to get tokens.
+        """Called before a layer gets tokens.
 
         Raises:
-            ValueError: they are not those that other layers got.
+            ValueError: they differ from the tokens of other layers.
         """
         if layer in self._done:
             self._finish()
@@ -58,19 +58,19 @@ class Progress:
         self._num_tokens = num_tokens
 
     def step(self, kind: Hashable, make: Callable[[], Step]) -> Step:
-        """The indices of the step that is on, for layers of a kind."""
+        """The indices of the current step, for one kind of layers."""
         if kind not in self._steps:
             self._steps[kind] = make()
         return self._steps[kind]
 
     def end(self, layer: int) -> None:
-        """A layer has stored its tokens."""
+        """Called after a layer has stored its tokens."""
         self._done.append(layer)
         if len(self._done) == len(self.layers):
             self._finish()
 
     def ahead(self, layer: int) -> int:
-        """How many tokens a layer has beyond the length."""
+        """The number of tokens that a layer has beyond the length."""
         return self._num_tokens if layer in self._done else 0
 
     def _finish(self) -> None:
@@ -92,7 +92,7 @@ class Progress:
         self._add(tokens_to_remove)
 
     def reset(self) -> None:
-        """No layer has a token."""
+        """Resets all layers to no tokens."""
         for length in self._lengths.values():
             length.zero_()
         self.length = 0

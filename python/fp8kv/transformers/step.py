@@ -1,4 +1,4 @@
-"""`Step`: indices of the tokens that a step adds, which are made once for all layers that have the same."""
+"""`Step`: the indices of a step, computed once for all layers with the same indices."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 
 class Step:
-    """Where the new tokens of a step go, and where all tokens lie that their queries may see.
+    """The slots of the new tokens of a step, and the location of all tokens that their queries may see.
 
     Args:
         slots: ``[batch * tokens]``, of the new tokens that are stored.
         table: int32 ``[batch, blocks]``, in the order of positions.
-        num_tokens: how many are new.
-        base: the position that the table begins with.
-        end: tokens of a sequence, the new ones included.
+        num_tokens: number of new tokens.
+        base: the first position of the table.
+        end: tokens per sequence, including the new ones.
         first: the first position that is read.
-        num_read: how many positions are read. They and `base` and `end` are numbers, or tensors that a
+        num_read: number of positions that are read. They and `base` and `end` are numbers, or tensors that a
             compiled forward pass knows.
     """
 
@@ -77,7 +77,7 @@ class Steps:
         self._last: dict[Hashable, tuple[Hashable, Step]] = {}
 
     def get(self, kind: Hashable, state: Hashable, make: Callable[[], Step]) -> Step:
-        """The step of this state; a layer of the same kind may have made it already."""
+        """The step of this state; another layer of the same kind may have computed it already."""
         if kind not in self._last or self._last[kind][0] != state:
             self._last[kind] = state, make()
         return self._last[kind][1]

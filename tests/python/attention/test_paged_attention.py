@@ -20,6 +20,7 @@ from helpers import (
     FP8_CACHES,
     LAYOUTS,
     PLAIN_CACHES,
+    QUANTIZED_CACHES,
     REAL,
     assert_same_bytes,
     each_cache_layout,
@@ -103,7 +104,7 @@ def test_scales_of_k_and_v(device: torch.device, k: str, v: str) -> None:
 @each_mode
 @pytest.mark.parametrize("scales", SCALES)
 def test_scales_of_both_kinds_of_caches(device: torch.device, scales: str, mode: dict[str, Any]) -> None:
-    for cache in ("e4m3", "e5m2"):
+    for cache in ("e4m3", "e5m2", "int8"):
         check(device, scales=(scales, scales), cache=cache, heads=(8, 2), head_size=128, **mode)
 
 
@@ -305,12 +306,12 @@ def test_queries_of_any_size(
 
 
 def test_heads_of_queries_of_different_sizes(device: torch.device) -> None:
-    for cache in ("e4m3", "e5m2"):
+    for cache in ("e4m3", "e5m2", "int8"):
         check(device, cache=cache, sizes=(1e-20, 1e-3, 1.0, 30.0), **DECODE)
         check(device, cache=cache, sizes=(1e-20, 0.0, 1.0, 3.0), query=torch.float32, **FEW)
 
 
-@pytest.mark.parametrize("cache", FP8_CACHES)
+@pytest.mark.parametrize("cache", QUANTIZED_CACHES)
 @pytest.mark.parametrize("size", [1.0, 1e-3])
 def test_the_largest_values_of_the_format(device: torch.device, size: float, cache: str) -> None:
     check(device, cache=cache, extreme=True, sizes=(size,), **DECODE)
@@ -522,8 +523,7 @@ def problems(draw: st.DrawFn) -> Problem:
     kv_heads = draw(st.integers(1, 4))
     group = draw(st.sampled_from([1, 2, 3, 4, 5, 8, 9, 16]))
     cache = draw(st.sampled_from([*CACHES]))
-    fp8 = cache in FP8_CACHES
-    query = draw(st.sampled_from([*REAL.values(), None] if fp8 else [*REAL.values()]))
+    query = draw(st.sampled_from([*REAL.values(), None] if cache in FP8_CACHES else [*REAL.values()]))
     return Problem(
         lengths=lengths,
         queries=draw(st.one_of(st.none(), per_seq)),
@@ -539,7 +539,7 @@ def problems(draw: st.DrawFn) -> Problem:
         window=draw(st.one_of(st.none(), st.integers(1, 80))),
         softcap=draw(st.sampled_from([0.0, 0.5, 20.0])),
         sinks=draw(st.sampled_from([None, torch.float32] + ([query] if query else []))),
-        offsets=fp8 and draw(st.booleans()),
+        offsets=cache in QUANTIZED_CACHES and draw(st.booleans()),
         num_splits=draw(st.integers(0, 6)),
         layouts=tuple(draw(st.sampled_from(LAYOUTS)) for _ in range(3)),
         cache_layout=draw(st.sampled_from(CACHE_LAYOUTS)),

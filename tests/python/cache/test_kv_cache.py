@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fp8kv import reference, reshape_and_cache_flash
 from helpers import (
-    FP8,
-    FP8_CACHES,
     OFFSETS,
     PLAIN_CACHES,
+    QUANTIZED,
+    QUANTIZED_CACHES,
     REAL,
     TRAP_SCALES,
     all_patterns,
@@ -26,12 +26,12 @@ from helpers import (
     bad_slots,
     compare_caches,
     each_cache_layout,
-    each_fp8_cache,
     each_geometry,
     each_large_cache,
     each_layout,
     each_offset,
     each_pair_of_kinds_of_layouts,
+    each_quantized_cache,
     each_real,
     empty_caches,
     fp8_boundaries,
@@ -49,7 +49,7 @@ from helpers import (
 
 E4M3 = torch.float8_e4m3fn
 CPU = torch.device("cpu")
-CACHES = FP8_CACHES | PLAIN_CACHES
+CACHES = QUANTIZED_CACHES | PLAIN_CACHES
 ONE = torch.ones(1)
 
 
@@ -90,7 +90,7 @@ def test_every_geometry(device: torch.device, geometry: tuple[int, int, int], re
     blocks = (-(-60 // geometry[0]), geometry[0])
     key, value = key_and_value(37, *geometry[1:], real)
     slots = random_slots(37, blocks[0] * blocks[1])
-    for cache in FP8_CACHES:
+    for cache in QUANTIZED_CACHES:
         for scales in per_tensor_and_head(geometry[1]):
             check(device, key, value, slots, blocks, cache, scales)
 
@@ -101,7 +101,7 @@ def test_every_geometry_for_each_instruction_set(isa: str, geometry: tuple[int, 
     slots = random_slots(11, blocks[0] * blocks[1])
     for real in REAL.values():
         key, value = key_and_value(11, *geometry[1:], real)
-        for cache in ("e4m3", "e5m2", "bf16"):
+        for cache in ("e4m3", "e5m2", "int8", "bf16"):
             for scales in per_tensor_and_head(geometry[1]):
                 check(CPU, key, value, slots, blocks, cache, scales, cache_layout="[nb, 2] HND")
 
@@ -152,31 +152,31 @@ def test_plain_copies_round_to_nearest_even(device: torch.device, target: str) -
 
 
 @each_real
-@each_fp8_cache
+@each_quantized_cache
 def test_trap_scales_per_head(device: torch.device, cache: str, real: torch.dtype) -> None:
     x = values((8192,), real) if real == torch.float32 else all_patterns(real)
     x = x.view(-1, 1, 128).expand(-1, len(TRAP_SCALES), -1)
     check(device, x, x, torch.arange(len(x)), (len(x), 1), cache, (TRAP_SCALES, TRAP_SCALES.flip(0)))
 
 
-@each_fp8_cache
+@each_quantized_cache
 def test_trap_scales_per_tensor(device: torch.device, cache: str) -> None:
     x = all_patterns(torch.bfloat16).view(256, 2, 128)
     for scale in TRAP_SCALES.split(1):
         check(device, x, -x, torch.arange(256), (256, 1), cache, (scale, torch.tensor([0.3])))
 
 
-@each_fp8_cache
+@each_quantized_cache
 def test_quotients_beside_every_rounding_boundary(device: torch.device, cache: str) -> None:
     finite = TRAP_SCALES[TRAP_SCALES.isfinite() & (TRAP_SCALES > 0)]
-    x = neighbors(finite[:, None] * fp8_boundaries(FP8[cache])[1:], 2).view(1, len(finite), -1)
+    x = neighbors(finite[:, None] * fp8_boundaries(QUANTIZED[cache])[1:], 2).view(1, len(finite), -1)
     check(device, x, -x, torch.tensor([1]), (2, 1), cache, (finite, finite))
 
 
 @each_real
 def test_trap_scales_for_each_instruction_set(isa: str, real: torch.dtype) -> None:
     x = values((6, len(TRAP_SCALES), 45), real)
-    for cache in ("e4m3", "e5m2"):
+    for cache in ("e4m3", "e5m2", "int8"):
         check(CPU, x, -x, random_slots(6, 12), (3, 4), cache, (TRAP_SCALES, TRAP_SCALES))
 
 
@@ -571,5 +571,5 @@ def test_any_bits_as_keys_and_scales(device: torch.device, real: torch.dtype) ->
     generator = torch.Generator().manual_seed(1)
     for _ in range(8):
         k, v = (random_bits((8,), torch.float32, generator) for _ in "kv")
-        for cache in ("e4m3", "e5m2"):
+        for cache in ("e4m3", "e5m2", "int8"):
             check(device, key, value, torch.arange(40), (3, 16), cache, (k, v))

@@ -81,6 +81,7 @@ def fill(cache: PagedKVCache, seed: int = 0) -> list[Tensor]:
         ("fp8", "fp8", E4M3), ("fp8_e4m3", "fp8_e4m3", E4M3), ("fp8_e5m2", "fp8_e5m2", E5M2),
         ("float16", "float16", torch.float16), ("bfloat16", "bfloat16", torch.bfloat16),
         ("float32", "float32", torch.float32), (E4M3, "fp8_e4m3", E4M3), (E5M2, "fp8_e5m2", E5M2),
+        ("int8", "int8", torch.int8), (torch.int8, "int8", torch.int8),
         (torch.float16, "float16", torch.float16), (torch.bfloat16, "bfloat16", torch.bfloat16),
         (torch.float32, "float32", torch.float32),
     ],
@@ -406,7 +407,7 @@ def test_a_cache_without_blocks(device: torch.device) -> None:
 
 # What it refuses
 
-STRINGS = '"fp8", "fp8_e4m3", "fp8_e5m2", "float16", "bfloat16", "float32" or the torch dtype'
+STRINGS = '"fp8", "fp8_e4m3", "fp8_e5m2", "int8", "float16", "bfloat16", "float32" or the torch dtype'
 
 
 @pytest.mark.parametrize(
@@ -419,7 +420,7 @@ STRINGS = '"fp8", "fp8_e4m3", "fp8_e5m2", "float16", "bfloat16", "float32" or th
         ({"layout": "nhd"}, 'layout must be "NHD" or "HND", got \'nhd\''),
         ({"dtype": "auto"},
          'dtype must say what the elements are, such as "bfloat16" or the dtype of the model, got "auto"'),
-        ({"dtype": "int8"}, f"dtype must be {STRINGS}, got 'int8'"),
+        ({"dtype": "int16"}, f"dtype must be {STRINGS}, got 'int16'"),
         ({"dtype": torch.float8_e4m3fnuz}, f"dtype must be {STRINGS}, got torch.float8_e4m3fnuz"),
         ({"dtype": "float16", "scales": Scales(1.0, 1.0)},
          "scales must be None with dtype 'float16', as only FP8 uses them"),

@@ -1,4 +1,4 @@
-"""calibrate: scales of what the caches of real models receive, in one process and in many."""
+"""calibrate: scales of the values that caches of real models receive, in one process and in several."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ MIN_SCALE = torch.tensor(1 / (448 * 512)).item()
 
 
 def make(name: str = LLAMA, implementation: str = "sdpa", config: Any = None) -> Any:
-    """A model with random weights, always the same ones, biases and norms included."""
+    """A model with deterministic random weights, including biases and norms."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config or CONFIGS[name](), attn_implementation=implementation)
     for parameter in model.parameters():
@@ -76,7 +76,7 @@ def cached(model: Any, ids: Tensor, **inputs: Any) -> list[tuple[Tensor, Tensor]
     """K and V of every layer ``[B, heads, N, head_size]``, in a cache that keeps all tokens."""
     kept = DynamicCache()
     with torch.no_grad():
-        # Older versions of transformers know the second name only.
+        # Older versions of transformers know only the second name.
         name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         model(ids, use_cache=True, **{name: kept}, **inputs)
     return [(layer.keys, layer.values) for layer in kept.layers if layer.keys is not None]
@@ -92,7 +92,7 @@ def scale(states: list[Tensor], strategy: str) -> Tensor:
 def assert_scales(
     scales: fp8kv.KVScales, seen: list[list[tuple[Tensor, Tensor]]], strategy: str = "attn_head"
 ) -> None:
-    """Those of K and V in several batches."""
+    """Compares with the min-max scales of K and V over several batches."""
     assert list(scales) == list(range(len(seen[0])))
     for layer in scales:
         assert_same_bytes(scales[layer].k, scale([batch[layer][0] for batch in seen], strategy))
@@ -110,7 +110,7 @@ def assert_same_scales(actual: fp8kv.KVScales, expected: fp8kv.KVScales) -> None
                 assert_same_bytes(a, e)
 
 
-# What is observed
+# Observed values
 
 
 @each_model
@@ -238,7 +238,7 @@ def test_the_two_scales_of_a_latent_cache_are_those_of_its_row(
 
 
 def test_latent_attention_that_caches_all_heads() -> None:
-    """As the models of some repositories do: an engine stores other numbers."""
+    """Some models with custom code do this; an engine stores other values."""
     model = make(config=latent_config())
 
     def cached_by_head(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -273,7 +273,7 @@ def test_queries_of_latent_attention() -> None:
 
 
 class ReadsItsCache(LlamaForCausalLM):
-    """Looks into the layers of its cache, as a second decoder does, in batches of at least `since` tokens."""
+    """Reads the layers of its cache, like a second decoder, in batches of at least `since` tokens."""
 
     since = 0
 
@@ -384,7 +384,7 @@ IDS = tokens(3, 12)
 def test_forms_of_batches(batches: Any) -> None:
     model = make()
     scales = fp8kv.calibrate(model, batches, strategy="attn_head")
-    # A batch of another size may take other paths through a matrix product.
+    # A batch of another size may use another algorithm for matrix products.
     expected = cached(model, IDS)
     for layer in range(3):
         for found, states in zip((scales[layer].k, scales[layer].v), expected[layer], strict=True):
@@ -440,7 +440,7 @@ def test_what_the_padding_is_does_not_matter(side: str, observer: str) -> None:
     )
     assert_same_scales(first, second)
     whole = [fp8kv.calibrate(model, [padded(side, filler)[0]], strategy="attn_head") for filler in (0, 96)]
-    assert not torch.equal(whole[0][0].v, whole[1][0].v)  # else this test would show nothing
+    assert not torch.equal(whole[0][0].v, whole[1][0].v)  # otherwise this test would prove nothing
 
 
 def test_batches_of_padding_alone_are_skipped() -> None:
@@ -569,7 +569,7 @@ def sharded_config() -> LlamaConfig:
 
 
 def tensor_parallel(model: Any, size: int, module: str, columns: str, row: str) -> Any:
-    """A module of each layer is spread over the ranks: of attention, each computes heads of its own."""
+    """A module of each layer is sharded over the ranks; for attention, each computes its own heads."""
     plan: dict[str, Any] = {name: ColwiseParallel() for name in columns.split()} | {row: RowwiseParallel()}
     for layer in model.model.layers:
         parallelize_module(getattr(layer, module), init_device_mesh("cpu", (size,)), plan)
@@ -577,7 +577,7 @@ def tensor_parallel(model: Any, size: int, module: str, columns: str, row: str) 
 
 
 def of_one_rank(rank: int, size: int, folder: Path) -> None:
-    """All that needs several processes, in one start of them; the findings go into a file."""
+    """Everything that needs several processes, in a single launch; results are written to a file."""
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=size
@@ -619,7 +619,7 @@ def of_one_rank(rank: int, size: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank found."""
+    """The results of each rank."""
     folder = tmp_path_factory.mktemp("ranks")
     context = get_context("forkserver")
     context.set_forkserver_preload(
@@ -899,7 +899,7 @@ def test_a_model_whose_queries_cannot_be_seen(monkeypatch: pytest.MonkeyPatch) -
     from transformers.models.llama import modeling_llama
 
     class Own:
-        """Attention functions that nobody else can reach."""
+        """Attention functions that cannot be replaced."""
 
         def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
             return default

@@ -1,4 +1,4 @@
-"""Observers: their scales are those of brute force over all elements."""
+"""Observers: their scales equal those of brute force over all elements."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def over_448(magnitudes: list[Tensor]) -> Tensor:
 
 
 def percentile_of(x: Tensor, percentile: str) -> Tensor:
-    """The smallest magnitude that at least so many percent do not exceed."""
+    """The smallest magnitude that at least the given percentage does not exceed."""
     magnitudes = finite(x).sort().values
     return magnitudes[max(1, math.ceil(Fraction(percentile) * len(magnitudes) / 100)) - 1]
 
 
 def best_scale(x: Tensor) -> Tensor:
-    """Of 81 scales, the one with the least squared error of the elements themselves."""
+    """The one of 81 scales with the smallest squared error over the exact elements."""
     base = finite(x).max() / torch.tensor(448.0)
     x = x.float()[x.isfinite()]
     errors = {}
@@ -227,7 +227,7 @@ def test_the_scale_with_the_least_squared_error(device: torch.device) -> None:
     observer.update(x.to(device))
     expected = torch.stack([best_scale(x[:, head]) for head in range(5)])
     assert_same_bytes(observer.scales(), expected)
-    # The test would be none if clipping never paid.
+    # The test would be meaningless if clipping never paid off.
     assert (expected < over_448([finite(x[:, head]).max() for head in range(5)])).sum() >= 2
 
 

@@ -1,4 +1,4 @@
-"""safetensors files as they are read and written here, beside what the package `safetensors` says of them."""
+"""Reading and writing safetensors files, compared with the package `safetensors`."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path: Path) -> None:
 
 
 def test_a_scale_larger_than_any_does_not_fill_the_memory(tmp_path: Path) -> None:
-    """100 GB of K scales, all of them a hole in the file."""
+    """100 GB of K scales, all in a hole of a sparse file."""
     name, size = f"{ATTENTION.format(layer=0)}.k_scale", 100 << 30
     header = {name: {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}
     text = json.dumps(header).encode()

@@ -1,4 +1,4 @@
-"""Whatever headers, configs and JSON files hold, loading and auditing end with findings or a clear error."""
+"""With any headers, configs and JSON files, loading and auditing end with problems or a clear error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from checkpoint_files import config, scheme
 from fp8kv import audit_checkpoint, load_kv_scales
 
-#: Mutations of all tests of this file together; more are a matter of minutes.
+#: Mutations in all tests of this file together; more would take minutes.
 MUTATIONS = 600
 SIZES: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 ATTENTION = "model.layers.0.self_attn"
@@ -76,7 +76,7 @@ ODD: list[Any] = [
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The paths of all values in a JSON value but itself."""
+    """The paths of all values in a JSON value except itself."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         yield (*path, key)
@@ -150,7 +150,7 @@ def test_mutations_raise_nothing_but_clear_errors(tmp_path: Path, seed: int) -> 
 
 
 def error_of(target: Path, options: dict[str, Any]) -> str | None:
-    """The sentence that loading ends with; None if it succeeds."""
+    """The error that loading ends with; None if it succeeds."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

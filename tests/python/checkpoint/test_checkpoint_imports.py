@@ -1,4 +1,4 @@
-"""What fp8kv.checkpoint imports: private packages nothing above them, and none that may be missing."""
+"""Imports of fp8kv.checkpoint: private packages import nothing above them, and no optional packages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import fp8kv.checkpoint
 from checkpoint_files import make_checkpoint
 
 PACKAGE = Path(str(fp8kv.checkpoint.__file__)).parent
-#: What the modules of each private package may import of this one, besides their own.
+#: Modules that each private package may import from this one, besides its own.
 MAY_IMPORT = {
     "_read": {"names", "problems"},
     "_audit": {"_read", "problems", "scheme"},

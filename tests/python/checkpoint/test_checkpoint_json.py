@@ -1,4 +1,4 @@
-"""What a checkpoint may be besides a folder: a JSON file of scales, a file of a folder, an id of the Hub."""
+"""Checkpoints other than a folder: a JSON file of scales, a file in a folder, an id on the Hub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ K, V = [0.25, 0.5, 0.75], [1.0, 2.0, 4.0]
 
 
 def write(folder: Path, content: Any, config: dict[str, Any] | None = None) -> Path:
-    """A file of scales beside a config of a model with 3 layers and 4 KV heads."""
+    """A file of scales next to the config of a model with 3 layers and 4 KV heads."""
     (folder / "config.json").write_text(json.dumps(SIZES if config is None else config))
     file = folder / "kv_cache_scales.json"
     file.write_text(content if isinstance(content, str) else json.dumps(content))
@@ -216,7 +216,7 @@ def test_scales_in_mistrals_own_format(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
-    """A `huggingface_hub` that is offline; what is asked of it."""
+    """An offline `huggingface_hub`; records its calls."""
     asked: list[tuple[str, Any]] = []
 
     def snapshot_download(model: str, *, allow_patterns: list[str]) -> str:

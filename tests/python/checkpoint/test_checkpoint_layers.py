@@ -1,4 +1,4 @@
-"""Which layers have a KV cache and how many heads: conventions of configs, and tensors that know better."""
+"""The layers with a KV cache and their heads: conventions of configs, and corrections by tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEM = "model.layers.{}.self_attn"
 
 
 def scales(counts: dict[int, int], v: dict[int, int] | None = None) -> dict[str, Tensor]:
-    """Scales of K and V per head: as many as given for each layer."""
+    """Scales of K and V per head, in the given number for each layer."""
     return {
         f"{STEM.format(layer)}.{letter}_scale": torch.full((count, 1, 1), 0.05)
         for letter, numbers in (("k", counts), ("v", counts | (v or {})))
@@ -103,12 +103,12 @@ def test_kv_heads_of_layers(tmp_path: Path, changes: dict[str, Any], counts: lis
     given = fields(3, **changes)
     loaded = load_kv_scales(write_checkpoint(tmp_path / "a", scales(dict(enumerate(counts))), given))
     assert (heads(loaded), loaded.problems) == (dict(enumerate(counts)), [])
-    # What a convention says is no guess: other numbers are wrong.
+    # A known convention is authoritative: other numbers are wrong.
     write_checkpoint(tmp_path / "b", scales({0: counts[0], 1: 3, 2: counts[2]}), given)
     assert kinds(tmp_path / "b") == [("head-count", 1)] * 2
 
 
-# What tensors say of layers
+# Layers, from tensors
 
 
 def test_layers_without_projections_to_keys_need_no_scales(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_other_fields_explain_nothing(tmp_path: Path, other: dict[str, Any]) -> 
     assert kinds(tmp_path) == [("layer-missing", 0), ("layer-missing", 2)]
 
 
-# What tensors say of heads
+# Heads, from tensors
 
 
 def test_shapes_of_projections_outweigh_the_config(tmp_path: Path) -> None:

@@ -448,7 +448,7 @@ def test_an_error_names_layer_tensor_value_and_remedy(tmp_path: Path) -> None:
         load_kv_scales(tmp_path)
     assert str(error.value) == (
         f"load_kv_scales: {tmp_path} has 1 problem: Layer 1: {K} must be finite, got nan for head 0 "
-        "(4 of 4 heads). Calibrate the model anew, for example with fp8kv calibrate."
+        "(4 of 4 heads). Calibrate the model again, for example with fp8kv calibrate."
     )
     assert [(p.kind, p.layer, p.tensor, p.value) for p in error.value.problems] == [
         ("not-finite", 1, K, "nan")

@@ -1,4 +1,4 @@
-"""Which model of a checkpoint scales belong to, and tensors that look like scales of no known name."""
+"""The model of a checkpoint that scales belong to, and tensors that only look like scales."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPEECH = {
 WHISPER = {
     "decoder_layers": 2,
     "decoder_attention_heads": 4,
-    "num_hidden_layers": 7,  # those of the encoder
+    "num_hidden_layers": 7,  # the encoder's
     "quantization_config": config("tensor")["quantization_config"],
 }
 
@@ -146,7 +146,7 @@ def test_a_vision_tower_is_never_taken_for_the_language_model(tmp_path: Path) ->
         load_kv_scales(write_checkpoint(tmp_path, tensors, config("tensor")))
 
 
-# Cross-attention in place of self-attention
+# Cross-attention instead of self-attention
 
 
 @pytest.mark.parametrize("with_cross", [True, False])
@@ -172,7 +172,7 @@ def test_half_of_the_scales_of_a_cross_attention_layer(tmp_path: Path) -> None:
     ]
 
 
-# Names that are not known
+# Unknown names
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""remap_scale_name: every name that scales have in checkpoints, and what is none."""
+"""remap_scale_name: every name of scales in checkpoints, and names that are not scales."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_prefixes(attention: str) -> None:
         f"{ATTENTION}.k_scale.weight", f"{ATTENTION}.k.scale", f"{ATTENTION}.K_scale",
         "model.layers.7.mlp.k_scale", "model.layers.7.cross_attn.k_scale", "model.layers.x.self_attn.k_scale",
         "model.layers.-1.self_attn.k_scale", "model.layers.7self_attn.k_scale",
-        # Other models in the same checkpoint, which count their layers from 0 too.
+        # Other models in the same checkpoint, whose layers start from 0 too.
         "vision_tower.encoder.layers.7.self_attn.k_proj.output_scale", "visual.blocks.7.attn.k_scale",
         "model.audio_tower.layers.7.self_attn.k_scale", "model.encoder.layers.7.self_attn.k_scale",
         "mtp.layers.0.self_attn.k_scale", "talker.model.layers.7.self_attn.k_scale",

@@ -1,4 +1,4 @@
-"""Words and maps of producers: FP8 without scales, mixed precision, NVFP4, and configs that contradict."""
+"""Format names and maps of producers: FP8 without scales, mixed precision, NVFP4, contradictory configs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def mixed(*words: str | None) -> dict[str, Any]:
     return {"kv_cache_quant_algo": "MIXED_PRECISION", "kv_cache_quantized_layers": layers}
 
 
-# Words and objects
+# Strings and objects
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""KVCacheScheme.from_config: what configs of all producers say about the KV cache, and what is refused."""
+"""KVCacheScheme.from_config: the KV cache in configs of all producers, and unsupported schemes."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ def test_what_is_not_supported_of_other_producers(given: dict[str, Any], sentenc
     assert str(error.value) == f"KVCacheScheme.from_config: {sentence}"
 
 
-# Where the config is
+# Location of the config
 
 
 def test_a_quantization_config_alone() -> None:

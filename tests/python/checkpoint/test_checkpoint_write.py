@@ -1,4 +1,4 @@
-"""`KVScales.save`: what it writes, what it leaves as it is, and what is left when it fails."""
+"""`KVScales.save`: what it writes, what it keeps, and what remains after a failure."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ each_number_of_files = pytest.mark.parametrize("shards", [1, 3], ids=["single fi
 
 
 def plain_config(**changes: Any) -> dict[str, Any]:
-    """That of a model without quantization."""
+    """The config of a model without quantization."""
     fields = config() | changes
     if "quantization_config" not in changes:
         del fields["quantization_config"]
@@ -82,7 +82,7 @@ def scales_with(**changes: Tensor | None) -> KVScales:
 
 
 def raw_tensors(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
-    """Dtype, shape and bytes of every tensor, read from the file by hand."""
+    """Dtype, shape and bytes of every tensor, read without a library."""
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
@@ -95,7 +95,7 @@ def raw_tensors(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
 
 
 def write_raw(path: Path, tensors: dict[str, tuple[str, list[int], bytes]]) -> None:
-    """A safetensors file with tensors in just this order, of any dtype."""
+    """A safetensors file with tensors in exactly this order, of any dtype."""
     header, offset = {}, 0
     for name, (dtype, shape, data) in tensors.items():
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + len(data)]}
@@ -110,7 +110,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 
 def state(folder: Path) -> dict[str, str]:
-    """What is below a folder, and the hash of every file."""
+    """The contents of a folder, with the hash of every file."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         for path in sorted(folder.rglob("*"))
@@ -531,7 +531,7 @@ def test_other_scales_stay(tmp_path: Path) -> None:
     assert others.keys() <= tensors_of(tmp_path / "out").keys()
 
 
-# Everything else is left as it is
+# Everything else is unchanged
 
 
 @each_query
@@ -693,7 +693,7 @@ def test_tensors_pass_through_in_pieces(tmp_path: Path) -> None:
     assert peak < 48 << 20
 
 
-# What is there already
+# Existing contents
 
 
 def test_missing_parents_are_made(tmp_path: Path) -> None:
@@ -1221,7 +1221,7 @@ def test_a_crash_at_any_step_leaves_the_old_or_the_new_checkpoint(tmp_path: Path
     assert len(over) > 15
     assert [x for x in copies if x is not None and x != new] == []
     assert [x for x in over if x not in (old, new)] == []
-    # Steps before and after the one that counts.
+    # Steps before and after the decisive one.
     assert (copies[0], copies[-1]) == (None, new)
     assert (over[0], over[-1]) == (old, new)
 

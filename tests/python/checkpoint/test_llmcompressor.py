@@ -1,4 +1,4 @@
-"""Checkpoints that llm-compressor itself has made, where it is installed (the group `llmcompressor`)."""
+"""Checkpoints made by llm-compressor itself, if it is installed (the extra `llmcompressor`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOKENS = torch.randint(1, 61, (4, 32), generator=torch.Generator().manual_seed(3
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A checkpoint for each strategy, and at "" the model they are of."""
+    """One checkpoint per strategy, and at "" their model."""
     from datasets import Dataset
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -93,7 +93,7 @@ def test_what_fp8kv_writes_has_the_same_form(strategy: Any, made: dict[str, Path
     assert len(names) == 2 * tiny_models.LAYERS
     for name in names:
         assert torch.equal(ours[name], theirs[name]), name
-    # Some releases leave out fields that say nothing.
+    # Some releases omit empty fields.
     scheme, own = (
         json.loads((folder / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]
         for folder in (made[strategy], tmp_path / "ours")

@@ -1,4 +1,4 @@
-"""What the benchmarks measure. The command line is tested in test_cli.py."""
+"""The benchmarks. The command line is tested in test_cli.py."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def small_caches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cache_case(work: str) -> kv_cache.CacheCase:
-    """The work with 16 tokens of 8 heads of 128."""
+    """The case with 16 tokens of 8 heads of 128."""
     (case,) = [case for case in kv_cache.cases(CPU, quick=True, warm=False) if case.work == work]
     return case
 
@@ -143,7 +143,7 @@ def test_the_host_cost_of_every_cache_operator_is_measured(small_caches: None) -
 
 @pytest.mark.parametrize("work", quantize.WORKS)
 def test_the_quantization_that_peers_do_is_the_same(work: str) -> None:
-    """Peers that do something else would be no peers."""
+    """Peers must do the same work."""
     case = quantize.QuantizeCase(work, (256, 256), CPU, *quantize.WORKS[work])
     (b,) = case.buffers(1)
     expression = case.expression()
@@ -239,7 +239,7 @@ def test_vllm_is_a_peer_of_appends_per_tensor(monkeypatch: pytest.MonkeyPatch, s
 
 
 def attention_case(work: str, **shape: int) -> attention.AttentionCase:
-    """The work with 2 sequences of 64 tokens, 4 query and 2 KV heads of 64."""
+    """The case with 2 sequences of 64 tokens, 4 query and 2 KV heads of 64."""
     sizes = {"batch": 2, "context": 64, "heads": 4, "kv_heads": 2, "head_size": 64} | shape
     return attention.AttentionCase(work, tuple(sizes.values()), CPU, attention.WORKS[work])
 
@@ -379,7 +379,7 @@ def test_peers_are_measured_in_one_layout_only() -> None:
 
 @pytest.fixture
 def flash_attention_3(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A function with the parameters of vLLM's that computes what it is said to compute."""
+    """A function with the parameters and the semantics of vLLM's."""
 
     def flash_attn_varlen_func(
         q: Any, k: Any, v: Any, max_seqlen_q: int, cu_seqlens_q: Any, max_seqlen_k: int, *, seqused_k: Any,
@@ -423,7 +423,7 @@ def test_what_flash_attention_3_is_asked_for(
 
 @pytest.fixture
 def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A class with the interface of FlashInfer's that computes what it is said to compute."""
+    """A class with the interface and the semantics of FlashInfer's."""
 
     class BatchDecodeWithPagedKVCacheWrapper:
         def __init__(

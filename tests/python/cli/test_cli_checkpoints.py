@@ -49,7 +49,7 @@ def colors(picture: Path) -> set[tuple[int, ...]]:
     return {(number >> 16, number >> 8 & 255, number & 255) for number in numbers}
 
 
-# inspect: what is there
+# inspect: contents
 
 
 @pytest.mark.parametrize("query", [False, True], ids=["kv", "qkv"])
@@ -130,7 +130,7 @@ def test_pictures_of_any_size_stay_readable(layers: int, heads: int, tmp_path: P
     assert max(height, width) < 4000
 
 
-# inspect: what is wrong
+# inspect: problems
 
 
 def spoil(name: str, value: float, head: int = 1, layer: int = 1) -> Callable[[dict[str, Tensor]], None]:
@@ -351,7 +351,7 @@ def test_inspect_refuses_a_target_in_a_folder_that_is_not_there(option: str, tmp
 
 WORDS = [a + b for a in ("ba", "do", "ke", "li", "mu", "no", "ra", "si") for b in ("n", "r", "s", "t")]
 NUM_SAMPLES, SEQ_LEN = 6, 16
-#: As many as the windows take, so that it does not matter where these begin. 0 is the unknown word.
+#: Exactly the number in the windows, so that their positions do not matter. 0 is the unknown word.
 TOKENS = torch.randint(1, len(WORDS) + 1, (NUM_SAMPLES, SEQ_LEN), generator=torch.Generator().manual_seed(5))
 
 
@@ -383,14 +383,14 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def calibrated(model_folder: Path, text_file: Path) -> Path:
-    """Made in one process, per head and with query scales."""
+    """Calibrated in one process, per head and with query scales."""
     out = model_folder.parent / "calibrated"
     invoke(*arguments(model_folder, out, text_file, "--strategy", "attn_head", "--query"))
     return out
 
 
 def arguments(model: Path, out: Path, text: Path, *more: str | Path) -> list[str | Path]:
-    """Options that come twice count as they come last."""
+    """The last of repeated options counts."""
     return [
         "calibrate", model, "-o", out, "--text", text, "--num-samples", str(NUM_SAMPLES),
         "--seq-len", str(SEQ_LEN), "--batch-size", "2", "--device", "cpu", *more,
@@ -703,7 +703,7 @@ def test_an_unknown_type_of_model_is_one_sentence(
 
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-#: `python -m fp8kv` that also says how many threads, of Python or not, there are when it ends.
+#: `python -m fp8kv`, which also reports its number of threads, of Python or not, at the end.
 COUNTING = """
 import atexit, os, sys
 from fp8kv.cli import main

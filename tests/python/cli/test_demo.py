@@ -30,7 +30,7 @@ def small(folder: Path, text: Path, picture: Path, *more: str | Path) -> list[st
 
 @dataclass(frozen=True)
 class Story:
-    """One run of the demo: what it printed, the folder it was given, and the model's files before it."""
+    """One run of the demo: its output, its folder, and the model's files before the run."""
 
     output: str
     out: Path
@@ -57,6 +57,7 @@ def test_the_demo_shows_every_step(story: Story) -> None:
     assert "no problems" in story.output
     assert "question: w1 w2 w3" in story.output
     assert "of the memory" in story.output
+    assert "bfloat16 arithmetic, 32 tokens before, 1 threads, the caches in turns" in story.output
 
 
 def test_the_demo_leaves_a_picture(story: Story) -> None:
@@ -80,6 +81,15 @@ def test_the_demo_runs_on_a_gpu(
 ) -> None:
     output = invoke(*small(tiny_model, tiny_text, tmp_path / "demo.png", "--device", str(cuda)))
     assert torch.cuda.get_device_name() in output
+    assert "Not measured, as attention reads FP8 bytes on the CPU only" in output
+
+
+def test_times_are_shown_beside_those_of_16_bits() -> None:
+    table = demo._times_table({"16-bit": [0.2, 0.1, 0.4], "mine": [0.1, 0.1, 0.08]})
+    cells = [[*column.cells] for column in table.columns]
+    assert cells == [
+        ["16-bit", "mine"], ["200.0", "100.0"], ["100%", "50%"], ["100.0", "80.0"], ["100%", "80%"],
+    ]  # fmt: skip
 
 
 def test_an_answer_ends_where_the_model_ends_it(tiny_model: Path) -> None:

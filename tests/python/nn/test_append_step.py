@@ -74,7 +74,7 @@ def test_observing_gives_the_same_bytes(device: torch.device, strategy: str) -> 
 
 @each_strategy
 def test_what_is_observed_is_what_is_quantized(device: torch.device, strategy: str) -> None:
-    """Keys and queries after RoPE; keys and values without those of the token that has no slot."""
+    """Keys and queries after RoPE; keys and values without the token that has no slot."""
     scales = layer(device, strategy, calculate_kv_scales=True)
     scales.append_step(cache=caches(device), **step(device))
     rotated, _, _ = expected(strategy, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""`AttentionScales.attend_step`: attention of the queries of `append_step` to the cache it appended to."""
+"""`AttentionScales.attend_step`: attention of the queries of `append_step` to the cache."""
 
 from __future__ import annotations
 
@@ -123,13 +123,13 @@ def test_all_options_reach_the_operator() -> None:
     wanted = expected(scales, "fp8", **options, lse=wanted_lse)
     assert_near(out.view(2, NUM_HEADS, HEAD_SIZE), wanted, torch.full((2, NUM_HEADS), 4.0))
     torch.testing.assert_close(lse, wanted_lse, atol=3e-3, rtol=1e-3)
-    for name in options.keys() - {"cu_query_lens"}:  # none of them is without influence here
+    for name in options.keys() - {"cu_query_lens"}:  # all of them affect the result
         others = {other: x for other, x in options.items() if other != name}
         assert (expected(scales, "fp8", **others) - wanted).abs().max() > 0.01, name
 
 
 def test_a_paged_cache_is_read_with_the_scales_that_it_was_written_with() -> None:
-    """Those of the module only once it has stored something there."""
+    """The module's scales only once it has appended to the cache."""
     scales, cache = layer(), new_cache()
     key = torch.ones(1, NUM_KV_HEADS, HEAD_SIZE)
     cache.append(key, 2 * key, torch.tensor([0]))

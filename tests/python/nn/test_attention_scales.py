@@ -1,4 +1,4 @@
-"""AttentionScales: what it loads, quantizes, observes and freezes, and what it refuses."""
+"""AttentionScales: loading, quantization, observation, freezing, and errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BUFFERS = [f"{side}_{kind}" for side in "qkv" for kind in ("scale", "amax", "cli
 #: Heads of Q, heads of K and V.
 HEADS = {"MHA": (4, 4), "GQA": (6, 2), "MQA": (4, 1), "one head": (1, 1)}
 each_heads = pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
-#: Where a tensor of an engine can lie.
+#: Memory layouts of an engine's tensors.
 PLACES = ["contiguous", "offset 1", "transposed", "columns", "rows", "steps", "inside"]
 each_place = pytest.mark.parametrize("place", PLACES)
 
@@ -41,7 +41,7 @@ each_place = pytest.mark.parametrize("place", PLACES)
 def make(
     heads: tuple[int, int] = (6, 2), strategy: str = "attn_head", device: torch.device = CPU, **kwargs: Any
 ) -> AttentionScales:
-    """With scales that differ in every head, and are no powers of two."""
+    """With scales that differ per head, and are not powers of two."""
     module = AttentionScales(*heads, SIZE, strategy=strategy, device=device, **kwargs)
     for seed, scale in enumerate((module.q_scale, module.k_scale, module.v_scale), 5):
         scale.copy_(random_scales(scale.shape, seed))
@@ -1309,7 +1309,7 @@ def test_what_is_no_process_group_is_refused(group: Any) -> None:
 
 @each_strategy
 def test_scales_are_calculated_from_what_is_used(device: torch.device, strategy: str) -> None:
-    """The scales in force are still used; tokens with a negative slot are not seen."""
+    """The current scales are still used; tokens with a negative slot are not observed."""
     module = make((6, 2), strategy, device, calculate_kv_scales=True)
     expected = make((6, 2), strategy, device)
     query, key, value = fused(8, (6, 2), torch.bfloat16, device)
@@ -1336,7 +1336,7 @@ def test_calculation_ends_with_freeze() -> None:
 
 
 def test_a_16_bit_cache_is_observed_too() -> None:
-    """So an engine calibrates while its cache is not quantized yet."""
+    """An engine calibrates this way while its cache is not quantized yet."""
     module = make(calculate_kv_scales=True)
     key, value = key_and_value(5, 2, SIZE, torch.bfloat16)
     module.update_cache(key, value, PagedKVCache(3, 4, 2, SIZE, dtype="bfloat16"), SLOTS)
@@ -1441,7 +1441,7 @@ def test_a_captured_graph_observes_and_takes_new_scales(
         graph.replay()
         sides = [x.cpu() for x in (query, key, value)]
         expected.observe(sides[0], sides[1], sides[2], SLOTS)
-        expected.observe(sides[0][SLOTS < 0], *(x[:0] for x in sides[1:]))  # the query knows no slots
+        expected.observe(sides[0][SLOTS < 0], *(x[:0] for x in sides[1:]))  # queries have no slots
     assert module.observations() == expected.observations()
 
     module.freeze()

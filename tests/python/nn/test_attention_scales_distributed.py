@@ -1,6 +1,6 @@
-"""AttentionScales in several processes: scales of all ranks, and slices of tensor parallelism put together.
+"""AttentionScales in several processes: scales of all ranks, and tensor-parallel slices combined.
 
-The same tests run with gloo on CPUs, in 2 and in 4 processes, and with NCCL where there are two GPUs.
+The same tests run with gloo on CPUs, in 2 and in 4 processes, and with NCCL if there are two GPUs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ E4M3 = torch.float8_e4m3fn
 
 
 class Ranks:
-    """Processes that form a process group, and run what they are given."""
+    """Processes that form a process group, and run given functions."""
 
     def __init__(self, backend: str, size: int, folder: Path) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -92,7 +92,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def share(rank: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens that a rank sees."""
+    """The tokens of a rank."""
     shapes = [(TOKENS, heads, HEAD_SIZE) for heads in (NUM_HEADS, num_kv_heads, num_kv_heads)]
     return tuple(values(shape, torch.bfloat16, 7 * rank + n) for n, shape in enumerate(shapes))
 

@@ -8,13 +8,24 @@ import torch
 from torch import Tensor
 
 from fp8kv import _introspect, static_scaled_fp8_quant
-from helpers import FP8, all_fp8, assert_same_bytes, each_fp8, fp8_boundaries, from_bits, neighbors
+from helpers import (
+    QUANTIZED,
+    all_fp8,
+    assert_same_bytes,
+    each_fp8,
+    each_quantized,
+    fp8_boundaries,
+    from_bits,
+    neighbors,
+)
 
-NAMES = {dtype: name for name, dtype in FP8.items()}
+NAMES = {dtype: name for name, dtype in QUANTIZED.items()}
 
 
 def by_torch(x: Tensor, fp8: torch.dtype) -> Tensor:
     """PyTorch's conversion of values within the range, with the one NaN byte of the rule."""
+    if fp8 == torch.int8:
+        return x.nan_to_num(0.0).clamp(-127, 127).round().to(fp8).view(torch.uint8)
     limit = torch.finfo(fp8).max
     bytes_ = x.clamp(-limit, limit).to(fp8).view(torch.uint8)
     if x.isnan().any():
@@ -61,14 +72,14 @@ def boundary_values(fp8: torch.dtype) -> Tensor:
     return torch.cat([positive, -positive])
 
 
-@each_fp8
+@each_quantized
 def test_the_scalar_codec_at_every_boundary(fp8: torch.dtype) -> None:
     x = boundary_values(fp8)
     encoded = _introspect.encode_array(x.numpy(), NAMES[fp8])
     assert_same_bytes(torch.from_numpy(encoded), by_torch(x, fp8))
 
 
-@each_fp8
+@each_quantized
 def test_the_scalar_codec_on_random_bit_patterns(fp8: torch.dtype) -> None:
     patterns = (
         np.random.default_rng(0).integers(-(1 << 31), 1 << 31, 1_000_000, dtype=np.int64).astype(np.int32)
@@ -78,7 +89,7 @@ def test_the_scalar_codec_on_random_bit_patterns(fp8: torch.dtype) -> None:
     assert_same_bytes(torch.from_numpy(encoded), by_torch(x, fp8))
 
 
-@each_fp8
+@each_quantized
 def test_the_vector_codec_of_each_instruction_set_at_every_boundary(isa: str, fp8: torch.dtype) -> None:
     x = boundary_values(fp8)
     result = torch.empty(x.shape, dtype=fp8)
@@ -86,7 +97,7 @@ def test_the_vector_codec_of_each_instruction_set_at_every_boundary(isa: str, fp
     assert_same_bytes(result.view(torch.uint8), by_torch(x, fp8))
 
 
-@each_fp8
+@each_quantized
 def test_the_vector_codec_of_each_instruction_set_on_random_bit_patterns(isa: str, fp8: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     patterns = torch.randint(-(1 << 31), 1 << 31, (4_000_000,), generator=generator, dtype=torch.int64)
@@ -96,7 +107,7 @@ def test_the_vector_codec_of_each_instruction_set_on_random_bit_patterns(isa: st
     assert_same_bytes(result.view(torch.uint8), by_torch(x, fp8))
 
 
-@each_fp8
+@each_quantized
 def test_the_scalar_codec_decodes_every_byte_as_torch_does(fp8: torch.dtype) -> None:
     decoded = torch.tensor([_introspect.decode(byte, NAMES[fp8]) for byte in range(256)])
     expected = all_fp8(fp8).float()
@@ -105,11 +116,11 @@ def test_the_scalar_codec_decodes_every_byte_as_torch_does(fp8: torch.dtype) -> 
     assert_same_bytes(decoded[finite], expected[finite])
 
 
-@each_fp8
+@each_quantized
 def test_encode_takes_one_value(fp8: torch.dtype) -> None:
-    assert _introspect.encode(1.0, NAMES[fp8]) == {"e4m3": 0x38, "e5m2": 0x3C}[NAMES[fp8]]
+    assert _introspect.encode(1.0, NAMES[fp8]) == {"e4m3": 0x38, "e5m2": 0x3C, "int8": 1}[NAMES[fp8]]
 
 
 def test_an_unknown_format_is_refused() -> None:
-    with pytest.raises(ValueError, match="format must be 'e4m3' or 'e5m2', got 'e3m4'"):
+    with pytest.raises(ValueError, match="format must be 'e4m3', 'e5m2' or 'int8', got 'e3m4'"):
         _introspect.encode(1.0, "e3m4")

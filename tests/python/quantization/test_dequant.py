@@ -10,7 +10,7 @@ from helpers import (
     TRAP_SCALES,
     all_fp8,
     assert_same_bytes,
-    each_fp8,
+    each_quantized,
     each_real,
     from_bits,
     random_scales,
@@ -31,7 +31,7 @@ SCALES = torch.cat(
 )
 
 
-@each_fp8
+@each_quantized
 @each_real
 @pytest.mark.parametrize("granularity", ["token", "channel", "element"])
 def test_every_byte_with_trap_scales(
@@ -46,7 +46,7 @@ def test_every_byte_with_trap_scales(
         check(DEQUANTIZE, device, q, SCALES[:, None].expand(q.shape), (1, 1), real)
 
 
-@each_fp8
+@each_quantized
 @each_real
 def test_every_byte_with_trap_scales_per_tensor(
     device: torch.device, real: torch.dtype, fp8: torch.dtype
@@ -61,7 +61,7 @@ def test_every_byte_with_trap_scales_per_tensor(
     assert_same_bytes(result, expected)
 
 
-@each_fp8
+@each_quantized
 @each_real
 def test_every_byte_with_trap_scales_for_each_instruction_set(
     isa: str, real: torch.dtype, fp8: torch.dtype

@@ -17,7 +17,7 @@ from helpers import (
     REAL,
     all_patterns,
     assert_same_bytes,
-    each_fp8,
+    each_quantized,
     each_real,
     from_bits,
     require_gpu_memory,
@@ -75,7 +75,7 @@ ONE_PASS = {
 }
 
 
-@each_fp8
+@each_quantized
 @each_real
 @pytest.mark.parametrize("shape", ONE_PASS.values(), ids=ONE_PASS.keys())
 def test_kernels_of_one_pass(
@@ -113,7 +113,7 @@ def test_one_element_that_is_not_finite(device: torch.device, length: int, speci
         check(device, x, (1,), None)
 
 
-@each_fp8
+@each_quantized
 @each_real
 def test_every_granularity_with_nothing_finite(
     device: torch.device, real: torch.dtype, fp8: torch.dtype
@@ -124,7 +124,7 @@ def test_every_granularity_with_nothing_finite(
         check(device, x, scale_shape(40, 48), group, fp8)
 
 
-@each_fp8
+@each_quantized
 @each_real
 def test_zeros(device: torch.device, real: torch.dtype, fp8: torch.dtype) -> None:
     x = torch.zeros(8, 64)
@@ -135,7 +135,7 @@ def test_zeros(device: torch.device, real: torch.dtype, fp8: torch.dtype) -> Non
 
 
 @each_real
-@each_fp8
+@each_quantized
 def test_amax_around_the_smallest_scale(device: torch.device, real: torch.dtype, fp8: torch.dtype) -> None:
     """Rows whose amax is a power of two from the smallest subnormal to the largest number."""
     exponents = range(-149, 128) if real != torch.float16 else range(-24, 16)
@@ -143,13 +143,13 @@ def test_amax_around_the_smallest_scale(device: torch.device, real: torch.dtype,
     check(device, x, (len(x),), PER_TOKEN, fp8)
 
 
-@each_fp8
+@each_quantized
 def test_subnormal_fp32_elements_count(device: torch.device, fp8: torch.dtype) -> None:
     x = from_bits([0x00000001, 0x007FFFFF, 0x80400000, 0x00000000]).view(2, 2)
     check(device, x, (2,), PER_TOKEN, fp8)
 
 
-@each_fp8
+@each_quantized
 @pytest.mark.parametrize("real", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_every_16_bit_value_alone_and_as_the_largest(
     device: torch.device, real: torch.dtype, fp8: torch.dtype

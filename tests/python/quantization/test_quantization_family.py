@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from helpers import KINDS_OF_LAYOUTS, LAYOUTS, REAL, each_fp8, each_real
+from helpers import KINDS_OF_LAYOUTS, LAYOUTS, REAL, each_quantized, each_real
 from quantization_family import (
     AMAX,
     CPU,
@@ -109,7 +109,7 @@ def test_rows_around_powers_of_two(device: torch.device, power: int, operator: O
             operator.check_shape(device, (rows, length), scale_shape, group, *dtypes)
 
 
-@each_fp8
+@each_quantized
 @each_real
 def test_a_single_number(device: torch.device, real: torch.dtype, fp8: torch.dtype) -> None:
     x = torch.tensor(-3.25)

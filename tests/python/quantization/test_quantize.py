@@ -12,7 +12,7 @@ from helpers import (
     TRAP_SCALES,
     all_patterns,
     assert_same_bytes,
-    each_fp8,
+    each_quantized,
     each_real,
     fp8_boundaries,
     neighbors,
@@ -25,7 +25,7 @@ from quantization_family import CPU, E4M3, STATIC, check
 # Values and scales that trap shortcuts
 
 
-@each_fp8
+@each_quantized
 @pytest.mark.parametrize("real", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_every_16_bit_value_with_trap_scales_per_tensor(
     device: torch.device, real: torch.dtype, fp8: torch.dtype
@@ -41,7 +41,7 @@ def test_every_16_bit_value_with_trap_scales_per_tensor(
     assert_same_bytes(result, expected)
 
 
-@each_fp8
+@each_quantized
 @pytest.mark.parametrize("real", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_every_16_bit_value_with_trap_scales_per_token(
     device: torch.device, real: torch.dtype, fp8: torch.dtype
@@ -50,7 +50,7 @@ def test_every_16_bit_value_with_trap_scales_per_token(
     check(STATIC, device, x, TRAP_SCALES, (1, -1), fp8)
 
 
-@each_fp8
+@each_quantized
 @pytest.mark.parametrize("real", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_every_16_bit_value_with_trap_scales_per_channel(
     device: torch.device, real: torch.dtype, fp8: torch.dtype
@@ -66,7 +66,7 @@ def boundary_inputs(scales: Tensor, fp8: torch.dtype) -> Tensor:
     return torch.cat([near, -near], dim=1)
 
 
-@each_fp8
+@each_quantized
 @pytest.mark.parametrize("granularity", ["token", "channel", "element"])
 def test_quotients_beside_every_rounding_boundary(
     device: torch.device, granularity: str, fp8: torch.dtype
@@ -81,7 +81,7 @@ def test_quotients_beside_every_rounding_boundary(
         check(STATIC, device, x, finite[:, None].expand(x.shape), (1, 1), fp8)
 
 
-@each_fp8
+@each_quantized
 def test_quotients_beside_every_rounding_boundary_for_random_scales(
     device: torch.device, fp8: torch.dtype
 ) -> None:
@@ -92,7 +92,7 @@ def test_quotients_beside_every_rounding_boundary_for_random_scales(
     check(STATIC, device, boundary_inputs(scales, fp8), scales, (1, -1), fp8)
 
 
-@each_fp8
+@each_quantized
 @each_real
 def test_trap_scales_and_hostile_values_for_each_instruction_set(
     isa: str, real: torch.dtype, fp8: torch.dtype

@@ -1,4 +1,4 @@
-"""`fp8kv.transformers.Fp8Cache` beside Transformers' own caches of keys and values that went to FP8 and back.
+"""`fp8kv.transformers.Fp8Cache`, compared with Transformers' caches of quantized and dequantized values.
 
 Both give the model the same numbers, so logits and tokens must be equal, not close.
 """
@@ -53,7 +53,7 @@ from fp8kv.transformers import Fp8Cache  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# What the model computes
+# Results of the model
 
 
 @each_mode
@@ -87,7 +87,7 @@ def test_logits(
 
 
 def test_quantization_is_seen() -> None:
-    """If it weren't, equal logits would say nothing."""
+    """Otherwise, equal logits would prove nothing."""
     model, ids = model_of("Llama"), tokens()
     seen = [
         logits(model, cache, ids, torch.ones_like(ids))
@@ -189,7 +189,7 @@ def test_generate(device: torch.device, name: str, static: bool, options: dict[s
 
 
 def test_beams_are_reordered() -> None:
-    """If they never were, the tests of beam search would say nothing."""
+    """Otherwise, the tests of beam search would prove nothing."""
     cache, reorders = caches("Llama")[0], []
     original = cache.reorder_cache
     cache.reorder_cache = lambda beams: (reorders.append(beams.tolist()), original(beams))
@@ -339,7 +339,7 @@ def test_crop_of_a_window_that_is_not_full(static: bool) -> None:
 
 
 def test_crop_of_a_window_twice() -> None:
-    """What newer tokens had replaced in the ring does not come back when those are removed."""
+    """Tokens replaced in the ring by newer ones do not come back when those are removed."""
     cache = Fp8Cache(config_of("Mistral"), max_cache_len=40, block_size=4)  # a ring of 16 for a window of 9
     for layer in range(LAYERS):
         cache.update(*torch.randn(2, 1, KV_HEADS, 24, HEAD_SIZE), layer)
@@ -475,7 +475,7 @@ def test_what_attention_sees_does_not_stay_alive(name: str, static: bool) -> Non
 
 @full_and_sliding
 def test_resident_bytes_on_the_gpu(cuda: torch.device, name: str) -> None:
-    """What the allocator counts between steps is what `nbytes` says, about half of 16 bit."""
+    """Between steps, the allocator counts `nbytes`, about half of 16 bits."""
     cache = Fp8Cache(config_of(name), block_size=16)
     count = 9 if name == "Mistral" else 6000
     before = torch.cuda.memory_allocated()
@@ -484,7 +484,7 @@ def test_resident_bytes_on_the_gpu(cuda: torch.device, name: str) -> None:
         cache.update(key, key, layer)
     del key
     resident = torch.cuda.memory_allocated() - before
-    assert cache.nbytes <= resident <= cache.nbytes + LAYERS * 8192  # scales, and what is rounded up
+    assert cache.nbytes <= resident <= cache.nbytes + LAYERS * 8192  # scales, and rounding up
     if name == "Llama":
         assert cache.nbytes < 0.57 * cache.nbytes_16bit
 
@@ -570,7 +570,7 @@ def test_only_a_static_cache_asks_to_be_compiled(static: bool) -> None:
         assert caches(name, None, static)[0].is_compileable == static
 
 
-# Where scales come from
+# Sources of scales
 
 
 def test_scales_of_a_checkpoint(tmp_path: Path) -> None:
@@ -600,7 +600,7 @@ def test_scales_are_copied() -> None:
     assert_same_bytes(cache.update(key[:, :, 1:], key[:, :, 1:], 0)[0].contiguous(), expected.contiguous())
 
 
-# What is refused
+# Errors
 
 
 def scales_with(index: int, k: Any, v: Any) -> KVScales:
@@ -612,9 +612,9 @@ def scales_with(index: int, k: Any, v: Any) -> KVScales:
     ("arguments", "sentence"),
     [
         ({"dtype": "bfloat16"},
-         'dtype must be "fp8", "fp8_e4m3", "fp8_e5m2" or the torch dtype, got \'bfloat16\''),
+         'dtype must be "fp8", "fp8_e4m3", "fp8_e5m2", "int8" or the torch dtype, got \'bfloat16\''),
         ({"dtype": torch.float16},
-         'dtype must be "fp8", "fp8_e4m3", "fp8_e5m2" or the torch dtype, got torch.float16'),
+         'dtype must be "fp8", "fp8_e4m3", "fp8_e5m2", "int8" or the torch dtype, got torch.float16'),
         ({"layout": "NDH"}, 'layout must be "NHD" or "HND", got \'NDH\''),
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
         ({"max_cache_len": 0}, "max_cache_len must be at least 1, got 0"),
@@ -652,7 +652,7 @@ def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
         Fp8Cache(config_of("Llama"), tmp_path / "nowhere")
 
 
-#: Keys that something else chooses from; its name depends on the release.
+#: The type of layers that select among their keys, which depends on the release.
 SPARSE = "indexed_attention"
 if SPARSE not in DYNAMIC_LAYER_TYPE_MAPPING:
     SPARSE = "deepseek_sparse_attention"

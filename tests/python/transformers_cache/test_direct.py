@@ -1,7 +1,7 @@
 """The attention function "fp8kv", which reads the FP8 bytes of an `Fp8Cache`.
 
-Beside it are Transformers' own caches of keys and values that the reference quantized and dequantized. Sums
-have another order, so logits are close, not equal, and tokens are the same.
+It is compared with Transformers' own caches of keys and values that the reference quantized and dequantized.
+Sums have another order, so logits are close, not equal, and tokens are the same.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Operators(TorchDispatchMode):
-    """Counts what runs."""
+    """Counts calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Operators(TorchDispatchMode):
 
 
 def pair(name: str, model: Any, scales: str = "dynamic", static: bool = False, **options: Any) -> Any:
-    """A cache whose bytes are read, and the one to compare it with."""
+    """A cache whose bytes are read, and the reference cache."""
     scale = scales_of(scales, model.config)
     return caches(name, scale, static, config=model.config, direct=True, **options)
 
@@ -113,7 +113,7 @@ def test_logits(
 @full_and_sliding
 @pytest.mark.parametrize("steps", [(3, *[1] * 21), (2, 8, 8, 6), (9, 9, 6), (1,) * 24], ids=str)
 def test_logits_of_prompts_in_chunks(name: str, static: bool, steps: tuple[int, ...]) -> None:
-    """Chunks of more than 8 tokens take the attention of the framework, as the first one does."""
+    """Chunks of more than 8 tokens use PyTorch's attention, like the first one."""
     model, ids = model_of(name), tokens()
     cache, expected = pair(name, model, static=static)
     mask = torch.ones_like(ids)
@@ -271,7 +271,7 @@ def test_generate_compiles_by_itself(name: str) -> None:
         assert "gather_and_dequant" not in graph.code
 
 
-# What is not read directly
+# Steps that dequantize
 
 
 def assert_dequantized(model: Any, cache: Any, expected: Any, ids: Tensor, mask: Tensor) -> None:
@@ -351,7 +351,7 @@ def test_queries_alone_that_record_gradients() -> None:
 
 
 class Changing(Fp8Cache):
-    """Stands for a model that goes on computing with keys, as latent attention does."""
+    """Stands in for a model that processes keys before attention, such as latent attention."""
 
     changes = True
 
@@ -389,7 +389,7 @@ def test_keys_that_a_model_changes_later() -> None:
                                              ("GptOss", "eager"), ("Gemma2", "eager")])  # fmt: skip
 @each_mode
 def test_other_caches_with_fp8kv(name: str, usual: str, static: bool) -> None:
-    """Like "sdpa", and where that refuses, like eager attention: the same bytes."""
+    """Like "sdpa", or if that is not supported, like eager attention: the same bytes."""
     model = copy.deepcopy(model_of(name))
     ids, mask = left_padded(tokens(), 5, 0, 2)
     answers = []
@@ -413,7 +413,7 @@ def test_other_caches_with_fp8kv(name: str, usual: str, static: bool) -> None:
      ("Gemma2", "eager", "fp8kv"), ("Gemma3", "eager", "eager")],
 )  # fmt: skip
 def test_when_the_cache_chooses_it(name: str, before: str, after: str) -> None:
-    """Where "fp8kv" does the work of what is there; eager attention is a wish if there is another."""
+    """If "fp8kv" can replace the attention function; eager attention is a choice if there is another."""
     model = copy.deepcopy(model_of(name))
     if before == "eager" and after == "fp8kv" and model._supports_sdpa:
         pytest.skip("with this Transformers, the model has a choice")

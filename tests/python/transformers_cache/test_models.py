@@ -1,4 +1,4 @@
-"""`Fp8Cache` with models whose layers are not all alike: recurrent states, shared keys, layers in 16 bits."""
+"""`Fp8Cache` with models with different kinds of layers: recurrent states, shared keys, 16-bit layers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16,
                   "mamba_n_groups": 1},
 }  # fmt: skip
-#: Models whose last layers take the keys and values of earlier ones.
+#: Models whose last layers reuse the keys and values of earlier ones.
 SHARING: dict[str, dict[str, Any]] = {
     "gemma4_text": {**_WINDOWS, "global_head_dim": 32, "num_kv_shared_layers": 2,
                     "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97},
@@ -82,7 +82,7 @@ def model_with(kind: str) -> Any:
 
 
 def assert_logits_close(model: Any, static: bool, steps: tuple[int, ...], **options: Any) -> Fp8Cache:
-    """Those of the cache, read directly or not, and of a cache of Transformers with reference numbers."""
+    """Compares a cache, read directly or not, with a Transformers cache of reference values."""
     fixed = {"max_cache_len": 40} if static else {}
     ids, mask = left_padded(tokens(), 5, 0, 2)
     expected_cache = (ExpectedStatic if static else Expected)(config=model.config, **fixed).rounds("dynamic")
@@ -104,7 +104,7 @@ def random_scales(heads: int) -> LayerScales:
 @each_mode
 @pytest.mark.parametrize("kind", HYBRIDS)
 def test_logits_of_hybrid_models(kind: str, static: bool) -> None:
-    """Their recurrent states are those of Transformers; all others are FP8."""
+    """Recurrent states are Transformers' own; all others are FP8."""
     cache = assert_logits_close(model_with(kind), static, (12, *[1] * 12))
     attention = [layer for layer in cache.layers if hasattr(layer, "storage")]
     assert attention
@@ -178,7 +178,7 @@ def test_scales_of_layers_of_two_geometries() -> None:
     ids=["first", "windows", "second", "full"],
 )
 def test_layers_that_are_skipped(static: bool, skip: Any, rounded: tuple[int, ...]) -> None:
-    """They are those of Transformers; scales of others are enough."""
+    """They are Transformers' own layers; scales of the other layers are sufficient."""
     model, ids = model_of("Gemma3"), tokens()
     scales = KVScales({index: random_scales(2) for index in rounded}, KVCacheScheme("attn_head"))
     fixed = {"max_cache_len": 40} if static else {}

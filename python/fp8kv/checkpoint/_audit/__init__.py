@@ -1,1 +1,1 @@
-"""What is wrong with scales that have been read."""
+"""Checks of scales that have been read."""

@@ -1,4 +1,4 @@
-"""Checks of what there is: scales for all layers, none too many, and an observer that can be trusted."""
+"""Checks of presence: scales for all layers, no superfluous ones, and a reliable observer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fp8kv.checkpoint.scheme import COMPRESSED_TENSORS, KVCacheScheme
 
 
 def check_observer(scheme: KVCacheScheme) -> Iterator[Problem]:
-    """A problem if the observer may have seen the last batch only."""
+    """A problem if the observer may have kept only the last batch."""
     observer = scheme.observer
     if scheme.producer != COMPRESSED_TENSORS:
         return
@@ -31,7 +31,7 @@ def check_observer(scheme: KVCacheScheme) -> Iterator[Problem]:
 
 
 def check_unused_query(entries: dict[Key, list[Entry]]) -> Iterator[Problem]:
-    """A problem if there are query scales, of which the config says nothing."""
+    """A problem if there are query scales that the config does not mention."""
     names = [copies[0].name for key, copies in entries.items() if key.letter == "q" and key.kind == "scale"]
     if names:
         message = f"{names[0]} is there, but the config has no group of attention"
@@ -39,7 +39,7 @@ def check_unused_query(entries: dict[Key, list[Entry]]) -> Iterator[Problem]:
 
 
 def check_unexpected(stored: StoredScales, layers: Layers | None) -> Iterator[Problem]:
-    """A problem for each layer with scales that the config does not have."""
+    """A problem for each layer with scales that is not in the config."""
     for layer, by_letter in stored.items():
         if layers is not None and layer not in layers.heads:
             name = next(iter(by_letter.values())).name
@@ -52,7 +52,7 @@ def check_unexpected(stored: StoredScales, layers: Layers | None) -> Iterator[Pr
 
 
 def check_unknown(tensors: ModelTensors, stored: StoredScales) -> Iterator[Problem]:
-    """A problem for each tensor that looks like a scale: an error where the layer lacks one of its scales."""
+    """A problem for each tensor that looks like a scale: an error if the layer lacks one of its scales."""
     for name, layer in tensors.unknown:
         complete = stored and (layer is None or {"k", "v"} <= stored.get(layer, {}).keys())
         message = f"{name} looks like a scale of attention, but is none that is known"
@@ -70,7 +70,7 @@ def check_latent(stored: StoredScales) -> Iterator[Problem]:
 
 
 def check_other_models(models: Models, chosen: str) -> Iterator[Problem]:
-    """A problem for each model beside the chosen one that has scales too."""
+    """A problem for each other model with scales."""
     for name, tensors in models.items():
         names = [entry.name for entry in tensors.scales()]
         names = names or [unknown.name for unknown in tensors.unknown]
@@ -84,7 +84,7 @@ def check_other_models(models: Models, chosen: str) -> Iterator[Problem]:
 
 
 def check_rope(entries: dict[Key, list[Entry]], statement: Statement) -> Iterator[Problem]:
-    """A problem if scales are of the outputs of projections, and the cache holds something else."""
+    """A problem if scales describe the outputs of projections, but the cache holds other values."""
     names = [name for key, copies in entries.items() if key.letter != "v" for name, _ in copies]
     if statement.producer != "quark" or not names or statement.before_rope is False:
         return
@@ -126,14 +126,14 @@ def check_absent(
     missing_on_purpose: Callable[[int, str], str | None],
     elsewhere: str | None = None,
 ) -> Iterator[Problem]:
-    """A problem for each layer, or one of its scales, that is not there.
+    """A problem for each missing layer or scale.
 
     Args:
-        stored: what is there.
+        stored: the scales that are present.
         scheme: whether there must be query scales.
-        layers: those with a KV cache; None: those up to the last that has scales.
-        missing_on_purpose: why a layer has no scale of a letter, if there is a reason.
-        elsewhere: where there are scales, or may be.
+        layers: the layers with a KV cache; None: all up to the last that has scales.
+        missing_on_purpose: the reason why a layer has no scale of a letter, if there is one.
+        elsewhere: where else there are, or may be, scales.
     """
     expected = range(max(stored, default=-1) + 1) if layers is None else layers.heads
     with_kv = [layer for layer in expected if {"k", "v"} & stored.get(layer, {}).keys()]
@@ -162,14 +162,14 @@ def check_absent(
         yield from _absent_query(stored, with_kv)
 
 
-#: A layer has scales, but none that is understood, which is a problem of its own.
+#: A layer has scales, but none with a known name, which is a separate problem.
 UNKNOWN = "unknown"
 
 
 def reasons_to_be_absent(
     tensors: ModelTensors, layers: Layers | None, statement: Statement | None, module_of: Callable[[int], str]
 ) -> Callable[[int, str], str | None]:
-    """Why a layer may have no scale of K or V, in words for `check_absent`."""
+    """The reason why a layer may have no scale of K or V, as text for `check_absent`."""
     unknown = {item.layer for item in tensors.unknown}
 
     def reason(layer: int, letter: str) -> str | None:
@@ -192,7 +192,7 @@ def reasons_to_be_absent(
 def unit_layers(
     tensors: ModelTensors, layers: Layers | None, statement: Statement | None, module_of: Callable[[int], str]
 ) -> Mapping[int, str]:
-    """Letters of the layers whose scales are 1.0, as the config has FP8 and ModelOpt has exported none."""
+    """Letters of the layers whose scales are 1.0, because ModelOpt exported none for an FP8 config."""
     if statement is None or layers is None or not statement.is_modelopt:
         return {}
     if tensors.entries or tensors.unknown:

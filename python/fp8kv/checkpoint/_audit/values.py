@@ -1,4 +1,4 @@
-"""Checks of the values of scales: how many there are, and whether they can be what calibration found."""
+"""Checks of the values of scales: their number, and whether they are plausible."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fp8kv.checkpoint._read.layers import Heads
 from fp8kv.checkpoint._read.scales import StoredScale, StoredScales
 from fp8kv.checkpoint.problems import Problem, make_problem
 
-#: In orders of magnitude: nearer to three than to two.
+#: In orders of magnitude: closer to three than to two.
 _FAR = 2.5
-#: Of any scale: elements up to 4e-5, or above 4e7, are none of keys, values or queries.
+#: For any scale: the amax of keys, values or queries is never below 4e-5, or above 4e7.
 _SMALLEST, _LARGEST = 1e-7, 1e5
-#: What a head that was always zero gets, in 16 bits perhaps.
+#: The scale of a head that was always zero, possibly in 16 bits.
 _MIN_SCALE = DEFAULT_FORMAT.min_scale
 
 #: Layer and letter.
@@ -55,7 +55,7 @@ def check_values(
 def _wrong_counts(
     by_letter: dict[str, StoredScale], strategy: Strategy, heads: Heads
 ) -> Iterator[tuple[str, str]]:
-    """The letters that have not as many scales as they should, and how many they should have."""
+    """The letters with a wrong number of scales, and the expected number."""
     counts = {letter: scale.values.numel() for letter, scale in by_letter.items() if scale.values is not None}
     kv = heads.kv or counts.get("k") or counts.get("v") or 1
     for letter, count in counts.items():
@@ -93,7 +93,7 @@ def _wrong_values(
         "implausible": (valid & far & ~zero_head, f"must be {plausible}"),
     }
     if letter == "q":
-        # One defect with many faces: memory that nobody wrote to.
+        # One defect with many symptoms: uninitialized memory.
         wrong = torch.stack([mask for mask, _ in defects.values()]).any(0)
         defects = {"query-scale": (wrong, f"must be finite, above 0 and {plausible}")}
     defects["zero-head"] = (zero_head, "shows a head that was always zero")
@@ -107,7 +107,7 @@ def _wrong_values(
 
 
 def _usual(scales: StoredScales) -> dict[Place, float]:
-    """The logarithm of the median of each scale, of the values that may be right."""
+    """The logarithm of the median of each scale, over the values that may be correct."""
     usual = {}
     for layer, by_letter in scales.items():
         for letter, scale in by_letter.items():
@@ -120,7 +120,7 @@ def _usual(scales: StoredScales) -> dict[Place, float]:
 
 
 def _comparable(layer: int, letter: str, usual: dict[Place, float]) -> Iterator[list[float]]:
-    """Groups of which the scales should be near to most: other layers, and for queries the keys."""
+    """Groups for comparison: other layers, and for queries the keys."""
     keys = [x for (_, other), x in usual.items() if other == "k"] if letter == "q" else []
     others = [x for (n, other), x in usual.items() if other == letter and n != layer]
     return filter(None, (keys, others))
@@ -131,5 +131,5 @@ def _is_min_scale(values: Tensor) -> Tensor:
 
 
 def _once(problems: list[Problem]) -> list[Problem]:
-    """A `kv_scale` is checked for K and for V, but has its defect once."""
+    """A `kv_scale` is checked for K and for V, but its defect is reported once."""
     return list({(problem.kind, problem.tensor): problem for problem in reversed(problems)}.values())[::-1]

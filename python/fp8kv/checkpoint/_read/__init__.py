@@ -1,1 +1,1 @@
-"""What a checkpoint holds, read from its files: config, headers, scales."""
+"""Reading a checkpoint's files: config, headers, scales."""

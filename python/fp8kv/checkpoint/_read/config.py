@@ -1,4 +1,4 @@
-"""config.json and its like: how they are read, and which part of them is about which model."""
+"""Reading config.json and similar files, and the part that concerns each model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG_FILE = "config.json"
-#: Where ModelOpt writes what others put into config.json.
+#: ModelOpt's file for what other producers write to config.json.
 MODELOPT_FILE = "hf_quant_config.json"
 #: Mistral's own format, which has no config.json.
 MISTRAL_FILE = "params.json"
@@ -25,10 +25,10 @@ LAYERS = (
 
 
 def read_configs(path: Path) -> dict[str, dict[str, Any]]:
-    """The contents of a config file; of a directory, config.json and, if there is one, ModelOpt's file.
+    """The contents of a config file; for a directory, of config.json and, if present, ModelOpt's file.
 
     Returns:
-        By the names of the files, config.json first; Mistral's params.json is read where there is none.
+        By file name, config.json first; Mistral's params.json is read if there is no config.json.
 
     Raises:
         FileNotFoundError: there is no such file, or no config.json in the directory.
@@ -67,12 +67,12 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def section_of_model(config: Mapping[str, Any], model: str = "", *, side: bool = False) -> Mapping[str, Any]:
-    """The part of a config that is about one of its models; empty if nothing is said of a side model.
+    """The part of a config about one of its models; empty if a side model is not mentioned.
 
     Args:
         config: a whole config.json.
-        model: as `names.model_of_stack` calls it; "" for the language model.
-        side: the config is about another model, but for a part of it.
+        model: as named by `names.model_of_stack`; "" for the language model.
+        side: the config describes another model, except for a part of it.
     """
     section = config
     for part in filter(None, model.split(".")):
@@ -98,7 +98,7 @@ def _language_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def field_of(config: Mapping[str, Any], path: str) -> Any:
-    """A field, or one of an object in it, such as "attn.layers"; None if it is not there."""
+    """A field, or a nested one, such as "attn.layers"; None if absent."""
     value: Any = config
     for name in path.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
@@ -106,10 +106,10 @@ def field_of(config: Mapping[str, Any], path: str) -> Any:
 
 
 def first_of(config: Mapping[str, Any], paths: tuple[str, ...]) -> Any:
-    """The first field that is there."""
+    """The first field that is present."""
     return next((value for path in paths if (value := field_of(config, path)) is not None), None)
 
 
 def positive(value: Any) -> int | None:
-    """A number of something, from 1; None if it is anything else."""
+    """A positive integer; None for anything else."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

@@ -1,4 +1,4 @@
-"""Which files of a checkpoint hold its tensors."""
+"""The files of a checkpoint that hold its tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safete
 
 
 def find_files(checkpoint: Path) -> tuple[dict[Path, list[str]], list[Problem]]:
-    """The files, also those that are missing, each with the tensors that the index says it has.
+    """The files, including missing ones, each with its tensors according to the index.
 
     Args:
         checkpoint: a directory or a .safetensors file.
@@ -40,7 +40,7 @@ def find_files(checkpoint: Path) -> tuple[dict[Path, list[str]], list[Problem]]:
 
 
 def files_beside(checkpoint: Path) -> list[str]:
-    """The names of files of a directory that are not read with it and may have scales; of a file, none."""
+    """The files of a directory that are not read but may have scales; none for a single file."""
     if not checkpoint.is_dir():
         return []
     files = list(checkpoint.glob("*.safetensors"))
@@ -66,7 +66,7 @@ def _read_index(index: Path) -> dict[Path, list[str]]:
 
 
 def _siblings(files: list[Path]) -> Iterator[Path]:
-    """All shards that there must be when one of "...-00001-of-00003.safetensors" is there."""
+    """All shards that must exist if there is one such as "...-00001-of-00003.safetensors"."""
     for file in files:
         shard = _SHARD.fullmatch(file.name)
         if shard is not None:

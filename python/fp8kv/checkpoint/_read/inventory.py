@@ -1,4 +1,4 @@
-"""What of a checkpoint's tensors is about attention, by the model it belongs to."""
+"""The attention tensors of a checkpoint, by model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fp8kv.checkpoint.problems import Problem, make_problem
 
 
 class Key(NamedTuple):
-    """What a tensor is of a layer: `letter` is "q", "k" or "v", `kind` "scale" or "zero_point"."""
+    """The role of a tensor in a layer: `letter` is "q", "k" or "v", `kind` "scale" or "zero_point"."""
 
     layer: int
     letter: str
@@ -35,14 +35,14 @@ class Key(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A tensor in a file, with the name it has there."""
+    """A tensor in a file, with its name there."""
 
     name: str
     stored: StoredTensor
 
 
 class Unknown(NamedTuple):
-    """A tensor that looks like a scale of attention; None: it is in no layer that has a number."""
+    """A tensor that looks like an attention scale; None: it is not in a numbered layer."""
 
     name: str
     layer: int | None
@@ -53,12 +53,12 @@ class ModelTensors:
     """The attention of one model.
 
     Attributes:
-        stack: what stands before the number of a layer, such as "model.layers.".
-        entries: the scales and zero points; several tensors where more than one means the same, and
-            `kv_scale` listed for K and for V.
+        stack: the prefix before the layer number, such as "model.layers.".
+        entries: the scales and zero points; several tensors if they define the same one, and `kv_scale`
+            listed for K and for V.
         attention: the attention modules by layer.
-        unknown: what looks like a scale and is not understood.
-        present: the layers of which there is any tensor.
+        unknown: tensors that look like scales but have no known name.
+        present: the layers with any tensor.
     """
 
     stack: str
@@ -69,12 +69,12 @@ class ModelTensors:
 
     @property
     def is_tower(self) -> bool:
-        """It fills no KV cache."""
+        """Whether the model has no KV cache."""
         return is_tower(self.stack)
 
     @property
     def is_side(self) -> bool:
-        """It is not the language model."""
+        """Whether it is not the language model."""
         return is_side_model(self.stack)
 
     def scales(self) -> Iterator[Entry]:
@@ -84,16 +84,16 @@ class ModelTensors:
 
     @property
     def layers_with_scales(self) -> set[int]:
-        """Those with a scale of K or V."""
+        """The layers with a scale of K or V."""
         return {key.layer for key in self.entries if key.kind == "scale" and key.letter != "q"}
 
 
-#: By what `names.model_of_stack` calls it; attention to another model has the name of its module behind.
+#: By name from `names.model_of_stack`; attention to another model has its module's name appended.
 Models = dict[str, ModelTensors]
 
 
 def take_inventory(checkpoint: Path) -> tuple[Models, list[Problem]]:
-    """The attention of all models, by the headers of a .safetensors file or of all those of a directory."""
+    """The attention of all models, from the headers of a .safetensors file or of all in a directory."""
     files, problems = find_files(checkpoint)
     named: dict[str, list[StoredTensor]] = defaultdict(list)
     for file, names in files.items():
@@ -103,9 +103,9 @@ def take_inventory(checkpoint: Path) -> tuple[Models, list[Problem]]:
 
 
 def sort_tensors(named: Mapping[str, list[StoredTensor]]) -> Models:
-    """Tensors of all kinds by the model whose attention they belong to."""
+    """Tensors of all kinds, by the model whose attention they belong to."""
     models: Models = {}
-    # Most tensors are those of experts, and are not even sorted.
+    # Most tensors belong to experts, and are skipped.
     for name in sorted(name for name in named if find_place(name) or looks_like_scale(name)):
         place = find_place(name)
         scale = None if place is None else scale_at(place)
@@ -138,7 +138,7 @@ def _model_of(place: Place) -> str:
 
 
 def _add_unknown(models: Models, name: str, place: Place | None) -> None:
-    """A name of no known form, to the model that its place or what stands before its first number says."""
+    """Adds a name without a known form to a model, by its location or its prefix."""
     if place is not None:
         model, stack, layer = _model_of(place), place.stack, place.layer
     elif match := re.match(r"(?P<stack>(?:.*?\.)?)(?P<layer>\d{1,4})\.", name):
@@ -149,7 +149,7 @@ def _add_unknown(models: Models, name: str, place: Place | None) -> None:
 
 
 def _with_cross_layers(models: Models) -> Models:
-    """Attention to another model belongs to its own where layers have it in place of self-attention."""
+    """Moves attention to another model to its own model if layers have it instead of self-attention."""
     merged = dict(models)
     for name, cross in models.items():
         first = next(iter(cross.attention.values()), None)
@@ -166,7 +166,7 @@ def _with_cross_layers(models: Models) -> Models:
 
 
 def _read_header(file: Path, listed: list[str], problems: list[Problem]) -> dict[str, StoredTensor]:
-    """The tensors of a file, which has at least those that the index lists; none if it cannot be read."""
+    """The tensors of a file, which must include those in the index; none if it cannot be read."""
     if not file.is_file():
         problems.append(make_problem("file-missing", f"{file} must be there, but is not"))
         return {}
@@ -183,14 +183,14 @@ def _read_header(file: Path, listed: list[str], problems: list[Problem]) -> dict
     return tensors
 
 
-# Which model is meant
+# Choice of the model
 
 
 def choose_model(models: Models, wanted: str | None) -> str:
-    """The model whose scales are asked for; "" if there is none.
+    """The requested model; "" if there is none.
 
     Raises:
-        ValueError: it is not there, or a choice is needed; the sentence begins with "model must be".
+        ValueError: it is missing, or the choice is ambiguous; the message starts with "model must be".
     """
     if wanted is not None:
         exact = [name for name, tensors in models.items() if wanted in _names(name, tensors)]
@@ -202,7 +202,7 @@ def choose_model(models: Models, wanted: str | None) -> str:
     language = [name for name in models if not models[name].is_side and not _is_attention_to(name, models)]
     choice = [name for name in with_scales if name in language]
     if not language:
-        # A checkpoint of nothing but a draft, or a part of another kind.
+        # A checkpoint of only a draft, or of another kind of part.
         choice = [name for name in with_scales if not models[name].is_tower]
     if "" in choice or not choice:
         return "" if "" in choice or not language else language[0]
@@ -212,7 +212,7 @@ def choose_model(models: Models, wanted: str | None) -> str:
 
 
 def _names(name: str, tensors: ModelTensors) -> set[str]:
-    """All that a model may be called."""
+    """All accepted names of a model."""
     if is_cross(name.rpartition(".")[2]):
         return {name}
     stack = tensors.stack.removesuffix(".")

@@ -1,4 +1,4 @@
-"""Scales in a JSON file: of vLLM and SGLang, of onnxruntime-genai, or names of tensors with numbers."""
+"""Scales in a JSON file: from vLLM and SGLang, from onnxruntime-genai, or numbers by tensor name."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fp8kv.checkpoint._read.layers import Layers
 from fp8kv.checkpoint._read.safetensors import StoredTensor
 from fp8kv.checkpoint.names import find_scale_name
 
-#: The largest number of float8_e4m3fn, of which scales are a fraction of amax.
+#: The largest number of float8_e4m3fn, the divisor of amax in scales.
 _QMAX = 448
 _DTYPES = ("float8_e4m3fn", "float8_e4m3", "fp8_e4m3", "fp8")
 
 
 @dataclass(frozen=True)
 class WrittenNumbers(StoredTensor):
-    """Numbers in a JSON file, with the bytes that they would have as a tensor."""
+    """Numbers in a JSON file, with the bytes of an equivalent tensor."""
 
     values: tuple[float, ...] = ()
 
@@ -30,11 +30,11 @@ class WrittenNumbers(StoredTensor):
 
 
 def read_json_scales(path: Path, layers: Layers | None) -> tuple[Models, str | None]:
-    """The scales in a JSON file, and the type of model that it says they are for.
+    """The scales in a JSON file, and the type of model that it names.
 
     Args:
         path: the file.
-        layers: of the model, for scales of tensor-parallel ranks.
+        layers: of the model, for scales per tensor-parallel rank.
 
     Raises:
         OSError: it cannot be read.
@@ -100,7 +100,7 @@ def _pair(where: str, value: Any) -> tuple[float, float]:
 
 
 def _by_head(where: str, layer: int, values: list[float], layers: Layers | None) -> list[float]:
-    """The scale of each KV head, of those of the ranks that own them."""
+    """The scale of each KV head, from the rank that owns it."""
     heads = layers.heads[layer].kv if layers is not None and layer in layers.heads else None
     ranks = len(values)
     if heads is not None and heads % ranks == 0:
@@ -122,7 +122,7 @@ def _in_order(where: str, numbered: Mapping[str, Any]) -> list[str]:
     return sorted(numbered, key=int)
 
 
-# onnxruntime-genai: a list for K, one for V, and the layers that they are of
+# onnxruntime-genai: a list for K, one for V, and their layers
 
 
 def _of_lists(path: Path, content: Mapping[str, Any], scales: Mapping[str, Any]) -> ModelTensors:
@@ -151,7 +151,7 @@ def _of_lists(path: Path, content: Mapping[str, Any], scales: Mapping[str, Any])
 
 
 def _named(path: Path, content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, StoredTensor]]:
-    """All numbers by their names; objects in objects are parts of names."""
+    """All numbers by name; nested objects are parts of names."""
     for name, value in content.items():
         if isinstance(value, dict):
             yield from _named(path, value, f"{above}{name}.")
@@ -161,7 +161,7 @@ def _named(path: Path, content: Mapping[str, Any], above: str = "") -> Iterator[
 
 
 def _full(name: str) -> str:
-    """A name that may begin at the layer, and lack the module of attention."""
+    """A name that may start at the layer, and lack the attention module."""
     stem, _, last = name.rpartition(".")
     given = f"{stem}.self_attn.{last}"
     return given if find_scale_name(name) is None and find_scale_name(given) is not None else name

@@ -1,6 +1,6 @@
-"""Which layers of a model have a KV cache, and their heads: what its config says, and what its tensors say.
+"""The layers of a model with a KV cache, and their heads, from its config and its tensors.
 
-The conventions of configs are tables: a field, how it is read, and the models it is from.
+The conventions of configs are tables: a field, how to read it, and the models that use it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _KV_HEADS = (
     "num_key_value_heads_per_layer", "num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv",
     "num_attention_groups", "multi_query_group_num", "attn_config.kv_n_heads", "attn.num_kv_heads",
 )  # fmt: skip
-#: No model has more; a config that says otherwise must not fill the memory.
+#: No model has more; an invalid config must not exhaust memory.
 _MOST_LAYERS = 10_000
-#: Fields that name a number of KV heads, or a size of heads, by whatever convention.
+#: Fields with a number of KV heads, or a head size, in any convention.
 _ANY_KV_HEADS = re.compile(r"(?:kv|key_value).*(?:heads|groups)|attention_groups")
 _KNOWN_KV_HEADS = {*_KV_HEADS, "num_global_key_value_heads", "swa_num_key_value_heads"}
 _ANY_HEAD_SIZE = re.compile(r"head_(?:dim|size)|kv_channels|d_kv")
@@ -33,7 +33,7 @@ _NO_ATTENTION = re.compile(
 )
 #: Types of layers that see a window of tokens.
 _WINDOW = re.compile(r"sliding|window|local|swa|chunked")
-#: Projections that make keys, by any name.
+#: Key projections, by any name.
 KEY_PROJECTIONS = {
     "k_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "W_pack", "wk", "k", "key", "kv_proj",
     "kv_a_proj_with_mqa", "wkv_a_with_mqa",
@@ -41,7 +41,7 @@ KEY_PROJECTIONS = {
 
 
 class Heads(NamedTuple):
-    """The heads of an attention layer; None: the config does not say."""
+    """The heads of an attention layer; None: not in the config."""
 
     query: int | None = None
     kv: int | None = None
@@ -49,13 +49,14 @@ class Heads(NamedTuple):
 
 @dataclass(frozen=True)
 class Layers:
-    """The layers of a model that have keys and values of their own.
+    """The layers of a model with their own keys and values.
 
     Attributes:
         heads: by index.
-        field: of the config, which says that it is these; None: all layers are assumed to have attention.
-        optional: those that cache what another model has made, and may stay in 16 bits.
-        apart: layers that are left out, as the config tells them from all those with scales, in `field`.
+        field: the config field that lists them; None: all layers are assumed to have attention.
+        optional: layers that cache the output of another model, and may stay in 16 bits.
+        apart: layers that are omitted, because `field` in the config distinguishes them from all layers with
+            scales.
     """
 
     heads: dict[int, Heads]
@@ -70,7 +71,7 @@ class Attention:
 
     Attributes:
         name: such as "model.layers.0.self_attn".
-        shapes: of its tensors, by the rest of their names; scales of Q, K and V are not among them.
+        shapes: of its tensors, by the rest of their names, without scales of Q, K and V.
     """
 
     name: str
@@ -78,26 +79,26 @@ class Attention:
 
     @property
     def parts(self) -> frozenset[str]:
-        """The names of its modules, such as "k_proj"."""
+        """The names of its submodules, such as "k_proj"."""
         return frozenset(rest.partition(".")[0] for rest in self.shapes)
 
     @property
     def makes_keys(self) -> bool:
-        """It projects to keys."""
+        """Whether it has a key projection."""
         return bool(self.parts & KEY_PROJECTIONS)
 
     @property
     def is_cross(self) -> bool:
-        """Its keys and values come from another model."""
+        """Whether its keys and values come from another model."""
         return is_cross(self.name.rpartition(".")[2])
 
     def rows(self, part: str) -> int | None:
-        """The output elements of a projection; None if there is none of that name."""
+        """The output size of a projection; None if there is none of that name."""
         shape = self.shapes.get(f"{part}.weight") or self.shapes.get(f"{part}.weight_packed")
         return shape[0] if shape else None
 
 
-# Which layers have attention: what configs say
+# Layers with attention, from configs
 
 
 def _by_type(value: Any, num_layers: int) -> set[int] | None:
@@ -138,7 +139,7 @@ def _repeated(value: Any, num_layers: int) -> set[int] | None:
     return _by_type((value * num_layers)[:num_layers], num_layers) if isinstance(value, list) else None
 
 
-#: Fields that say which layers have attention, in the order in which they count.
+#: Fields that define the layers with attention, in order of precedence.
 _LAYER_RULES: tuple[tuple[str, Callable[[Any, int], set[int] | None], str], ...] = (
     ("layer_types", _by_type, "Transformers"),
     ("layers_block_type", _by_type, "Nemotron-H, Bamba, Granite 4, Zamba 2"),
@@ -155,12 +156,12 @@ _LAYER_RULES: tuple[tuple[str, Callable[[Any, int], set[int] | None], str], ...]
     ("layer_group_size", _every_and_rest, "Ling 2.5 and Ring, linear"),
     ("block_types", _repeated, "RecurrentGemma"),
 )
-#: Layers that cache what a vision tower has made: Llama 3.2 Vision.
+#: Layers that cache the output of a vision tower: Llama 3.2 Vision.
 _CROSS_LAYERS = "cross_attention_layers"
 
 
 def layers_of_config(config: Mapping[str, Any]) -> Layers | None:
-    """The layers with a KV cache of their own, by the config of a model; None if it names no layers."""
+    """The layers with their own KV cache, from a model's config; None if it has no layers."""
     types = _types(config)
     pattern = config.get("hybrid_override_pattern")
     listed = types or (pattern if isinstance(pattern, str) else "")
@@ -178,7 +179,7 @@ def layers_of_config(config: Mapping[str, Any]) -> Layers | None:
 
 
 def _with_attention(config: Mapping[str, Any], num_layers: int) -> tuple[Collection[int], str | None]:
-    """The layers with attention, and the field that says so; all of them if there is none."""
+    """The layers with attention, and the field that defines them; all layers if there is none."""
     for path, read, _ in _LAYER_RULES:
         value = field_of(config, path)
         layers = None if value is None else read(value, num_layers)
@@ -193,7 +194,7 @@ def _with_attention(config: Mapping[str, Any], num_layers: int) -> tuple[Collect
 
 
 def _with_own_cache(config: Mapping[str, Any], num_layers: int) -> Iterator[int]:
-    """The layers that do not use the keys and values of earlier ones."""
+    """The layers that do not reuse the keys and values of earlier ones."""
     shared = positive(config.get("num_kv_shared_layers")) or 0  # Gemma 3n and 4: the last ones
     factor = positive(config.get("cla_share_factor")) if config.get("use_cla") else None  # Hunyuan
     for n in range(max(0, num_layers - shared)):
@@ -202,7 +203,7 @@ def _with_own_cache(config: Mapping[str, Any], num_layers: int) -> Iterator[int]
 
 
 def _types(config: Mapping[str, Any]) -> list[str]:
-    """The types of all layers, where the config lists them."""
+    """The types of all layers, if the config lists them."""
     for name in ("layer_types", "layers_block_type"):
         if isinstance(config.get(name), list):
             return [str(kind) for kind in config[name]]
@@ -212,7 +213,7 @@ def _types(config: Mapping[str, Any]) -> list[str]:
     return []
 
 
-# Heads: what configs say
+# Heads, from configs
 
 
 def _heads(config: Mapping[str, Any], layer: int, types: list[str]) -> Heads:
@@ -225,7 +226,7 @@ def _heads(config: Mapping[str, Any], layer: int, types: list[str]) -> Heads:
     if config.get("kv_lora_rank") is not None:
         kv = None  # latent attention caches no heads
     elif config.get("multi_query") is True and not config.get("new_decoder_architecture"):
-        kv = 1  # Falcon has num_kv_heads besides, with another meaning
+        kv = 1  # Falcon also has num_kv_heads, with another meaning
     elif group is not None:
         kv = None if query is None else query // group
     elif first_of(config, _KV_HEADS) is None and kv is None:
@@ -234,7 +235,7 @@ def _heads(config: Mapping[str, Any], layer: int, types: list[str]) -> Heads:
 
 
 def _own_heads(config: Mapping[str, Any], layer: int, kind: str) -> Iterator[Heads]:
-    """What holds for this layer instead of all, by each convention that there is for it."""
+    """Per-layer overrides, in each known convention."""
     if config.get("attention_k_eq_v", True) and kind == "full_attention":  # Gemma 4, before Transformers 5.15
         yield Heads(kv=positive(config.get("num_global_key_value_heads")))
     if _is_window(config, layer, kind):  # MiMo-V2, Inkling; Step-3.7 has the last one
@@ -259,7 +260,7 @@ def _named_heads(config: Any) -> Heads:
 
 
 def _is_window(config: Mapping[str, Any], layer: int, kind: str) -> bool:
-    pattern = config.get("hybrid_layer_pattern")  # MiMo-V2: 1 where a layer has a window
+    pattern = config.get("hybrid_layer_pattern")  # MiMo-V2: 1 if a layer has a window
     if isinstance(pattern, list):
         return layer < len(pattern) and pattern[layer] == 1
     local = config.get("local_layer_ids")  # Inkling
@@ -272,7 +273,7 @@ def _is_window(config: Mapping[str, Any], layer: int, kind: str) -> bool:
 
 
 def _block(config: Mapping[str, Any], layer: int) -> dict[str, Any]:
-    """DeciLM has a config for each layer."""
+    """DeciLM has one config per layer."""
     blocks = config.get("block_configs")
     block = blocks[layer] if isinstance(blocks, list) and layer < len(blocks) else None
     attention = block.get("attention") if isinstance(block, dict) else None
@@ -284,21 +285,21 @@ def _is_without(block: dict[str, Any]) -> bool:
 
 
 def _of_layer(counts: Any, layer: int) -> int | None:
-    """One number for all layers, or a list of them."""
+    """One number for all layers, or a list."""
     if isinstance(counts, list):
         counts = counts[layer] if layer < len(counts) else None
     return positive(counts)
 
 
-# What the tensors say
+# From tensors
 
 
 def kv_heads_by_tensors(config: Mapping[str, Any], heads: Heads, attention: Attention | None) -> int | None:
-    """The KV heads of a layer, by the shapes of its projections; None if these do not tell.
+    """The KV heads of a layer, from the shapes of its projections; None if they do not determine them.
 
     Args:
-        config: that of the model, where the sizes of heads are.
-        heads: what the config says.
+        config: of the model, with the head sizes.
+        heads: from the config.
         attention: the tensors of the layer.
     """
     k, q = (None, None) if attention is None else (attention.rows("k_proj"), attention.rows("q_proj"))
@@ -322,14 +323,14 @@ def with_tensors(
     present: Collection[int],
     with_scales: Collection[int],
 ) -> Layers | None:
-    """What a config says of layers, after a look at the tensors, which know better.
+    """The layers from a config, corrected by the tensors, which take precedence.
 
     Args:
         layers: as the config has them.
         config: that of the model.
         attention: the attention modules that there are.
         present: the layers of which there is any tensor.
-        with_scales: the layers that have scales of K or V.
+        with_scales: the layers with scales of K or V.
     """
     makes_keys = {n for n, module in attention.items() if module.makes_keys}
     if layers is None:
@@ -342,7 +343,7 @@ def with_tensors(
     field: str | None = None
     kinds = {attention[n].parts for n in with_scales if n in attention}
     if makes_keys:
-        # Layers of another build than all that have scales are layers of another kind.
+        # Layers with different modules than all layers with scales are layers of another kind.
         kept = {n for n in kept if n not in attention or n in with_scales or attention[n].parts in kinds}
     elif len(with_scales) > 1:
         field = _field_that_tells(config, kept, kept & set(with_scales))
@@ -355,16 +356,16 @@ def with_tensors(
 def with_counts(
     layers: Layers, config: Mapping[str, Any], attention: Mapping[int, Attention], counts: Mapping[int, int]
 ) -> dict[int, Heads]:
-    """The heads of layers, where the number of scales that K and V have in common may correct the config.
+    """The heads of layers; a number of scales common to K and V may correct the config.
 
-    The config gives way to a number that the shapes of projections confirm; or, where there are none, that is
-    in one of its own fields on KV heads by a convention that is not known here.
+    The config is overridden by a number that the shapes of projections confirm; or, without projections, by a
+    number in one of its own fields on KV heads with an unknown convention.
 
     Args:
         layers: as the config has them.
         config: that of the model.
         attention: the attention modules that there are.
-        counts: the number of scales that K and V have, by layer.
+        counts: the number of scales of K and V, by layer.
     """
     heads = dict(layers.heads)
     unknown = set(_numbers(config, _ANY_KV_HEADS, _KNOWN_KV_HEADS))
@@ -379,7 +380,7 @@ def with_counts(
     return heads
 
 
-#: Fields that tell layers apart for another reason than their cache.
+#: Fields that distinguish layers for reasons other than their cache.
 _OTHER_REASON = re.compile(r"mlp|moe|expert|dense|ffn|rope|window|sliding|cross|token")
 _PERIOD = re.compile(r"interval|period|every|freq|group_size")
 
@@ -387,7 +388,7 @@ _PERIOD = re.compile(r"interval|period|every|freq|group_size")
 def _field_that_tells(
     config: Mapping[str, Any], layers: Collection[int], some: Collection[int]
 ) -> str | None:
-    """The field of a config that sets just these layers apart from the others."""
+    """The config field that distinguishes exactly these layers from the others."""
     for name, value in _fields(config):
         if not _OTHER_REASON.search(name) and _tells(name, value, set(layers), set(some)):
             return name
@@ -415,7 +416,7 @@ def _tells(name: str, value: Any, layers: set[int], some: set[int]) -> bool:
 def _numbers(
     config: Mapping[str, Any], name: re.Pattern[str], without: Collection[str] = ()
 ) -> Iterator[int]:
-    """The numbers in all fields of such names."""
+    """The numbers in all fields with such names."""
     for path, value in _fields(config):
         last = path.rpartition(".")[2]
         if name.search(last) and last not in without:
@@ -423,7 +424,7 @@ def _numbers(
 
 
 def _fields(config: Mapping[str, Any], above: str = "", depth: int = 3) -> Iterator[tuple[str, Any]]:
-    """All fields and those of the objects in them, by their path."""
+    """All fields, including nested ones, by path."""
     for name, value in config.items():
         if isinstance(value, dict) and name != "quantization_config" and depth:
             yield from _fields(value, f"{above}{name}.", depth - 1)

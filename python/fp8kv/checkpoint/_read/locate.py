@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a folder, a file of tensors or of JSON, or a model of the Hugging Face Hub."""
+"""Locating a checkpoint: a folder, a file of tensors or JSON, or a model on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 
 from fp8kv.checkpoint._read.config import CONFIG_FILE, MISTRAL_FILE, MODELOPT_FILE
 
-#: Of a model on the Hub: an owner and a name.
+#: The id of a model on the Hub: an owner and a name.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-#: Files that describe the folder they are in.
+#: Files that describe their folder.
 _OF_FOLDER = re.compile(rf"{re.escape(CONFIG_FILE)}|{MODELOPT_FILE}|{MISTRAL_FILE}|.+\.index\.json")
 _NEEDED = ["*.json", "*.safetensors"]
 
 
 def locate(checkpoint: str | Path, caller: str) -> Path:
-    """A folder with a checkpoint, a .safetensors file or a .json file of scales; fetched if it is on the Hub.
+    """The folder, .safetensors file or .json file of a checkpoint; downloaded from the Hub if needed.
 
     Raises:
-        FileNotFoundError: there is no such thing, and it cannot be fetched.
-        ValueError: it is another kind of file, or no path.
+        FileNotFoundError: it does not exist, and cannot be downloaded.
+        ValueError: it is another kind of file, or not a path.
     """
     if not isinstance(checkpoint, (str, os.PathLike)):
         raise ValueError(f"{caller}: checkpoint must be a path, got {type(checkpoint).__name__}")
@@ -51,7 +51,7 @@ def _exists(path: Path) -> bool:
 
 
 def _fetch(model: str, caller: str) -> Path:
-    """The folder of a model of the Hub, which a download cache may have already."""
+    """The folder of a model on the Hub, possibly from the download cache."""
     what = f"{caller}: checkpoint must be a directory or a .safetensors file, but {model} is not there"
     try:
         from huggingface_hub import snapshot_download
@@ -63,7 +63,7 @@ def _fetch(model: str, caller: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=_NEEDED))
     except Exception as error:
-        # Whatever it is: of the network, of the Hub, of the disk.
+        # Any error: of the network, the Hub or the disk.
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise FileNotFoundError(
             f"{what}, and it cannot be downloaded from the Hugging Face Hub as a model of that id: {reason}"

@@ -1,4 +1,4 @@
-"""What configs say of the quantization of a KV cache, in the words of all producers."""
+"""Parses how configs of all producers describe the quantization of a KV cache."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ FP8, NVFP4, REAL = "FP8", "NVFP4", "16 bits"
 
 
 class Formats(NamedTuple):
-    """What K and V of a layer are stored as: `FP8`, `NVFP4` or `REAL`."""
+    """The storage formats of K and V in a layer: `FP8`, `NVFP4` or `REAL`."""
 
     k: str
     v: str
 
 
 _ALL_FP8, _ALL_REAL = Formats(FP8, FP8), Formats(REAL, REAL)
-#: Words of all producers, in lower case.
+#: Format names of all producers, in lower case.
 _WORDS = {
     **dict.fromkeys(
         ("static", "fp8", "fp8_e4m3", "fp8_e4m3fn", "float8", "float8_e4m3", "float8_e4m3fn", "e4m3",
@@ -42,7 +42,7 @@ _STRATEGIES: dict[str, Strategy] = {
     **dict.fromkeys(("tensor", "per_tensor"), "tensor"),
     **dict.fromkeys(("attn_head", "head", "per_head", "per_attn_head"), "attn_head"),
 }
-#: ModelOpt gives floats as their numbers of bits in exponent and mantissa.
+#: ModelOpt describes floats by their numbers of exponent and mantissa bits.
 _FLOAT_BITS = {(4, 3): 8, (2, 1): 4}
 _MIXED = "mixed_precision"
 #: Fields that only a `quantization_config` has.
@@ -50,13 +50,13 @@ _MARKS = (
     "quant_method", "kv_cache_scheme", "config_groups", "kv_cache_quant_algo", "quantization_status",
     "kv_cache_quantized_layers", "kv_cache_dtype",
 )  # fmt: skip
-#: Fields of ModelOpt and others with a word for the format of the cache.
+#: Fields of ModelOpt and others with the name of the cache's format.
 _WORD_FIELDS = ("kv_cache_quant_algo", "kv_cache_dtype")
 _ALL_FIELDS = ("kv_cache_scheme", *_WORD_FIELDS)
-#: Fields that say which layers are quantized, and how; and those that name what is not.
+#: Fields for the quantized layers and their formats; and fields for the excluded ones.
 _LAYER_FIELD = "kv_cache_quantized_layers"
 _LEFT_OUT = ("ignore", "ignored_layers", "exclude_modules", "exclude", "modules_to_not_convert")
-#: Fields of a scheme, by which it is told from a map of layers.
+#: Fields of a scheme, which distinguish it from a map of layers.
 _SCHEME_FIELDS = {
     "num_bits",
     "type",
@@ -72,19 +72,19 @@ _SCHEME_FIELDS = {
 
 @dataclass(frozen=True)
 class Statement:
-    """What one config says.
+    """The description of the cache in one config.
 
     Attributes:
         producer: the `quant_method`, such as "compressed-tensors".
-        formats: of all layers that are not in `by_layer`.
-        strategy: None: not said.
+        formats: of all layers not in `by_layer`.
+        strategy: None: not specified.
         quantizes_query: whether queries have scales too.
-        observer: None: not said.
+        observer: None: not specified.
         by_layer: patterns of names, or indices, of layers with another format.
         left_out: patterns of the names of modules that are not quantized.
-        before_rope: Quark: whether keys were observed before norm and RoPE; None: not said.
-        field: which says it.
-        said: why it is not FP8, for errors.
+        before_rope: Quark: whether keys were observed before norm and RoPE; None: not specified.
+        field: the config field it comes from.
+        said: the reason why it is not FP8, for errors.
     """
 
     producer: str
@@ -100,34 +100,34 @@ class Statement:
 
     @property
     def is_quantized(self) -> bool:
-        """Something of the cache is not in 16 bits."""
+        """Whether any part of the cache is not in 16 bits."""
         return any(formats != _ALL_REAL for formats in (self.formats, *self.by_layer.values()))
 
     @property
     def has_fp8(self) -> bool:
-        """Something of the cache is in FP8."""
+        """Whether any part of the cache is in FP8."""
         return any(FP8 in formats for formats in (self.formats, *self.by_layer.values()))
 
     @property
     def is_modelopt(self) -> bool:
-        """ModelOpt's scales are 1.0 where it exports none."""
+        """Whether missing scales stand for 1.0, as with ModelOpt."""
         return self.producer.lower().startswith("modelopt")
 
     def formats_of(self, module: str) -> Formats:
-        """Those of an attention module, such as "model.layers.0.self_attn"."""
+        """The formats of an attention module, such as "model.layers.0.self_attn"."""
         found = (formats for pattern, formats in self.by_layer.items() if _matches(pattern, module))
         return next(found, self.formats)
 
     def leaves_out(self, module: str) -> bool:
-        """An attention module is not quantized on purpose."""
+        """Whether an attention module is deliberately not quantized."""
         return any(_matches(pattern, module) for pattern in self.left_out)
 
 
 def read_statements(config: Mapping[str, Any]) -> list[Statement]:
-    """What a config says of the KV cache, in each field for it; nothing if it has none.
+    """The statements of a config about the KV cache, one per field.
 
     Raises:
-        ValueError: what it says is not supported; a sentence that begins with the field.
+        ValueError: the format is not supported; the message starts with the field.
     """
     quantization = _quantization(config)
     producer = _producer(quantization)
@@ -144,19 +144,19 @@ def read_statements(config: Mapping[str, Any]) -> list[Statement]:
 
 
 def contradicts(one: Statement, other: Statement) -> bool:
-    """Two configs of a checkpoint say different things of its cache."""
+    """Whether two configs of a checkpoint contradict each other about the cache."""
     if one.by_layer or other.by_layer:
-        # One of them may know no more than that it is mixed.
+        # One of them may only state that it is mixed.
         return bool(one.by_layer and other.by_layer) and dict(one.by_layer) != dict(other.by_layer)
     strategies = {one.strategy, other.strategy} - {None}
     return one.formats != other.formats or len(strategies) > 1
 
 
-# Where it is
+# Location
 
 
 def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The `quantization_config`, wherever it is; empty if there is none."""
+    """The `quantization_config`, at any of its locations; empty if there is none."""
     for name in ("quantization_config", "compression_config"):
         if isinstance(config.get(name), dict):
             return _quantization(config[name])
@@ -176,7 +176,7 @@ def _producer(quantization: Mapping[str, Any]) -> str:
     return str(quantization.get("quant_method") or name or usual)
 
 
-# Words
+# Format names
 
 
 def _of_words(quantization: Mapping[str, Any], producer: str) -> Statement | None:
@@ -192,7 +192,7 @@ def _of_words(quantization: Mapping[str, Any], producer: str) -> Statement | Non
 
 
 def _of_value(name: str, value: Any, producer: str, usual: str) -> Statement:
-    """A word, or a list or a map of words for the layers."""
+    """A format name, or a list or map of format names for the layers."""
     if isinstance(value, list) and value:
         value = {str(n): word for n, word in enumerate(value)}
     if isinstance(value, dict) and value:
@@ -215,7 +215,7 @@ def _formats(name: str, value: Any, usual: str) -> Formats:
 
 
 def _of_layers(quantization: Mapping[str, Any], statement: Statement) -> Iterator[tuple[str, Formats]]:
-    """The formats of layers in `kv_cache_quantized_layers`; of a list, which are quantized."""
+    """The formats of layers in `kv_cache_quantized_layers`; a list contains the quantized layers."""
     layers = quantization.get(_LAYER_FIELD)
     if isinstance(layers, list) and layers:
         formats = statement.formats if statement.is_quantized else _ALL_FP8
@@ -225,7 +225,7 @@ def _of_layers(quantization: Mapping[str, Any], statement: Statement) -> Iterato
 
 
 def _map(where: str, layers: Mapping[str, Any], producer: str) -> dict[str, Formats]:
-    """The formats of layers in a map, names before patterns; what it does not name stays in 16 bits."""
+    """The formats of layers in a map, names before patterns; other layers stay in 16 bits."""
     result = {}
     for pattern, value in layers.items():
         name = f"{where}.{pattern}"
@@ -238,11 +238,11 @@ def _map(where: str, layers: Mapping[str, Any], producer: str) -> dict[str, Form
 
 
 def _matches(pattern: str, module: str) -> bool:
-    """A pattern of whatever producer and the name of an attention module.
+    """Whether a pattern of any producer matches the name of an attention module.
 
-    It may be a regex ("re:..."), have wildcards, be the index of the layer, or a name: of the module, of one
-    below it, or of its layer. What stands before the layer may differ between a config and its checkpoint, as
-    long as it is the same model.
+    It may be a regex ("re:..."), have wildcards, be the layer index, or a name: of the module, of a
+    submodule, or of the layer. The prefix before the layer may differ between a config and its checkpoint, as
+    long as the model is the same.
     """
     names = (module, f"{module}.k_proj")
     if pattern.startswith("re:"):
@@ -281,7 +281,7 @@ def _texts(quantization: Mapping[str, Any], fields: Sequence[str]) -> Iterator[s
 
 
 def _of_scheme(quantization: Mapping[str, Any], producer: str) -> Statement | None:
-    """`kv_cache_scheme`, and the groups whose targets are attention layers: those quantize queries too."""
+    """`kv_cache_scheme`, and the groups whose targets are attention layers, which quantize queries too."""
     scheme = quantization.get("kv_cache_scheme")
     if isinstance(scheme, str):
         return _of_value("kv_cache_scheme", scheme, producer, "static")
@@ -334,7 +334,7 @@ def _is_attention(target: Any) -> bool:
 
 
 def _makes_keys(target: Any) -> bool:
-    """Projections to keys or values, whose outputs had the scales of the cache once."""
+    """Key or value projections, whose output scales were the cache's scales in older versions."""
     return bool(re.search(r"(?<![a-z])[kv]_proj", str(target)))
 
 

@@ -1,6 +1,6 @@
 """The header of a safetensors file, and its tensors as bytes at offsets.
 
-Not read with the package of that name: docs/internals/checkpoint_files.md says why.
+Why the package of that name is not used: docs/internals/checkpoint_files.md.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _LONGEST_HEADER = 100_000_000  # of the format
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: what the header says of it, and where its bytes are.
+    """A tensor in a file: its header entry and the location of its bytes.
 
     Attributes:
-        dtype: as the header names it, such as "BF16"; any name, also one that is not known here.
+        dtype: the name in the header, such as "BF16"; may be unknown.
         shape: its sizes.
         path: the file.
         offset: of its first byte in the file.
@@ -55,7 +55,7 @@ class StoredTensor:
     size: int
 
     def chunks(self) -> Iterator[bytes]:
-        """Its bytes, some at a time.
+        """Its bytes, in chunks.
 
         Raises:
             OSError: the file cannot be read, or has become shorter.
@@ -76,7 +76,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str] | N
 
     Raises:
         OSError: the file cannot be read.
-        CheckpointError: it is no safetensors file, or not a whole one.
+        CheckpointError: it is not a safetensors file, or incomplete.
     """
     size = os.path.getsize(path)
     try:

@@ -1,4 +1,4 @@
-"""The values of scales and zero points; no weight is ever read."""
+"""Values of scales and zero points; weights are never read."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fp8kv.checkpoint._read.inventory import Entry, Key
 from fp8kv.checkpoint._read.safetensors import DTYPES, StoredTensor
 from fp8kv.checkpoint.problems import Problem, make_problem
 
-#: More bytes than the scales of any layer have; a header that says otherwise must not fill the memory.
+#: More bytes than the scales of any layer; an invalid header must not exhaust memory.
 _MOST_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
 class StoredScale:
-    """A scale as it is in the file: its name and its values, fp32 ``[n]``; None if they cannot be used."""
+    """A scale as stored: its name and its values, fp32 ``[n]``; None if they are unusable."""
 
     name: str
     values: Tensor | None
@@ -30,7 +30,7 @@ StoredScales = dict[int, dict[str, StoredScale]]
 
 
 def read_scales(entries: dict[Key, list[Entry]]) -> tuple[StoredScales, list[Problem]]:
-    """The values of all scales, and what is wrong with types, copies and zero points."""
+    """The values of all scales, and problems with types, duplicates and zero points."""
     problems: list[Problem] = []
     scales: StoredScales = defaultdict(dict)
     for key, copies in entries.items():
@@ -64,10 +64,10 @@ def _read(key: Key, entry: Entry, problems: list[Problem]) -> Tensor | None:
 
 
 def read_numbers(stored: StoredTensor, *, scale: bool) -> Tensor | None:
-    """The elements in fp32 and one dimension; None if the dtype is none of scales, or of zero points.
+    """The elements in fp32 and one dimension; None if the dtype is not valid for scales, or zero points.
 
     Raises:
-        ValueError: the number of bytes is not that of the shape, or cannot be that of scales.
+        ValueError: the number of bytes does not match the shape, or is too large for scales.
         OSError: the file cannot be read.
     """
     dtype = DTYPES.get(stored.dtype)
@@ -86,7 +86,7 @@ def read_numbers(stored: StoredTensor, *, scale: bool) -> Tensor | None:
 def _agreed(
     key: Key, copies: list[Entry], read: list[Tensor | None], problems: list[Problem]
 ) -> Tensor | None:
-    """The values that all copies have; None if they differ."""
+    """The common values of all duplicates; None if they differ."""
     first = read[0]
     agreed = first
     for entry, other in zip(copies[1:], read[1:], strict=True):

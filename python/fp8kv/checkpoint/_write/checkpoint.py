@@ -1,4 +1,4 @@
-"""A whole checkpoint of compressed-tensors with other scales, from that of the model."""
+"""Writes a complete compressed-tensors checkpoint with new scales, from the model's checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fp8kv.checkpoint.scheme import KVCacheScheme
 def write_checkpoint(
     scales: Scales, scheme: KVCacheScheme, destination: Path, source: Path | None, *, overwrite: bool
 ) -> None:
-    """What `KVScales.save` does."""
+    """The implementation of `KVScales.save`."""
     destination = Path(os.path.realpath(destination))
     checkpoint = Source.read(destination if source is None else source)
     in_place = destination.is_dir() and destination.samefile(checkpoint.folder)
@@ -41,7 +41,7 @@ def write_checkpoint(
     with replacing(destination) as folder:
         for path in others:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            # The old folder goes when this one takes its place, so that the two may share files.
+            # The old folder is removed when this one replaces it, so the two may share files.
             _copy(checkpoint.folder / path, folder / path, link=in_place)
         _write_files(tensors, checkpoint, folder)
         _write_json(config, folder / CONFIG_FILE)
@@ -51,7 +51,7 @@ def write_checkpoint(
 
 
 def _write_files(scales: Mapping[str, NewTensor], source: Source, folder: Path) -> None:
-    """Writes the files of tensors that hold, or have held, scales, and the index if there is one."""
+    """Writes the tensor files that contain, or contained, scales, and the index if there is one."""
     files: dict[str, dict[str, StoredTensor | NewTensor]] = {
         name: dict(tensors) for name, tensors in source.tensors.items()
     }
@@ -86,11 +86,11 @@ def _write_json(content: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-# What is there already
+# Existing contents
 
 
 def _check_destination(destination: Path, source: Source, overwrite: bool) -> None:
-    """Raises if something would be lost that the source does not have."""
+    """Raises if anything would be lost that is not in the source."""
     folder = Path(os.path.realpath(source.folder))
     if folder in destination.parents or destination in folder.parents:
         raise ValueError(
@@ -109,7 +109,7 @@ def _check_destination(destination: Path, source: Source, overwrite: bool) -> No
 
 
 def _difference(folder: Path, source: Source) -> str | None:
-    """What a folder has other than the source, scales and quantization aside; None if it is a copy."""
+    """A difference between a folder and the source, scales and quantization aside; None if it is a copy."""
     try:
         other = Source.read(folder)
     except (OSError, ValueError):

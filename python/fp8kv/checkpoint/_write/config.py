@@ -1,4 +1,4 @@
-"""What a config.json says of scales: the `quantization_config` of llm-compressor, merged into a model's."""
+"""Writes llm-compressor's `quantization_config` into a model's config.json."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from fp8kv.checkpoint.scheme import COMPRESSED_TENSORS, KVCacheScheme
 
 #: The version of compressed-tensors whose fields are written.
 _VERSION = "0.19.0"
-#: Where a config has it; the second is the older name.
+#: Names of the field; the second is the older one.
 _KEYS = ("quantization_config", "compression_config")
 
 
 def config_with_scales(
     config: dict[str, Any], scheme: KVCacheScheme, *, query: bool, attention_modules: Collection[str]
 ) -> dict[str, Any]:
-    """A copy of `config` that says how the KV cache, and with `query` the queries, are quantized.
+    """A copy of `config` that describes how the KV cache, and with `query` the queries, are quantized.
 
-    Weights that compressed-tensors has quantized already stay described as they were; what was said of
-    attention before is replaced.
+    The description of weights quantized by compressed-tensors is kept; the description of attention is
+    replaced.
 
     Args:
         config: of the model.
@@ -31,7 +31,7 @@ def config_with_scales(
         attention_modules: names of the model's attention modules, such as "model.layers.0.self_attn".
 
     Raises:
-        ValueError: `config` is that of a checkpoint quantized with another method than compressed-tensors, or
+        ValueError: `config` belongs to a checkpoint quantized with a method other than compressed-tensors, or
             excludes the attention modules from quantization although there are query scales.
     """
     old = _quantization(config)
@@ -74,7 +74,7 @@ def config_with_scales(
 
 
 def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a config without what it says of quantization."""
+    """A copy of a config without quantization."""
     return {key: value for key, value in config.items() if key not in _KEYS}
 
 
@@ -82,7 +82,7 @@ def _quantization(config: dict[str, Any]) -> dict[str, Any]:
     """The `quantization_config` of a config, {} if there is none.
 
     Raises:
-        ValueError: it is not one of compressed-tensors, or lies deeper in the config.
+        ValueError: it is not from compressed-tensors, or is nested in the config.
     """
     for name in NESTED:
         if isinstance(config.get(name), dict) and any(config[name].get(key) for key in _KEYS):
@@ -120,7 +120,7 @@ def _arguments(scheme: KVCacheScheme) -> dict[str, Any]:
 
 
 def _without_attention(group: Any, attention_modules: Collection[str]) -> Any:
-    """A config group without the targets that are attention modules; None if nothing is left of it."""
+    """A config group without the targets that are attention modules; None if nothing is left."""
     if not isinstance(group, dict) or group.get("weights") is not None:
         return group  # a preset, or a group of linear layers
     targets = [
@@ -132,7 +132,7 @@ def _without_attention(group: Any, attention_modules: Collection[str]) -> Any:
 
 
 def _matches(target: str, module: str) -> bool:
-    """As compressed-tensors compares a target with the name of a module."""
+    """Matches a target with the name of a module, as compressed-tensors does."""
     if target.startswith("re:"):
         return re.match(target[3:], module) is not None
     return target == module

@@ -1,4 +1,4 @@
-"""A folder that takes the place of another at once: readers, and a crash, find the old one or the new one."""
+"""Atomic replacement of a folder: readers, or a crash, see either the old one or the new one."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _RENAME_EXCHANGE = 2
 
 @contextmanager
 def replacing(destination: Path) -> Iterator[Path]:
-    """An empty folder beside `destination`, which takes its place when the block ends without an exception.
+    """An empty folder next to `destination`, which replaces it if the block ends without an exception.
 
-    All files are on the disk before that. Where the system can exchange two folders (Linux; not all network
-    file systems), there is no moment without a complete `destination`. Elsewhere there is one, between two
-    renames; a crash just then leaves the old folder under the temporary name with the ending ".old".
+    All files are flushed to disk first. If the system can exchange two folders (Linux; not all network file
+    systems), `destination` is complete at any moment. Otherwise there is a gap between two renames; a crash
+    at that point leaves the old folder under the temporary name with the suffix ".old".
 
     Args:
-        destination: a folder, or a path where there is nothing yet, but no symbolic link. Missing parents are
-            made.
+        destination: a folder, or a path that does not exist yet, but not a symbolic link. Missing parents are
+            created.
 
     Raises:
-        OSError: as the operations of files raise it. The temporary folder is removed.
+        OSError: a file operation failed. The temporary folder is removed.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     folder = destination.with_name(f".{destination.name}.tmp-{secrets.token_hex(4)}")
@@ -42,7 +42,7 @@ def replacing(destination: Path) -> Iterator[Path]:
         _take_place(folder, destination)
         _sync(destination.parent)
     finally:
-        # What failed, or what was replaced. An error here would hide whether the new folder is in place.
+        # The failed folder, or the replaced one. An error here would hide whether the new folder is in place.
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""safetensors files, written some bytes at a time: tensors of other files, and new ones."""
+"""Writes safetensors files in chunks: tensors copied from other files, and new ones."""
 
 from __future__ import annotations
 

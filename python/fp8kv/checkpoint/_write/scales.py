@@ -1,4 +1,4 @@
-"""The tensors that scales are stored as: names, shapes, and rounding to the dtype of the model."""
+"""Scales as tensors of a checkpoint: names, shapes, and rounding to the model's dtype."""
 
 from __future__ import annotations
 
@@ -98,11 +98,11 @@ def _checked_round_up(scale: Tensor, dtype: torch.dtype, what: str) -> Tensor:
 
 
 def round_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The smallest numbers of a dtype that are not below the scales, so that an amax is never clipped.
+    """Rounds scales up to a dtype, so that an amax is never clipped.
 
     Args:
         scale: float32, positive.
-        dtype: bfloat16 or float16; or float32, which leaves the scales as they are.
+        dtype: bfloat16, float16, or float32, which leaves the scales unchanged.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""The checkpoint that scales are added to: its config, its tensors without scales, its attention layers."""
+"""The checkpoint to add scales to: its config, its tensors without scales, its attention layers."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Source:
     """A checkpoint without its scales of attention.
 
     Attributes:
-        folder: where it is.
+        folder: its path.
         config: its config.json.
         index: its index of shards; None if there is a single file.
-        tensors: of each file of tensors, those that are no scales or zero points of Q, K and V, by name.
-        models: the attention modules among all tensors, by model.
+        tensors: per file, the tensors that are not scales or zero points of Q, K and V, by name.
+        models: the attention modules of all tensors, by model.
         metadata: the ``__metadata__`` of each of these files.
-        with_scales: those of the files that hold scales.
+        with_scales: the files that contain scales.
     """
 
     folder: Path
@@ -53,7 +53,7 @@ class Source:
 
         Raises:
             FileNotFoundError: a file is missing.
-            CheckpointError: a file is not what it should be.
+            CheckpointError: a file is invalid.
             ValueError: it is quantized by ModelOpt.
         """
         if (folder / MODELOPT_FILE).exists():
@@ -82,11 +82,11 @@ class Source:
 
     @property
     def file_for_scales(self) -> str:
-        """The file of tensors that gets new scales: a shard of their own unless there is a single file."""
+        """The tensor file for new scales: a separate shard unless there is a single file."""
         return _SINGLE_FILE if self.index is None else _SCALES_FILE
 
     def other_files(self) -> list[Path]:
-        """Relative paths of what stays as it is when scales are replaced, files of tensors among them."""
+        """Relative paths of the files that do not change when scales are replaced, tensor files included."""
         replaced = {CONFIG_FILE, INDEX_FILE, self.file_for_scales, *self.with_scales}
         paths = (path.relative_to(self.folder) for path in _files(self.folder))
         return [path for path in paths if str(path) not in replaced]
@@ -95,7 +95,7 @@ class Source:
         """The names of the attention modules by layer, such as "model.layers.0.self_attn".
 
         Raises:
-            ValueError: there are none, or those of several models.
+            ValueError: there are none, or several models have some.
         """
         model = self._model()
         layers = with_tensors(layers_of_config(self._section()), {}, model.attention, model.present, ())
@@ -122,13 +122,13 @@ class Source:
         )
 
     def _section(self) -> Mapping[str, Any]:
-        """The part of the config that is about the language model."""
+        """The part of the config about the language model."""
         return section_of_model(
             self.config, next((n for n, x in self.models.items() if x is self._model()), "")
         )
 
     def dtype(self) -> torch.dtype:
-        """The dtype of the model: what the config says, or that of the first tensor that isn't quantized."""
+        """The dtype of the model, from the config, or else of the first tensor that isn't quantized."""
         nested = (self.config[name] for name in NESTED if isinstance(self.config.get(name), dict))
         for section in (self.config, *nested):
             for key in ("dtype", "torch_dtype"):
@@ -143,10 +143,11 @@ class Source:
 
         Args:
             layer: its index.
-            num_scales: how many scales K and V have; shapes of projections may confirm it against the config.
+            num_scales: the number of scales of K and V; shapes of projections may confirm it against the
+                config.
 
         Raises:
-            ValueError: neither says it.
+            ValueError: neither specifies it.
         """
         section, attention = self._section(), self._model().attention
         layers = layers_of_config(section)
@@ -164,7 +165,7 @@ class Source:
 
 
 def _language_models(models: Models) -> Models:
-    """Those that fill the cache for the text that is generated."""
+    """The models whose cache holds the generated text."""
     return {
         name: model
         for name, model in models.items()

@@ -1,5 +1,5 @@
 """The layers of `Fp8Cache`: one that grows, one of fixed size, and one of fixed size that keeps a window; and
-each of them beside a recurrent state.
+each of them with a recurrent state as well.
 
 Sequence ``s`` of ``num_rows`` has its tokens of block ``j`` in block ``j * num_rows + s`` of the storage, so
 that a storage grows at its end. All sequences of a batch are of one length, padding included.

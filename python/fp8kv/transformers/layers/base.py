@@ -1,4 +1,4 @@
-"""`Fp8Layer`: what the layers of `Fp8Cache` share."""
+"""`Fp8Layer`: the base class of the layers of `Fp8Cache`."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from fp8kv.transformers.step import Step
 
 @dataclass
 class LayerOptions:
-    """What a layer is told.
+    """Options of a layer.
 
     Args:
         index: of the layer.
         storage: dtype, layout, block_size and scales of the `PagedKVCache`.
-        config: of the language model, which says what its attention function is.
-        clipping: of all layers of the cache.
+        config: of the language model, with its attention function.
+        clipping: shared by all layers of the cache.
         direct: whether that function may read the storage.
-        is_shared: whether other layers of the model take the keys and values that `update` returns.
-        window: tokens that a query sees, itself included; None: all.
+        is_shared: whether other layers of the model use the keys and values that `update` returns.
+        window: number of tokens that a query sees, including itself; None: all.
     """
 
     index: int
@@ -41,13 +41,13 @@ class LayerOptions:
 
 
 class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """What the layers share: the storage, its checks, and the way of tokens in and out.
+    """Base class: the storage, its checks, and how tokens are stored and read.
 
     Attributes:
         storage: the `PagedKVCache`; None before the first key.
         batch_size: sequences; None before the first key.
-        is_sliding: whether the layer looks back over a window only.
-        is_reached: whether what the last `update` returned has come to the attention function "fp8kv".
+        is_sliding: whether the layer has a window.
+        is_reached: whether the result of the last `update` reached the attention function "fp8kv".
     """
 
     is_sliding = False
@@ -66,7 +66,7 @@ class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the storage, with the scales of single tokens."""
+        """Bytes of the storage, including scales per token."""
         return 0 if self.storage is None else self.storage.nbytes
 
     @property
@@ -94,7 +94,7 @@ class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return storage
 
     def _check(self, key: Tensor, value: Tensor) -> None:
-        """That the new tokens fit together and fit the tokens before them."""
+        """Checks that the new tokens are consistent with each other and with the stored ones."""
         if key.dim() == value.dim() == 4 and key.shape[:3] == value.shape[:3] and key.shape != value.shape:
             raise ValueError(
                 "Fp8Cache: key and value must have heads of one size, "
@@ -123,9 +123,9 @@ class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _is_readable(self, key: Tensor) -> bool:
         """Whether the attention function may read the tokens of this step from the storage.
 
-        What it got in the step before must have reached it as it was.
+        The tensors of the previous step must have reached it unchanged.
         """
-        if not self.is_reached and not self._gave_whole:  # in this order, compiled code does not ask for both
+        if not self.is_reached and not self._gave_whole:  # this order avoids guards on both
             raise attention.unreached(self.index)
         options = self.options
         return (
@@ -144,10 +144,10 @@ class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _given(self, key: Tensor, value: Tensor, step: Step, readable: bool) -> tuple[Tensor, Tensor]:
         """What `update` returns after the new tokens are stored.
 
-        That is the new tokens, if the attention function reads the storage, and all of them dequantized else.
+        Only the new tokens if the attention function reads the storage, otherwise all of them, dequantized.
         """
         whole = not readable or self.options.is_shared
-        # Aliases, as the marks are for this step and not for the tensors of the caller.
+        # Aliases, because the marks are for this step, not for the caller's tensors.
         result = self.read(step, key.dtype) if whole else (key.view(key.shape), value.view(value.shape))
         return self._marked(*result, step if readable else None, whole)
 
@@ -199,16 +199,16 @@ class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return out.view(rows.shape)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sequence ``s`` becomes what sequence ``beam_idx[s]`` was."""
+        """Replaces sequence ``s`` by sequence ``beam_idx[s]``."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every sequence becomes `repeats` neighbors."""
+        """Repeats every sequence `repeats` times, adjacently."""
         if self.batch_size is not None:
             self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps these sequences, in this order; a mask keeps those where it is true."""
+        """Keeps these sequences, in this order; or those where a mask is true."""
         if self.storage is None or self.batch_size is None:
             return
         indices = torch.as_tensor(indices, device=self.storage.device)
@@ -224,10 +224,10 @@ class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return first[:, None] + sequences
 
     def check_crop(self, tokens_to_remove: int) -> int:
-        """The length that `crop` leaves.
+        """The length after `crop`.
 
         Raises:
-            ValueError: there are not so many tokens, or those in the window before them are gone.
+            ValueError: there are fewer tokens, or tokens in the window before them are gone.
         """
         length = int(self.get_seq_length())
         if not -length <= tokens_to_remove <= 0:

@@ -12,11 +12,11 @@ from fp8kv.transformers.step import Step, Steps, slots_of
 
 
 class DynamicFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
-    """A layer that grows with its tokens; with a window it forgets tokens that no query will see again.
+    """A layer that grows with its tokens; with a window, it drops tokens that no query will see again.
 
     Args:
-        options: what the layer is told.
-        steps: of all layers of the cache.
+        options: options of the layer.
+        steps: shared by all layers of the cache.
     """
 
     is_compileable = False
@@ -45,7 +45,7 @@ class DynamicFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
         self._check(key_states, value_states)
         readable = self._is_readable(key_states)
         if readable and not self.record_past:
-            self._forget()  # what is read later must stay where it is, so this comes first
+            self._forget()  # must come first, because tokens to be read later must not move
         num_tokens = key_states.shape[2]
         self._reserve(self.length + num_tokens)
         step = self._step(num_tokens)
@@ -91,14 +91,14 @@ class DynamicFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
             self._resize(unseen, _with_slack(needed - unseen))
 
     def _forget(self) -> None:
-        """Gives back what tokens out of the window take, once it is more than the slack."""
+        """Frees the blocks of tokens outside the window, once they exceed the slack."""
         unseen = self._blocks_unseen()
         seen = self._blocks_needed(self.length) - unseen
         if unseen > seen // 8 + 1:
             self._resize(unseen, _with_slack(seen))
 
     def _resize(self, drop: int, num_blocks: int) -> None:
-        """Leaves out `drop` blocks of every sequence at the front, and makes room for `num_blocks`."""
+        """Drops the first `drop` blocks of every sequence, and allocates `num_blocks`."""
         assert self.storage is not None
         kept = torch.arange(
             drop * self.num_rows,
@@ -109,7 +109,7 @@ class DynamicFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
         self.num_dropped += drop * self.block_size
 
     def _replace(self, blocks: Tensor, num_blocks: int) -> None:
-        """A new storage that begins with these blocks of the old one."""
+        """A new storage that starts with these blocks of the old one."""
         old = self.storage
         assert old is not None
         self.storage = self._new_storage(num_blocks, old.num_kv_heads, old.head_size, old.device)
@@ -133,7 +133,7 @@ class DynamicFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
         return -1 if self.window is None else self.window
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many tokens the next `update` returns, and the position of the first one."""
+        """The number of tokens that the next `update` returns, and the position of the first."""
         start = self._first_seen(self.length)
         return self.length - start + query_length, start
 
@@ -141,7 +141,7 @@ class DynamicFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
         return self.num_rows * (self.length - self._first_seen(self.length))
 
     def activate_past_recording(self) -> None:
-        """Keeps tokens out of the window until `crop`, so that any number can be removed."""
+        """Keeps tokens outside the window until `crop`, so that any number can be removed."""
         self.record_past = True
 
     def check_crop(self, tokens_to_remove: int) -> int:
@@ -157,7 +157,7 @@ class DynamicFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
             self._forget()
 
     def reset(self) -> None:
-        """Forgets everything and gives the storage back; the next batch may be of another size."""
+        """Removes all tokens and frees the storage; the next batch may have another size."""
         self.storage = None
         self.batch_size = None
         self.num_rows = self.length = self.num_dropped = 0

@@ -23,14 +23,14 @@ class _Hybrid(_LinearLayer):  # type: ignore[misc]
     """
 
     attention: Any
-    is_croppable = False  # a recurrent state does not go back
+    is_croppable = False  # a recurrent state cannot be rolled back
 
     def __init__(self, number_of_states: int, *args: Any) -> None:
         _LinearLayer.__init__(self, number_of_states=number_of_states)
         self.attention.__init__(self, *args)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Of keys and values, which come by position, or of states, which come by name."""
+        """For keys and values, passed by position, or for states, passed by name."""
         (self.attention if args else _LinearLayer).lazy_initialization(self, *args, **kwargs)
 
     def reset(self) -> None:
@@ -51,21 +51,21 @@ class _Hybrid(_LinearLayer):  # type: ignore[misc]
 
 
 class HybridDynamicFp8Layer(_Hybrid, DynamicFp8Layer):  # type: ignore[no-untyped-call]
-    """A layer that grows, beside a recurrent state."""
+    """A layer that grows, with a recurrent state."""
 
     attention = DynamicFp8Layer
     is_compileable = False
 
 
 class HybridStaticFp8Layer(_Hybrid, StaticFp8Layer):  # type: ignore[no-untyped-call]
-    """A layer of fixed size, beside a recurrent state."""
+    """A layer of fixed size, with a recurrent state."""
 
     attention = StaticFp8Layer
     is_compileable = True
 
 
 class HybridStaticWindowFp8Layer(_Hybrid, StaticWindowFp8Layer):  # type: ignore[no-untyped-call]
-    """A layer of fixed size with a window, beside a recurrent state."""
+    """A layer of fixed size with a window and a recurrent state."""
 
     attention = StaticWindowFp8Layer
     is_compileable = True

@@ -16,13 +16,13 @@ class StaticFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
     """A layer of fixed size: its tensors keep their addresses, and no shape depends on its length.
 
     Args:
-        options: what the layer is told.
-        progress: of all layers of the cache.
-        max_cache_len: tokens of a sequence.
-        max_batch_size: sequences; None: those of the first key.
+        options: options of the layer.
+        progress: shared by all layers of the cache.
+        max_cache_len: tokens per sequence.
+        max_batch_size: number of sequences; None: as in the first key.
 
     Attributes:
-        cumulative_length: tokens of a sequence before the step that is on: a tensor, as a compiled forward
+        cumulative_length: tokens per sequence before the current step: a tensor, because a compiled forward
             pass can't read a number. All layers on a device have the same.
     """
 
@@ -51,7 +51,7 @@ class StaticFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
         self.allocate(self.max_batch_size or batch, heads, head_size, key_states.device)
 
     def allocate(self, num_rows: int, num_kv_heads: int, head_size: int, device: torch.device) -> None:
-        """Room for `num_rows` sequences."""
+        """Allocates storage for `num_rows` sequences."""
         num_blocks = num_rows * self.blocks_of_sequence
         self.storage = storage = self._new_storage(num_blocks, num_kv_heads, head_size, device)
         self.num_rows = num_rows
@@ -104,7 +104,7 @@ class StaticFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
             )
 
     def _check_room(self, num_tokens: int) -> None:
-        # The length is on the device: on a GPU looking at it would make every step wait.
+        # The length is on the device: reading it would synchronize in every step on a GPU.
         eager_on_cpu = self.cumulative_length.device.type == "cpu" and not torch.compiler.is_compiling()
         length = int(self.cumulative_length) if eager_on_cpu else 0
         if length + num_tokens > self.max_cache_len:
@@ -133,17 +133,17 @@ class StaticFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
         return self.max_cache_len
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many tokens the next `update` returns, and the position of the first one."""
+        """The number of tokens that the next `update` returns, and the position of the first."""
         return self.max_cache_len, 0
 
     def _num_tokens_kept(self) -> int:
         return self.num_rows * self.max_cache_len
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Nothing, as `Fp8Cache.crop` tells `Progress`."""
+        """Does nothing, because `Fp8Cache.crop` updates `Progress`."""
 
     def reset(self) -> None:
-        """Forgets everything and keeps the storage; the next batch may be of another size."""
+        """Removes all tokens and keeps the storage; the next batch may have another size."""
         self.batch_size = None
         self._gave_whole = True
         self.progress.reset()

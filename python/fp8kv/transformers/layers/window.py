@@ -19,7 +19,7 @@ class StaticWindowFp8Layer(StaticFp8Layer):  # type: ignore[no-untyped-call]
     """A layer of fixed size that keeps a window: the storage is a ring, in which new tokens replace old ones.
 
     Args:
-        options: what the layer is told; its window is less than `max_cache_len`.
+        options: options of the layer; its window is less than `max_cache_len`.
         progress, max_cache_len, max_batch_size: as for `StaticFp8Layer`.
     """
 
@@ -32,7 +32,7 @@ class StaticWindowFp8Layer(StaticFp8Layer):  # type: ignore[no-untyped-call]
         super().__init__(options, progress, max_cache_len, max_batch_size)
         progress.counts_on_host = True
         self.num_lost = 0  # tokens at the front that newer ones had replaced when `crop` removed those
-        # Room for all that the queries of a short step see, which may begin anywhere in a block.
+        # Space for everything that the queries of a short step see, which may start anywhere in a block.
         seen = self.window - 1 + attention.MAX_NEW_TOKENS
         self.blocks_of_sequence = -(-(self.block_size - 1 + seen) // self.block_size)
         self.ring_size = self.blocks_of_sequence * self.block_size
@@ -54,7 +54,7 @@ class StaticWindowFp8Layer(StaticFp8Layer):  # type: ignore[no-untyped-call]
         return given
 
     def _replace(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores as many of the new tokens as the ring takes, and returns them after those of the window."""
+        """Stores as many new tokens as fit the ring, and returns them after the tokens of the window."""
         assert self.storage is not None
         old = self.read(self._past(len(key)), key.dtype)
         new = as_stored(self.storage, key, value)
@@ -80,12 +80,12 @@ class StaticWindowFp8Layer(StaticFp8Layer):  # type: ignore[no-untyped-call]
         return self.progress.step((self.window, str(length.device)), make)
 
     def _past(self, batch: int) -> Step:
-        """What a query sees that comes next, but for itself."""
+        """The tokens that the next query sees, except itself."""
         nothing = torch.empty(0, dtype=torch.int64, device=self.cumulative_length.device)
         return self._turned(nothing, batch, 0, self.cumulative_length, min(self.length, self.window - 1))
 
     def _turned(self, slots: Tensor, batch: int, num_tokens: int, end: Tensor, num_read: int) -> Step:
-        """The step whose table begins with the oldest token that is read."""
+        """The step whose table starts with the oldest token that is read."""
         first = (end - num_read).clamp(min=0)
         turns = first // self.block_size
         order = (torch.arange(self.blocks_of_sequence, device=end.device) + turns) % self.blocks_of_sequence
@@ -94,7 +94,7 @@ class StaticWindowFp8Layer(StaticFp8Layer):  # type: ignore[no-untyped-call]
 
     @property
     def length(self) -> int:
-        """Tokens of a sequence before the step that is on, for what the host decides."""
+        """Tokens per sequence before the current step, for decisions on the host."""
         return self.progress.length
 
     def get_seq_length(self) -> int:
@@ -106,7 +106,7 @@ class StaticWindowFp8Layer(StaticFp8Layer):  # type: ignore[no-untyped-call]
         return self.window
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many tokens the next `update` returns, and the position of the first one."""
+        """The number of tokens that the next `update` returns, and the position of the first."""
         past = min(self.length, self.window - 1)
         return max(self.window, past + query_length), self.length - past
 
@@ -120,11 +120,11 @@ class StaticWindowFp8Layer(StaticFp8Layer):  # type: ignore[no-untyped-call]
         return kept
 
     def _oldest(self) -> int:
-        """The first position that is still there."""
+        """The first position still stored."""
         return max(self.num_lost, self.length - self.ring_size)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Notes what is gone; `Fp8Cache.crop` tells `Progress` the rest."""
+        """Records which tokens are gone; `Fp8Cache.crop` updates `Progress`."""
         self.num_lost = self._oldest()
 
     def reset(self) -> None:
