@@ -172,8 +172,8 @@ _GROUPS = {
 def self_test(device: str | torch.device) -> list[str]:
     """The names of operators that differ from `fp8kv.reference` on hostile values.
 
-    Attention is compared within a tolerance on ordinary values. The reference runs on the CPU, so that a fault
-    of the device can't affect both.
+    Attention is compared within a tolerance on ordinary values. The reference runs on the CPU, so that a
+    fault of the device can't affect both.
     """
     return [
         failure.replace("torch.", "")
