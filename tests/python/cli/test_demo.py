@@ -57,7 +57,8 @@ def test_the_demo_shows_every_step(story: Story) -> None:
     assert "no problems" in story.output
     assert "question: w1 w2 w3" in story.output
     assert "of the memory" in story.output
-    assert "bfloat16 arithmetic, 32 tokens before, 1 threads, the caches in turns" in story.output
+    assert "bfloat16 arithmetic, 32 tokens before, " in story.output
+    assert " threads, the caches in turns" in story.output
 
 
 def test_the_demo_leaves_a_picture(story: Story) -> None:
