@@ -67,7 +67,7 @@ def paged_attention(
         kv_cache_dtype: as for `reshape_and_cache_flash`.
         k_scale: float32: 1 or num_kv_heads elements; per channel ``[num_kv_heads, head_size]``; or the scales
             of `reshape_and_cache_flash_dynamic`, ``[num_blocks, block_size, num_kv_heads]``. Not used
-            without FP8.
+            where the caches are not quantized.
         v_scale: likewise.
         softmax_scale: None: ``head_size ** -0.5``.
         cu_query_lens: int32 ``[num_seqs + 1]``, 0 and the running sums of the numbers of queries: those of
@@ -82,7 +82,7 @@ def paged_attention(
         sliding_window: a query sees that many positions at most, the last of which is its own; None: all.
         softcap: 0: none.
         sinks: float32 or the dtype of `query`, ``[num_heads]``; None: no sinks.
-        k_offset: float32 ``[num_kv_heads, head_size]``; None: 0. For FP8 caches.
+        k_offset: float32 ``[num_kv_heads, head_size]``; None: 0. For quantized caches.
         v_offset: likewise.
         lse: float32 ``[num_tokens, num_heads]``, any strides; written. With it, results for parts of a
             sequence can be merged: `merge_attention`.
