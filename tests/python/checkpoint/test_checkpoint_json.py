@@ -245,8 +245,12 @@ def test_an_id_that_cannot_be_downloaded(hub: list[tuple[str, Any]]) -> None:
     assert hub == [("amd/Llama-3.1-8B-Instruct-FP8-KV", ["*.json", "*.safetensors"])]
 
 
-@pytest.mark.parametrize("path", ["/a/b", "./a/b", "../b", "a/b/c", "model", "a/b.json", "~/b"])
-def test_paths_that_are_no_ids_are_not_looked_for(hub: list[tuple[str, Any]], path: str) -> None:
+@pytest.mark.parametrize("path", ["/no/such", "./a/b", "../b", "a/b/c", "model", "a/b.json", "~/b"])
+def test_paths_that_are_no_ids_are_not_looked_for(
+    hub: list[tuple[str, Any]], path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(FileNotFoundError, match=r"is not there$"):
         audit_checkpoint(path)
     assert hub == []
