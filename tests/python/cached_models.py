@@ -185,3 +185,22 @@ def assert_same_generation(actual: Any, expected: Any) -> None:
     assert actual.sequences.tolist() == expected.sequences.tolist()
     for a, e in zip(actual.logits, expected.logits, strict=True):
         assert_same_bytes(a, e)
+
+
+class Recorder:
+    """`backend` of `torch.compile` runs graphs as they are and keeps them."""
+
+    def __init__(self) -> None:
+        self.graphs: list[Any] = []
+
+        def backend(graph: Any, inputs: Any) -> Any:
+            self.graphs.append(graph)
+            return graph.forward
+
+        self.backend = backend  # a function: `generate` copies its configuration, methods and all
+
+    def config(self) -> transformers.CompileConfig:
+        """For `generate`, which then compiles by the criteria of a GPU."""
+        config = transformers.CompileConfig(backend=self.backend, mode=None, fullgraph=True)
+        config._compile_all_devices = True
+        return config

@@ -34,6 +34,7 @@ from cached_models import (  # noqa: E402
     LAYERS,
     LENGTH,
     ExpectedStatic,
+    Recorder,
     assert_same_generation,
     caches,
     config_of,
@@ -531,20 +532,13 @@ def test_compile_of_the_forward_pass(device: torch.device) -> None:
 @full_and_sliding
 def test_generate_compiles_by_itself(name: str) -> None:
     """By the criteria of a GPU, from the second token on; windows keep a number, which compiles once more."""
-    graphs = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    compilation = transformers.CompileConfig(backend=backend, mode=None, fullgraph=True)
-    compilation._compile_all_devices = True
+    recorder = Recorder()
     original, ids = model_of(name), tokens(length=11)
     model = copy.deepcopy(original)  # it keeps what `generate` compiled
     cache, expected = caches(name, "dynamic", static=True)
-    actual = generate(model, cache, ids, compile_config=compilation)
+    actual = generate(model, cache, ids, compile_config=recorder.config())
     assert actual.sequences.tolist() == generate(original, expected, ids).sequences.tolist()
-    assert len(graphs) == {"Llama": 1, "Mistral": 2}[name]
+    assert len(recorder.graphs) == {"Llama": 1, "Mistral": 2}[name]
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -27,6 +27,7 @@ from cached_models import (  # noqa: E402
     LAYERS,
     MODELS,
     STEPS,
+    Recorder,
     caches,
     config_of,
     each_mode,
@@ -226,23 +227,18 @@ def test_crop_and_reset(static: bool) -> None:
 @pytest.mark.parametrize("name", ["Llama", "Gemma3", "GptOss"])
 def test_compile_of_the_forward_pass(name: str) -> None:
     """As a whole, without a copy in the graph of single tokens, and one graph for all lengths."""
-    graphs = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
+    recorder = Recorder()
     model, ids = model_of(name), tokens()
     cache, expected = pair(name, model, static=True)
-    forward = torch.compile(model.forward, fullgraph=True, backend=backend)
+    forward = torch.compile(model.forward, fullgraph=True, backend=recorder.backend)
     mask = torch.ones_like(ids)
     actual = [logits(model, cache, ids[:, :12], mask[:, :12], (12,))]
     with torch.no_grad():
         actual += [forward(piece, **with_cache(cache)).logits for piece in ids[:, 12:].split(1, 1)]
     assert_close(torch.cat(actual, 1), logits(model, expected, ids, mask, (12, *[1] * 12)))
     windows = name != "Llama"  # they keep a number, which compiles once more
-    assert len(graphs) == 1 + windows
-    for graph in graphs:
+    assert len(recorder.graphs) == 1 + windows
+    for graph in recorder.graphs:
         called = Counter(str(node.target) for node in graph.graph.nodes)
         assert sum(count for target, count in called.items() if "paged_attention" in target) == LAYERS
         assert not [target for target in called if "gather_and_dequant" in target]
@@ -252,21 +248,14 @@ def test_compile_of_the_forward_pass(name: str) -> None:
 @full_and_sliding
 def test_generate_compiles_by_itself(name: str) -> None:
     """By the criteria of a GPU: masks come from outside then, with the padding."""
-    graphs = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    compilation = transformers.CompileConfig(backend=backend, mode=None, fullgraph=True)
-    compilation._compile_all_devices = True
+    recorder = Recorder()
     model = copy.deepcopy(model_of(name))  # it keeps what `generate` compiled
     ids, mask = left_padded(tokens(length=11), 4, 0, 1)
     cache, expected = pair(name, model, static=True)
-    actual = generate(model, cache, ids, mask, compile_config=compilation).sequences.tolist()
+    actual = generate(model, cache, ids, mask, compile_config=recorder.config()).sequences.tolist()
     assert actual == generate(model_of(name), expected, ids, mask).sequences.tolist()
-    assert graphs
-    for graph in graphs:
+    assert recorder.graphs
+    for graph in recorder.graphs:
         assert "paged_attention" in graph.code
         assert "gather_and_dequant" not in graph.code
 
