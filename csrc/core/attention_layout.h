@@ -26,6 +26,7 @@ struct AttentionLayout {
   std::int64_t num_blocks = 0;
   std::int64_t block_size = 0;
   std::int64_t max_blocks = 0;         // columns of the block table
+  std::int64_t capacity = 0;           // positions that it can hold, of those that Int32 can count
   DType query_dtype = DType::Float32;  // quantized: with q_scale
   DType out_dtype = DType::Float32;
   DType cache_dtype = DType::Float32;  // not quantized: scales and offsets are not used

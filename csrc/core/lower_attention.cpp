@@ -159,8 +159,8 @@ AttentionLayout lower(const PagedAttention& p) {
   layout.softcap = p.softcap;
   layout.sliding_window = std::min(p.sliding_window, kMaxLength);
   // Bounds that are larger than what the tensors can hold tell a plan nothing.
-  const std::int64_t max_seq_len = capacity(layout.max_blocks, layout.block_size);
-  layout.max_seq_len = p.max_seq_len > 0 ? std::min(p.max_seq_len, max_seq_len) : max_seq_len;
+  layout.capacity = capacity(layout.max_blocks, layout.block_size);
+  layout.max_seq_len = p.max_seq_len > 0 ? std::min(p.max_seq_len, layout.capacity) : layout.capacity;
   layout.max_query_len = p.cu_query_lens ? std::clamp<std::int64_t>(layout.num_rows, 1, p.max_query_len) : 1;
   layout.num_splits = p.num_splits;
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "core/attention_layout.h"
 #include "core/chunks.h"
 #include "core/rope_layout.h"
 
@@ -192,6 +193,38 @@ struct RopeAppendPlan {
 };
 
 FP8KV_API RopeAppendPlan plan_rope_append(const RopeLayout& layout);
+
+// --- Attention ---------------------------------------------------------------
+
+// The kernels of csrc/cuda/attention.
+enum class AttentionKernel : std::uint8_t {
+  Generic,  // anything: one block per query row and head
+  Tiled,    // on the tensor cores, for FP8 caches of the usual head sizes and block sizes
+};
+
+// A block of threads has `warps / heads` warps for each of its KV heads. `column_warps` of them multiply the same tiles of K
+// and V with columns of their own: query heads of the KV head times query tokens, 8 to a column tile. The others take other
+// tiles. How the work is divided between blocks: csrc/cuda/attention/schedule.cuh.
+struct AttentionPlan {
+  AttentionKernel kernel = AttentionKernel::Generic;
+  int warps = 4;                    // per block
+  int heads = 1;                    // KV heads per block
+  int column_tiles = 1;             // per warp: 1, 2 or 4
+  int column_warps = 1;             // 1, 2 or 4
+  int columns = 8;                  // per block and KV head
+  bool out_vectors = false;         // the output can be written in aligned vectors of 4 elements
+  int shared_memory = 0;            // bytes per block
+  std::int64_t head_groups = 1;     // of `heads` KV heads
+  std::int64_t blocks = 0;          // that are launched
+  std::int64_t parts = 0;           // that the tiles of an item are divided into; 0: the blocks share all tiles equally
+  std::int64_t least_units = 1;     // parts == 0: tiles that are worth a block
+  std::int64_t slots = 0;           // partial results in the workspace; 0: no item is divided
+  std::int64_t merge_blocks = 0;    // of the kernel that merges them
+  std::int64_t workspace_size = 0;  // bytes
+};
+
+// The layout must not be empty.
+FP8KV_API AttentionPlan plan_attention(const AttentionLayout& layout, const DeviceLimits& limits);
 
 // --- Alignment: whether vectors of kVecSize elements are one access each ----------
 

@@ -46,19 +46,6 @@ struct CudaOp<make> {
   }
 };
 
-// An op without CUDA kernels: its arguments are checked, then their device is refused.
-template <auto make>
-struct CpuOnlyOp;
-template <class Problem, class... Arguments, Problem (*make)(Arguments...)>
-struct CpuOnlyOp<make> {
-  static void run(Arguments... arguments) {
-    const Problem problem = make(arguments...);
-    validate(problem);
-    core::fail("paged_attention", "query", "be on the cpu, as there are no CUDA kernels for it yet",
-               device_string(problem.query.device));
-  }
-};
-
 std::string cuda_architectures() { return cuda::architectures(); }
 
 }  // namespace
@@ -80,5 +67,5 @@ STABLE_TORCH_LIBRARY_IMPL(fp8kv, CUDA, m) {
   m.impl("reshape_and_cache_flash_dynamic", TORCH_BOX(&ops::CudaOp<ops::reshape_and_cache_flash_dynamic>::run));
   m.impl("rope_quant_and_cache", TORCH_BOX(&ops::CudaOp<ops::rope_quant_and_cache>::run));
   m.impl("gather_and_dequant_cache", TORCH_BOX(&ops::CudaOp<ops::gather_and_dequant_cache>::run));
-  m.impl("paged_attention", TORCH_BOX(&ops::CpuOnlyOp<ops::paged_attention>::run));
+  m.impl("paged_attention", TORCH_BOX(&ops::CudaOp<ops::paged_attention>::run));
 }

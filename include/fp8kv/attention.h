@@ -1,5 +1,4 @@
-// Attention that reads the paged cache of kv_cache.h: one struct, its validator, and its launcher. On the CPU; there are no
-// CUDA kernels yet.
+// Attention that reads the paged cache of kv_cache.h: one struct, its validator, and its launchers.
 //
 // Sequence s has seq_lens[s] tokens in the cache, those of its own queries included; position p lies in block
 // block_table[s, p / block_size] at p % block_size. Its queries are rows cu_query_lens[s] to cu_query_lens[s + 1] of `query`,
@@ -33,6 +32,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "fp8kv/cuda_stream.h"
 #include "fp8kv/error.h"
 #include "fp8kv/export.h"
 #include "fp8kv/parallel.h"
@@ -65,7 +65,7 @@ struct PagedAttention {
   std::optional<TensorView> k_offset{};    // Float32 [num_kv_heads, head_size]; quantized caches only
   std::optional<TensorView> v_offset{};
   std::optional<TensorView> lse{};        // Float32 [at least num_tokens, num_heads], written
-  std::optional<TensorView> workspace{};  // UInt8; the CPU needs none
+  std::optional<TensorView> workspace{};  // UInt8, on CUDA of cuda::workspace_size(problem) bytes, aligned to 16; written
   std::int64_t num_splits = 0;            // parts that the keys of a sequence are divided into; 0: the plan chooses
 };
 
@@ -75,9 +75,21 @@ FP8KV_API void validate(const PagedAttention& problem);
 namespace cpu {
 
 // On the calling thread, unless `parallel_for` spreads the work. All views must be on the CPU. Lengths, starts and blocks that
-// are out of range throw Error before anything is written.
+// are out of range throw Error before anything is written. Needs no workspace.
 FP8KV_API void run(const PagedAttention& problem, const ParallelFor& parallel_for = {});
 
 }  // namespace cpu
 
+namespace cuda {
+
+// The bytes of workspace that a problem needs on the current device; `workspace` itself is not looked at. 0: none. It depends
+// on shapes, bounds and num_splits, not on what the index tensors hold, and may have any contents. Calls behind each other on
+// one stream can share it.
+FP8KV_API std::int64_t workspace_size(const PagedAttention& problem);
+
+// Enqueues on `stream` of the current device, on which all views must be. Allocates nothing and, without FP8KV_DEBUG=1, waits
+// for nothing. A position whose block is out of range is not seen.
+FP8KV_API void run(const PagedAttention& problem, Stream stream = nullptr);
+
+}  // namespace cuda
 }  // namespace fp8kv

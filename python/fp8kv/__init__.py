@@ -30,6 +30,7 @@ from fp8kv.checkpoint import (
 from fp8kv.group_shape import GroupShape
 from fp8kv.kv_cache import (
     PagedKVCache,
+    attention_workspace_size,
     gather_and_dequant_cache,
     merge_attention,
     paged_attention,
@@ -66,6 +67,7 @@ __all__ = [
     "Problem",
     "QuantFP8",
     "__version__",
+    "attention_workspace_size",
     "audit_checkpoint",
     "build_info",
     "calibrate",

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cuda_support.h"
+#include "fp8kv/attention.h"
 #include "fp8kv/kv_cache.h"
 #include "fp8kv/rope.h"
 #include "support.h"
@@ -30,6 +31,7 @@ struct Tensors {
   Tensor slots{DType::Int32, {2}, {1}, 0}, positions{DType::Int64, {2}, {1}, 0};
   Tensor scale{DType::Float32, {1}, {1}, 0}, cos_sin{DType::Float32, {10, 8}, {8, 1}, 0};
   Tensor block_table{DType::Int32, {1, 1}, {1, 1}, 0}, sums{DType::Int32, {2}, {1}, 0};
+  Tensor lens{DType::Int32, {1}, {1}, 0}, starts{DType::Int32, {1}, {1}, 0};
 };
 
 class CudaDebug : public Cuda {
@@ -116,6 +118,40 @@ TEST_F(CudaDebug, ABlockThatIsNotInTheCache) {
       error_of([&] { cuda::run(problem); }),
       "fp8kv::gather_and_dequant_cache: block_table must have blocks from 0 to num_blocks - 1 = 2, got 3 at 0 in sequence "
       "0");
+  expect_nothing_written();
+}
+
+TEST_F(CudaDebug, LengthsStartsAndBlocksOfAttention) {
+  set<std::int32_t>(tensors->block_table, {2});
+  set<std::int32_t>(tensors->sums, {0, 2});
+  set<std::int32_t>(tensors->lens, {4});
+  const PagedAttention problem{.query = tensors->rows.on_device(),
+                               .key_cache = tensors->key_cache.on_device(),
+                               .value_cache = tensors->value_cache.on_device(),
+                               .out = tensors->out.on_device(),
+                               .block_table = tensors->block_table.on_device(),
+                               .seq_lens = tensors->lens.on_device(),
+                               .k_scale = tensors->scale.on_device(),
+                               .v_scale = tensors->scale.on_device(),
+                               .cu_query_lens = tensors->sums.on_device(),
+                               .max_query_len = 2,
+                               .seq_starts = tensors->starts.on_device()};
+  set<std::int32_t>(tensors->starts, {-1});
+  EXPECT_EQ(error_of([&] { cuda::run(problem); }),
+            "fp8kv::paged_attention: seq_starts must be at least 0, got -1 in sequence 0");
+  set<std::int32_t>(tensors->starts, {0});
+  set<std::int32_t>(tensors->sums, {0, 3});
+  EXPECT_EQ(error_of([&] { cuda::run(problem); }),
+            "fp8kv::paged_attention: query must have at least cu_query_lens[-1]=3 rows, got shape [2, 1, 8]");
+  set<std::int32_t>(tensors->sums, {0, 2});
+  set<std::int32_t>(tensors->block_table, {3});
+  EXPECT_EQ(error_of([&] { cuda::run(problem); }),
+            "fp8kv::paged_attention: block_table must have blocks from 0 to num_blocks - 1 = 2, got 3 at 0 in sequence 0");
+  set<std::int32_t>(tensors->block_table, {2});
+  set<std::int32_t>(tensors->lens, {5});
+  EXPECT_EQ(error_of([&] { cuda::run(problem); }),
+            "fp8kv::paged_attention: block_table must have blocks for all positions, max_blocks * block_size = 4, got a last "
+            "position of 4 in sequence 0");
   expect_nothing_written();
 }
 

@@ -55,6 +55,11 @@ class CudaDevices : public Cuda {
                           &R::slot_mapping, &R::q_scale, &R::k_scale, &R::v_scale, &R::positions, &R::cos_sin_cache,
                           &R::q_norm_weight, &R::k_norm_weight),
               "fp8kv::rope_quant_and_cache: query " + words);
+    using P = PagedAttention;
+    EXPECT_EQ(sentence_on(device, attention_problem(), &P::query, &P::key_cache, &P::value_cache, &P::out, &P::block_table,
+                          &P::seq_lens, &P::k_scale, &P::v_scale, &P::cu_query_lens, &P::q_scale, &P::seq_starts, &P::sinks,
+                          &P::k_offset, &P::v_offset, &P::lse, &P::workspace),
+              "fp8kv::paged_attention: query " + words);
     EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess) << "something was launched";
   }
 

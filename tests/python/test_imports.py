@@ -26,6 +26,8 @@ PACKAGE = Path(str(fp8kv.__file__)).parent
 OPTIONAL = ("rich", "typer", "matplotlib", "safetensors", "transformers", "huggingface_hub", "numpy")
 #: Modules that may import the reference, the ground truth for everything else.
 OF_THE_REFERENCE = ("fp8kv.reference", "fp8kv.cli.doctor")
+#: What can be imported where an engine is installed only; tests/python/engines has its own.
+OF_ENGINES = ("fp8kv.vllm.backend", "fp8kv.vllm.queries", "fp8kv.vllm.versions", "fp8kv.vllm.writes")
 
 
 def module_name(path: Path) -> str:
@@ -102,7 +104,9 @@ def test_the_product_does_not_import_the_reference(name: str) -> None:
 
 
 def test_no_module_of_the_product_brings_the_reference_along() -> None:
-    product = [name for name in MODULES if not name.startswith((*OF_THE_REFERENCE, "fp8kv.__main__"))]
+    product = [
+        name for name in MODULES if not name.startswith((*OF_THE_REFERENCE, "fp8kv.__main__", *OF_ENGINES))
+    ]
     code = f"import importlib, sys\nfor name in {product}: importlib.import_module(name)\n"
     assert python(code + "print('fp8kv.reference' in sys.modules)") == "False"
 
@@ -118,7 +122,7 @@ def test_an_unknown_attribute_is_an_error() -> None:
 
 def public_lists() -> Iterator[tuple[str, ModuleType]]:
     for name in MODULES:
-        if name != "fp8kv.__main__":
+        if name not in ("fp8kv.__main__", *OF_ENGINES):
             module = importlib.import_module(name)
             if hasattr(module, "__all__"):
                 yield name, module

@@ -69,8 +69,7 @@ OPS = [
     "gather_and_dequant_cache",
     "paged_attention",
 ]
-#: Those with kernels on both devices.
-each_op = pytest.mark.parametrize("op", [op for op in OPS if op != "paged_attention"])
+each_op = pytest.mark.parametrize("op", OPS)
 
 
 @pytest.fixture
@@ -108,11 +107,9 @@ def test_opcheck_with_scales_per_channel_and_offsets(op: str) -> None:
 
 
 @pytest.mark.usefixtures("_allclose_knows_fp8")
-def test_opcheck_of_attention() -> None:
-    """With all arguments, then with those that must be given. It has no CUDA kernels yet."""
-    all_arguments = arguments(torch.device("cpu"))["paged_attention"]
-    torch.library.opcheck(ops.paged_attention.default, all_arguments)
-    query = torch.ones(2, 4, 24, dtype=torch.bfloat16)
+def test_opcheck_of_attention_with_defaults(device: torch.device) -> None:
+    all_arguments = arguments(device)["paged_attention"]
+    query = torch.ones(2, 4, 24, dtype=torch.bfloat16, device=device)
     torch.library.opcheck(
         ops.paged_attention.default, (query, *all_arguments[1:3], query.clone(), *all_arguments[4:10])
     )

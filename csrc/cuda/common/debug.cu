@@ -1,5 +1,6 @@
 #include "cuda/common/debug.h"
 
+#include <optional>
 #include <vector>
 
 #include "core/check_indices.h"
@@ -32,6 +33,18 @@ class HostCopy {
   std::vector<char> bytes_;
 };
 
+class OptionalHostCopy {
+ public:
+  OptionalHostCopy(const char* op, const std::optional<TensorView>& view, cudaStream_t stream) {
+    if (view) copy_.emplace(op, *view, stream);
+  }
+
+  std::optional<TensorView> view() const { return copy_ ? std::optional(copy_->view()) : std::nullopt; }
+
+ private:
+  std::optional<HostCopy> copy_;
+};
+
 }  // namespace
 
 bool debugging(cudaStream_t stream) {
@@ -52,13 +65,24 @@ void debug_check_positions(const char* op, const TensorView& positions, const Ro
 void debug_check_sequences(const CacheGather& problem, const CacheLayout& layout, cudaStream_t stream) {
   constexpr const char* op = "gather_and_dequant_cache";
   const HostCopy table(op, problem.block_table, stream), sums(op, problem.cu_seq_lens, stream);
+  const OptionalHostCopy starts(op, problem.seq_starts, stream);
   CacheGather on_host = problem;
   on_host.block_table = table.view();
   on_host.cu_seq_lens = sums.view();
-  if (!problem.seq_starts) return core::check_sequences(on_host, layout);
-  const HostCopy starts(op, *problem.seq_starts, stream);
   on_host.seq_starts = starts.view();
   core::check_sequences(on_host, layout);
+}
+
+void debug_check_attention(const PagedAttention& problem, const AttentionLayout& layout, cudaStream_t stream) {
+  constexpr const char* op = "paged_attention";
+  const HostCopy table(op, problem.block_table, stream), lens(op, problem.seq_lens, stream);
+  const OptionalHostCopy sums(op, problem.cu_query_lens, stream), starts(op, problem.seq_starts, stream);
+  PagedAttention on_host = problem;
+  on_host.block_table = table.view();
+  on_host.seq_lens = lens.view();
+  on_host.cu_query_lens = sums.view();
+  on_host.seq_starts = starts.view();
+  core::check_attention(on_host, layout);
 }
 
 }  // namespace fp8kv::cuda

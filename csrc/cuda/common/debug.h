@@ -3,10 +3,11 @@
 
 #include <cuda_runtime.h>
 
-#include "core/rope_layout.h"
+#include "core/attention_layout.h"
 
 namespace fp8kv::cuda {
 
+using core::AttentionLayout;
 using core::CacheLayout;
 using core::RopeLayout;
 
@@ -17,5 +18,6 @@ bool debugging(cudaStream_t stream);
 void debug_check_slots(const char* op, const TensorView& slot_mapping, const CacheLayout& layout, cudaStream_t stream);
 void debug_check_positions(const char* op, const TensorView& positions, const RopeLayout& layout, cudaStream_t stream);
 void debug_check_sequences(const CacheGather& problem, const CacheLayout& layout, cudaStream_t stream);
+void debug_check_attention(const PagedAttention& problem, const AttentionLayout& layout, cudaStream_t stream);
 
 }  // namespace fp8kv::cuda

@@ -24,23 +24,32 @@ const DeviceLimits& device_limits();
 // Whether kernels of few blocks may begin before their predecessor in the stream ends: with FP8KV_PDL=1, on devices that can.
 bool launches_dependent(unsigned blocks);
 
-// kernel<<<grid, threads, 0, stream>>>(arguments...) of a kernel that calls device::wait_then_release().
+struct LaunchShape {
+  dim3 grid;
+  int threads;
+  int shared_memory = 0;   // bytes, dynamic
+  bool dependent = false;  // of a kernel that calls device::wait_then_release(): it may begin before its predecessor ends
+};
+
 template <class... Params, class... Arguments>
-void launch_dependent(void (*kernel)(Params...), dim3 grid, int threads, cudaStream_t stream, const Arguments&... arguments) {
-  if (!launches_dependent(grid.x * grid.y)) {
-    kernel<<<grid, threads, 0, stream>>>(arguments...);
-    return;
-  }
+void launch(void (*kernel)(Params...), const LaunchShape& shape, cudaStream_t stream, const Arguments&... arguments) {
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = threads;
+  config.gridDim = shape.grid;
+  config.blockDim = shape.threads;
+  config.dynamicSmemBytes = shape.shared_memory;
   config.stream = stream;
   config.attrs = &early;
-  config.numAttrs = 1;
+  config.numAttrs = shape.dependent ? 1 : 0;
   cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// Dependent where launches_dependent() says so.
+template <class... Params, class... Arguments>
+void launch_dependent(void (*kernel)(Params...), dim3 grid, int threads, cudaStream_t stream, const Arguments&... arguments) {
+  launch(kernel, {grid, threads, 0, launches_dependent(grid.x * grid.y)}, stream, arguments...);
 }
 
 }  // namespace fp8kv::cuda

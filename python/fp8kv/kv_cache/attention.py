@@ -37,6 +37,7 @@ def paged_attention(
     lse: Tensor | None = None,
     num_splits: int = 0,
     out: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of queries to sequences in a paged cache, which is dequantized as it is read.
 
@@ -54,7 +55,7 @@ def paged_attention(
     gets zeros, and as `lse` the sink or -inf. Bytes and scales of positions that are not seen never matter.
     The result is within ``2^-8 * max|v|`` of `fp8kv.reference.paged_attention`, which computes in fp64.
 
-    On the CPU: there are no CUDA kernels yet, and CUDA tensors are refused.
+    Lengths stay on the device: nothing is synchronized, so calls can be captured in CUDA graphs.
 
     Args:
         query: ``[num_tokens, num_heads, head_size]``, any strides, such as a slice of a fused QKV tensor:
@@ -91,6 +92,9 @@ def paged_attention(
         out: float32, float16 or bfloat16 ``[num_tokens, num_heads, head_size]``, any strides; written. Rows
             that belong to no sequence stay as they are. None: a new tensor of the dtype of `query`, bfloat16
             for an FP8 query, in which such rows are not initialized.
+        workspace: on CUDA, uint8 of `attention_workspace_size` bytes with any contents, for results of parts
+            of sequences. Calls behind each other on one stream can share it. None: a new tensor, where one
+            is needed.
 
     Returns:
         `out`, or the new tensor.
@@ -122,12 +126,59 @@ def paged_attention(
     if out is None:
         dtype = query.dtype if query.dtype in REAL_DTYPES else torch.bfloat16
         out = torch.empty(query.shape, dtype=dtype, device=query.device)
+    if workspace is None and query.is_cuda:
+        size = attention_workspace_size(
+            query, key_cache, block_table, max_query_len=max_query_len, num_splits=num_splits
+        )
+        workspace = torch.empty(size, dtype=torch.uint8, device=query.device) if size > 0 else None
     attention(
         query, key_cache, value_cache, out, block_table, seq_lens, kv_cache_dtype, k_scale, v_scale,
         softmax_scale, cu_query_lens, max_query_len, max_seq_len or 0, q_scale, seq_starts,
-        sliding_window or 0, softcap, sinks, k_offset, v_offset, lse, None, num_splits,
+        sliding_window or 0, softcap, sinks, k_offset, v_offset, lse, workspace, num_splits,
     )  # fmt: skip
     return out
+
+
+def attention_workspace_size(
+    query: Tensor, key_cache: Tensor, block_table: Tensor, *, max_query_len: int = 1, num_splits: int = 0
+) -> int:
+    """Bytes of workspace with which `paged_attention` works for tensors like these, whatever they hold.
+
+    An upper bound: the plan of a call may need less. It depends on shapes and the device, so that a workspace
+    for the largest batch serves all, in CUDA graphs too.
+
+    Args:
+        query: ``[num_tokens, num_heads, head_size]``.
+        key_cache: ``[num_blocks, block_size, num_kv_heads, head_size]``.
+        block_table: ``[num_seqs, max_blocks]``.
+        max_query_len: as for `paged_attention`.
+        num_splits: likewise.
+
+    Returns:
+        0 where none is needed: on the CPU, and with ``num_splits=1``.
+
+    Example:
+        >>> import torch, fp8kv
+        >>> cache, table = torch.zeros(4, 16, 1, 64, dtype=torch.float8_e4m3fn), torch.zeros(1, 2).int()
+        >>> fp8kv.attention_workspace_size(torch.zeros(1, 8, 64), cache, table)
+        0
+    """
+    if not query.is_cuda or num_splits == 1:
+        return 0
+    num_tokens, num_heads, head_size = query.shape
+    bytes_per_column = 4 * (head_size + 4)  # weighted sums of V, and what they are divided by
+    if num_splits == 0:
+        # Two items per block of threads that are not finished, of 64 columns at most.
+        blocks = torch.cuda.get_device_properties(query.device).multi_processor_count
+        return 2 * blocks * (2 if head_size <= 128 else 1) * 64 * bytes_per_column
+    num_seqs, num_kv_heads = block_table.shape[0], key_cache.shape[2]
+    group = max(1, num_heads // max(1, num_kv_heads))
+    columns = 8
+    while columns < min(64, group * max_query_len):
+        columns *= 2
+    by_length = num_seqs * -(-group * min(max_query_len, max(1, num_tokens)) // columns)
+    by_rows = num_seqs + num_tokens * group // columns
+    return min(by_length, by_rows) * num_kv_heads * num_splits * columns * bytes_per_column
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

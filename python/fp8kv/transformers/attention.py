@@ -38,7 +38,7 @@ _sdpa_mask: Any = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
 def runs_on(device: torch.device) -> bool:
     """Whether `fp8kv.paged_attention` supports this device."""
-    return device.type == "cpu"
+    return device.type in ("cpu", "cuda")
 
 
 class Stored:

@@ -57,22 +57,6 @@ def geometry_of(numbers: tuple[int, int, int, int]) -> dict[str, Any]:
     return {"heads": numbers[:2], "head_size": numbers[2], "block_size": numbers[3]}
 
 
-@pytest.fixture
-def device() -> torch.device:
-    """There are no CUDA kernels yet."""
-    return CPU
-
-
-def test_cuda_tensors_are_refused(cuda: torch.device) -> None:
-    inputs = make(Problem(**DECODE))
-    options = {k: x.to(cuda) if isinstance(x, Tensor) else x for k, x in inputs.options.items()}
-    tensors = [x.to(cuda) for x in (inputs.query, *inputs.caches, inputs.table, int32(*DECODE["lengths"]))]
-    with pytest.raises(
-        RuntimeError, match="query must be on the cpu, as there are no CUDA kernels for it yet"
-    ):
-        fp8kv.paged_attention(*tensors, **options)
-
-
 # Geometries and types
 
 
@@ -467,6 +451,38 @@ def test_indices_out_of_range(device: torch.device, changes: dict[str, Any]) -> 
     expected = torch.full((4, 4, 64), 7.0, device=device)
     reference.paged_attention(*tensors, **at, out=expected)
     torch.testing.assert_close(out, expected, atol=1e-2, rtol=1e-2)
+
+
+# CUDA
+
+
+def test_a_captured_graph_follows_the_lengths(cuda: torch.device) -> None:
+    """Lengths and tables are read when the graph is replayed."""
+    inputs = make(Problem(lengths=(100, 60, 80)))
+    options = {k: x.to(cuda) if isinstance(x, Tensor) else x for k, x in inputs.options.items()}
+    tensors = [x.to(cuda) for x in (inputs.query, *inputs.caches, inputs.table)]
+    out = torch.zeros(4, 4, 64, dtype=torch.bfloat16, device=cuda)
+    fp8kv.paged_attention(*tensors, **options, out=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fp8kv.paged_attention(*tensors, **options, out=out)
+    for lengths in ((1, 60, 0), (99, 2, 17), (100, 60, 80)):
+        options["seq_lens"].copy_(int32(*lengths))
+        graph.replay()
+        assert_same_bytes(out[:3], fp8kv.paged_attention(*tensors, **options)[:3])
+
+
+def test_nothing_waits_for_the_gpu(cuda: torch.device) -> None:
+    inputs = make(Problem(**FEW))
+    options = {k: x.to(cuda) if isinstance(x, Tensor) else x for k, x in inputs.options.items()}
+    tensors = [x.to(cuda) for x in (inputs.query, *inputs.caches, inputs.table)]
+    expected = fp8kv.paged_attention(*tensors, **options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = fp8kv.paged_attention(*tensors, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same_bytes(out[:16], expected[:16])
 
 
 # torch.compile

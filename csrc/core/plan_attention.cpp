@@ -1,0 +1,159 @@
+#include <bit>
+
+#include "core/attention_memory.h"
+#include "core/formats.h"
+#include "core/plan.h"
+
+namespace fp8kv::core {
+namespace {
+
+constexpr int kMaxWarps = 8;
+constexpr int kMaxColumns = 64;        // that share a reading of K and V
+constexpr int kReservedMemory = 1024;  // bytes of shared memory that every block costs beyond its own
+constexpr std::int64_t kMaxSlots = 1 << 30;
+
+bool is_tiled_head_size(std::int64_t size) { return size == 64 || size == 96 || size == 128 || size == 192 || size == 256; }
+
+// Every row of a head can be copied in aligned chunks of 16 bytes.
+bool chunks_aligned(const AttentionLayout& l, const PagedView& view) {
+  const auto fits = [](std::int64_t stride, std::int64_t size) { return stride % 16 == 0 || size == 1; };
+  return view.dim == 1 && reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0 && fits(view.block, l.num_blocks) &&
+         fits(view.offset, l.block_size) && fits(view.head, l.num_kv_heads);
+}
+
+bool query_vecs_aligned(const AttentionLayout& l) {
+  const auto fits = [](std::int64_t stride, std::int64_t size) { return stride % kVecSize == 0 || size == 1; };
+  return l.query.dim == 1 && base_aligned(l.query.data, l.query_dtype) && fits(l.query.token, l.num_rows) &&
+         fits(l.query.head, l.num_heads);
+}
+
+bool out_vecs_aligned(const AttentionLayout& l) {
+  const auto fits = [](std::int64_t stride, std::int64_t size) { return stride % 4 == 0 || size == 1; };
+  return l.out.dim == 1 && reinterpret_cast<std::uintptr_t>(l.out.data) % (4 * size_of(l.out_dtype)) == 0 &&
+         fits(l.out.token, l.num_rows) && fits(l.out.head, l.num_heads);
+}
+
+bool fits_tiles(const AttentionLayout& l) {
+  return is_fp8(l.cache_dtype) && is_tiled_head_size(l.head_size) && l.block_size % kTile == 0 &&
+         chunks_aligned(l, l.key_cache) && chunks_aligned(l, l.value_cache) && query_vecs_aligned(l) &&
+         l.num_rows < kMaxChunk / l.heads_per_kv_head() && l.num_blocks < kMaxChunk && l.num_seqs < kMaxChunk;
+}
+
+bool scales_per_token(const AttentionLayout& l) { return l.k_scale.per_token() || l.v_scale.per_token(); }
+
+int memory_of(const AttentionLayout& l, const AttentionPlan& plan) {
+  return AttentionMemory(static_cast<int>(l.head_size), plan.column_tiles, scales_per_token(l), plan.warps,
+                         plan.heads * plan.columns)
+      .size;
+}
+
+// The columns of a block: as many as there are, if possible, so that K and V are read once.
+void choose_columns(const AttentionLayout& l, AttentionPlan& plan) {
+  // With one part the result must not depend on upper bounds.
+  const std::int64_t queries = plan.parts == 1 ? 1 : std::min<std::int64_t>(l.max_query_len, kMaxColumns);
+  const std::int64_t columns = std::min<std::int64_t>(queries * l.heads_per_kv_head(), kMaxColumns);
+  const auto tiles = static_cast<int>(ceil_div(columns, kColumnTile));
+  const int most_per_warp = l.head_size > 128 ? 2 : 4;  // registers
+  plan.column_tiles = std::min(most_per_warp, static_cast<int>(std::bit_ceil(static_cast<unsigned>(tiles))));
+  plan.column_warps = static_cast<int>(std::bit_ceil(static_cast<unsigned>(ceil_div(tiles, plan.column_tiles))));
+}
+
+void set_columns(AttentionPlan& plan) { plan.columns = plan.column_tiles * plan.column_warps * kColumnTile; }
+
+// Fewer warps, then fewer columns, until the shared memory of a block is enough.
+void fit_memory(const AttentionLayout& l, const DeviceLimits& limits, AttentionPlan& plan) {
+  set_columns(plan);
+  const int most = limits.shared_memory - kReservedMemory;
+  while (memory_of(l, plan) > most) {
+    if (plan.warps > 4) {
+      plan.warps /= 2;
+    } else if (plan.column_tiles > 1) {
+      plan.column_tiles /= 2;
+    } else if (plan.column_warps > 1) {
+      plan.column_warps /= 2;
+    } else {
+      plan.warps /= 2;
+    }
+    set_columns(plan);
+  }
+}
+
+// Upper bounds of items and tiles.
+std::int64_t max_items(const AttentionLayout& l, const AttentionPlan& plan, std::int64_t max_query_len) {
+  const std::int64_t group = l.heads_per_kv_head();
+  const std::int64_t by_length = l.num_seqs * ceil_div(max_query_len * group, plan.columns);
+  const std::int64_t by_rows = l.num_seqs + l.num_rows * group / plan.columns;
+  return std::min(by_length, by_rows) * plan.head_groups;
+}
+
+std::int64_t max_tiles(const AttentionLayout& l) {
+  std::int64_t seen = l.max_seq_len;
+  if (l.sliding_window > 0) seen = std::min(seen, l.sliding_window + l.max_query_len + kTile);
+  return std::max<std::int64_t>(1, ceil_div(seen, kTile));
+}
+
+// Several KV heads per block, whose rows are neighbors in memory, where every block has much to do all the same.
+void choose_heads(const AttentionLayout& l, std::int64_t resident_blocks, AttentionPlan& plan) {
+  constexpr std::int64_t kMany = 64;  // tiles
+  if (plan.parts > 0 || plan.column_tiles > 1 || plan.column_warps > 1) return;
+  for (int heads : {8, 4, 2}) {
+    if (heads > plan.warps || l.num_kv_heads % heads != 0) continue;
+    if (l.num_seqs * (l.num_kv_heads / heads) * max_tiles(l) < kMany * resident_blocks) continue;
+    plan.heads = heads;
+    return;
+  }
+}
+
+AttentionPlan plan_generic(const AttentionLayout& l) {
+  // As many warps as fit what every kernel may have of shared memory; each has a row of its own.
+  constexpr std::int64_t kSharedFloats = 48 * 1024 / sizeof(float) - 64;
+  AttentionPlan plan;
+  plan.warps = static_cast<int>(std::min<std::int64_t>(4, kSharedFloats / l.head_size - 1));
+  plan.shared_memory = static_cast<int>((1 + plan.warps) * l.head_size * static_cast<std::int64_t>(sizeof(float)));
+  plan.blocks = l.num_rows * l.num_heads;
+  return plan;
+}
+
+}  // namespace
+
+AttentionPlan plan_attention(const AttentionLayout& l, const DeviceLimits& limits) {
+  if (l.empty()) return {};
+  if (!fits_tiles(l)) return plan_generic(l);
+  AttentionPlan plan;
+  plan.kernel = AttentionKernel::Tiled;
+  plan.warps = kMaxWarps;
+  plan.parts = std::min(l.num_splits, max_tiles(l));
+  choose_columns(l, plan);
+  fit_memory(l, limits, plan);
+  const auto resident = [&] {
+    const int per_multiprocessor = plan.column_tiles == 1 && l.head_size <= 128
+                                       ? std::min(2, limits.shared_memory / (memory_of(l, plan) + kReservedMemory))
+                                       : 1;
+    return std::int64_t{limits.multiprocessors} * per_multiprocessor;
+  };
+  // Units count in 31 bits.
+  plan.head_groups = l.num_kv_heads;
+  const std::int64_t tiles = std::max<std::int64_t>(1, ceil_div(l.capacity, kTile));
+  if (plan.parts == 0 && max_items(l, plan, l.num_rows) > kMaxChunk / tiles) plan.parts = 1;
+  choose_heads(l, resident(), plan);
+  plan.head_groups = l.num_kv_heads / plan.heads;
+  plan.shared_memory = memory_of(l, plan);
+  plan.out_vectors = out_vecs_aligned(l);
+
+  const std::int64_t items = max_items(l, plan, l.max_query_len);
+  if (plan.parts == 0) {
+    plan.least_units = plan.warps / plan.heads;
+    plan.blocks = std::min(resident(), ceil_div(items * max_tiles(l), plan.least_units));
+    plan.slots = plan.blocks > 1 ? 2 * plan.blocks : 0;
+    plan.merge_blocks = plan.slots > 0 ? plan.blocks : 0;
+  } else {
+    plan.parts = std::max<std::int64_t>(1, std::min(plan.parts, kMaxSlots / items));
+    plan.blocks = std::min<std::int64_t>(items * plan.parts, INT32_MAX);
+    plan.slots = plan.parts > 1 ? items * plan.parts : 0;
+    plan.merge_blocks = plan.slots > 0 ? std::min<std::int64_t>(items, 2048) : 0;
+  }
+  plan.workspace_size = plan.slots * plan.heads * plan.columns * (l.head_size + 4) * 4;
+  return plan;
+}
+
+}  // namespace fp8kv::core

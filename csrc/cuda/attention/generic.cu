@@ -1,0 +1,149 @@
+// paged_attention for anything: every head size, block size, stride, alignment, dtype and kind of scale, one block per query
+// row and head. Right everywhere, and not made for speed.
+#include "core/dispatch.h"
+#include "cuda/attention/finish.cuh"
+#include "cuda/attention/kernels.h"
+#include "device/pdl.cuh"
+
+namespace fp8kv::cuda::attention {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kMaxWarps = 4;
+
+struct GenericArgs {
+  AttentionLayout layout;
+  AttentionPlan plan;
+};
+
+// The sequence of a query row: the last that begins at or before it; -1 for a row of none.
+__device__ std::int64_t sequence_of(const AttentionLayout& l, std::int64_t row) {
+  if (!l.cu_query_lens.data) return row < l.num_seqs ? row : -1;
+  if (row >= index_at(l.cu_query_lens, l.num_seqs)) return -1;
+  std::int64_t low = 0, high = l.num_seqs;  // index_at(high) > row, or high is the end
+  while (high - low > 1) {
+    const std::int64_t middle = low + (high - low) / 2;
+    (index_at(l.cu_query_lens, middle) <= row ? low : high) = middle;
+  }
+  return low;
+}
+
+__device__ __forceinline__ float sum_of_warp(float x) {
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
+  return x;
+}
+
+__device__ __forceinline__ float max_of_warp(float x) {
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lanes));
+  return x;
+}
+
+// The query of a row and head in fp32, times the scales of K's channels and a power of two, so that products neither overflow
+// nor vanish. Logits are products with it times `factor`, plus `base`. By one warp.
+struct Query {
+  float factor;
+  float base;
+
+  __device__ static Query load(const AttentionLayout& l, const Column& column, std::int64_t kv_head, float* to) {
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
+    const float q_scale = l.q_scale ? l.q_scale[column.head / l.heads_per_q_scale * l.q_scale_stride] : 1.0f;
+    const std::int64_t row = column.row * l.query.token + column.head * l.query.head;
+    float largest = 0.0f, product = 0.0f;
+    for (std::int64_t d = lane; d < l.head_size; d += kWarp) {
+      float x = load_element(l.query.data, l.query_dtype, row + d * l.query.dim) * q_scale;
+      if (l.k_offset.data) product += x * l.k_offset.data[kv_head * l.k_offset.head + d * l.k_offset.dim];
+      if (l.k_scale.dim != 0) x *= l.k_scale.data[kv_head * l.k_scale.head + d * l.k_scale.dim];
+      if (is_finite(x)) largest = fmaxf(largest, fabsf(x));
+      to[d] = x;
+    }
+    largest = max_of_warp(largest);
+    const PowerOfTwo down(-exponent_of(largest)), up(exponent_of(largest));
+    for (std::int64_t d = lane; d < l.head_size; d += kWarp) to[d] = down.times(to[d]);
+    return {up.times(l.softmax_scale), l.softmax_scale * sum_of_warp(product)};
+  }
+};
+
+// Shared memory: the query [head_size], then for each warp its sum of values [head_size]. A warp takes every warps-th position;
+// its lanes share the elements of a head.
+template <class Cache>
+__global__ void __launch_bounds__(kMaxWarps* kWarp) attention_generic(const __grid_constant__ GenericArgs args) {
+  extern __shared__ __align__(16) std::byte shared_memory[];
+  __shared__ Softmax parts[kMaxWarps];
+  __shared__ Query shared_query;
+  const AttentionLayout& l = args.layout;
+  const int warps = args.plan.warps;
+  device::wait_then_release();
+  const Column column{static_cast<int>(blockIdx.x / l.num_heads), static_cast<int>(blockIdx.x % l.num_heads)};
+  const std::int64_t s = sequence_of(l, column.row);
+  if (s < 0) return;
+  const Sequence sequence = Sequence::load(l, s);
+  const Positions seen = sequence.seen_by(l, column.row - sequence.first_row);
+  const std::int64_t kv_head = column.head / l.heads_per_kv_head();
+  const int lane = static_cast<int>(threadIdx.x % kWarp), warp = static_cast<int>(threadIdx.x / kWarp);
+  float* query = reinterpret_cast<float*>(shared_memory);
+  float* values = query + (1 + warp) * l.head_size;
+  if (warp == 0) {
+    const Query loaded = Query::load(l, column, kv_head, query);
+    if (lane == 0) shared_query = loaded;
+  }
+  for (std::int64_t d = lane; d < l.head_size; d += kWarp) values[d] = 0.0f;
+  __syncthreads();
+
+  Softmax softmax;
+  for (std::int64_t p = seen.begin + warp; p < seen.end; p += warps) {
+    const std::int64_t block =
+        __ldg(static_cast<const int*>(l.block_table.data) + s * l.block_table_row + p / l.block_size * l.block_table.stride);
+    if (block < 0 || block >= l.num_blocks) continue;
+    const std::int64_t offset = p % l.block_size;
+    const auto row = [&](const core::PagedView& view) {
+      return static_cast<const Cache*>(view.data) + block * view.block + offset * view.offset + kv_head * view.head;
+    };
+    const auto scale_at = [&](const core::ChannelScales& scale) {
+      return scale.data[block * scale.block + offset * scale.offset + kv_head * scale.head];
+    };
+    const Cache *key = row(l.key_cache), *value = row(l.value_cache);
+    float product = 0.0f;
+    for (std::int64_t d = lane; d < l.head_size; d += kWarp)
+      product = __fmaf_rn(query[d], decode(key[d * l.key_cache.dim]), product);
+    float logit = sum_of_warp(product) * shared_query.factor;
+    if (l.k_scale.data && l.k_scale.dim == 0) logit *= scale_at(l.k_scale);
+    if (l.softcap > 0.0f) logit = l.softcap * tanhf((logit + shared_query.base) / l.softcap);
+    logit *= kLog2e;
+    const float maximum = fmaxf(softmax.maximum, logit);  // a NaN makes the sum one
+    const float keep = exp2f(softmax.maximum - maximum), weight = exp2f(logit - maximum);
+    softmax = {maximum, softmax.sum * keep + weight};
+    const float by = l.v_scale.per_token() ? weight * scale_at(l.v_scale) : weight;
+    for (std::int64_t d = lane; d < l.head_size; d += kWarp)
+      values[d] = __fmaf_rn(by, decode(value[d * l.value_cache.dim]), values[d] * keep);
+  }
+  if (lane == 0) parts[warp] = softmax;
+  __syncthreads();
+
+  Softmax total;
+  for (int w = 0; w < warps; ++w) total.maximum = fmaxf(total.maximum, parts[w].maximum);
+  for (int w = 0; w < warps; ++w) total.sum += parts[w].sum * exp2f(parts[w].maximum - total.maximum);
+  const Finish end(l, column, total, l.softcap > 0.0f ? 0.0f : shared_query.base * kLog2e);
+  for (std::int64_t d = threadIdx.x; d < l.head_size; d += blockDim.x) {
+    float sum = 0.0f;
+    for (int w = 0; w < warps; ++w) sum += query[(1 + w) * l.head_size + d] * exp2f(parts[w].maximum - total.maximum);
+    end.store(d, sum);
+  }
+  if (threadIdx.x == 0) end.store_lse();
+}
+
+}  // namespace
+
+void launch_generic(const AttentionLayout& layout, const AttentionPlan& plan, cudaStream_t stream) {
+  const GenericArgs args{layout, plan};
+  const auto blocks = static_cast<unsigned>(plan.blocks);
+  const LaunchShape shape{.grid = blocks,
+                          .threads = plan.warps * kWarp,
+                          .shared_memory = plan.shared_memory,
+                          .dependent = launches_dependent(blocks)};
+  core::visit(core::RealTypes{} + core::Fp8Types{}, layout.cache_dtype, [&]<class Cache>(core::Type<Cache>) {
+    launch(attention_generic<Cache>, shape, stream, args);
+    check_launch("paged_attention");
+  });
+}
+
+}  // namespace fp8kv::cuda::attention

@@ -1,0 +1,21 @@
+// The launchers of the attention kernels, which attention.cu chooses among.
+#pragma once
+
+#include "core/attention_layout.h"
+#include "cuda/common/launch.h"
+
+namespace fp8kv::cuda::attention {
+
+using core::AttentionLayout;
+using core::AttentionPlan;
+
+void launch_generic(const AttentionLayout& layout, const AttentionPlan& plan, cudaStream_t stream);
+
+// `workspace`: of plan.workspace_size bytes, aligned to 16.
+template <int kHeadSize>
+void launch_tiled(const AttentionLayout& layout, const AttentionPlan& plan, void* workspace, cudaStream_t stream);
+
+// Merges the parts of items that tiled kernels left in the workspace.
+void launch_merge(const AttentionLayout& layout, const AttentionPlan& plan, void* workspace, cudaStream_t stream);
+
+}  // namespace fp8kv::cuda::attention

@@ -1,0 +1,7 @@
+#include "cuda/attention/tiled_launch.cuh"
+
+namespace fp8kv::cuda::attention {
+
+template void launch_tiled<256>(const AttentionLayout&, const AttentionPlan&, void*, cudaStream_t);
+
+}  // namespace fp8kv::cuda::attention

@@ -1,0 +1,243 @@
+// Attention on CUDA without torch, against the CPU backend, on allocations of exactly the size the views need: a memory checker
+// sees every byte read or written beside them. The Python tests compare both with the reference.
+#include <cuda_runtime.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "cuda_support.h"
+#include "fp8kv/attention.h"
+#include "fp8kv/fp8.h"
+#include "support.h"
+
+namespace fp8kv {
+namespace {
+
+using testing_support::Cuda;
+using testing_support::error_of;
+using testing_support::Sizes;
+using testing_support::Tensor;
+
+enum class Scales { Head, Token };
+
+struct Case {
+  const char* name;
+  std::int64_t heads, kv_heads, head_size, block_size;
+  std::vector<int> lengths;
+  std::vector<int> queries;  // empty: one each
+  std::int64_t num_splits = 0;
+  DType cache = DType::E4M3;
+  Scales scales = Scales::Head;
+  std::int64_t window = 0;
+  bool hnd = false;
+  std::int64_t skip = 0;  // elements before the first of query and out
+};
+
+const Case kCases[] = {
+    {"head_64", 8, 2, 64, 16, {1, 17, 200}, {}},
+    {"head_96", 3, 1, 96, 16, {100, 0}, {}},
+    {"head_128", 32, 8, 128, 16, {1000, 33, 2}, {}},
+    {"head_128_hnd", 32, 8, 128, 32, {1000, 33, 2}, {}, 0, DType::E4M3, Scales::Head, 0, true},
+    {"head_128_e5m2", 32, 8, 128, 16, {70}, {}, 0, DType::E5M2},
+    {"head_192", 4, 4, 192, 16, {70, 300}, {}},
+    {"head_256", 8, 1, 256, 64, {70, 300}, {}},
+    {"one_part", 32, 8, 128, 16, {1000, 33, 2}, {}, 1},
+    {"five_parts", 32, 8, 128, 16, {1000, 33, 2}, {}, 5},
+    {"columns_16", 16, 4, 128, 16, {300, 5}, {4, 2}},
+    {"columns_32", 16, 4, 128, 16, {300, 50}, {8, 8}},
+    {"columns_64", 32, 4, 128, 16, {300, 50}, {8, 8}},
+    {"columns_64_of_256", 32, 4, 256, 16, {300, 50}, {8, 8}},
+    {"prompts", 8, 2, 64, 16, {100, 37, 5}, {100, 20, 7}},
+    {"window", 8, 2, 128, 16, {1000, 37}, {3, 1}, 0, DType::E4M3, Scales::Head, 50},
+    {"scales_of_tokens", 8, 2, 128, 16, {500, 37}, {}, 0, DType::E4M3, Scales::Token},
+    {"scales_of_tokens_64", 8, 2, 64, 16, {500, 37}, {5, 5}, 3, DType::E5M2, Scales::Token},
+    {"misaligned", 8, 2, 128, 16, {100, 37}, {}, 0, DType::E4M3, Scales::Head, 0, false, 1},
+    {"blocks_of_7", 6, 3, 80, 7, {100, 37}, {2, 1}},
+    {"plain", 6, 3, 40, 7, {100, 37}, {}, 0, DType::BFloat16},
+    {"no_sequences", 8, 2, 128, 16, {}, {}},
+};
+
+struct Problem {
+  explicit Problem(const Case& c) : c(c) {
+    for (std::size_t s = 0; s < c.lengths.size(); ++s) rows += c.queries.empty() ? 1 : c.queries[s];
+    for (int length : c.lengths) max_blocks = std::max<std::int64_t>(max_blocks, (length + c.block_size - 1) / c.block_size);
+    seqs = static_cast<std::int64_t>(c.lengths.size());
+    blocks = std::max<std::int64_t>(1, seqs * max_blocks);
+  }
+
+  Tensor cache() const {
+    const std::int64_t n = c.block_size, h = c.kv_heads, d = c.head_size;
+    if (c.hnd) return Tensor(c.cache, {blocks, n, h, d}, {n * h * d, d, n * d, 1}, 0);
+    return Tensor(c.cache, {blocks, n, h, d}, {n * h * d, h * d, d, 1}, 0);
+  }
+  Tensor heads(DType dtype) const {
+    return Tensor(dtype, {rows, c.heads, c.head_size}, {c.heads * c.head_size, c.head_size, 1}, c.skip);
+  }
+  Tensor scale() const {
+    if (c.scales == Scales::Head) return Tensor(DType::Float32, {c.kv_heads}, {1}, 0);
+    return Tensor(DType::Float32, {blocks, c.block_size, c.kv_heads}, {c.block_size * c.kv_heads, c.kv_heads, 1}, 0);
+  }
+  static Tensor indices(std::int64_t rows, std::int64_t columns = 1) {
+    return Tensor(DType::Int32, {rows, columns}, {columns, 1}, 0);
+  }
+
+  Case c;
+  std::int64_t rows = 0, seqs = 0, max_blocks = 1, blocks = 1;
+  Tensor query = heads(DType::BFloat16), key_cache = cache(), value_cache = cache(), out = heads(DType::Float32);
+  Tensor lse = Tensor(DType::Float32, {rows, c.heads}, {c.heads, 1}, 0);
+  Tensor table = indices(seqs, max_blocks), lengths = indices(1, seqs), sums = indices(1, seqs + 1);
+  Tensor k_scale = scale(), v_scale = scale();
+
+  static TensorView row(TensorView view) {
+    view.sizes[0] = view.sizes[1], view.strides[0] = view.strides[1], view.ndim = 1;
+    return view;
+  }
+
+  template <class At>
+  PagedAttention at(const At& at) {
+    PagedAttention p{.query = at(query),
+                     .key_cache = at(key_cache),
+                     .value_cache = at(value_cache),
+                     .out = at(out),
+                     .block_table = at(table),
+                     .seq_lens = row(at(lengths)),
+                     .k_scale = at(k_scale),
+                     .v_scale = at(v_scale),
+                     .softmax_scale = 1.0f / std::sqrt(static_cast<float>(c.head_size)),
+                     .sliding_window = c.window,
+                     .lse = at(lse),
+                     .num_splits = c.num_splits};
+    if (!c.queries.empty())
+      p.cu_query_lens = row(at(sums)), p.max_query_len = *std::max_element(c.queries.begin(), c.queries.end());
+    return p;
+  }
+  PagedAttention on_host() {
+    return at([](Tensor& t) { return t.on_host(); });
+  }
+  PagedAttention on_device() {
+    return at([](Tensor& t) { return t.on_device(); });
+  }
+  void upload() {
+    for (Tensor* t : {&query, &key_cache, &value_cache, &out, &lse, &table, &lengths, &sums, &k_scale, &v_scale}) t->upload();
+  }
+};
+
+template <class T>
+T* values(Tensor& tensor) {
+  return reinterpret_cast<T*>(tensor.bytes().data());
+}
+
+class CudaAttention : public Cuda, public testing::WithParamInterface<Case> {
+ protected:
+  // Values of magnitude up to about 2, scales about 1, a table of distinct blocks.
+  void fill(Problem& p) {
+    std::uniform_real_distribution<float> real(-2.0f, 2.0f), positive(0.5f, 1.5f);
+    for (Tensor* t : {&p.query, &p.key_cache, &p.value_cache}) {
+      const TensorView view = t->on_host();
+      for (std::size_t i = 0; i < t->bytes().size() / size_of(view.dtype); ++i) {
+        const float x = real(random);
+        switch (view.dtype) {
+          case DType::BFloat16: values<BFloat16>(*t)[i] = from_float<BFloat16>(x); break;
+          case DType::E4M3: values<E4M3>(*t)[i] = encode<E4M3>(x); break;
+          default: values<E5M2>(*t)[i] = encode<E5M2>(x);
+        }
+      }
+    }
+    for (Tensor* t : {&p.k_scale, &p.v_scale})
+      for (std::size_t i = 0; i < t->bytes().size() / 4; ++i) values<float>(*t)[i] = positive(random);
+    std::vector<int> blocks(p.blocks);
+    for (int i = 0; i < p.blocks; ++i) blocks[i] = i;
+    std::shuffle(blocks.begin(), blocks.end(), random);
+    for (std::int64_t i = 0; i < p.seqs * p.max_blocks; ++i) values<int>(p.table)[i] = blocks[i];
+    values<int>(p.sums)[0] = 0;
+    for (std::int64_t s = 0; s < p.seqs; ++s) {
+      values<int>(p.lengths)[s] = p.c.lengths[s];
+      values<int>(p.sums)[s + 1] = values<int>(p.sums)[s] + (p.c.queries.empty() ? 1 : p.c.queries[s]);
+    }
+  }
+
+  // With a workspace of exactly the size it needs, of any contents.
+  static void run(PagedAttention problem) {
+    const std::int64_t size = cuda::workspace_size(problem);
+    Tensor workspace(DType::UInt8, {size}, {1}, 0);
+    workspace.upload();
+    if (size > 0) problem.workspace = workspace.on_device();
+    cuda::run(problem);
+    testing_support::check(cudaDeviceSynchronize());
+  }
+
+  static void expect_near(Tensor& tensor, float tolerance, const char* what) {
+    const std::vector<unsigned char> downloaded = tensor.download();
+    const float* actual = reinterpret_cast<const float*>(downloaded.data());
+    const float* expected = values<float>(tensor);
+    for (std::size_t i = 0; i < downloaded.size() / 4; ++i)
+      ASSERT_TRUE(actual[i] == expected[i] || std::abs(actual[i] - expected[i]) <= tolerance)
+          << what << " " << i << ": expected " << expected[i] << ", got " << actual[i];
+  }
+};
+
+// Both are within 2^-8 of the largest value, 3, of the exact result.
+TEST_P(CudaAttention, GivesTheResultOfTheCpu) {
+  Problem p(GetParam());
+  fill(p);
+  p.upload();
+  run(p.on_device());
+  cpu::run(p.on_host());
+  expect_near(p.out, 0x1p-7f * 3.0f, "out");
+  expect_near(p.lse, 4e-3f, "lse");
+}
+
+TEST_P(CudaAttention, GivesTheSameBitsAgain) {
+  Problem p(GetParam());
+  fill(p);
+  p.upload();
+  run(p.on_device());
+  p.out.bytes() = p.out.download(), p.lse.bytes() = p.lse.download();
+  run(p.on_device());
+  expect_same(p.out, "out");
+  expect_same(p.lse, "lse");
+}
+
+// Index tensors and values of any contents: whatever they say, nothing else is touched.
+TEST_P(CudaAttention, SurvivesNonsense) {
+  Problem p(GetParam());
+  for (int round = 0; round < 4; ++round) {
+    fill(p);
+    for (Tensor* t : {&p.query, &p.key_cache, &p.value_cache, &p.k_scale, &p.v_scale}) fill_reals(*t);
+    for (Tensor* t : {&p.table, &p.lengths, &p.sums})
+      for (std::size_t i = 0; i < t->bytes().size() / 4; ++i)
+        values<int>(*t)[i] = round % 2 ? static_cast<int>(random() % 200) - 20 : static_cast<int>(random());
+    p.upload();
+    run(p.on_device());
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, CudaAttention, testing::ValuesIn(kCases),
+                         [](const auto& info) { return std::string(info.param.name); });
+
+class CudaAttentionWorkspace : public CudaAttention {};
+
+TEST_F(CudaAttentionWorkspace, TooSmallIsRefused) {
+  Problem p(kCases[2]);
+  fill(p);
+  p.upload();
+  PagedAttention problem = p.on_device();
+  const std::int64_t size = cuda::workspace_size(problem);
+  ASSERT_GT(size, 0);
+  const std::string expected =
+      "fp8kv::paged_attention: workspace must have at least " + std::to_string(size) + " bytes, aligned to 16, got ";
+  EXPECT_EQ(error_of([&] { cuda::run(problem); }), expected + "None");
+  Tensor workspace(DType::UInt8, {size + 8}, {1}, 0);
+  problem.workspace = workspace.on_device();
+  problem.workspace->sizes[0] = size - 1;
+  EXPECT_EQ(error_of([&] { cuda::run(problem); }), expected + std::to_string(size - 1) + " bytes");
+  problem.workspace->sizes[0] = size;
+  problem.workspace->data = static_cast<char*>(problem.workspace->data) + 8;
+  EXPECT_EQ(error_of([&] { cuda::run(problem); }), expected + "an address that is not");
+  expect_same(p.out, "out");
+}
+
+}  // namespace
+}  // namespace fp8kv

@@ -1,0 +1,233 @@
+// Plans of attention: which kernel, how many columns a block takes, how the work is divided, and what workspace that needs.
+#include <gtest/gtest.h>
+
+#include "core/attention_memory.h"
+#include "plan_support.h"
+
+namespace fp8kv::core {
+namespace {
+
+using namespace testing_support;
+
+// Caches of E4M3 in blocks, one query per sequence.
+struct Shape {
+  std::int64_t seqs = 4, max_len = 1024, heads = 32, kv_heads = 8, head_size = 128, block_size = 16;
+  std::int64_t queries = 1;  // of each sequence; more than 1: with cu_query_lens
+  std::int64_t num_splits = 0;
+};
+
+PagedAttention problem_of(const Shape& s) {
+  const std::int64_t rows = s.seqs * s.queries, max_blocks = s.max_len / s.block_size;
+  const auto cache = [&](int number) {
+    return contiguous(address(number), DType::E4M3, {s.seqs * max_blocks, s.block_size, s.kv_heads, s.head_size});
+  };
+  PagedAttention p{.query = contiguous(address(1), DType::BFloat16, {rows, s.heads, s.head_size}),
+                   .key_cache = cache(2),
+                   .value_cache = cache(3),
+                   .out = contiguous(address(4), DType::BFloat16, {rows, s.heads, s.head_size}),
+                   .block_table = contiguous(address(5), DType::Int32, {s.seqs, max_blocks}),
+                   .seq_lens = contiguous(address(6), DType::Int32, {s.seqs}),
+                   .k_scale = contiguous(address(7), DType::Float32, {s.kv_heads}),
+                   .v_scale = contiguous(address(8), DType::Float32, {1}),
+                   .num_splits = s.num_splits};
+  if (s.queries > 1) p.cu_query_lens = contiguous(address(9), DType::Int32, {s.seqs + 1}), p.max_query_len = s.queries;
+  return p;
+}
+
+AttentionPlan plan_of(const PagedAttention& p, const DeviceLimits& limits = kLimits) {
+  return plan_attention(lower(p), limits);
+}
+AttentionPlan plan_of(const Shape& s, const DeviceLimits& limits = kLimits) { return plan_of(problem_of(s), limits); }
+
+DeviceLimits with_shared_memory(int bytes) {
+  DeviceLimits limits = kLimits;
+  limits.shared_memory = bytes;
+  return limits;
+}
+
+// --- Which kernel --------------------------------
+
+TEST(PlanAttention, TilesForUsualHeadAndBlockSizes) {
+  for (std::int64_t head_size : {64, 96, 128, 192, 256})
+    for (std::int64_t block_size : {16, 32, 48, 256})
+      EXPECT_EQ(plan_of({.head_size = head_size, .block_size = block_size}).kernel, AttentionKernel::Tiled)
+          << head_size << " " << block_size;
+}
+
+TEST(PlanAttention, AnythingElseIsGeneric) {
+  const auto is_generic = [](auto change) {
+    PagedAttention p = problem_of({});
+    change(p);
+    return plan_of(p).kernel == AttentionKernel::Generic;
+  };
+  EXPECT_FALSE(is_generic([](auto&) {}));
+  EXPECT_TRUE(plan_of({.head_size = 80}).kernel == AttentionKernel::Generic);
+  EXPECT_TRUE(plan_of({.block_size = 8}).kernel == AttentionKernel::Generic);
+  EXPECT_TRUE(is_generic([](auto& p) { p.key_cache.dtype = p.value_cache.dtype = DType::BFloat16; }));
+  EXPECT_TRUE(is_generic([](auto& p) { p.key_cache.data = address(2, 8); }));
+  EXPECT_TRUE(is_generic([](auto& p) { p.value_cache.strides[1] += 8; }));
+  EXPECT_TRUE(is_generic([](auto& p) { p.query.data = address(1, 2); }));
+  EXPECT_TRUE(is_generic([](auto& p) { p.query.strides[0] += 4; }));
+  EXPECT_TRUE(is_generic([](auto& p) { p.query.strides[2] = 2, p.query.strides[1] *= 2, p.query.strides[0] *= 2; }));
+}
+
+TEST(PlanAttention, StridesOfDimensionsOfOneDontMatter) {
+  PagedAttention p = problem_of({.seqs = 1, .heads = 4, .kv_heads = 1});
+  p.key_cache.strides[2] = 3, p.query.strides[0] = 5;
+  EXPECT_EQ(plan_of(p).kernel, AttentionKernel::Tiled);
+}
+
+TEST(PlanAttention, OutIsWrittenInVectorsWhereItCanBe) {
+  PagedAttention p = problem_of({});
+  EXPECT_TRUE(plan_of(p).out_vectors);
+  p.out.data = address(4, 2);
+  EXPECT_FALSE(plan_of(p).out_vectors);
+  p = problem_of({});
+  p.out.strides[0] += 2;
+  EXPECT_FALSE(plan_of(p).out_vectors);
+}
+
+TEST(PlanAttention, GenericBlocksAreRowsTimesHeads) {
+  const AttentionPlan plan = plan_of({.head_size = 80});
+  EXPECT_EQ(plan.blocks, 4 * 32);
+  EXPECT_EQ(plan.warps, 4);
+  EXPECT_EQ(plan.shared_memory, 5 * 80 * 4);
+  EXPECT_EQ(plan.workspace_size, 0);
+  EXPECT_EQ(plan_of({.head_size = 4000}).warps, 2);
+}
+
+// --- Columns --------------------------------
+
+struct Columns {
+  std::int64_t heads, kv_heads, queries, head_size;
+  int column_tiles, column_warps;
+};
+
+TEST(PlanAttention, AllColumnsOfAKvHeadInOneBlockUpTo64) {
+  for (const Columns& c :
+       {Columns{8, 8, 1, 128, 1, 1}, Columns{64, 8, 1, 128, 1, 1}, Columns{72, 8, 1, 128, 2, 1}, Columns{32, 2, 1, 256, 2, 1},
+        Columns{32, 8, 2, 128, 1, 1}, Columns{32, 8, 4, 128, 2, 1}, Columns{32, 8, 8, 128, 4, 1}, Columns{64, 8, 8, 128, 4, 2},
+        Columns{64, 8, 8, 256, 2, 4}, Columns{32, 8, 8, 192, 2, 2}, Columns{32, 8, 100, 64, 4, 2}}) {
+    const AttentionPlan plan =
+        plan_of({.heads = c.heads, .kv_heads = c.kv_heads, .head_size = c.head_size, .queries = c.queries});
+    EXPECT_EQ(plan.column_tiles, c.column_tiles) << c.heads << " " << c.queries << " " << c.head_size;
+    EXPECT_EQ(plan.column_warps, c.column_warps) << c.heads << " " << c.queries << " " << c.head_size;
+    EXPECT_EQ(plan.columns, 8 * c.column_tiles * c.column_warps);
+  }
+}
+
+TEST(PlanAttention, SharedMemoryFitsEveryDevice) {
+  for (int bytes : {100 * 1024, 164 * 1024, 228 * 1024})
+    for (std::int64_t head_size : {64, 96, 128, 192, 256})
+      for (std::int64_t queries : {1, 2, 4, 8})
+        for (bool per_token : {false, true}) {
+          PagedAttention p = problem_of({.head_size = head_size, .queries = queries});
+          if (per_token) p.k_scale = contiguous(address(7), DType::Float32, {4 * 64, 16, 8});
+          const AttentionPlan plan = plan_of(p, with_shared_memory(bytes));
+          const AttentionMemory memory(static_cast<int>(head_size), plan.column_tiles, per_token, plan.warps,
+                                       plan.heads * plan.columns);
+          EXPECT_EQ(plan.shared_memory, memory.size);
+          EXPECT_LE(plan.shared_memory, bytes - 1024);
+          EXPECT_GE(plan.warps, 4);
+          EXPECT_EQ(plan.warps % plan.column_warps, 0);
+        }
+}
+
+// --- How the work is divided --------------------------------
+
+TEST(PlanAttention, BlocksFillTheDeviceWhereThereIsEnoughToDo) {
+  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192}).blocks, 2 * kMultiprocessors);
+  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192, .head_size = 256}).blocks, kMultiprocessors);
+  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192, .queries = 8}).blocks, kMultiprocessors);
+  // 8 KV heads of 64 tiles, 8 to a block.
+  EXPECT_EQ(plan_of({.seqs = 1, .max_len = 1024}).blocks, 64);
+}
+
+TEST(PlanAttention, KvHeadsShareABlockWhereThereIsMuchToDo) {
+  EXPECT_EQ(plan_of({.seqs = 8, .max_len = 8192}).heads, 1);
+  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192}).heads, 2);
+  const AttentionPlan plan = plan_of({.seqs = 64, .max_len = 8192});
+  EXPECT_EQ(plan.heads, 8);
+  EXPECT_EQ(plan.head_groups, 1);
+  EXPECT_EQ(plan_of({.seqs = 512, .max_len = 8192, .heads = 12, .kv_heads = 6}).heads, 2);
+  EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192, .num_splits = 1}).heads, 1);
+}
+
+TEST(PlanAttention, AWindowBoundsTheTiles) {
+  PagedAttention p = problem_of({.seqs = 1, .max_len = 131072});
+  p.sliding_window = 128;
+  EXPECT_EQ(plan_of(p).blocks, 8 * 10 / 8);
+}
+
+TEST(PlanAttention, OnePartNeedsNoWorkspaceAndDependsOnNoBound) {
+  const AttentionPlan one = plan_of(Shape{.num_splits = 1});
+  EXPECT_EQ(one.workspace_size, 0);
+  EXPECT_EQ(one.merge_blocks, 0);
+  EXPECT_EQ(one.blocks, 4 * 8);
+  const AttentionPlan other = plan_of({.seqs = 100, .max_len = 65536, .queries = 7, .num_splits = 1});
+  EXPECT_EQ(other.warps, one.warps);
+  EXPECT_EQ(other.heads, one.heads);
+  EXPECT_EQ(other.columns, one.columns);
+  EXPECT_EQ(other.column_warps, one.column_warps);
+}
+
+TEST(PlanAttention, PartsAreItemsTimesSplits) {
+  const AttentionPlan plan = plan_of(Shape{.num_splits = 3});
+  EXPECT_EQ(plan.parts, 3);
+  EXPECT_EQ(plan.blocks, 4 * 8 * 3);
+  EXPECT_EQ(plan.slots, 4 * 8 * 3);
+  EXPECT_EQ(plan.merge_blocks, 4 * 8);
+  EXPECT_EQ(plan.workspace_size, plan.slots * plan.columns * (128 + 4) * 4);
+  EXPECT_EQ(plan_of({.max_len = 64, .num_splits = 1000}).parts, 4) << "no more parts than tiles";
+}
+
+TEST(PlanAttention, TwoSlotsPerBlock) {
+  const AttentionPlan plan = plan_of({.seqs = 8, .max_len = 8192});
+  EXPECT_EQ(plan.slots, 2 * plan.blocks);
+  EXPECT_EQ(plan.merge_blocks, plan.blocks);
+  EXPECT_EQ(plan.workspace_size, plan.slots * 8 * (128 + 4) * 4);
+}
+
+// fp8kv.attention_workspace_size, which allocates before there is a plan.
+std::int64_t upper_bound(const Shape& s, int multiprocessors) {
+  if (s.num_splits == 1) return 0;
+  const std::int64_t bytes_per_column = 4 * (s.head_size + 4), group = s.heads / s.kv_heads, rows = s.seqs * s.queries;
+  if (s.num_splits == 0) return 2 * multiprocessors * (s.head_size <= 128 ? 2 : 1) * 64 * bytes_per_column;
+  std::int64_t columns = 8;
+  while (columns < std::min<std::int64_t>(64, group * s.queries)) columns *= 2;
+  const std::int64_t by_length = s.seqs * ceil_div(group * s.queries, columns), by_rows = s.seqs + rows * group / columns;
+  return std::min(by_length, by_rows) * s.kv_heads * s.num_splits * columns * bytes_per_column;
+}
+
+TEST(PlanAttention, NeedsNoMoreThanTheUpperBound) {
+  for (int bytes : {100 * 1024, 228 * 1024})
+    for (std::int64_t seqs : {1, 7, 300})
+      for (auto [heads, kv_heads] : {std::pair{32, 8}, {8, 8}, {36, 4}, {64, 1}, {10, 5}})
+        for (std::int64_t head_size : {64, 96, 128, 192, 256})
+          for (std::int64_t queries : {1, 2, 3, 8, 100})
+            for (std::int64_t num_splits : {0, 1, 2, 5}) {
+              const Shape s{seqs, 4096, heads, kv_heads, head_size, 16, queries, num_splits};
+              const AttentionPlan plan = plan_of(s, with_shared_memory(bytes));
+              ASSERT_EQ(plan.kernel, AttentionKernel::Tiled);
+              EXPECT_LE(plan.workspace_size, upper_bound(s, kMultiprocessors))
+                  << seqs << " " << heads << " " << kv_heads << " " << head_size << " " << queries << " " << num_splits;
+            }
+}
+
+TEST(PlanAttention, OneBlockMergesNothing) {
+  const AttentionPlan plan = plan_of({.seqs = 1, .max_len = 16, .heads = 4, .kv_heads = 1});
+  EXPECT_EQ(plan.blocks, 1);
+  EXPECT_EQ(plan.workspace_size, 0);
+}
+
+TEST(PlanAttention, MoreUnitsThan31BitsAreNotShared) {
+  PagedAttention p = problem_of({.seqs = 1 << 16, .max_len = 16});
+  EXPECT_EQ(plan_of(p).parts, 0);
+  p.block_table.sizes[1] = 1 << 20;
+  const AttentionPlan plan = plan_of(p);
+  EXPECT_EQ(plan.parts, 1);
+  EXPECT_EQ(plan.blocks, 8 << 16);
+}
+
+}  // namespace
+}  // namespace fp8kv::core
