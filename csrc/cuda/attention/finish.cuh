@@ -59,8 +59,10 @@ __device__ __forceinline__ int exponent_of(float x) { return static_cast<int>(__
 struct PowerOfTwo {
   float first, second;
 
-  __device__ explicit PowerOfTwo(int exponent)
-      : first(__uint_as_float((exponent / 2 + 127u) << 23)), second(__uint_as_float((exponent - exponent / 2 + 127u) << 23)) {}
+  __device__ explicit PowerOfTwo(int exponent) {
+    first = __uint_as_float((exponent / 2 + 127u) << 23);
+    second = __uint_as_float((exponent - exponent / 2 + 127u) << 23);
+  }
 
   __device__ float times(float x) const { return x * first * second; }
 };
