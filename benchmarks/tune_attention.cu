@@ -35,7 +35,7 @@ T* device_copy(const std::vector<T>& host) {
   return data;
 }
 
-void launch(const core::AttentionLayout& l, const AttentionPlan& plan, void* workspace, cudaStream_t stream) {
+void launch(const core::AttentionLayout& l, const AttentionPlan& plan, void* workspace, cudaStream_t stream, bool merge = true) {
   switch (l.head_size) {
     case 64: cuda::attention::launch_tiled<64>(l, plan, workspace, stream); break;
     case 96: cuda::attention::launch_tiled<96>(l, plan, workspace, stream); break;
@@ -43,7 +43,7 @@ void launch(const core::AttentionLayout& l, const AttentionPlan& plan, void* wor
     case 192: cuda::attention::launch_tiled<192>(l, plan, workspace, stream); break;
     default: cuda::attention::launch_tiled<256>(l, plan, workspace, stream);
   }
-  if (plan.slots > 0) cuda::attention::launch_merge(l, plan, workspace, stream);
+  if (plan.slots > 0 && merge) cuda::attention::launch_merge(l, plan, workspace, stream);
 }
 
 // Median microseconds of one call.
@@ -160,6 +160,10 @@ int main(int argc, char** argv) {
                 long(plan.least_units), us, 100 * floor / us);
   };
   run(chosen, "chosen");
+  if (chosen.slots > 0) {
+    const double us = time_of(calls, [&](int i, cudaStream_t s) { launch(layouts[i % copies], chosen, workspace, s, false); });
+    std::printf("  without the merging kernel: %.2f us\n", us);
+  }
   const auto with = [&](int heads, std::int64_t blocks_wanted, std::int64_t least, std::int64_t parts) {
     AttentionPlan plan = chosen;
     plan.heads = heads, plan.head_groups = KV / heads, plan.parts = parts, plan.least_units = least;
@@ -168,20 +172,24 @@ int main(int argc, char** argv) {
     const std::int64_t items = B * plan.head_groups * ((L * H / KV + plan.columns - 1) / plan.columns);
     plan.blocks = parts == 0 ? blocks_wanted : items * parts;
     plan.slots = parts == 1 ? 0 : parts == 0 ? 2 * plan.blocks : items * parts;
-    plan.merge_blocks = plan.slots == 0 ? 0 : parts == 0 ? plan.blocks : std::min<std::int64_t>(items, 2048);
+    plan.merges = plan.slots == 0 ? 0 : parts == 0 ? plan.blocks : items;
+    const std::int64_t parts_of_item = parts == 0 ? plan.blocks / items + 1 : parts;
+    for (plan.merge_sharers = 1; plan.merge_sharers < 8 && 4 * plan.merge_sharers < parts_of_item;) plan.merge_sharers *= 2;
     plan.workspace_size = plan.slots * plan.heads * plan.columns * (D + 4) * 4;
     return plan;
   };
+  const std::int64_t sms = limits.multiprocessors;
   for (int heads : {1, 2, 4, 8}) {
     if (KV % heads || heads > chosen.warps || (heads > 1 && chosen.columns > 8)) continue;
-    for (std::int64_t n : {66, 132, 198, 264, 396})
-      for (std::int64_t least : {2, 4, 8, 16, 32}) {
-        if (least != 8 && B * N * KV > 400000) continue;
+    const std::int64_t one_round = chosen.warps / heads, tiles = B * N / bs * (KV / heads);
+    for (std::int64_t n : {sms, 2 * sms})
+      for (std::int64_t least : {one_round, 2 * one_round, 4 * one_round}) {
+        if (least > one_round && tiles / n > least) continue;
         run(with(heads, n, least, 0), "share");
       }
     for (std::int64_t parts : {1, 2, 4, 8, 16, 32}) {
       const AttentionPlan plan = with(heads, 0, 1, parts);
-      if (plan.blocks > 8192 || plan.workspace_size > (256 << 20)) continue;
+      if (plan.blocks > 6 * sms || plan.workspace_size > (256 << 20) || (parts > 1 && plan.blocks < sms / 4)) continue;
       run(plan, "parts");
     }
   }

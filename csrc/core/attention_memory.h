@@ -10,24 +10,26 @@ inline constexpr int kTile = 16;       // neighboring positions of a sequence, w
 inline constexpr int kRingTiles = 3;   // that a warp has in shared memory
 inline constexpr int kColumnTile = 8;  // columns of a matrix product
 
-// A tile: rows of K, rows of V, the scales of its positions where each has its own, and whether it exists. Rows of V are padded
-// where their chunks of 16 bytes can't be permuted to keep lanes off each other's banks.
+// A tile: rows of K, rows of V, and the scales of its positions where each has its own. Rows of V are padded so
+// that their chunks of 16 bytes can be permuted to keep lanes off each other's banks. Tiles are aligned to 128 bytes: where a
+// copy divides a sector of 32 bytes in two, it is read from the L2 cache twice.
 struct TileBytes {
-  int key_pitch, value_pitch, values, scales, missing, size;
+  int key_pitch, value_pitch, values, scales, size;
 
   constexpr TileBytes(int head_size, bool per_token)
       : key_pitch(head_size),
-        value_pitch((head_size & (head_size - 1)) == 0 ? head_size : head_size + 16),
+        value_pitch(head_size <= 64 ? head_size : (head_size + 127) / 128 * 128),
         values(kTile * key_pitch),
         scales(values + kTile * value_pitch),
-        missing(scales + (per_token ? 2 * kTile * 4 : 0)),
-        size(missing + 16) {}
+        size((scales + (per_token ? 2 * kTile * 4 : 0) + 127) / 128 * 128) {}
 };
 
 // The rings of all warps, and at the end of an item the sums of all warps in their place; a maximum and a sum for each column
-// of a warp; a factor and a base for each column of the block; and where a warp has several column tiles, the queries.
+// of a warp; a factor and a base for each column of the block; where a warp has several column tiles, the queries; for each
+// tile of the rings, whether the cache has it; and what the block does.
 struct AttentionMemory {
-  int sums_pitch, softmax, scales, queries, size;
+  static constexpr int kWorkBytes = 128;
+  int sums_pitch, softmax, scales, queries, missing, work, size;
 
   // `columns`: of the block, over all of its KV heads.
   constexpr AttentionMemory(int head_size, int column_tiles, bool per_token, int warps, int columns)
@@ -36,7 +38,9 @@ struct AttentionMemory {
                          warps * column_tiles * kColumnTile * sums_pitch)),
         scales(softmax + warps * column_tiles * kColumnTile * 8),
         queries(scales + columns * 8),
-        size(queries + (column_tiles > 1 ? columns * head_size * 2 : 0)) {}
+        missing(queries + (column_tiles > 1 ? columns * head_size * 2 : 0)),
+        work(missing + warps * kRingTiles * 4),
+        size(work + kWorkBytes) {}
 };
 
 }  // namespace fp8kv::core

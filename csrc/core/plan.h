@@ -212,14 +212,14 @@ struct AttentionPlan {
   int column_tiles = 1;             // per warp: 1, 2 or 4
   int column_warps = 1;             // 1, 2 or 4
   int columns = 8;                  // per block and KV head
-  bool out_vectors = false;         // the output can be written in aligned vectors of 4 elements
   int shared_memory = 0;            // bytes per block
   std::int64_t head_groups = 1;     // of `heads` KV heads
   std::int64_t blocks = 0;          // that are launched
   std::int64_t parts = 0;           // that the tiles of an item are divided into; 0: the blocks share all tiles equally
   std::int64_t least_units = 1;     // parts == 0: tiles that are worth a block
   std::int64_t slots = 0;           // partial results in the workspace; 0: no item is divided
-  std::int64_t merge_blocks = 0;    // of the kernel that merges them
+  std::int64_t merges = 0;          // divided items at most
+  int merge_sharers = 1;            // warps that merge the parts of a column: 1, 2, 4 or 8
   std::int64_t workspace_size = 0;  // bytes
 };
 

@@ -17,7 +17,16 @@ bool is_tiled_head_size(std::int64_t size) { return size == 64 || size == 96 || 
 // Every row of a head can be copied in aligned chunks of 16 bytes.
 bool chunks_aligned(const AttentionLayout& l, const PagedView& view) {
   const auto fits = [](std::int64_t stride, std::int64_t size) { return stride % 16 == 0 || size == 1; };
-  return view.dim == 1 && reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0 && fits(view.block, l.num_blocks) &&
+  // Strides count in 31 bits, as do positions of rows in a block.
+  const auto counts = [&] {
+    std::int64_t sum = 0;
+    for (const auto& [stride, size] : {std::pair{view.block, std::int64_t{1}}, {view.offset, l.block_size}, {view.head, l.num_kv_heads}}) {
+      if (std::abs(stride) >= kMaxChunk / size) return false;
+      sum += std::abs(stride) * size;
+    }
+    return sum < kMaxChunk;
+  };
+  return view.dim == 1 && counts() && reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0 && fits(view.block, l.num_blocks) &&
          fits(view.offset, l.block_size) && fits(view.head, l.num_kv_heads);
 }
 
@@ -27,14 +36,8 @@ bool query_vecs_aligned(const AttentionLayout& l) {
          fits(l.query.head, l.num_heads);
 }
 
-bool out_vecs_aligned(const AttentionLayout& l) {
-  const auto fits = [](std::int64_t stride, std::int64_t size) { return stride % 4 == 0 || size == 1; };
-  return l.out.dim == 1 && reinterpret_cast<std::uintptr_t>(l.out.data) % (4 * size_of(l.out_dtype)) == 0 &&
-         fits(l.out.token, l.num_rows) && fits(l.out.head, l.num_heads);
-}
-
 bool fits_tiles(const AttentionLayout& l) {
-  return is_fp8(l.cache_dtype) && is_tiled_head_size(l.head_size) && l.block_size % kTile == 0 &&
+  return is_quantized(l.cache_dtype) && is_tiled_head_size(l.head_size) && l.block_size % kTile == 0 &&
          chunks_aligned(l, l.key_cache) && chunks_aligned(l, l.value_cache) && query_vecs_aligned(l) &&
          l.num_rows < kMaxChunk / l.heads_per_kv_head() && l.num_blocks < kMaxChunk && l.num_seqs < kMaxChunk;
 }
@@ -104,6 +107,11 @@ void choose_heads(const AttentionLayout& l, std::int64_t resident_blocks, Attent
   }
 }
 
+// Warps for the parts of an item; each has a few at a time.
+int sharers_of(std::int64_t parts) {
+  return static_cast<int>(std::bit_ceil(static_cast<unsigned>(std::clamp<std::int64_t>(ceil_div(parts, 4), 1, 8))));
+}
+
 AttentionPlan plan_generic(const AttentionLayout& l) {
   // As many warps as fit what every kernel may have of shared memory; each has a row of its own.
   constexpr std::int64_t kSharedFloats = 48 * 1024 / sizeof(float) - 64;
@@ -138,19 +146,20 @@ AttentionPlan plan_attention(const AttentionLayout& l, const DeviceLimits& limit
   choose_heads(l, resident(), plan);
   plan.head_groups = l.num_kv_heads / plan.heads;
   plan.shared_memory = memory_of(l, plan);
-  plan.out_vectors = out_vecs_aligned(l);
 
   const std::int64_t items = max_items(l, plan, l.max_query_len);
   if (plan.parts == 0) {
     plan.least_units = plan.warps / plan.heads;
     plan.blocks = std::min(resident(), ceil_div(items * max_tiles(l), plan.least_units));
     plan.slots = plan.blocks > 1 ? 2 * plan.blocks : 0;
-    plan.merge_blocks = plan.slots > 0 ? plan.blocks : 0;
+    plan.merges = plan.slots > 0 ? plan.blocks : 0;
+    plan.merge_sharers = sharers_of(plan.blocks / items + 1);
   } else {
     plan.parts = std::max<std::int64_t>(1, std::min(plan.parts, kMaxSlots / items));
     plan.blocks = std::min<std::int64_t>(items * plan.parts, INT32_MAX);
     plan.slots = plan.parts > 1 ? items * plan.parts : 0;
-    plan.merge_blocks = plan.slots > 0 ? std::min<std::int64_t>(items, 2048) : 0;
+    plan.merges = plan.slots > 0 ? items : 0;
+    plan.merge_sharers = sharers_of(plan.parts);
   }
   plan.workspace_size = plan.slots * plan.heads * plan.columns * (l.head_size + 4) * 4;
   return plan;

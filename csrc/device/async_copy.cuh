@@ -11,9 +11,8 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* p) {
 }
 
 // 16 bytes, of which the first `bytes` are read and the others become zero. Both addresses are aligned to 16.
-__device__ __forceinline__ void copy16_async(void* shared, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
-               : "memory");
+__device__ __forceinline__ void copy16_async(std::uint32_t shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
 // Likewise 4 bytes.

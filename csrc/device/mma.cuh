@@ -6,8 +6,8 @@
 
 namespace fp8kv::device {
 
-// Two bytes of a quantized type, the lower or the upper ones of a word, to two fp16 values. Exact: every value of E4M3 and E5M2
-// is one of fp16.
+// Two bytes of a quantized type, the lower or the upper ones of a word, to two fp16 values. Exact: every value of E4M3, E5M2 and
+// Int8 is one of fp16.
 template <class Fp8, bool kUpper>
 __device__ __forceinline__ std::uint32_t halves_of(std::uint32_t word);
 
@@ -46,9 +46,27 @@ __device__ __forceinline__ std::uint32_t halves_of<E4M3, true>(std::uint32_t wor
   return halves_of_e4m3<true>(word);
 }
 
+// With its sign bit inverted, an integer is itself plus 128; behind the byte 0x64 it is that plus 1024.
+template <bool kUpper>
+__device__ __forceinline__ std::uint32_t halves_of_int8(std::uint32_t word) {
+  const std::uint32_t biased = __byte_perm(word ^ 0x80808080u, 0x64646464u, kUpper ? 0x4342 : 0x4140);
+  const __half2 halves =
+      __hsub2(*reinterpret_cast<const __half2*>(&biased), __half2half2(__ushort_as_half(0x6480)));  // 1024 + 128
+  return *reinterpret_cast<const std::uint32_t*>(&halves);
+}
+template <>
+__device__ __forceinline__ std::uint32_t halves_of<Int8, false>(std::uint32_t word) {
+  return halves_of_int8<false>(word);
+}
+template <>
+__device__ __forceinline__ std::uint32_t halves_of<Int8, true>(std::uint32_t word) {
+  return halves_of_int8<true>(word);
+}
+
 // Whether any of the four bytes is infinite or NaN.
 template <class Fp8>
 __device__ __forceinline__ bool any_not_finite(std::uint32_t word) {
+  if constexpr (DTypeOf<Fp8>::value == DType::Int8) return false;
   constexpr std::uint32_t kBits = DTypeOf<Fp8>::value == DType::E5M2 ? 0x7c7c7c7cu : 0x7f7f7f7fu;
   return __vcmpeq4(word & kBits, kBits) != 0;
 }

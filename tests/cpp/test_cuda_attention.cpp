@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -60,11 +61,16 @@ const Case kCases[] = {
 };
 
 struct Problem {
-  explicit Problem(const Case& c) : c(c) {
-    for (std::size_t s = 0; s < c.lengths.size(); ++s) rows += c.queries.empty() ? 1 : c.queries[s];
-    for (int length : c.lengths) max_blocks = std::max<std::int64_t>(max_blocks, (length + c.block_size - 1) / c.block_size);
-    seqs = static_cast<std::int64_t>(c.lengths.size());
-    blocks = std::max<std::int64_t>(1, seqs * max_blocks);
+  explicit Problem(const Case& c) : c(c) {}
+
+  static std::int64_t rows_of(const Case& c) {
+    if (c.queries.empty()) return static_cast<std::int64_t>(c.lengths.size());
+    return std::accumulate(c.queries.begin(), c.queries.end(), std::int64_t{0});
+  }
+  static std::int64_t max_blocks_of(const Case& c) {
+    std::int64_t most = 1;
+    for (int length : c.lengths) most = std::max<std::int64_t>(most, (length + c.block_size - 1) / c.block_size);
+    return most;
   }
 
   Tensor cache() const {
@@ -84,7 +90,8 @@ struct Problem {
   }
 
   Case c;
-  std::int64_t rows = 0, seqs = 0, max_blocks = 1, blocks = 1;
+  std::int64_t rows = rows_of(c), seqs = static_cast<std::int64_t>(c.lengths.size()), max_blocks = max_blocks_of(c);
+  std::int64_t blocks = std::max<std::int64_t>(1, seqs * max_blocks);
   Tensor query = heads(DType::BFloat16), key_cache = cache(), value_cache = cache(), out = heads(DType::Float32);
   Tensor lse = Tensor(DType::Float32, {rows, c.heads}, {c.heads, 1}, 0);
   Tensor table = indices(seqs, max_blocks), lengths = indices(1, seqs), sums = indices(1, seqs + 1);

@@ -77,16 +77,6 @@ TEST(PlanAttention, StridesOfDimensionsOfOneDontMatter) {
   EXPECT_EQ(plan_of(p).kernel, AttentionKernel::Tiled);
 }
 
-TEST(PlanAttention, OutIsWrittenInVectorsWhereItCanBe) {
-  PagedAttention p = problem_of({});
-  EXPECT_TRUE(plan_of(p).out_vectors);
-  p.out.data = address(4, 2);
-  EXPECT_FALSE(plan_of(p).out_vectors);
-  p = problem_of({});
-  p.out.strides[0] += 2;
-  EXPECT_FALSE(plan_of(p).out_vectors);
-}
-
 TEST(PlanAttention, GenericBlocksAreRowsTimesHeads) {
   const AttentionPlan plan = plan_of({.head_size = 80});
   EXPECT_EQ(plan.blocks, 4 * 32);
@@ -162,7 +152,7 @@ TEST(PlanAttention, AWindowBoundsTheTiles) {
 TEST(PlanAttention, OnePartNeedsNoWorkspaceAndDependsOnNoBound) {
   const AttentionPlan one = plan_of(Shape{.num_splits = 1});
   EXPECT_EQ(one.workspace_size, 0);
-  EXPECT_EQ(one.merge_blocks, 0);
+  EXPECT_EQ(one.merges, 0);
   EXPECT_EQ(one.blocks, 4 * 8);
   const AttentionPlan other = plan_of({.seqs = 100, .max_len = 65536, .queries = 7, .num_splits = 1});
   EXPECT_EQ(other.warps, one.warps);
@@ -176,7 +166,7 @@ TEST(PlanAttention, PartsAreItemsTimesSplits) {
   EXPECT_EQ(plan.parts, 3);
   EXPECT_EQ(plan.blocks, 4 * 8 * 3);
   EXPECT_EQ(plan.slots, 4 * 8 * 3);
-  EXPECT_EQ(plan.merge_blocks, 4 * 8);
+  EXPECT_EQ(plan.merges, 4 * 8);
   EXPECT_EQ(plan.workspace_size, plan.slots * plan.columns * (128 + 4) * 4);
   EXPECT_EQ(plan_of({.max_len = 64, .num_splits = 1000}).parts, 4) << "no more parts than tiles";
 }
@@ -184,7 +174,7 @@ TEST(PlanAttention, PartsAreItemsTimesSplits) {
 TEST(PlanAttention, TwoSlotsPerBlock) {
   const AttentionPlan plan = plan_of({.seqs = 8, .max_len = 8192});
   EXPECT_EQ(plan.slots, 2 * plan.blocks);
-  EXPECT_EQ(plan.merge_blocks, plan.blocks);
+  EXPECT_EQ(plan.merges, plan.blocks);
   EXPECT_EQ(plan.workspace_size, plan.slots * 8 * (128 + 4) * 4);
 }
 

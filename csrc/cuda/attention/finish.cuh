@@ -1,7 +1,9 @@
-// What is known of a query head after some of its positions, how such partial results are merged, and the end of it: sink, lse,
-// scale and offset of V, the type of the output. Logits are in units of log2(e) here, without what k_offset adds to all of
+// What is known of a query head after some of its positions, and the end of it: sink, lse, scale and offset of V, the type of
+// the output. Logits are in units of log2(e) here, without what k_offset adds to all of
 // them.
 #pragma once
+
+#include <cuda_bf16.h>
 
 #include <cfloat>
 
@@ -21,30 +23,6 @@ struct Softmax {
 
   __device__ bool saw_nothing() const { return sum == 0.0f; }
 };
-
-// What a block does at a time: a sequence, some of its queries, some KV heads, a range of its tiles.
-struct Item {
-  Sequence sequence;
-  int index;         // of the sequence
-  int first_head;    // KV head
-  int first_column;  // of those of the sequence and a KV head
-  int num_columns;
-  Positions tiles;
-  int slot;  // of the workspace; -1: the block has all tiles
-};
-
-// An item of the current sequence by its number, without tiles.
-__device__ __forceinline__ Item item_of(const AttentionLayout& l, const AttentionPlan& plan, const Schedule& schedule,
-                                        unsigned number) {
-  const unsigned column_blocks = schedule.num_items() / static_cast<unsigned>(plan.head_groups);
-  const unsigned head_group = number / column_blocks;
-  Item item{.sequence = schedule.sequence(), .index = schedule.index(), .slot = -1};
-  item.first_head = static_cast<int>(head_group) * plan.heads;
-  item.first_column = static_cast<int>(number - head_group * column_blocks) * plan.columns;
-  const int columns = item.sequence.num_queries * static_cast<int>(l.heads_per_kv_head());
-  item.num_columns = min(plan.columns, columns - item.first_column);
-  return item;
-}
 
 // A query row and head.
 struct Column {
@@ -70,7 +48,7 @@ struct PowerOfTwo {
 __device__ __forceinline__ float load_element(const void* data, DType dtype, std::int64_t i) {
   switch (dtype) {
     case DType::Float32: return static_cast<const float*>(data)[i];
-    case DType::Float16: return decode(static_cast<const Half*>(data)[i]);
+    case DType::Float16: return __half2float(static_cast<const __half*>(data)[i]);
     case DType::BFloat16: return decode(static_cast<const BFloat16*>(data)[i]);
     case DType::E4M3: return decode(static_cast<const E4M3*>(data)[i]);
     default: return decode(static_cast<const E5M2*>(data)[i]);
@@ -79,9 +57,9 @@ __device__ __forceinline__ float load_element(const void* data, DType dtype, std
 
 __device__ __forceinline__ void store_element(void* data, DType dtype, std::int64_t i, float x) {
   switch (dtype) {
-    case DType::Float32: static_cast<float*>(data)[i] = from_float<float>(x); return;
-    case DType::Float16: static_cast<Half*>(data)[i] = from_float<Half>(x); return;
-    default: static_cast<BFloat16*>(data)[i] = from_float<BFloat16>(x);
+    case DType::Float32: static_cast<float*>(data)[i] = x; return;
+    case DType::Float16: static_cast<__half*>(data)[i] = __float2half_rn(x); return;
+    default: static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(x);
   }
 }
 
@@ -89,19 +67,19 @@ __device__ __forceinline__ void store_element(void* data, DType dtype, std::int6
 class Finish {
  public:
   // `base`: what k_offset adds to all logits, in units of log2(e).
-  __device__ Finish(const AttentionLayout& layout, const Column& column, const Softmax& softmax, float base)
-      : layout_(layout), column_(column), kv_head_(column.head / static_cast<int>(layout.heads_per_kv_head())) {
+  __device__ Finish(const AttentionLayout& layout, const Column& column, int kv_head, const Softmax& softmax, float base)
+      : layout_(layout), column_(column), kv_head_(kv_head) {
     const float sink = layout.sinks.data
                            ? load_element(layout.sinks.data, layout.sinks.dtype, column.head * layout.sinks.stride) * kLog2e
                            : -INFINITY;
     const bool has_sink = sink != -INFINITY;
     saw_nothing_ = softmax.saw_nothing();
     const float maximum = saw_nothing_ ? sink - base : has_sink ? fmaxf(softmax.maximum, sink - base) : softmax.maximum;
-    const float kept = saw_nothing_ ? 0.0f : exp2f(softmax.maximum - maximum);
-    const float sum = softmax.sum * kept + (has_sink ? exp2f(sink - base - maximum) : 0.0f);
-    factor_ = kept / sum;
+    const float kept = saw_nothing_ ? 0.0f : device::exp2_approximation(softmax.maximum - maximum);
+    const float sum = softmax.sum * kept + (has_sink ? device::exp2_approximation(sink - base - maximum) : 0.0f);
+    factor_ = __fdividef(kept, sum);
     seen_ = softmax.sum * factor_;
-    lse_ = saw_nothing_ && !has_sink ? -INFINITY : (maximum + log2f(sum) + base) * kLn2;
+    lse_ = saw_nothing_ && !has_sink ? -INFINITY : (maximum + device::log2_approximation(sum) + base) * kLn2;
   }
 
   __device__ void store_lse() const {
@@ -115,23 +93,6 @@ class Finish {
                   value(dim, sum));
   }
 
-  // Elements dim to dim + 3.
-  __device__ void store(std::int64_t dim, const float4& sums, bool vectors) const {
-    const float values[4] = {value(dim, sums.x), value(dim + 1, sums.y), value(dim + 2, sums.z), value(dim + 3, sums.w)};
-    const core::HeadsView& out = layout_.out;
-    const std::int64_t at = column_.row * out.token + column_.head * out.head + dim * out.dim;
-    if (!vectors) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) store_element(out.data, layout_.out_dtype, at + i * out.dim, values[i]);
-    } else if (layout_.out_dtype == DType::Float32) {
-      store_all<float>(at, values);
-    } else if (layout_.out_dtype == DType::Float16) {
-      store_all<Half>(at, values);
-    } else {
-      store_all<BFloat16>(at, values);
-    }
-  }
-
  private:
   __device__ float value(std::int64_t dim, float sum) const {
     if (saw_nothing_) return 0.0f;
@@ -143,40 +104,11 @@ class Finish {
     return x;
   }
 
-  template <class Out>
-  __device__ void store_all(std::int64_t at, const float (&values)[4]) const {
-    struct alignas(4 * sizeof(Out)) Four {
-      Out values[4];
-    };
-    Four four;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) four.values[i] = from_float<Out>(values[i]);
-    *reinterpret_cast<Four*>(static_cast<Out*>(layout_.out.data) + at) = four;
-  }
-
   const AttentionLayout& layout_;
   Column column_;
   int kv_head_;
   bool saw_nothing_;
   float factor_, seen_, lse_;
-};
-
-// Partial results in the workspace. A slot has, for each column of an item, head_size weighted sums of V, and after all of
-// these, for each column, a maximum, a sum and a base.
-struct Slots {
-  float* data;
-  std::int64_t columns;  // of all KV heads of an item
-  std::int64_t head_size;
-
-  __device__ Slots(const AttentionLayout& layout, const AttentionPlan& plan, void* workspace)
-      : data(static_cast<float*>(workspace)), columns(plan.heads * plan.columns), head_size(layout.head_size) {}
-
-  __device__ float4* sums(std::int64_t slot, std::int64_t column) const {
-    return reinterpret_cast<float4*>(data + slot * columns * (head_size + 4) + column * head_size);
-  }
-  __device__ float4* softmax(std::int64_t slot, std::int64_t column) const {
-    return reinterpret_cast<float4*>(data + (slot * columns * (head_size + 4) + columns * head_size + column * 4));
-  }
 };
 
 }  // namespace fp8kv::cuda::attention

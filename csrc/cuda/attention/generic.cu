@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) attention_generic(const __gr
   Softmax total;
   for (int w = 0; w < warps; ++w) total.maximum = fmaxf(total.maximum, parts[w].maximum);
   for (int w = 0; w < warps; ++w) total.sum += parts[w].sum * exp2f(parts[w].maximum - total.maximum);
-  const Finish end(l, column, total, l.softcap > 0.0f ? 0.0f : shared_query.base * kLog2e);
+  const Finish end(l, column, static_cast<int>(kv_head), total, l.softcap > 0.0f ? 0.0f : shared_query.base * kLog2e);
   for (std::int64_t d = threadIdx.x; d < l.head_size; d += blockDim.x) {
     float sum = 0.0f;
     for (int w = 0; w < warps; ++w) sum += query[(1 + w) * l.head_size + d] * exp2f(parts[w].maximum - total.maximum);
@@ -140,7 +140,7 @@ void launch_generic(const AttentionLayout& layout, const AttentionPlan& plan, cu
                           .threads = plan.warps * kWarp,
                           .shared_memory = plan.shared_memory,
                           .dependent = launches_dependent(blocks)};
-  core::visit(core::RealTypes{} + core::Fp8Types{}, layout.cache_dtype, [&]<class Cache>(core::Type<Cache>) {
+  core::visit(core::RealTypes{} + core::QuantizedTypes{}, layout.cache_dtype, [&]<class Cache>(core::Type<Cache>) {
     launch(attention_generic<Cache>, shape, stream, args);
     check_launch("paged_attention");
   });

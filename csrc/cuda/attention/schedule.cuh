@@ -3,19 +3,23 @@
 //
 // A tile is 16 neighboring positions of a sequence. An item is what a block does at a time: the tiles of one sequence, for some
 // of its KV heads and some of its queries. Items are counted in units, in the order of the sequences:
-//   parts == 0: a unit is a tile of an item. The blocks divide all units equally, however long each sequence is; an item that
-//               falls to several blocks is merged from their partial results.
-//   parts > 0:  a unit is one of so many equal parts of the tiles of an item, and a block takes one after the other.
+//   parts == 0: a unit is a tile of an item. The blocks divide all units equally, however long each sequence is, or where all
+//               are equally long, those of each item; an item that falls to several blocks is merged from their partial
+//               results.
+//   parts > 0:  a unit is one of so many nearly equal parts of the tiles of an item, one for each block.
+// The first warp of a block finds its items, one after the other, and leaves them in shared memory.
 #pragma once
 
 #include "core/attention_memory.h"
 #include "core/plan.h"
+#include "device/fastdiv.cuh"
 
 namespace fp8kv::cuda::attention {
 
 using core::AttentionLayout;
 using core::AttentionPlan;
 using core::kTile;
+using device::FastDiv;
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -37,7 +41,7 @@ struct Sequence {
   int first_row;
   int num_queries;
   int first_position;  // of its first query; may be negative
-  int start;
+  int start;           // positions before it are not seen
 
   __device__ static Sequence load(const AttentionLayout& l, std::int64_t s) {
     Sequence sequence{.first_row = static_cast<int>(s), .num_queries = 1, .first_position = 0, .start = 0};
@@ -68,123 +72,267 @@ struct Sequence {
  private:
   // Later queries see no earlier positions.
   __device__ int first_seen_by(const AttentionLayout& l, int query) const {
-    if (l.sliding_window == 0) return start;
-    return static_cast<int>(max(std::int64_t{start}, std::int64_t{first_position} + query + 1 - l.sliding_window));
+    const int end = first_position + query + 1;
+    const bool all = l.sliding_window == 0 || l.sliding_window >= end;
+    return all ? start : max(start, end - static_cast<int>(l.sliding_window));
   }
 };
 
-// The units of all sequences, and the sequence that a unit belongs to. All threads of a warp call everything together. Units
-// count in 32 bits: the plan sees to that.
-class Schedule {
+// What a block does at a time: a sequence, some of its queries, some KV heads, a range of its tiles.
+struct Item {
+  Sequence sequence;
+  int index;         // of the sequence
+  int first_head;    // KV head
+  int first_column;  // of those of the sequence and a KV head
+  int num_columns;
+  Positions tiles;
+  int slot;      // of the workspace; -1: the block has all tiles
+  bool nothing;  // the block has done all its work
+};
+
+// Partial results in the workspace. A slot has, for each column of an item, head_size weighted sums of V, and after all of
+// these, for each column, a maximum, a sum, a base, and a word of what tells the merging kernel of the item.
+class Slots {
  public:
-  __device__ Schedule(const AttentionLayout& layout, const AttentionPlan& plan)
-      : layout_(layout), plan_(plan), per_lane_((static_cast<int>(layout.num_seqs) + 31) / 32) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    lane_units_ = units_of_range(lane * per_lane_, (lane + 1) * per_lane_);
-    lane_sum_ = inclusive_sum(lane_units_);
-    total_ = __shfl_sync(kAllLanes, lane_sum_, 31);
+  // Of an item whose first part is in the slot.
+  struct Header {
+    int parts;  // 0: there is no such item
+    int first_row, first_column, num_columns, first_head;
+  };
+
+  __device__ Slots(const AttentionLayout& layout, const AttentionPlan& plan, void* workspace)
+      : data_(static_cast<float*>(workspace)),
+        columns_(plan.heads * plan.columns),
+        head_size_(static_cast<int>(layout.head_size)) {}
+
+  __device__ float* sums(std::int64_t slot, int column) const { return at(slot) + column * head_size_; }
+  __device__ float* softmax(std::int64_t slot, int column) const { return at(slot) + columns_ * head_size_ + column * 4; }
+
+  __device__ void store(std::int64_t slot, const Header& header) const {
+    store_word(slot, 0, header.parts);
+    store_word(slot, 1, header.first_row);
+    store_word(slot, 2, header.first_column);
+    store_word(slot, 3, header.num_columns);
+    store_word(slot, 4, header.first_head);
+  }
+  __device__ void store_no_item(std::int64_t slot) const { store_word(slot, 0, 0); }
+  __device__ Header header(std::int64_t slot) const {
+    return {word(slot, 0), word(slot, 1), word(slot, 2), word(slot, 3), word(slot, 4)};
   }
 
-  __device__ unsigned total() const { return total_; }
+ private:
+  __device__ float* at(std::int64_t slot) const { return data_ + slot * (columns_ * (head_size_ + 4)); }
+  __device__ void store_word(std::int64_t slot, int i, int word) const { softmax(slot, i)[3] = __int_as_float(word); }
+  __device__ int word(std::int64_t slot, int i) const { return __float_as_int(__ldcg(softmax(slot, i) + 3)); }
 
-  // Makes the sequence of a unit below total() the current one.
-  __device__ void seek(unsigned unit) {
-    // The lane whose sequences hold it, then the same among these.
-    int per_lane = per_lane_, first = 0, count = static_cast<int>(layout_.num_seqs);
-    unsigned sum = lane_sum_, units = lane_units_;
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    before_ = 0;
+  float* data_;
+  int columns_;  // of all KV heads of an item; at least 8
+  int head_size_;
+};
+
+// Where a block is in its work, and how all blocks share it. Units count in 31 bits: the plan sees to that.
+struct Cursor {
+  unsigned unit, end;  // of the block
+  unsigned first_unit;  // of the sequence
+  int index;            // of the sequence
+  unsigned units;       // parts == 0: of every block, or of every block of an item; the first `longer` ones have one more
+  unsigned longer;
+  unsigned blocks_of_item;  // 0: shares end anywhere
+};
+
+// All threads of a warp call everything together.
+class Schedule {
+ public:
+  __device__ Schedule(const AttentionLayout& layout, const AttentionPlan& plan, const FastDiv& group, void* workspace)
+      : l_(layout), plan_(plan), group_(group), slots_(layout, plan, workspace), lane_(static_cast<int>(threadIdx.x % 32)) {}
+
+  // The share of this block, and the sequence that it begins with.
+  __device__ void begin(Cursor& cursor) const {
+    Cursor c{};
+    int first = 0, count = static_cast<int>(l_.num_seqs);
+    bool shared_out = false;
     while (true) {
-      const int found = __ffs(__ballot_sync(kAllLanes, before_ + sum > unit)) - 1;
-      before_ += __shfl_sync(kAllLanes, sum - units, found);
+      // The lane whose sequences hold the unit, then the same among these.
+      const int per_lane = (count + 31) / 32, from = min(lane_ * per_lane, count), to = min(from + per_lane, count);
+      unsigned units = 0, items = 0, least = 0xffffffffu, most = 0;
+      for (int s = first + from; s < first + to; ++s) {
+        const Sequence sequence = Sequence::load(l_, s);
+        const unsigned of_item = units_of_item(tiles_of(sequence));
+        const unsigned in_sequence = static_cast<unsigned>(plan_.head_groups) * column_blocks_of(sequence);
+        items += in_sequence;
+        units += in_sequence * of_item;
+        if (in_sequence > 0) least = min(least, of_item), most = max(most, of_item);
+      }
+      const unsigned sum = inclusive_sum(units);
+      if (!shared_out) {
+        const bool equal = __reduce_min_sync(kAllLanes, least) == __reduce_max_sync(kAllLanes, most);
+        share_out(__shfl_sync(kAllLanes, sum, 31), equal ? __reduce_add_sync(kAllLanes, items) : 0, c);
+        shared_out = true;
+        if (c.unit >= c.end) break;
+      }
+      const int found = __ffs(__ballot_sync(kAllLanes, c.first_unit + sum > c.unit)) - 1;
+      if (found < 0) {  // units that 31 bits can't count, of row ranges that overlap
+        c.end = c.unit;
+        break;
+      }
+      c.first_unit += __shfl_sync(kAllLanes, sum - units, found);
       first += found * per_lane;
       count = min(per_lane, count - found * per_lane);
       if (per_lane == 1) break;
-      per_lane = (count + 31) / 32;
-      units = units_of_range(first + min(lane * per_lane, count), first + min((lane + 1) * per_lane, count));
-      sum = inclusive_sum(units);
     }
-    set(first);
+    c.index = first;
+    if (lane_ == 0) cursor = c;
+    __syncwarp();
   }
 
-  // The current sequence moves on until it is that of the unit.
-  __device__ void advance(unsigned unit) {
-    while (unit - before_ >= num_items_ * units_per_item_) {
-      before_ += num_items_ * units_per_item_;
-      set(index_ + 1);
-    }
+  // The next item of this block.
+  __device__ void next(Cursor& cursor, Item& item) const {
+    Cursor c = cursor;
+    Item found{};
+    found.nothing = c.unit >= c.end;
+    if (!found.nothing) advance(c, found);
+    __syncwarp();
+    if (lane_ == 0) cursor = c, item = found;
   }
-
-  // Of the current sequence.
-  __device__ int index() const { return index_; }
-  __device__ const Sequence& sequence() const { return sequence_; }
-  __device__ unsigned first_unit() const { return before_; }
-  __device__ unsigned num_items() const { return num_items_; }
-  __device__ unsigned units_per_item() const { return units_per_item_; }
 
  private:
-  __device__ void set(int index) {
-    index_ = index;
-    sequence_ = Sequence::load(layout_, index);
-    num_items_ = items_of(sequence_);
-    units_per_item_ = units_of_item(sequence_);
+  __device__ unsigned column_blocks_of(const Sequence& s) const {
+    const unsigned columns = static_cast<unsigned>(s.num_queries) * group_.divisor, most = static_cast<unsigned>(plan_.columns);
+    return (columns + most - 1) >> __popc(most - 1);  // a power of two
+  }
+  __device__ Positions tiles_of(const Sequence& s) const { return s.seen_by_any(l_, 0, s.num_queries).tiles(); }
+  // Where nothing is seen, zeros are written.
+  __device__ unsigned units_of_item(const Positions& tiles) const {
+    return plan_.parts > 0 ? static_cast<unsigned>(plan_.parts) : max(tiles.end - tiles.begin, 1);
   }
 
-  __device__ unsigned items_of(const Sequence& s) const {
-    const auto columns = static_cast<unsigned>(s.num_queries * layout_.heads_per_kv_head());
-    return static_cast<unsigned>(plan_.head_groups) * ((columns + plan_.columns - 1) / plan_.columns);
-  }
-  __device__ unsigned units_of_item(const Sequence& s) const {
-    if (plan_.parts > 0) return static_cast<unsigned>(plan_.parts);
-    const Positions tiles = s.seen_by_any(layout_, 0, s.num_queries).tiles();
-    return max(tiles.end - tiles.begin, 1);  // where nothing is seen, zeros are written
-  }
-
-  __device__ unsigned units_of_range(int first, int last) const {
-    unsigned units = 0;
-    for (int s = first; s < min(last, static_cast<int>(layout_.num_seqs)); ++s) {
-      const Sequence sequence = Sequence::load(layout_, s);
-      units += items_of(sequence) * units_of_item(sequence);
-    }
-    return units;
-  }
-
-  __device__ static unsigned inclusive_sum(unsigned value) {
+  __device__ unsigned inclusive_sum(unsigned value) const {
+#pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
       const unsigned other = __shfl_up_sync(kAllLanes, value, distance);
-      if (static_cast<int>(threadIdx.x % 32) >= distance) value += other;
+      if (lane_ >= distance) value += other;
     }
     return value;
   }
 
-  const AttentionLayout& layout_;
-  const AttentionPlan& plan_;
-  int per_lane_, index_ = 0;
-  unsigned lane_units_, lane_sum_, total_;
-  unsigned before_ = 0, num_items_ = 0, units_per_item_ = 0;
-  Sequence sequence_{};
-};
-
-// parts == 0: the units of each block; the first `longer` blocks have one more. Blocks beyond those that are worth starting
-// have none.
-struct Share {
-  unsigned blocks, units, longer;
-
-  __device__ Share(const AttentionPlan& plan, unsigned total)
-      : blocks(min(static_cast<unsigned>(plan.blocks), (total - 1) / static_cast<unsigned>(plan.least_units) + 1)),
-        units(total / blocks),
-        longer(total - units * blocks) {}
-
-  __device__ unsigned begin(unsigned block) const { return block * units + min(block, longer); }
-  __device__ unsigned block_of(unsigned unit) const {
-    const unsigned in_longer = longer * (units + 1);
-    return unit < in_longer ? unit / (units + 1) : longer + (unit - in_longer) / units;
+  // `items`: their number if all have the same number of units, else 0.
+  __device__ void share_out(unsigned total, unsigned items, Cursor& c) const {
+    const unsigned block = blockIdx.x;
+    if (plan_.parts > 0) {
+      c.unit = block;
+      c.end = total;
+      if (lane_ == 0 && block >= total && block < plan_.slots) slots_.store_no_item(block);
+      return;
+    }
+    if (lane_ == 0 && plan_.slots > 0) slots_.store_no_item(2 * std::int64_t{block} + 1);
+    if (total == 0) return;
+    // Blocks beyond those that are worth starting have nothing to do.
+    const unsigned least = static_cast<unsigned>(plan_.least_units);
+    const unsigned blocks = min(static_cast<unsigned>(plan_.blocks), (total + least - 1) / least);
+    if (items > 0 && items <= blocks) {
+      // The same number of blocks for each item: none has to begin twice.
+      const unsigned of_item = total / items, blocks_of_item = blocks / items, item = block / blocks_of_item;
+      const unsigned part = block - item * blocks_of_item;
+      c.blocks_of_item = blocks_of_item;
+      c.units = of_item / blocks_of_item;
+      c.longer = of_item - c.units * blocks_of_item;
+      c.unit = min(item * of_item + part * c.units + min(part, c.longer), total);
+      c.end = item < items ? c.unit + c.units + (part < c.longer) : c.unit;
+    } else {
+      c.units = total / blocks;
+      c.longer = total - c.units * blocks;
+      c.unit = min(block * c.units + min(block, c.longer), total);
+      c.end = block < blocks ? c.unit + c.units + (block < c.longer) : c.unit;
+    }
   }
-};
 
-// A block has at most two items that it doesn't finish alone: the one it begins with and the one it ends with.
-__device__ __forceinline__ int slot_of_share(unsigned block, bool begins_item) {
-  return static_cast<int>(2 * block + begins_item);
-}
+  __device__ void advance(Cursor& c, Item& item) const {
+    Sequence sequence;
+    Positions all;  // tiles
+    unsigned column_blocks, units;
+    while (true) {
+      if (c.index >= static_cast<int>(l_.num_seqs)) {
+        item.nothing = true;
+        return;
+      }
+      sequence = Sequence::load(l_, c.index);
+      column_blocks = column_blocks_of(sequence);
+      all = tiles_of(sequence);
+      units = units_of_item(all);
+      const unsigned in_sequence = static_cast<unsigned>(plan_.head_groups) * column_blocks * units;
+      if (c.unit - c.first_unit < in_sequence) break;
+      c.first_unit += in_sequence;
+      ++c.index;
+    }
+    const unsigned number = (c.unit - c.first_unit) / units, from = c.unit - c.first_unit - number * units;
+    const unsigned head_group = column_blocks == 1 ? number : number / column_blocks;
+    item.sequence = sequence;
+    item.index = c.index;
+    item.first_head = static_cast<int>(head_group) * plan_.heads;
+    item.first_column = static_cast<int>(number - head_group * column_blocks) * plan_.columns;
+    item.num_columns = min(plan_.columns, sequence.num_queries * static_cast<int>(group_.divisor) - item.first_column);
+    item.slot = -1;
+
+    // Units are those of all tiles of the sequence, of which the queries of an item may see only some.
+    const unsigned tiles = max(all.end - all.begin, 0);
+    unsigned first = 0, last = tiles;
+    if (plan_.parts == 0) {
+      const unsigned to = min(units, from + (c.end - c.unit));
+      // A block has at most two items that it doesn't finish alone: the one it begins with and the one it ends with.
+      if (from > 0 || to < units) {
+        item.slot = static_cast<int>(2 * blockIdx.x + (from == 0));
+        first = from;
+        last = to;
+      }
+      c.unit += to - from;
+      if (from == 0 && to < units) {
+        const unsigned blocks = c.blocks_of_item > 0 ? c.blocks_of_item : block_of(c, c.unit + (units - to) - 1) - blockIdx.x + 1;
+        store_header(item, min(blocks, static_cast<unsigned>(plan_.blocks) - blockIdx.x));
+      }
+    } else {
+      // Without a slot the first part has everything.
+      const bool has_slot = units > 1 && c.unit - from + units <= plan_.slots;
+      if (has_slot) {
+        const unsigned share = tiles / units, longer = tiles - share * units;
+        item.slot = static_cast<int>(c.unit);
+        first = share * from + min(from, longer);
+        last = first + share + (from < longer);
+        if (from == 0) store_header(item, units);
+      } else if (from > 0) {
+        last = 0;
+        item.num_columns = 0;
+      }
+      c.unit = c.unit + gridDim.x < c.unit ? c.end : c.unit + gridDim.x;
+    }
+    Positions seen = all;
+    if (column_blocks > 1) {
+      const auto first_query = static_cast<int>(group_.div(item.first_column)),
+                 last_query = static_cast<int>(group_.div(item.first_column + max(item.num_columns, 1) - 1));
+      seen = sequence.seen_by_any(l_, first_query, last_query + 1).tiles();
+    }
+    item.tiles = {max(all.begin + static_cast<int>(first), seen.begin), min(all.begin + static_cast<int>(last), seen.end)};
+  }
+
+  // parts == 0: the block that a unit falls to.
+  __device__ unsigned block_of(const Cursor& c, unsigned unit) const {
+    const unsigned in_longer = c.longer * (c.units + 1);
+    return unit < in_longer ? unit / (c.units + 1) : c.longer + (unit - in_longer) / c.units;
+  }
+
+  __device__ void store_header(const Item& item, unsigned parts) const {
+    if (lane_ > 0) return;
+    slots_.store(item.slot, {.parts = static_cast<int>(parts),
+                             .first_row = item.sequence.first_row,
+                             .first_column = item.first_column,
+                             .num_columns = item.num_columns,
+                             .first_head = item.first_head});
+  }
+
+  const AttentionLayout& l_;
+  const AttentionPlan& plan_;
+  const FastDiv& group_;  // query heads of a KV head
+  Slots slots_;
+  int lane_;
+};
 
 }  // namespace fp8kv::cuda::attention

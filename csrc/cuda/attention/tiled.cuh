@@ -7,21 +7,29 @@
 #pragma once
 
 #include "cuda/attention/finish.cuh"
+#include "cuda/attention/schedule.cuh"
 #include "device/async_copy.cuh"
-#include "device/fastdiv.cuh"
 #include "device/mma.cuh"
+#include "device/parameters.cuh"
 #include "device/pdl.cuh"
 
 namespace fp8kv::cuda::attention {
 
-using device::FastDiv;
-
 inline constexpr int kMaxWarps = 8;        // of a block
 inline constexpr float kMaxGrowth = 8.0f;  // of a maximum, in powers of two, before what was summed up is scaled anew
+
+// Of a cache, in bytes; the plan sees to it that they fit.
+struct CacheStrides {
+  int block, offset, head;
+
+  explicit CacheStrides(const core::PagedView& view)
+      : block(static_cast<int>(view.block)), offset(static_cast<int>(view.offset)), head(static_cast<int>(view.head)) {}
+};
 
 struct TiledArgs {
   AttentionLayout layout;
   AttentionPlan plan;
+  CacheStrides keys, values;
   FastDiv tiles_per_block;  // of the cache
   FastDiv group;            // query heads of a KV head
   void* workspace;
@@ -45,10 +53,9 @@ struct TileShape {
 
   __device__ static int key_chunk(int row, int chunk) { return kChunks % 8 == 0 ? chunk ^ ((row & 1) * 4) : chunk; }
   __device__ static int value_chunk(int row, int chunk) {
-    if constexpr (kChunks == 4) return chunk ^ ((row >> 1) & 3);
-    if constexpr (kChunks == 8) return chunk ^ (row & 6);
+    if constexpr (kChunks == 4) return chunk ^ ((row >> 1) & 2);
     if constexpr (kChunks == 16) return chunk ^ (((row >> 1) & 1) | (row & 4));
-    return chunk;
+    return chunk ^ (row & 6);
   }
 };
 
@@ -78,65 +85,78 @@ class TiledAttention {
   static constexpr int kWarpColumns = kColumnTiles * core::kColumnTile;
 
  public:
-  __device__ TiledAttention(const TiledArgs& args, std::byte* shared)
+  __device__ TiledAttention(const TiledArgs& args, const core::AttentionMemory& memory, const Item& item, std::byte* shared)
       : args_(args),
         l_(args.layout),
+        item_(item),
         shared_(shared),
-        memory_(kHeadSize, kColumnTiles, kPerToken, static_cast<int>(blockDim.x / 32), args.plan.heads * args.plan.columns),
+        memory_(memory),
         warps_(static_cast<int>(blockDim.x / 32)),
         lane_(static_cast<int>(threadIdx.x % 32)),
         warp_(static_cast<int>(threadIdx.x / 32)),
         g_(lane_ / 4),
         t_(lane_ % 4),
-        tile_warps_(warps_ / args.plan.heads),
-        head_(warp_ / tile_warps_),
-        place_(warp_ % tile_warps_),
-        column_warp_(place_ % args.plan.column_warps) {}
+        tile_warps_(warps_ >> log2_of(args.plan.heads)),
+        head_(warp_ >> log2_of(tile_warps_)),
+        place_(warp_ & (tile_warps_ - 1)),
+        column_warp_(place_ & (args.plan.column_warps - 1)),
+        ring_address_(device::shared_address(tile_memory(warp_, 0))) {}
 
-  __device__ void attend(const Item& item) {
-    begin(item);
-    for (int i = 0; i < core::kRingTiles - 1; ++i) start_copy(item, i);
-    load_queries(item);
+  // The item, by all threads of the block.
+  __device__ void attend() {
+    begin();
+    constexpr int kLast = core::kRingTiles - 1;
+    int stage = 0;  // of the ring
+#pragma unroll 1
+    for (int i = 0; i < kLast; ++i) start_copy(i, i);
+    load_queries();
+    const int column_warps = args_.plan.column_warps;
+#pragma unroll 1
     for (int i = 0; i < iterations_; ++i) {
       device::wait_for_copies<core::kRingTiles - 2>();
       sync_tile_warps();
-      start_copy(item, i + core::kRingTiles - 1);
-      for (int w = 0; w < args_.plan.column_warps; ++w) {
-        const int place = place_ - column_warp_ + w;
-        const int tile = first_tile_ + i * tile_warps_ + place;
-        if (tile >= item.tiles.begin && tile < item.tiles.end)
-          take_tile(item, ring(warp_ - column_warp_ + w) + i % core::kRingTiles * Shape::kBytes.size, tile);
-      }
+      start_copy(i + kLast, stage == 0 ? kLast : stage - 1);
+      const int tile = first_tile_ + i * tile_warps_ - column_warp_;
+#pragma unroll 1
+      for (int w = 0; w < column_warps; ++w)
+        if (tile + w >= tiles_.begin && tile + w < tiles_.end) take_tile(warp_ - column_warp_ + w, stage, tile + w);
+      stage = stage == kLast ? 0 : stage + 1;
     }
     device::wait_for_copies<0>();
-    finish(item);
+    finish();
   }
 
  private:
+  __device__ static int log2_of(int power) { return __popc(power - 1); }
+
   // --- Tiles: into the ring --------------------------------
 
-  __device__ std::byte* ring(int warp) const { return shared_ + warp * core::kRingTiles * Shape::kBytes.size; }
+  __device__ std::byte* tile_memory(int warp, int stage) const {
+    return shared_ + (warp * core::kRingTiles + stage) * Shape::kBytes.size;
+  }
+  __device__ int* missing(int warp, int stage) const {
+    return reinterpret_cast<int*>(shared_ + memory_.missing) + warp * core::kRingTiles + stage;
+  }
 
-  __device__ void begin(const Item& item) {
-    const std::int64_t kv_head = item.first_head + head_;
-    first_query_ = query_of(item, 0);
-    const int last_query = query_of(item, item.num_columns - 1);
+  __device__ void begin() {
+    first_query_ = query_of(0);
+    const int last_query = query_of(max(item_.num_columns, 1) - 1);
     one_query_ = first_query_ == last_query;
     // What any query of the item sees, and what all of them see.
-    any_ = item.sequence.seen_by_any(l_, first_query_, last_query + 1);
-    const Positions first = item.sequence.seen_by(l_, first_query_), last = item.sequence.seen_by(l_, last_query);
-    all_ = {last.begin, first.end};
+    const Sequence sequence = item_.sequence;
+    any_ = sequence.seen_by_any(l_, first_query_, last_query + 1);
+    all_ = {sequence.seen_by(l_, last_query).begin, sequence.seen_by(l_, first_query_).end};
     // Whatever range of tiles a block has, a tile falls to the same warp.
-    first_tile_ = item.tiles.begin / tile_warps_ * tile_warps_;
-    iterations_ = (item.tiles.end - first_tile_ + tile_warps_ - 1) / tile_warps_;
-    if (item.tiles.end <= item.tiles.begin) iterations_ = 0;
+    tiles_ = item_.tiles;
+    const int first = tiles_.begin & ~(tile_warps_ - 1);
+    iterations_ = tiles_.empty() ? 0 : (tiles_.end - first + tile_warps_ - 1) >> log2_of(tile_warps_);
+    first_tile_ = first + place_;
 
-    const int chunk = lane_ % Shape::kChunks;
-    copy_row_ = lane_ / Shape::kChunks;
-    keys_ = static_cast<const std::byte*>(l_.key_cache.data) + kv_head * l_.key_cache.head + chunk * 16;
-    values_ = static_cast<const std::byte*>(l_.value_cache.data) + kv_head * l_.value_cache.head + chunk * 16;
-    table_ = static_cast<const int*>(l_.block_table.data) + item.index * l_.block_table_row;
-    next_blocks_ = block_of_iteration(item, lane_);
+    const int row = lane_ / Shape::kChunks, chunk = lane_ % Shape::kChunks, kv_head = item_.first_head + head_;
+    key_from_ = kv_head * args_.keys.head + row * args_.keys.offset + chunk * 16;
+    value_from_ = kv_head * args_.values.head + row * args_.values.offset + chunk * 16;
+    table_ = static_cast<const int*>(l_.block_table.data) + item_.index * l_.block_table_row;
+    next_blocks_ = block_of_iteration(lane_);
 #pragma unroll
     for (int j = 0; j < kColumnTiles; ++j) {
 #pragma unroll
@@ -147,57 +167,73 @@ class TiledAttention {
   }
 
   // The block of the cache of this warp's tile; -1 if there is none.
-  __device__ int block_of_iteration(const Item& item, int iteration) const {
-    const int tile = first_tile_ + iteration * tile_warps_ + place_;
-    if (tile < item.tiles.begin || tile >= item.tiles.end) return -1;
-    const std::uint32_t column = args_.tiles_per_block.div(static_cast<std::uint32_t>(tile));
+  __device__ int block_of_iteration(int iteration) const {
+    const int tile = first_tile_ + iteration * tile_warps_;
+    if (tile < tiles_.begin || tile >= tiles_.end) return -1;
+    const auto column = static_cast<int>(args_.tiles_per_block.div(static_cast<std::uint32_t>(tile)));
     const int block = __ldg(table_ + column * l_.block_table.stride);
-    return block >= 0 && block < l_.num_blocks ? block : -1;
+    return static_cast<unsigned>(block) < static_cast<unsigned>(l_.num_blocks) ? block : -1;
   }
 
-  // Starts the copy of this warp's tile of an iteration, of which positions that no query of the item sees become zero.
-  __device__ void start_copy(const Item& item, int iteration) {
-    if (iteration % 32 == 0) {
+  // Starts the copy of this warp's tile of an iteration to the stage, of which positions that no query of the item sees become
+  // zero.
+  __device__ void start_copy(int iteration, int stage) {
+    if ((iteration & 31) == 0) {
       blocks_ = next_blocks_;
-      next_blocks_ = block_of_iteration(item, iteration + 32 + lane_);
+      next_blocks_ = block_of_iteration(iteration + 32 + lane_);
     }
-    const int tile = first_tile_ + iteration * tile_warps_ + place_;
-    if (tile >= item.tiles.begin && tile < item.tiles.end) {
-      const int block = __shfl_sync(kAllLanes, blocks_, iteration % 32);
-      const std::uint32_t within = args_.tiles_per_block.divmod(static_cast<std::uint32_t>(tile)).remainder;
-      const int first = any_.begin - tile * kTile, last = block < 0 ? first : any_.end - tile * kTile;
-      std::byte* to = ring(warp_) + iteration % core::kRingTiles * Shape::kBytes.size;
-      copy_rows<Shape::kBytes.key_pitch>(to, keys_, l_.key_cache, block, within, first, last,
-                                         [](int row, int chunk) { return Shape::key_chunk(row, chunk); });
-      copy_rows<Shape::kBytes.value_pitch>(to + Shape::kBytes.values, values_, l_.value_cache, block, within, first, last,
-                                           [](int row, int chunk) { return Shape::value_chunk(row, chunk); });
-      if constexpr (kPerToken) copy_scales(item, to + Shape::kBytes.scales, block, within, first, last);
-      if (lane_ == 0) *reinterpret_cast<int*>(to + Shape::kBytes.missing) = block < 0;
+    const int tile = first_tile_ + iteration * tile_warps_;
+    if (tile >= tiles_.begin && tile < tiles_.end) {
+      const int block = __shfl_sync(kAllLanes, blocks_, iteration & 31);
+      int within = 0;  // the block
+      if (args_.tiles_per_block.divisor > 1)
+        within = kTile * static_cast<int>(args_.tiles_per_block.divmod(static_cast<std::uint32_t>(tile)).remainder);
+      const int first = any_.begin - tile * kTile, rows = block < 0 ? 0 : any_.end - any_.begin;
+      const std::uint32_t to = ring_address_ + stage * Shape::kBytes.size;
+      copy_rows<Shape::kBytes.key_pitch>(to, key_to(), l_.key_cache.data, key_from_, args_.keys, block, within, first, rows,
+                                         [](int row) { return Shape::key_chunk(row, 0); });
+      copy_rows<Shape::kBytes.value_pitch>(to, value_to(), l_.value_cache.data, value_from_, args_.values, block, within,
+                                           first, rows, [](int row) { return Shape::value_chunk(row, 0); });
+      if constexpr (kPerToken) copy_scales(tile_memory(warp_, stage) + Shape::kBytes.scales, block, within, first, rows);
+      if (lane_ == 0) *missing(warp_, stage) = block < 0;
     }
     device::commit_copies();
   }
 
-  template <int kPitch, class Place>
-  __device__ void copy_rows(std::byte* to, const std::byte* from, const core::PagedView& view, int block, std::uint32_t within,
-                            int first, int last, const Place& place) const {
-    if (lane_ >= Shape::kChunks * Shape::kRowsPerCopy) return;
-    const std::byte* tile = from + max(block, 0) * view.block + within * kTile * view.offset;
-    const int chunk = lane_ % Shape::kChunks;
+  // Where the first chunk that this lane copies comes to lie in a tile.
+  __device__ std::uint32_t key_to() const {
+    const int row = lane_ / Shape::kChunks, chunk = lane_ % Shape::kChunks;
+    return row * Shape::kBytes.key_pitch + Shape::key_chunk(row, chunk) * 16;
+  }
+  __device__ std::uint32_t value_to() const {
+    const int row = lane_ / Shape::kChunks, chunk = lane_ % Shape::kChunks;
+    return Shape::kBytes.values + row * Shape::kBytes.value_pitch + Shape::value_chunk(row, chunk) * 16;
+  }
+
+  // `permutation`: what a row that the first lane copies adds to the chunks' permutation, which is linear in the bits of rows.
+  template <int kPitch, class Permutation>
+  __device__ void copy_rows(std::uint32_t tile, std::uint32_t to, const void* data, int from, const CacheStrides& strides, int block, int within,
+                            int first, int rows, const Permutation& permutation) const {
+    if (Shape::kChunks * Shape::kRowsPerCopy < 32 && lane_ >= Shape::kChunks * Shape::kRowsPerCopy) return;
+    const std::byte* source = static_cast<const std::byte*>(data) + (from + within * strides.offset);
+    source += max(block, 0) * std::int64_t{strides.block};
+    const int row = lane_ / Shape::kChunks - first;
 #pragma unroll
     for (int i = 0; i < kTile / Shape::kRowsPerCopy; ++i) {
-      const int row = i * Shape::kRowsPerCopy + copy_row_;
-      device::copy16_async(to + row * kPitch + place(row, chunk) * 16, tile + row * view.offset,
-                           row >= first && row < last ? 16 : 0);
+      constexpr int kRows = Shape::kRowsPerCopy;
+      const bool seen = static_cast<unsigned>(row + i * kRows) < static_cast<unsigned>(rows);
+      device::copy16_async(tile + (to ^ (permutation(i * kRows) * 16)) + i * kRows * kPitch,
+                           source + std::int64_t{strides.offset} * (i * kRows), seen ? 16 : 0);
     }
   }
 
   // Lanes 0 to 15 those of K, the others those of V.
-  __device__ void copy_scales(const Item& item, std::byte* to, int block, std::uint32_t within, int first, int last) const {
+  __device__ void copy_scales(std::byte* to, int block, int within, int first, int rows) const {
     const core::ChannelScales& scale = lane_ < kTile ? l_.k_scale : l_.v_scale;
     const int row = lane_ % kTile;
-    const bool seen = row >= first && row < last && scale.dim == 0;
-    const float* from = scale.data + (item.first_head + head_) * scale.head;
-    if (seen) from += block * scale.block + (std::int64_t{within} * kTile + row) * scale.offset;
+    const bool seen = static_cast<unsigned>(row - first) < static_cast<unsigned>(rows) && scale.dim == 0;
+    const float* from = scale.data + (item_.first_head + head_) * scale.head;
+    if (seen) from += block * scale.block + (std::int64_t{within} + row) * scale.offset;
     device::copy4_async(to + lane_ * 4, from, seen ? 4 : 0);
   }
 
@@ -205,7 +241,7 @@ class TiledAttention {
     if (args_.plan.column_warps == 1)
       __syncwarp();
     else
-      device::sync_threads(1 + warp_ / args_.plan.column_warps, 32 * args_.plan.column_warps);
+      device::sync_threads(1 + (warp_ >> log2_of(args_.plan.column_warps)), 32 * args_.plan.column_warps);
   }
 
   // --- Queries -----------------------------------------------
@@ -213,131 +249,143 @@ class TiledAttention {
   __device__ int column_of(int column_tile, int i) const { return column_warp_ * kWarpColumns + column_tile * 8 + i; }
 
   // The query of a column of the item.
-  __device__ int query_of(const Item& item, int column) const {
-    return static_cast<int>(args_.group.div(static_cast<std::uint32_t>(item.first_column + column)));
+  __device__ int query_of(int column) const {
+    return static_cast<int>(args_.group.div(static_cast<std::uint32_t>(item_.first_column + column)));
   }
 
-  __device__ Column place_of(const Item& item, int head, int column) const {
-    const auto [query, in_group] = args_.group.divmod(static_cast<std::uint32_t>(item.first_column + column));
-    return {item.sequence.first_row + static_cast<int>(query),
-            static_cast<int>((item.first_head + head) * args_.group.divisor + in_group)};
+  __device__ Column place_of(int head, int column) const {
+    const auto [query, in_group] = args_.group.divmod(static_cast<std::uint32_t>(item_.first_column + column));
+    return {item_.sequence.first_row + static_cast<int>(query),
+            (item_.first_head + head) * static_cast<int>(args_.group.divisor) + static_cast<int>(in_group)};
   }
 
-  // The queries as right operands of the first product: a lane has those elements of column g whose K it reads. A row is scaled
-  // by a power of two so that it fits fp16; factor_ takes it back. With more than one column tile per warp they stay in shared
-  // memory, written by the first warps of each KV head.
-  __device__ void load_queries(const Item& item) {
-    const bool writes = place_ < args_.plan.column_warps;
+  // The queries as right operands of the first product, in shared memory: a lane reads those elements of column g whose K it
+  // reads. A row is scaled by a power of two so that it fits fp16; factor_ takes it back.
+  __device__ void load_queries() {
+    const int columns = args_.plan.columns;
+#pragma unroll 1
+    for (int i = warp_; i < args_.plan.heads * columns; i += warps_) load_query(i >> log2_of(columns), i & (columns - 1));
+    __syncthreads();
 #pragma unroll
-    for (int j = 0; j < kColumnTiles; ++j) {
-      float factor = 0.0f, base = 0.0f;
-      if (kColumnTiles == 1 || writes) {
-        std::uint32_t halves[kSteps][2];
-        load_query(item, column_of(j, g_), halves, factor, base);
-        if constexpr (kColumnTiles == 1) {
+    for (int j = 0; j < kColumnTiles; ++j)
 #pragma unroll
-          for (int k = 0; k < kSteps; ++k) query_[k][0] = halves[k][0], query_[k][1] = halves[k][1];
-        } else {
+      for (int i = 0; i < 2; ++i) factor_[j][i] = scales()[column_in_block(head_, column_of(j, 2 * t_ + i))].x;
+    if constexpr (kColumnTiles == 1) {
+      const uint2* query = query_fragments(head_, column_warp_, 0);
 #pragma unroll
-          for (int k = 0; k < kSteps; ++k) *shared_query(j, k) = {halves[k][0], halves[k][1]};
-        }
-        if (writes && t_ == 0) scales()[column_in_block(head_, column_of(j, g_))] = {factor, base};
+      for (int k = 0; k < kSteps; ++k) {
+        const uint2 halves = query[32 * k + lane_];
+        query_[k][0] = halves.x, query_[k][1] = halves.y;
       }
-      if constexpr (kColumnTiles == 1)
-        factor_[j][0] = __shfl_sync(kAllLanes, factor, 8 * t_), factor_[j][1] = __shfl_sync(kAllLanes, factor, 8 * t_ + 4),
-        base_[j][0] = __shfl_sync(kAllLanes, base, 8 * t_), base_[j][1] = __shfl_sync(kAllLanes, base, 8 * t_ + 4);
-    }
-    if constexpr (kColumnTiles > 1) {
-      __syncthreads();
-#pragma unroll
-      for (int j = 0; j < kColumnTiles; ++j)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float2 scale = scales()[column_in_block(head_, column_of(j, 2 * t_ + i))];
-          factor_[j][i] = scale.x, base_[j][i] = scale.y;
-        }
+      __syncthreads();  // before the ring takes their place
     }
   }
 
   __device__ float2* scales() const { return reinterpret_cast<float2*>(shared_ + memory_.scales); }
   __device__ int column_in_block(int head, int column) const { return head * args_.plan.columns + column; }
 
-  __device__ uint2* shared_query(int column_tile, int step) const {
-    auto* queries = reinterpret_cast<uint2*>(shared_ + memory_.queries);
-    const int first = (head_ * args_.plan.column_warps + column_warp_) * kColumnTiles + column_tile;
-    return queries + (first * kSteps + step) * 32 + lane_;
+  // Of a column tile: operands of all lanes for each step. With one column tile per warp they go to registers, and the stage
+  // of the ring that is copied to last holds them until then.
+  __device__ uint2* query_fragments(int head, int column_warp, int column_tile) const {
+    if constexpr (kColumnTiles == 1) {
+      const int warp = head * tile_warps_ + column_warp;
+      return reinterpret_cast<uint2*>(tile_memory(warp, core::kRingTiles - 1));
+    } else {
+      const int tile = (head * args_.plan.column_warps + column_warp) * kColumnTiles + column_tile;
+      return reinterpret_cast<uint2*>(shared_ + memory_.queries) + tile * kSteps * 32;
+    }
   }
 
-  __device__ void load_query(const Item& item, int column, std::uint32_t (&halves)[kSteps][2], float& factor,
-                             float& base) const {
-    constexpr int kElements = Shape::kKeyBytes;  // neighboring ones of a lane
-    const std::int64_t kv_head = item.first_head + head_;
-    float x[Shape::kKeyParts][kElements] = {}, q_scale = 1.0f;
-    if (column < item.num_columns) {
-      const Column place = place_of(item, head_, column);
+  // By a warp.
+  __device__ void load_query(int head, int column) const {
+    constexpr int kFours = kHeadSize / 4, kPerLane = (kFours + 31) / 32;
+    const std::int64_t kv_head = item_.first_head + head;
+    const bool exists = column < item_.num_columns;
+    float x[kPerLane][4] = {}, q_scale = 1.0f;
+    if (exists) {
+      const Column place = place_of(head, column);
       const std::int64_t at = place.row * l_.query.token + place.head * l_.query.head;
 #pragma unroll
-      for (int c = 0; c < Shape::kKeyParts; ++c) load_elements(at + (c * 4 + t_) * kElements, x[c]);
-      if (l_.q_scale) q_scale = __ldg(l_.q_scale + place.head / l_.heads_per_q_scale * l_.q_scale_stride);
+      for (int n = 0; n < kPerLane; ++n)
+        if (lane_ + 32 * n < kFours) load_four(at + 4 * (lane_ + 32 * n), x[n]);
+      if (l_.q_scale) q_scale = __ldg(l_.q_scale + place.head / static_cast<int>(l_.heads_per_q_scale) * l_.q_scale_stride);
     }
     float largest = 0.0f, product = 0.0f;
 #pragma unroll
-    for (int c = 0; c < Shape::kKeyParts; ++c)
+    for (int n = 0; n < kPerLane; ++n) {
+      const int first = 4 * (lane_ + 32 * n);
+      if (first >= kHeadSize) continue;
+      if (l_.k_offset.data) {
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        const std::int64_t dim = (c * 4 + t_) * kElements + i;
-        if (l_.k_offset.data) product += x[c][i] * __ldg(l_.k_offset.data + kv_head * l_.k_offset.head + dim * l_.k_offset.dim);
-        if (l_.k_scale.dim != 0) x[c][i] *= __ldg(l_.k_scale.data + kv_head * l_.k_scale.head + dim * l_.k_scale.dim);
-        if (is_finite(x[c][i])) largest = fmaxf(largest, fabsf(x[c][i]));
+        for (int i = 0; i < 4; ++i)
+          product += x[n][i] * __ldg(l_.k_offset.data + kv_head * l_.k_offset.head + (first + i) * l_.k_offset.dim);
+      }
+      if (l_.k_scale.dim != 0) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          x[n][i] *= __ldg(l_.k_scale.data + kv_head * l_.k_scale.head + (first + i) * l_.k_scale.dim);
       }
 #pragma unroll
-    for (int lanes = 1; lanes < 4; lanes *= 2) {
+      for (int i = 0; i < 4; ++i)
+        if (is_finite(x[n][i])) largest = fmaxf(largest, fabsf(x[n][i]));
+    }
+#pragma unroll
+    for (int lanes = 1; lanes < 32; lanes *= 2) {
       largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, lanes));
       product += __shfl_xor_sync(kAllLanes, product, lanes);
     }
     const int exponent = exponent_of(largest);
     const PowerOfTwo down(-exponent), up(exponent);
+    uint2* fragments = query_fragments(head, column / kWarpColumns, column % kWarpColumns / 8) + 4 * (column % 8);
 #pragma unroll
-    for (int c = 0; c < Shape::kKeyParts; ++c)
-#pragma unroll
-      for (int w = 0; w < Shape::kKeyWords; ++w)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float* pair = &x[c][4 * w + 2 * i];
-          halves[c * Shape::kKeyWords + w][i] = device::half2_of(down.times(pair[0]), down.times(pair[1]));
-        }
+    for (int n = 0; n < kPerLane; ++n) {
+      const int four = lane_ + 32 * n;
+      if (four >= kFours) continue;
+      const int step = four / (4 * Shape::kKeyWords) * Shape::kKeyWords + four % Shape::kKeyWords;
+      const int lane = four / Shape::kKeyWords % 4;
+      fragments[32 * step + lane] = {device::half2_of(down.times(x[n][0]), down.times(x[n][1])),
+                                     device::half2_of(down.times(x[n][2]), down.times(x[n][3]))};
+    }
     // With softcap the logits themselves, else those in units of log2(e).
     const float unit = q_scale * (l_.softcap > 0.0f ? l_.softmax_scale : l_.softmax_scale * kLog2e);
     const bool one_scale = l_.k_scale.dim == 0 && !l_.k_scale.per_token();
-    factor = up.times(unit * (one_scale ? __ldg(l_.k_scale.data + kv_head * l_.k_scale.head) : 1.0f));
-    base = unit * product;
+    const float k_scale = one_scale ? __ldg(l_.k_scale.data + kv_head * l_.k_scale.head) : 1.0f;
+    if (lane_ == 0)
+      scales()[column_in_block(head, column)] = exists ? float2{up.times(unit * k_scale), unit * product} : float2{0.0f, 0.0f};
   }
 
-  // Elements at to at + kElements of the query in fp32.
-  template <int kElements>
-  __device__ void load_elements(std::int64_t at, float (&x)[kElements]) const {
-    switch (l_.query_dtype) {
-      case DType::Float32: return load_vectors<float>(at, x);
-      case DType::Float16: return load_vectors<Half>(at, x);
-      case DType::BFloat16: return load_vectors<BFloat16>(at, x);
-      default: return load_vectors<Fp8>(at, x);
+  // Elements at to at + 3 of the query in fp32.
+  __device__ void load_four(std::int64_t at, float (&x)[4]) const {
+    const auto* bytes = static_cast<const std::byte*>(l_.query.data);
+    if (l_.query_dtype == DType::Float32) {
+      const float4 four = __ldg(reinterpret_cast<const float4*>(bytes + 4 * at));
+      x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+      return;
     }
-  }
-
-  template <class In, int kElements>
-  __device__ void load_vectors(std::int64_t at, float (&x)[kElements]) const {
+    std::uint32_t pairs[2];  // of 16 bits
+    if (l_.query_dtype == DType::Float16 || l_.query_dtype == DType::BFloat16) {
+      const uint2 words = __ldg(reinterpret_cast<const uint2*>(bytes + 2 * at));
+      pairs[0] = words.x, pairs[1] = words.y;
+    } else {
+      const std::uint32_t word = __ldg(reinterpret_cast<const std::uint32_t*>(bytes + at));
+      pairs[0] = device::halves_of<Fp8, false>(word), pairs[1] = device::halves_of<Fp8, true>(word);
+    }
 #pragma unroll
-    for (int i = 0; i < kElements; i += core::kVecSize) {
-      float values[core::kVecSize];
-      device::unpack(device::load_aligned(static_cast<const In*>(l_.query.data) + at + i), values);
-#pragma unroll
-      for (int k = 0; k < core::kVecSize; ++k) x[i + k] = values[k];
+    for (int i = 0; i < 2; ++i) {
+      if (l_.query_dtype == DType::BFloat16) {
+        x[2 * i] = __uint_as_float(pairs[i] << 16), x[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+      } else {
+        const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&pairs[i]));
+        x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
+      }
     }
   }
 
   // --- A tile -------------------------------------------------
 
-  __device__ void take_tile(const Item& item, const std::byte* tile, int index) {
+  // The tile `index` of the sequence, which a warp has copied.
+  __device__ void take_tile(int warp, int stage, int index) {
+    const std::byte* tile = tile_memory(warp, stage);
     std::uint32_t key[2][Shape::kKeyParts][Shape::kKeyWords], value[4][Shape::kValueWords];
 #pragma unroll
     for (int r = 0; r < 2; ++r)
@@ -354,7 +402,7 @@ class TiledAttention {
     multiply_keys(key, logits);
     float value_logits[2] = {0.0f, 0.0f};  // log2 of the scales of V of rows g and g + 8
     scale_logits(tile, logits, value_logits);
-    mask(item, index, *reinterpret_cast<const int*>(tile + Shape::kBytes.missing) != 0, logits);
+    mask(index, *missing(warp, stage) != 0, logits);
     raise_maxima(logits, value_logits);
     std::uint32_t weights[kColumnTiles][2];
     weigh(logits, value_logits, weights);
@@ -364,7 +412,7 @@ class TiledAttention {
       for (int r = 0; r < 4; ++r)
 #pragma unroll
         for (int w = 0; w < Shape::kValueWords; ++w) not_finite |= device::any_not_finite<Fp8>(value[r][w]);
-      if (__any_sync(kAllLanes, not_finite)) return add_values_by_query(item, index, value, weights);
+      if (__any_sync(kAllLanes, not_finite)) return add_values_by_query(index, value, weights);
     }
     add_values(value, weights, [](float (&sum)[4], const float (&product)[4], int) {
 #pragma unroll
@@ -400,7 +448,7 @@ class TiledAttention {
         if constexpr (kColumnTiles == 1) {
           device::multiply_add(sums[j][k % kSums], a0, a1, a2, a3, query_[k][0], query_[k][1]);
         } else {
-          const uint2 query = *shared_query(j, k);
+          const uint2 query = query_fragments(head_, column_warp_, j)[32 * k + lane_];
           device::multiply_add(sums[j][0], a0, a1, a2, a3, query.x, query.y);
         }
       }
@@ -429,22 +477,34 @@ class TiledAttention {
 #pragma unroll
       for (int j = 0; j < kColumnTiles; ++j)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) logits[j][i] = l_.softcap * tanhf((logits[j][i] + base_[j][i % 2]) / l_.softcap) * kLog2e;
+        for (int i = 0; i < 4; ++i) {
+          const float base = scales()[column_in_block(head_, column_of(j, 2 * t_ + i % 2))].y;
+          logits[j][i] = l_.softcap * tanh_of((logits[j][i] + base) * __frcp_rn(l_.softcap)) * kLog2e;
+        }
     }
+  }
+
+  // Within 2e-7.
+  __device__ static float tanh_of(float x) {
+    const float exponential = device::exp2_approximation(2.0f * kLog2e * fabsf(x));
+    const float large = copysignf(1.0f - __fdividef(2.0f, exponential + 1.0f), x);
+    const float square = x * x;
+    const float small = x + x * square * (-1.0f / 3 + square * (2.0f / 15 - square * (17.0f / 315)));
+    return fabsf(x) < 0.2f ? small : large;
   }
 
   // Whether some positions of the tile are not seen by all queries.
   __device__ bool is_edge(int tile) const { return tile * kTile < all_.begin || (tile + 1) * kTile > all_.end; }
 
   // Logits of positions that are not seen become -infinity.
-  __device__ void mask(const Item& item, int tile, bool missing, float (&logits)[kColumnTiles][4]) const {
+  __device__ void mask(int tile, bool missing, float (&logits)[kColumnTiles][4]) const {
     if (!is_edge(tile) && !missing) return;
 #pragma unroll
     for (int j = 0; j < kColumnTiles; ++j)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         Positions seen = any_;
-        if (!one_query_) seen = item.sequence.seen_by(l_, query_of(item, column_of(j, 2 * t_ + i)));
+        if (!one_query_) seen = item_.sequence.seen_by(l_, query_of(column_of(j, 2 * t_ + i)));
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const int position = tile * kTile + g_ + 8 * r;
@@ -542,12 +602,12 @@ class TiledAttention {
   }
 
   // Where a value is infinite or NaN, 0 times it is not 0: what one query does not see must not come near it.
-  __device__ void add_values_by_query(const Item& item, int tile, const std::uint32_t (&value)[4][Shape::kValueWords],
+  __device__ void add_values_by_query(int tile, const std::uint32_t (&value)[4][Shape::kValueWords],
                                       const std::uint32_t (&weights)[kColumnTiles][2]) {
-    const int last = query_of(item, item.num_columns - 1);
+    const int last = query_of(item_.num_columns - 1);
 #pragma unroll 1
     for (int query = first_query_; query <= last; ++query) {
-      const Positions seen = item.sequence.seen_by(l_, query);
+      const Positions seen = item_.sequence.seen_by(l_, query);
       std::uint32_t visible[4][Shape::kValueWords];
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
@@ -559,7 +619,7 @@ class TiledAttention {
       add_values(visible, weights, [&](float (&sum)[4], const float (&product)[4], int j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if (query_of(item, column_of(j, 2 * t_ + i % 2)) == query) sum[i] = product[i];
+          if (query_of(column_of(j, 2 * t_ + i % 2)) == query) sum[i] = product[i];
       });
     }
   }
@@ -573,36 +633,42 @@ class TiledAttention {
     return reinterpret_cast<float*>(shared_ + (warp * kWarpColumns + column) * memory_.sums_pitch);
   }
 
-  __device__ void finish(const Item& item) {
+  // A warp takes a column at a time, of which each lane has every 32nd element.
+  __device__ void finish() {
     __syncthreads();  // the rings are free
     write_warp();
     __syncthreads();
-    constexpr int kFours = kHeadSize / 4;
-    const int columns = args_.plan.heads * item.num_columns;
-    for (int i = static_cast<int>(threadIdx.x); i < columns * kFours; i += static_cast<int>(blockDim.x)) {
-      const int head = i / kFours / item.num_columns, column = i / kFours % item.num_columns, four = i % kFours;
-      const int column_warp = column / kWarpColumns, in_warp = column % kWarpColumns;
-      const int first_warp = head * tile_warps_ + column_warp, step = args_.plan.column_warps;
+    constexpr int kPerLane = kHeadSize / 32;
+    const int columns = args_.plan.columns, step = args_.plan.column_warps;
+    const Slots slots(l_, args_.plan, args_.workspace);
+#pragma unroll 1
+    for (int i = warp_; i < args_.plan.heads * columns; i += warps_) {
+      const int head = i >> log2_of(columns), column = i & (columns - 1);
+      if (column >= item_.num_columns) continue;
+      const int first_warp = head * tile_warps_ + column / kWarpColumns, in_warp = column % kWarpColumns;
       Softmax total;
       for (int w = first_warp; w < (head + 1) * tile_warps_; w += step)
         total.maximum = fmaxf(total.maximum, warp_softmax(w)[in_warp].maximum);
-      float4 sums = {};
+      float sums[kPerLane] = {};
       for (int w = first_warp; w < (head + 1) * tile_warps_; w += step) {
         const Softmax part = warp_softmax(w)[in_warp];
         const float kept = device::exp2_approximation(part.maximum - total.maximum);
-        const float4 part_sums = *reinterpret_cast<const float4*>(warp_sums(w, in_warp) + 4 * four);
         total.sum += part.sum * kept;
-        sums.x += part_sums.x * kept, sums.y += part_sums.y * kept, sums.z += part_sums.z * kept, sums.w += part_sums.w * kept;
+#pragma unroll
+        for (int n = 0; n < kPerLane; ++n) sums[n] += warp_sums(w, in_warp)[lane_ + 32 * n] * kept;
       }
-      const float base = l_.softcap > 0.0f ? 0.0f : scales()[column_in_block(head, column)].y;
-      if (item.slot < 0) {
-        const Finish end(l_, place_of(item, head, column), total, base);
-        end.store(4 * four, sums, args_.plan.out_vectors);
-        if (four == 0) end.store_lse();
+      const float base = l_.softcap > 0.0f ? 0.0f : scales()[i].y;
+      if (item_.slot < 0) {
+        const Finish end(l_, place_of(head, column), item_.first_head + head, total, base);
+#pragma unroll
+        for (int n = 0; n < kPerLane; ++n) end.store(lane_ + 32 * n, sums[n]);
+        if (lane_ == 0) end.store_lse();
       } else {
-        const Slots slots(l_, args_.plan, args_.workspace);
-        slots.sums(item.slot, column_in_block(head, column))[four] = sums;
-        if (four == 0) *slots.softmax(item.slot, column_in_block(head, column)) = {total.maximum, total.sum, base, 0.0f};
+        float* to = slots.sums(item_.slot, i);
+#pragma unroll
+        for (int n = 0; n < kPerLane; ++n) to[lane_ + 32 * n] = sums[n];
+        float* softmax = slots.softmax(item_.slot, i);
+        if (lane_ == 0) softmax[0] = total.maximum, softmax[1] = total.sum, softmax[2] = base;
       }
     }
     __syncthreads();  // before rings, scales and queries of the next item
@@ -632,6 +698,7 @@ class TiledAttention {
 
   const TiledArgs& args_;
   const AttentionLayout& l_;
+  const Item& item_;  // in shared memory
   std::byte* shared_;
   core::AttentionMemory memory_;
   int warps_, lane_, warp_, g_, t_;
@@ -639,83 +706,49 @@ class TiledAttention {
   int head_;        // KV head of the block
   int place_;       // of this warp among these
   int column_warp_;
+  std::uint32_t ring_address_;  // of this warp
 
   // Of an item.
   int first_query_;
   bool one_query_;
-  Positions any_, all_;
-  int first_tile_, iterations_;
-  const std::byte *keys_, *values_;
+  Positions any_, all_, tiles_;
+  int first_tile_, iterations_;         // of this warp
+  int key_from_, value_from_;   // the first bytes that this lane copies, in block 0 of the cache
   const int* table_;
-  int copy_row_;
   int blocks_, next_blocks_;  // of iterations, one per lane
   std::uint32_t query_[kColumnTiles == 1 ? kSteps : 1][2];
-  float factor_[kColumnTiles][2], base_[kColumnTiles][2];  // of columns 2t and 2t + 1
+  float factor_[kColumnTiles][2];  // of columns 2t and 2t + 1
   Softmax softmax_[kColumnTiles][2];
   float value_maximum_[kColumnTiles][2];  // with a scale for each token: of logits plus log2 of V's scale
   float out_[kColumnTiles][kSteps][4];
 };
 
-// The items of this block, one after the other.
-template <class F>
-__device__ __forceinline__ void for_each_item(const TiledArgs& args, const F& attend) {
-  const AttentionPlan& plan = args.plan;
-  const AttentionLayout& l = args.layout;
-  const auto parts = static_cast<unsigned>(plan.parts);
-  const unsigned block = blockIdx.x;
-  Schedule schedule(l, plan);
-  if (schedule.total() == 0) return;
-  const Share share(plan, schedule.total());
-  if (parts == 0 && block >= share.blocks) return;
-  unsigned unit = parts == 0 ? share.begin(block) : block;
-  const unsigned end = parts == 0 ? share.begin(block + 1) : schedule.total();
-  if (unit >= end) return;
-  schedule.seek(unit);
-  while (true) {
-    const Sequence& sequence = schedule.sequence();
-    const unsigned units = schedule.units_per_item(), in_sequence = unit - schedule.first_unit();
-    const unsigned number = in_sequence / units, from = in_sequence - number * units;
-    Item item = item_of(l, plan, schedule, number);
-    // Units are those of all tiles of the sequence, of which the queries of an item may see only some.
-    const Positions all = sequence.seen_by_any(l, 0, sequence.num_queries).tiles();
-    const unsigned tiles = max(all.end - all.begin, 0);
-    unsigned first = 0, last = tiles, next;
-    bool has_tiles = true;
-    if (parts == 0) {
-      const unsigned to = min(units, from + (end - unit));
-      if (from > 0 || to < units) item.slot = slot_of_share(block, from == 0), first = from, last = to;
-      next = unit + (to - from);
-    } else {
-      // Without a slot the first part has everything.
-      if (parts > 1 && unit - from + parts <= plan.slots) {
-        item.slot = static_cast<int>(unit);
-        first = static_cast<unsigned>(std::uint64_t{tiles} * from / parts);
-        last = static_cast<unsigned>(std::uint64_t{tiles} * (from + 1) / parts);
-      } else {
-        has_tiles = from == 0;
-      }
-      next = unit + gridDim.x < unit ? end : unit + gridDim.x;
-    }
-    if (has_tiles) {
-      const int last_query = (item.first_column + item.num_columns - 1) / static_cast<int>(args.group.divisor);
-      const int first_query = item.first_column / static_cast<int>(args.group.divisor);
-      const Positions seen = sequence.seen_by_any(l, first_query, last_query + 1).tiles();
-      item.tiles = {max(all.begin + static_cast<int>(first), seen.begin), min(all.begin + static_cast<int>(last), seen.end)};
-      attend(item);
-    }
-    unit = next;
-    if (unit >= end) return;
-    schedule.advance(unit);
-  }
-}
+struct Work {
+  Cursor cursor;
+  Item item;
+  int sink[kMaxWarps];
+};
 
 template <class Fp8, int kHeadSize, int kColumnTiles, bool kPerToken>
 __global__ void __launch_bounds__(32 * kMaxWarps, blocks_per_multiprocessor(kHeadSize, kColumnTiles))
     attention_tiled(const __grid_constant__ TiledArgs args) {
-  extern __shared__ __align__(16) std::byte shared_memory[];
+  extern __shared__ __align__(128) std::byte shared_memory[];
+  const core::AttentionMemory memory(kHeadSize, kColumnTiles, kPerToken, static_cast<int>(blockDim.x / 32),
+                                     args.plan.heads * args.plan.columns);
+  static_assert(sizeof(Work) <= core::AttentionMemory::kWorkBytes);
+  Work& work = *reinterpret_cast<Work*>(shared_memory + memory.work);
+  device::load_parameters(args, threadIdx.x, blockDim.x, work.sink);
   device::wait_then_release();
-  TiledAttention<Fp8, kHeadSize, kColumnTiles, kPerToken> attention(args, shared_memory);
-  for_each_item(args, [&](const Item& item) { attention.attend(item); });
+  const bool schedules = threadIdx.x < 32;
+  const Schedule schedule(args.layout, args.plan, args.group, args.workspace);
+  if (schedules) schedule.begin(work.cursor);
+  TiledAttention<Fp8, kHeadSize, kColumnTiles, kPerToken> attention(args, memory, work.item, shared_memory);
+  while (true) {
+    if (schedules) schedule.next(work.cursor, work.item);
+    __syncthreads();
+    if (work.item.nothing) return;
+    attention.attend();
+  }
 }
 
 }  // namespace fp8kv::cuda::attention

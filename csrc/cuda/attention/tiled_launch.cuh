@@ -30,10 +30,12 @@ template <int kHeadSize>
 void launch_tiled(const AttentionLayout& layout, const AttentionPlan& plan, void* workspace, cudaStream_t stream) {
   const TiledArgs args{.layout = layout,
                        .plan = plan,
+                       .keys = CacheStrides(layout.key_cache),
+                       .values = CacheStrides(layout.value_cache),
                        .tiles_per_block = FastDiv(layout.block_size / kTile),
                        .group = FastDiv(layout.heads_per_kv_head()),
                        .workspace = workspace};
-  core::visit_fp8(layout.cache_dtype, [&]<class Fp8>(core::Type<Fp8>) {
+  core::visit_quantized(layout.cache_dtype, [&]<class Fp8>(core::Type<Fp8>) {
     const auto launch = [&]<int kColumnTiles>(std::integral_constant<int, kColumnTiles>) {
       if (layout.k_scale.per_token() || layout.v_scale.per_token())
         launch_tiled_kernel<Fp8, kHeadSize, kColumnTiles, true>(args, stream);

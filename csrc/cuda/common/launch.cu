@@ -27,9 +27,11 @@ const DeviceLimits& device_limits() {
   return limits.get(find_limits);
 }
 
+bool can_depend(unsigned blocks) { return blocks <= device::kMaxDependentBlocks && device_limits().has_dependent_launch; }
+
 bool launches_dependent(unsigned blocks) {
   static const bool wanted = core::environment_flag("FP8KV_PDL");
-  return wanted && blocks <= device::kMaxDependentBlocks && device_limits().has_dependent_launch;
+  return wanted && can_depend(blocks);
 }
 
 }  // namespace fp8kv::cuda

@@ -21,12 +21,14 @@ inline void check_launch(const char* op) {
 // Of the current device.
 const DeviceLimits& device_limits();
 
-// Whether kernels of few blocks may begin before their predecessor in the stream ends: with FP8KV_PDL=1, on devices that can.
+// Whether a kernel of so many blocks that calls device::wait_then_release() can begin before its predecessor in the stream ends.
+bool can_depend(unsigned blocks);
+// Whether it does so behind kernels that may be anybody's: with FP8KV_PDL=1.
 bool launches_dependent(unsigned blocks);
 
 struct LaunchShape {
   dim3 grid;
-  int threads;
+  dim3 threads;
   int shared_memory = 0;   // bytes, dynamic
   bool dependent = false;  // of a kernel that calls device::wait_then_release(): it may begin before its predecessor ends
 };
