@@ -29,6 +29,7 @@ struct Positions {
   int end;
 
   __device__ bool empty() const { return begin >= end; }
+  __device__ bool has(int i) const { return i >= begin && i < end; }
   __device__ Positions tiles() const { return {begin / kTile, empty() ? begin / kTile : (end - 1) / kTile + 1}; }
 };
 
@@ -85,6 +86,8 @@ struct Item {
   int first_head;    // KV head
   int first_column;  // of those of the sequence and a KV head
   int num_columns;
+  int first_query, last_query;
+  Positions seen_by_any, seen_by_all;  // of these
   Positions tiles;
   int slot;      // of the workspace; -1: the block has all tiles
   bool nothing;  // the block has done all its work
@@ -146,41 +149,27 @@ class Schedule {
   __device__ Schedule(const AttentionLayout& layout, const AttentionPlan& plan, const FastDiv& group, void* workspace)
       : l_(layout), plan_(plan), group_(group), slots_(layout, plan, workspace), lane_(static_cast<int>(threadIdx.x % 32)) {}
 
-  // The share of this block, and the sequence that it begins with.
+  // The share of this block, and a sequence at or before the one that it begins with.
   __device__ void begin(Cursor& cursor) const {
-    Cursor c{};
-    int first = 0, count = static_cast<int>(l_.num_seqs);
-    bool shared_out = false;
-    while (true) {
-      // The lane whose sequences hold the unit, then the same among these.
-      const int per_lane = (count + 31) / 32, from = min(lane_ * per_lane, count), to = min(from + per_lane, count);
-      unsigned units = 0, items = 0, least = 0xffffffffu, most = 0;
-      for (int s = first + from; s < first + to; ++s) {
-        const Sequence sequence = Sequence::load(l_, s);
-        const unsigned of_item = units_of_item(tiles_of(sequence));
-        const unsigned in_sequence = static_cast<unsigned>(plan_.head_groups) * column_blocks_of(sequence);
-        items += in_sequence;
-        units += in_sequence * of_item;
-        if (in_sequence > 0) least = min(least, of_item), most = max(most, of_item);
-      }
-      const unsigned sum = inclusive_sum(units);
-      if (!shared_out) {
-        const bool equal = __reduce_min_sync(kAllLanes, least) == __reduce_max_sync(kAllLanes, most);
-        share_out(__shfl_sync(kAllLanes, sum, 31), equal ? __reduce_add_sync(kAllLanes, items) : 0, c);
-        shared_out = true;
-        if (c.unit >= c.end) break;
-      }
-      const int found = __ffs(__ballot_sync(kAllLanes, c.first_unit + sum > c.unit)) - 1;
-      if (found < 0) {  // units that 31 bits can't count, of row ranges that overlap
-        c.end = c.unit;
-        break;
-      }
-      c.first_unit += __shfl_sync(kAllLanes, sum - units, found);
-      first += found * per_lane;
-      count = min(per_lane, count - found * per_lane);
-      if (per_lane == 1) break;
+    const int count = static_cast<int>(l_.num_seqs), per_lane = (count + 31) / 32;
+    const int first = min(lane_ * per_lane, count), last = min(first + per_lane, count);
+    unsigned units = 0, items = 0, least = 0xffffffffu, most = 0;
+    for (int s = first; s < last; ++s) {
+      const Sequence sequence = Sequence::load(l_, s);
+      const unsigned of_item = units_of_item(tiles_of(sequence));
+      const unsigned in_sequence = static_cast<unsigned>(plan_.head_groups) * column_blocks_of(sequence);
+      items += in_sequence;
+      units += in_sequence * of_item;
+      if (in_sequence > 0) least = min(least, of_item), most = max(most, of_item);
     }
-    c.index = first;
+    const unsigned sum = inclusive_sum(units);
+    const bool equal = __reduce_min_sync(kAllLanes, least) == __reduce_max_sync(kAllLanes, most);
+    Cursor c{};
+    share_out(__shfl_sync(kAllLanes, sum, 31), equal ? __reduce_add_sync(kAllLanes, items) : 0, c);
+    const int found = __ffs(__ballot_sync(kAllLanes, sum > c.unit)) - 1;
+    c.first_unit = __shfl_sync(kAllLanes, sum - units, max(found, 0));
+    c.index = found * per_lane;
+    if (found < 0) c.end = c.unit;  // nothing to do
     if (lane_ == 0) cursor = c;
     __syncwarp();
   }
@@ -304,12 +293,11 @@ class Schedule {
       }
       c.unit = c.unit + gridDim.x < c.unit ? c.end : c.unit + gridDim.x;
     }
-    Positions seen = all;
-    if (column_blocks > 1) {
-      const auto first_query = static_cast<int>(group_.div(item.first_column)),
-                 last_query = static_cast<int>(group_.div(item.first_column + max(item.num_columns, 1) - 1));
-      seen = sequence.seen_by_any(l_, first_query, last_query + 1).tiles();
-    }
+    item.first_query = static_cast<int>(group_.div(item.first_column));
+    item.last_query = static_cast<int>(group_.div(item.first_column + max(item.num_columns, 1) - 1));
+    item.seen_by_any = sequence.seen_by_any(l_, item.first_query, item.last_query + 1);
+    item.seen_by_all = {sequence.seen_by(l_, item.last_query).begin, sequence.seen_by(l_, item.first_query).end};
+    const Positions seen = item.seen_by_any.tiles();
     item.tiles = {max(all.begin + static_cast<int>(first), seen.begin), min(all.begin + static_cast<int>(last), seen.end)};
   }
 
