@@ -63,6 +63,7 @@ struct CacheLayout {
 
   constexpr std::int64_t num_slots() const { return num_blocks * block_size; }
   constexpr bool has_channels() const { return k.has_channels() || v.has_channels(); }
+  // K and V have scales per channel, and no offsets.
   constexpr bool only_channel_scales() const {
     return k.scales.dim != 0 && v.scales.dim != 0 && !k.offsets.data && !v.offsets.data;
   }

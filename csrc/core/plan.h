@@ -250,7 +250,7 @@ inline bool vecs_aligned(const Chunk& chunk, const TensorView& input, const Tens
   return layout.inner().size % kVecSize == 0 && base_aligned(input, chunk.in) && base_aligned(result, chunk.out);
 }
 
-// Whether vectors of scales and offsets per channel are read by halves, in aligned accesses.
+// Whether half a vector of scales or offsets per channel is one aligned access.
 inline bool channels_aligned(const CacheLayout& layout) {
   const auto aligned = [&](const float* data, std::int64_t head, std::int64_t dim) {
     return dim == 1 && reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && (head % 4 == 0 || layout.num_heads == 1);

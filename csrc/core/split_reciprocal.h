@@ -1,5 +1,5 @@
 // Which scales can't be split. Quantization without division finds the quotient as fma(x, hi, x * lo) with hi + lo = 1 / scale
-// (docs/numerics.md). Near few significands of the scale the result is on the wrong side of a boundary between two values.
+// (docs/numerics.md). For few significands of the scale the result may be on the wrong side of a boundary between two values.
 #pragma once
 
 #include <cstdint>

@@ -110,7 +110,11 @@ def _trap_scale_bits() -> list[int]:
         for multiple in range(1, 9)
         for k in range(6)
     ]
-    return extremes + below
+    # The split reciprocal gives a wrong byte of INT8 for these.
+    split = [
+        0x3F91FFFF, 0x3FA3FFFE, 0x3FC3FFFE, 0x3FC7FFFE, 0x3FDFFFFD, 0x3FEBFFFD, 0x3FEC0002, 0x3FF7FFFD,
+    ]  # fmt: skip
+    return extremes + below + split
 
 
 #: Scales for which shortcuts of the division give wrong bytes, and scales nobody should have.

@@ -308,6 +308,7 @@ def test_expanded_scales_and_offsets(device: torch.device, shape: tuple[int, int
 def test_quotients_beside_every_rounding_boundary(kernels: torch.device, cache: str) -> None:
     """Each scale in a channel of its own, with its neighbors: ordinary ones, and such that divide."""
     scales = TRAP_SCALES[TRAP_SCALES.isfinite() & (TRAP_SCALES > 0)]
+    scales = torch.cat((scales, scales[: -len(scales) % 8]))  # whole vectors
     dtype = QUANTIZED_CACHES[cache][2]
     x = neighbors(scales[:, None] * fp8_boundaries(dtype)[1:], 2).view(len(scales), -1).t()
     x = x.contiguous().view(len(x), 1, len(scales))
