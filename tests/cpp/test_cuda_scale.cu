@@ -22,17 +22,17 @@ __device__ bool same_byte(float x, float s) {
   return device::encode2<Fp8>(q, 0.0f) == device::encode2<Fp8>(__fdiv_rn(x, s), 0.0f);
 }
 
-// Beside the boundaries first * step, (first + 1) * step, ... for scales of all significands, times a power of two.
+// Beside the boundaries from first * step to (end - 1) * step, for scales of all significands, times a power of two.
 template <class Fp8>
-__global__ void compare(float power, int first, int end, float step_size, unsigned long long* differences) {
+__global__ void compare(float power, int first, int end, float step, unsigned long long* differences) {
   const std::uint32_t significand = blockIdx.x * blockDim.x + threadIdx.x;  // 2^23 threads
   const float s = __uint_as_float(0x3f800000u | significand) * power;
   for (float x : {__uint_as_float(0x7f800000u), __uint_as_float(0x7f7fffffu), 0.0f})
     if (!same_byte<Fp8>(x, s) || !same_byte<Fp8>(-x, s)) atomicAdd(differences, 1ull);
   for (int boundary = first; boundary < end; ++boundary) {
-    const std::uint32_t middle = __float_as_uint(__fmul_rn(boundary * step_size, s));
-    for (int step = -3; step <= 3; ++step) {
-      const float x = __uint_as_float(middle + step);
+    const std::uint32_t middle = __float_as_uint(__fmul_rn(boundary * step, s));
+    for (int near = -3; near <= 3; ++near) {
+      const float x = __uint_as_float(middle + near);
       if (!same_byte<Fp8>(x, s) || !same_byte<Fp8>(-x, s)) atomicAdd(differences, 1ull);
     }
   }
