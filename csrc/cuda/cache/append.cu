@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(256) append_vectorized(const __grid_constant__
   }
 }
 
-// Where channels have parameters, and all is aligned: a thread owns 8 of them and takes the vectors of kTokens tokens. At least
-// 5 blocks, so that there are registers for these.
+// Where channels have parameters, and all is aligned: a thread owns 8 of them and takes the vectors of kTokens tokens. With 5
+// blocks per multiprocessor it has registers for all of them.
 template <class Op, class In, class Out, int kTokens, ChannelParameters kChannels>
 __global__ void __launch_bounds__(128, 5) append_per_column(const __grid_constant__ AppendArgs p) {
   const KVViews& kv = p.kv[blockIdx.y];
