@@ -43,6 +43,9 @@ struct KVViews {  // of K or V
   PagedView cache;
   PagedScales scales;
   OffsetView offsets;
+
+  // Whether channels have scales or offsets of their own.
+  constexpr bool has_channels() const { return scales.dim != 0 || offsets.data; }
 };
 
 struct CacheLayout {
@@ -59,6 +62,11 @@ struct CacheLayout {
   KVViews v;
 
   constexpr std::int64_t num_slots() const { return num_blocks * block_size; }
+  constexpr bool has_channels() const { return k.has_channels() || v.has_channels(); }
+  // K and V have scales per channel, and no offsets.
+  constexpr bool only_channel_scales() const {
+    return k.scales.dim != 0 && v.scales.dim != 0 && !k.offsets.data && !v.offsets.data;
+  }
   constexpr bool empty() const { return num_tokens == 0 || num_heads == 0 || head_size == 0; }
 };
 

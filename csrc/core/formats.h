@@ -19,8 +19,8 @@ constexpr TypeList<Ts..., Us...> operator+(TypeList<Ts...>, TypeList<Us...>) {
   return {};
 }
 
-// Types of unquantized values, and of quantized ones. Only those of FP8 have CUDA kernels so far, and only in those queries may
-// be quantized and tensors of them be UInt8.
+// Types of unquantized values, and of quantized ones. Only in those of FP8 queries may be quantized, and only tensors of them
+// may be UInt8; attention on CUDA has no kernels for the others yet.
 using RealTypes = TypeList<float, Half, BFloat16>;
 using Fp8Types = TypeList<E4M3, E5M2>;
 using QuantizedTypes = decltype(Fp8Types{} + TypeList<Int8>{});

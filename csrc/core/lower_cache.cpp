@@ -230,15 +230,6 @@ void lower_parameters(KVViews& kv, const Argument& scale, const Argument& offset
   kv.offsets = lower_offsets(offset, layout, key);
 }
 
-void check_has_kernels(const CacheLayout& layout, const Argument& key_cache, const Argument& k_scale, const Argument& v_scale,
-                       const Argument& k_offset, const Argument& v_offset) {
-  if (is_quantized(layout.cache_dtype) && !is_fp8(layout.cache_dtype)) check_has_kernels(key_cache, name(layout.cache_dtype));
-  if (layout.k.scales.dim != 0) check_has_kernels(k_scale, "scales per channel");
-  if (layout.v.scales.dim != 0) check_has_kernels(v_scale, "scales per channel");
-  if (layout.k.offsets.data) check_has_kernels(k_offset, "offsets");
-  if (layout.v.offsets.data) check_has_kernels(v_offset, "offsets");
-}
-
 namespace {
 
 void merge_heads(CacheLayout& layout) {
@@ -268,7 +259,6 @@ CacheLayout lower(const CacheAppend& p) {
   lower_parameters(layout.k, k_scale, k_offset, layout, key);
   lower_parameters(layout.v, v_scale, v_offset, layout, key);
   check_written({&key_cache, &value_cache}, {&key, &value, &slots, &k_scale, &v_scale, &k_offset, &v_offset});
-  check_has_kernels(layout, key_cache, k_scale, v_scale, k_offset, v_offset);
   merge_heads(layout);
   return layout;
 }
@@ -287,7 +277,6 @@ CacheLayout lower(const CacheAppendDynamic& p) {
   layout.k.offsets = lower_offsets(k_offset, layout, key);
   layout.v.offsets = lower_offsets(v_offset, layout, key);
   check_written({&key_cache, &value_cache, &k_scales, &v_scales}, {&key, &value, &slots, &k_offset, &v_offset});
-  check_has_kernels(layout, key_cache, k_scales, v_scales, k_offset, v_offset);
   return layout;
 }
 
@@ -312,7 +301,6 @@ CacheLayout lower(const CacheGather& p) {
     check_per_sequence(starts, num_seqs, key);
     for (const Argument* a : {&key, &value}) check_no_overlap(*a, starts);
   }
-  check_has_kernels(layout, key_cache, k_scale, v_scale, k_offset, v_offset);
   merge_heads(layout);
   return layout;
 }

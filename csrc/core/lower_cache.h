@@ -51,10 +51,6 @@ OffsetView lower_offsets(const Argument& a, const CacheLayout& layout, const Arg
 void lower_parameters(KVViews& kv, const Argument& scale, const Argument& offset, const CacheLayout& layout,
                       const Argument& key, bool or_cache = false);
 
-// That the device has kernels for a sound problem: on CUDA there are none for int8, scales per channel and offsets yet.
-void check_has_kernels(const CacheLayout& layout, const Argument& key_cache, const Argument& k_scale, const Argument& v_scale,
-                       const Argument& k_offset, const Argument& v_offset);
-
 // An argument that may be absent: then a view of no element, which overlaps nothing.
 Argument optional_argument(const char* op, const char* name, const std::optional<TensorView>& view);
 bool is_given(const Argument& optional);

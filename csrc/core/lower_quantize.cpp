@@ -63,11 +63,6 @@ Layout make_layout(const InOut& views, const TensorView& scale, const ScaleMap& 
   return layout;
 }
 
-// That the device has kernels for a sound problem: on CUDA there are none for int8 yet.
-void check_has_kernels(const Argument& quantized) {
-  if (!is_fp8(quantized.view.dtype)) check_has_kernels(quantized, name(quantized.view.dtype));
-}
-
 // What StaticQuantize, DynamicQuantize and Dequantize have in common, once dtypes are known to be right.
 Layout lower_elementwise(const Argument& result, const Argument& input, const Argument& scale,
                          const std::optional<GroupShape>& group_shape) {
@@ -91,9 +86,7 @@ Layout lower(const StaticQuantize& p) {
   const Argument result{op, "result", p.result}, input{op, "input", p.input}, scale{op, "scale", p.scale};
   check_real(input);
   check_quantized(result);
-  const Layout layout = lower_elementwise(result, input, scale, p.group_shape);
-  check_has_kernels(result);
-  return layout;
+  return lower_elementwise(result, input, scale, p.group_shape);
 }
 
 Layout lower(const DynamicQuantize& p) {
@@ -113,7 +106,6 @@ Layout lower(const DynamicQuantize& p) {
     check_no_overlap(result, bound);
     check_no_overlap(scale, bound);
   }
-  check_has_kernels(result);
   return layout;
 }
 
@@ -122,9 +114,7 @@ Layout lower(const Dequantize& p) {
   const Argument result{op, "result", p.result}, input{op, "input", p.input}, scale{op, "scale", p.scale};
   check_quantized(input);
   check_real(result);
-  const Layout layout = lower_elementwise(result, input, scale, p.group_shape);
-  check_has_kernels(input);
-  return layout;
+  return lower_elementwise(result, input, scale, p.group_shape);
 }
 
 Layout lower(const GroupAmax& p) {

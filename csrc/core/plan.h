@@ -170,10 +170,11 @@ FP8KV_API DynamicPlan plan_dynamic(const Chunk& chunk, const TensorView& input, 
 // --- The paged cache ---------------------------------------------------------
 
 struct CachePlan {
-  KernelPath path = KernelPath::Scalar;  // or Vectorized
-  bool aligned = false;                  // Vectorized: every vector is one aligned access to rows and cache
+  KernelPath path = KernelPath::Scalar;  // PerColumn: where channels have scales or offsets of their own
+  bool aligned = false;                  // every vector is one aligned access to rows and cache; PerColumn: always
   int threads = 256;                     // per block
-  std::int64_t vecs_per_head = 1;        // Vectorized
+  std::int64_t vecs_per_head = 1;        // not Scalar
+  int tokens_per_thread = 1;             // PerColumn, of an append: 1 or 4
   std::int64_t tokens = 0;               // of one launch
   // With dynamic scales, neighboring threads hold a head in registers.
   int threads_per_head = 1;  // a power of two up to 32
@@ -188,7 +189,7 @@ struct RopeAppendPlan {
   KernelPath path = KernelPath::Scalar;  // one warp per head; or Vectorized: one vector per thread, every access aligned
   int threads = 256;                     // per block
   int threads_per_head = 32;             // Vectorized with a norm: a power of two
-  int heads_per_thread = 1;              // Vectorized: 1 or 2
+  int heads_per_thread = 1;              // Vectorized: 1 or 2; 1 where channels have scales or offsets of their own
   std::int64_t tokens = 0;               // of one launch
 };
 
@@ -247,6 +248,18 @@ inline bool vecs_aligned(const Chunk& chunk, const TensorView& input, const Tens
   for (int d = 0; d + 1 < layout.ndim; ++d)
     if (layout.dims[d].in % kVecSize != 0 || layout.dims[d].out % kVecSize != 0) return false;
   return layout.inner().size % kVecSize == 0 && base_aligned(input, chunk.in) && base_aligned(result, chunk.out);
+}
+
+// Whether half a vector of scales or offsets per channel is one aligned access.
+inline bool channels_aligned(const CacheLayout& layout) {
+  const auto aligned = [&](const float* data, std::int64_t head, std::int64_t dim) {
+    return dim == 1 && reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && (head % 4 == 0 || layout.num_heads == 1);
+  };
+  for (const KVViews* kv : {&layout.k, &layout.v}) {
+    if (kv->scales.dim != 0 && !aligned(kv->scales.data, kv->scales.head, kv->scales.dim)) return false;
+    if (kv->offsets.data && !aligned(kv->offsets.data, kv->offsets.head, kv->offsets.dim)) return false;
+  }
+  return true;
 }
 
 // Where vectors begin at aligned addresses of the result, a row may begin up to 7 elements into its first one.

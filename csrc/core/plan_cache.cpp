@@ -32,8 +32,10 @@ CachePlan plan_given_scales(const CacheLayout& layout, std::int64_t max_slot) {
   CachePlan plan;
   plan.tokens = layout.num_tokens;
   if (!contiguous_heads(layout) || max_slot >= kMaxChunk || layout.num_heads * layout.head_size >= kMaxChunk) return plan;
-  plan.path = KernelPath::Vectorized;
-  plan.aligned = cache_vecs_aligned(layout);
+  const bool aligned = cache_vecs_aligned(layout);
+  if (layout.has_channels() && !(aligned && channels_aligned(layout))) return plan;
+  plan.path = layout.has_channels() ? KernelPath::PerColumn : KernelPath::Vectorized;
+  plan.aligned = aligned;
   plan.vecs_per_head = vecs_covering(layout.head_size, plan.aligned);
   plan.tokens = std::min(plan.tokens, (kMaxChunk - 1) / (layout.num_heads * plan.vecs_per_head));
   return plan;
@@ -43,8 +45,15 @@ CachePlan plan_given_scales(const CacheLayout& layout, std::int64_t max_slot) {
 
 CachePlan plan_append(const CacheLayout& layout) {
   CachePlan plan = plan_given_scales(layout, layout.num_slots() - 1);
-  constexpr std::int64_t kMany = 1 << 20;
-  if (plan.aligned && plan.tokens * layout.num_heads * plan.vecs_per_head >= kMany) plan.threads = 128;
+  const std::int64_t vecs = plan.tokens * layout.num_heads * plan.vecs_per_head;
+  if (plan.path == KernelPath::PerColumn) {
+    // Once there is enough to do for a fourth of the threads, they share what preparing 8 scales takes. They hold many
+    // registers: smaller blocks fill a multiprocessor better.
+    plan.tokens_per_thread = vecs >= 1 << 16 ? 4 : 1;
+    plan.threads = plan.tokens_per_thread == 4 ? 64 : 128;
+  } else if (plan.aligned && vecs >= 1 << 20) {
+    plan.threads = 128;
+  }
   return plan;
 }
 

@@ -31,7 +31,7 @@ bool fits_vectorized(const RopeLayout& layout) {
                      (is_quantized(layout.query_out_dtype) || layout.query_out_dtype == cache.row_dtype);
   const bool sizes = cache.head_size % kVecSize == 0 && layout.rotary_dim % kVecSize == 0 &&
                      layout.cos_sin_row % (kVecSize / 2) == 0 && cache.num_slots() < kMaxChunk &&
-                     (!has_norm(layout) || cache.head_size / kVecSize <= kWarp);
+                     (!has_norm(layout) || cache.head_size / kVecSize <= kWarp) && channels_aligned(cache);
   return types && sizes && heads_aligned(layout.query, cache.row_dtype) &&
          heads_aligned(layout.query_out, layout.query_out_dtype) && heads_aligned(cache.k.rows, cache.row_dtype) &&
          heads_aligned(cache.v.rows, cache.row_dtype) && cache_aligned(cache.k.cache, cache.cache_dtype) &&
@@ -51,7 +51,7 @@ RopeAppendPlan plan_rope_append(const RopeLayout& layout) {
     plan.threads_per_head = static_cast<int>(norm ? std::bit_ceil(static_cast<std::uint64_t>(vecs)) : vecs);
     // Two heads share the loads of cosines, sines and weights, once there is enough to do for half as many threads.
     const std::int64_t work = cache.num_tokens * (layout.num_heads + 2 * cache.num_heads) * vecs;
-    if (norm ? work > 1 << 17 : layout.rotary_dim > 0 && work > 1 << 18) plan.heads_per_thread = 2;
+    if (!cache.has_channels() && (norm ? work > 1 << 17 : layout.rotary_dim > 0 && work > 1 << 18)) plan.heads_per_thread = 2;
   }
   const std::int64_t heads = std::max<std::int64_t>(1, layout.num_heads + cache.num_heads);
   const std::int64_t most = (kMaxChunk - 1) / (2 * heads * plan.threads_per_head);

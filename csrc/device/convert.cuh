@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "core/formats.h"
+#include "core/split_reciprocal.h"
 #include "device/vec.cuh"
 
 namespace fp8kv::device {
@@ -18,7 +19,8 @@ namespace fp8kv::device {
 #define FP8KV_HAS_FP8_CVT 0
 #endif
 
-// Two fp32 values to two bytes of a quantized type, `low` in the lower byte; to nearest even, saturating, NaN to 0x7F.
+// Two fp32 values to two bytes of a quantized type, `low` in the lower byte; to nearest even, saturating, NaN to the byte of
+// the format.
 template <class T>
 __device__ __forceinline__ std::uint32_t encode2(float low, float high) {
   return encode<T>(low).bits | static_cast<std::uint32_t>(encode<T>(high).bits) << 8;
@@ -56,6 +58,34 @@ __device__ __forceinline__ float2 decode2<E5M2>(std::uint32_t pair) {
   return __half22float2(*reinterpret_cast<const __half2*>(&halves));
 }
 #endif
+
+// The nearest integer, ties to even; -127 and 0 for all below and NaN.
+__device__ __forceinline__ std::int32_t int8_of(float x) {
+  std::int32_t integer;
+  asm("{\n"
+      ".reg .f32 limited;\n"
+      "max.NaN.f32 limited, %1, 0fC2FE0000;\n"  // -127
+      "cvt.rni.s32.f32 %0, limited;\n"
+      "}"
+      : "=r"(integer)
+      : "f"(x));
+  return integer;
+}
+template <>
+__device__ __forceinline__ std::uint32_t encode2<Int8>(float low, float high) {
+  std::uint32_t pair;
+  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, 0;" : "=r"(pair) : "r"(int8_of(high)), "r"(int8_of(low)));
+  return pair;
+}
+// With 128 more, a byte is the last one of 2^23 + 128 + x.
+template <>
+__device__ __forceinline__ float2 decode2<Int8>(std::uint32_t pair) {
+  constexpr std::uint32_t kBits = 0x4b000000u;  // of 2^23
+  constexpr float kBias = 0x1p23f + 128.0f;
+  const std::uint32_t biased = pair ^ 0x8080u;
+  return {__fsub_rn(__uint_as_float(__byte_perm(biased, kBits, 0x7440)), kBias),
+          __fsub_rn(__uint_as_float(__byte_perm(biased, kBits, 0x7441)), kBias)};
+}
 
 __device__ __forceinline__ std::uint32_t half2_of(float low, float high) {
   std::uint32_t pair;
@@ -163,9 +193,8 @@ __device__ __forceinline__ float reciprocal_approximation(float x) {
 
 // Quantizes by a split reciprocal: 1 / scale = hi + lo, with hi strictly below it and so lo > 0, and the quotient is
 // fma(x, hi, x * lo). Both terms have the sign of x, so infinities, NaN, signed zero and overflow come out right. The quotient
-// lies on the same side of every FP8 rounding boundary as the IEEE division for scales from 2^-126 to 2^96, unless the 24-bit
-// significand of the scale is 1 to 4 below a multiple of 2^20 (docs/numerics.md; a test proves it over all significands). Those
-// scales, and all outside the window, divide.
+// lies on the same side of every rounding boundary of the format as the IEEE division for scales from 2^-126 to 2^96, but for
+// the significands of core::splits_wrong (a test proves it over all of them). Those scales, and all outside the window, divide.
 template <class Fp8>
 struct QuantizeOp {
   struct Prepared {
@@ -185,7 +214,7 @@ struct QuantizeOp {
     const bool below = __fmaf_rn(-nearest, scale, 1.0f) > 0.0f;
     const float hi = below ? nearest : __uint_as_float(__float_as_uint(nearest) - 1u);
     const float lo = __fmul_rn(__fmaf_rn(-hi, scale, 1.0f), hi);
-    return {hi, lo, scale, bits - kLowest > kHighest - kLowest || ((bits + 4u) & 0xfffffu) < 4u};
+    return {hi, lo, scale, bits - kLowest > kHighest - kLowest || core::splits_wrong<Fp8>(bits)};
   }
 
   static __device__ __forceinline__ float apply(const Prepared& p, float x) { return __fmaf_rn(x, p.hi, __fmul_rn(x, p.lo)); }
@@ -267,18 +296,59 @@ __device__ __forceinline__ Vec<Out> convert_vec(const Vec<In>& raw, const typena
   }
 }
 
+template <class Out>
+__device__ __forceinline__ Out pack_element(float x) {
+  if constexpr (core::kIsQuantized<Out>)
+    return {static_cast<std::uint8_t>(encode2<Out>(x, 0.0f))};
+  else
+    return from_float<Out>(x);
+}
+
 template <class Op, class Out, class In>
 __device__ __forceinline__ Out convert_element(In raw, const typename Op::Prepared& scale) {
   if constexpr (std::is_same_v<In, Out>) {
     return raw;
   } else {
     const float x = decode(raw);
-    const float y = scale.divide ? Op::divide(scale, x) : Op::apply(scale, x);
-    if constexpr (core::kIsQuantized<Out>)
-      return {static_cast<std::uint8_t>(encode2<Out>(y, 0.0f))};
-    else
-      return from_float<Out>(y);
+    return pack_element<Out>(scale.divide ? Op::divide(scale, x) : Op::apply(scale, x));
   }
+}
+
+// --- Channels: an offset beside the scale, taken off before the quantization, added after the dequantization ----------
+
+// For inputs of type In: what changes nothing, not even the sign of a zero.
+template <class In>
+inline constexpr float kNoOffset = core::kIsQuantized<In> ? -0.0f : 0.0f;
+
+// Of a vector.
+template <class Op>
+struct Channels {
+  typename Op::Prepared scales[kVecSize];
+  float offsets[kVecSize];
+};
+
+template <class Op, class Out, class In>
+__device__ __forceinline__ Vec<Out> convert_vec(const Vec<In>& raw, const Channels<Op>& channels) {
+  float values[kVecSize];
+  unpack(raw, values);
+  if constexpr (core::kIsQuantized<Out>) {
+#pragma unroll
+    for (int i = 0; i < kVecSize; ++i) values[i] = __fsub_rn(values[i], channels.offsets[i]);
+  }
+  apply<Op>(channels.scales, values);
+  if constexpr (core::kIsQuantized<In>) {
+#pragma unroll
+    for (int i = 0; i < kVecSize; ++i) values[i] = __fadd_rn(values[i], channels.offsets[i]);
+  }
+  return pack<Out>(values);
+}
+
+template <class Op, class Out, class In>
+__device__ __forceinline__ Out convert_element(In raw, const typename Op::Prepared& scale, float offset) {
+  if constexpr (core::kIsQuantized<Out>)
+    return convert_element<Op, Out>(__fsub_rn(decode(raw), offset), scale);
+  else
+    return pack_element<Out>(__fadd_rn(convert_element<Op, float>(raw, scale), offset));
 }
 
 }  // namespace fp8kv::device

@@ -91,6 +91,10 @@ template <>
 struct BitsOf<E5M2> {
   using type = std::uint8_t;
 };
+template <>
+struct BitsOf<Int8> {
+  using type = std::uint8_t;
+};
 
 // The elements [begin, end) of a vector that lie in its row; all of them in the middle of a row.
 struct Range {

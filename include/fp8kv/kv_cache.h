@@ -17,8 +17,6 @@
 // Offsets of a quantized cache, k_offset and v_offset: Float32 [num_kv_heads, head_size] with any strides. What is quantized is
 // x - offset, in fp32; what is dequantized is q * scale + offset, in fp32, each rounded.
 //
-// Int8, scales per channel and offsets are on the CPU only: there are no CUDA kernels for them yet.
-//
 // Index tensors are read on the device. A negative slot is skipped. What their elements show to be wrong (a slot or a block
 // beyond the cache) throws on the CPU before anything is written. On CUDA such rows are skipped; with the environment variable
 // FP8KV_DEBUG=1 the host waits for the indices and throws as on the CPU, except while a stream is captured.

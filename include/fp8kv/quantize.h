@@ -12,8 +12,7 @@
 // Without a GroupShape, a scale of one element is per tensor, and a scale with as many dimensions (at least 2) as the input
 // defines its blocks itself: each of its sizes must divide the input's. So [1, H, 1] on an input [T, H, D] is per head.
 //
-// Views may have any strides and any alignment and may be empty. Results must not overlap inputs. Int8 is on the CPU only:
-// there are no CUDA kernels for it yet.
+// Views may have any strides and any alignment and may be empty. Results must not overlap inputs.
 //
 // Example (per token, on the CPU):
 //   fp8kv::StaticQuantize problem{

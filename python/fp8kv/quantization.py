@@ -2,7 +2,7 @@
 
 Formulas are in docs/numerics.md, and as plain PyTorch in `fp8kv.reference`, which gives the same bytes.
 Everything works on CPU and CUDA tensors with any strides and any alignment, launches on the current stream
-and never synchronizes; but int8 is on the CPU only: there are no CUDA kernels for it yet.
+and never synchronizes.
 """
 
 from __future__ import annotations

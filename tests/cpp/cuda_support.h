@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <limits>
 #include <random>
 #include <utility>
 #include <vector>
@@ -81,12 +82,24 @@ class Cuda : public testing::Test {
 
   void fill_scales(Tensor& tensor) {
     constexpr float kSpecial[] = {0.0f, -1.0f, 1e-45f, 0x1p-126f, 0x1p96f, 0x1p127f, 1.0f};
+    // Significands just below a multiple of 2^20; of INT8 just below one of 2^17 and above.
+    constexpr std::uint32_t kTraps[] = {0x3fffffffu, 0x3ffffffeu, 0x3ffffffdu, 0x3ffffffcu, 0x3fa3fffeu, 0x3fec0002u};
     std::uniform_real_distribution<float> usual(0.001f, 4.0f);
     auto* values = reinterpret_cast<float*>(tensor.bytes().data());
     for (std::size_t i = 0; i < tensor.bytes().size() / 4; ++i) {
       const auto pick = random() % 32;
-      const std::uint32_t trap = 0x40000000u - 1 - pick % 4;  // significands just below a multiple of 2^20
-      values[i] = pick < 7 ? kSpecial[pick] : pick < 12 ? std::bit_cast<float>(trap) : usual(random);
+      values[i] = pick < 7 ? kSpecial[pick] : pick < 13 ? std::bit_cast<float>(kTraps[pick - 7]) : usual(random);
+    }
+  }
+
+  void fill_offsets(Tensor& tensor) {
+    constexpr float kInf = std::numeric_limits<float>::infinity();
+    constexpr float kSpecial[] = {0.0f, -0.0f, kInf, -kInf, std::numeric_limits<float>::quiet_NaN(), 3e38f, 1e-40f};
+    std::uniform_real_distribution<float> usual(-100.0f, 100.0f);
+    auto* values = reinterpret_cast<float*>(tensor.bytes().data());
+    for (std::size_t i = 0; i < tensor.bytes().size() / 4; ++i) {
+      const auto pick = random() % 64;
+      values[i] = pick < 7 ? kSpecial[pick] : usual(random);
     }
   }
 

@@ -35,6 +35,11 @@ struct Geometry {
   int misalignment = 0;  // of the caches, in bytes
 };
 
+// Of [num_kv_heads, head_size]; `misalignment` in bytes.
+inline TensorView channels_of(const Geometry& g, int number, std::int64_t misalignment = 0) {
+  return contiguous(address(number, misalignment), DType::Float32, {g.heads, g.head_size});
+}
+
 inline CacheAppend append_of(const Geometry& g) {
   const auto cache = [&](int number) {
     return contiguous(address(number, g.misalignment), DType::E4M3, {g.blocks, g.block_size, g.heads, g.head_size});

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -53,6 +54,7 @@ const Case kCases[] = {
     {"head_577", 9, 2, 577, 5, 4, Store::Hnd, true, 1},
     {"head_1032", 9, 2, 1032, 5, 4},
     {"spaced", 9, 2, 40, 5, 4, Store::Nhd, true, 1, 0, 3},
+    {"many_tokens", 517, 8, 128, 40, 16},
     {"no_tokens", 0, 2, 64, 5, 4},
     {"no_blocks", 9, 2, 64, 0, 4},
 };
@@ -66,8 +68,42 @@ struct Param {
   Formats formats;
 };
 
+// Scales and offsets of K and V. Heads: scales per tensor or head, as the case says.
+enum class Form { Heads, ScalesOfKey, Scales, ScalesAndOffsets, OffsetsOfKey, Strided };
+
+// The forms of a format, the usual one first.
+std::vector<Form> forms_of(DType element) {
+  if (!core::is_quantized(element)) return {Form::Heads};
+  return {Form::Heads, Form::ScalesOfKey, Form::Scales, Form::ScalesAndOffsets, Form::OffsetsOfKey, Form::Strided};
+}
+
+struct Parameters {
+  Tensor k_scale, v_scale;
+  std::optional<Tensor> k_offset{}, v_offset{};
+
+  void upload() {
+    for (Tensor* t : {&k_scale, &v_scale}) t->upload();
+    for (auto* t : {&k_offset, &v_offset})
+      if (*t) (*t)->upload();
+  }
+};
+
+// `at(tensor)`, if there is one.
+template <class At>
+std::optional<TensorView> optional_at(const At& at, std::optional<Tensor>& tensor) {
+  return tensor ? std::optional(at(*tensor)) : std::nullopt;
+}
+
+constexpr auto kOnHost = [](Tensor& t) { return t.on_host(); };
+constexpr auto kOnDevice = [](Tensor& t) { return t.on_device(); };
+
 class CudaCache : public Cuda, public testing::WithParamInterface<Param> {
  protected:
+  // Of FP8 where the caches are.
+  static DType query_out_dtype(const Formats& formats) {
+    return core::is_fp8(formats.element) ? formats.element : formats.real;
+  }
+
   // The caches of K and V in one tensor.
   static Tensor make_caches(const Case& c, DType element) {
     const std::int64_t n = c.blocks, s = c.block_size, h = c.heads, d = c.head_size;
@@ -99,6 +135,29 @@ class CudaCache : public Cuda, public testing::WithParamInterface<Param> {
     return slots;
   }
 
+  // `of_slots`: the scales of K are those of a dynamic append.
+  Parameters make_parameters(const Case& c, Form form, bool of_slots = false) {
+    const bool strided = form == Form::Strided;
+    const auto channels = [&] {
+      return Tensor(DType::Float32, {c.heads, c.head_size}, {strided ? 2 * c.head_size + 1 : c.head_size, strided ? 2 : 1},
+                    strided ? 1 : 0);
+    };
+    const auto scale = [&](bool each) {
+      return each ? channels() : Tensor(DType::Float32, {c.per_head ? c.heads : 1, 1}, {2, 1}, 0);
+    };
+    const bool of_heads = form == Form::Heads || form == Form::OffsetsOfKey;
+    const Sizes slots{c.blocks, c.block_size, c.heads}, steps{c.block_size * c.heads, c.heads, 1};
+    Parameters all{of_slots ? Tensor(DType::Float32, slots, steps, 0) : scale(!of_heads),
+                   scale(!of_heads && form != Form::ScalesOfKey)};
+    if (form >= Form::ScalesAndOffsets) all.k_offset.emplace(channels());
+    if (form == Form::ScalesAndOffsets || strided) all.v_offset.emplace(channels());
+    fill_scales(all.k_scale), fill_scales(all.v_scale);
+    for (auto* t : {&all.k_offset, &all.v_offset})
+      if (*t) fill_offsets(**t);
+    all.upload();
+    return all;
+  }
+
   static TensorView half(TensorView view, std::int64_t which) {
     view.data = static_cast<char*>(view.data) + which * view.strides[0] * size_of(view.dtype);
     --view.ndim;
@@ -109,17 +168,29 @@ class CudaCache : public Cuda, public testing::WithParamInterface<Param> {
 
 TEST_P(CudaCache, AppendGivesTheBytesOfTheCpu) {
   const auto& [c, formats] = GetParam();
-  Tensor key = make_rows(c, formats.real), value = make_rows(c, formats.real), caches = make_caches(c, formats.element);
-  Tensor slots = make_slots(c);
-  const std::int64_t scales = c.per_head ? c.heads : 1;
-  Tensor k_scale(DType::Float32, {scales, 1}, {2, 1}, 0), v_scale(DType::Float32, {scales}, {1}, 0);
-  fill_reals(key), fill_reals(value), fill_scales(k_scale), fill_scales(v_scale);
-  for (Tensor* t : {&key, &value, &caches, &slots, &k_scale, &v_scale}) t->upload();
-  cuda::run(CacheAppend{key.on_device(), value.on_device(), half(caches.on_device(), 0), half(caches.on_device(), 1),
-                        slots.on_device(), formats.element, k_scale.on_device(), v_scale.on_device()});
-  cpu::run(CacheAppend{key.on_host(), value.on_host(), half(caches.on_host(), 0), half(caches.on_host(), 1), slots.on_host(),
-                       formats.element, k_scale.on_host(), v_scale.on_host()});
-  expect_same(caches, "cache");
+  for (Form form : forms_of(formats.element)) {
+    Tensor key = make_rows(c, formats.real), value = make_rows(c, formats.real), caches = make_caches(c, formats.element);
+    Tensor slots = make_slots(c);
+    Parameters parameters = make_parameters(c, form);
+    fill_reals(key), fill_reals(value);
+    for (Tensor* t : {&key, &value, &caches, &slots}) t->upload();
+    const auto problem = [&](const auto& at) {
+      return CacheAppend{at(key),
+                         at(value),
+                         half(at(caches), 0),
+                         half(at(caches), 1),
+                         at(slots),
+                         formats.element,
+                         at(parameters.k_scale),
+                         at(parameters.v_scale),
+                         optional_at(at, parameters.k_offset),
+                         optional_at(at, parameters.v_offset)};
+    };
+    cuda::run(problem(kOnDevice));
+    cpu::run(problem(kOnHost));
+    SCOPED_TRACE(static_cast<int>(form));
+    expect_same(caches, "cache");
+  }
 }
 
 TEST_P(CudaCache, SlotsBeyondTheCacheAreSkipped) {
@@ -144,18 +215,32 @@ TEST_P(CudaCache, SlotsBeyondTheCacheAreSkipped) {
 TEST_P(CudaCache, DynamicAppendGivesTheBytesOfTheCpu) {
   const auto& [c, formats] = GetParam();
   if (!core::is_quantized(formats.element)) return;  // it quantizes
-  Tensor key = make_rows(c, formats.real), value = make_rows(c, formats.real), caches = make_caches(c, formats.element);
-  Tensor slots = make_slots(c);
-  Tensor scales(DType::Float32, {2, c.blocks, c.block_size, c.heads},
-                {c.blocks * c.block_size * c.heads, c.block_size * c.heads, 1, c.block_size}, 1);
-  fill_reals(key), fill_reals(value);
-  for (Tensor* t : {&key, &value, &caches, &slots, &scales}) t->upload();
-  cuda::run(CacheAppendDynamic{key.on_device(), value.on_device(), half(caches.on_device(), 0), half(caches.on_device(), 1),
-                               half(scales.on_device(), 0), half(scales.on_device(), 1), slots.on_device(), formats.element});
-  cpu::run(CacheAppendDynamic{key.on_host(), value.on_host(), half(caches.on_host(), 0), half(caches.on_host(), 1),
-                              half(scales.on_host(), 0), half(scales.on_host(), 1), slots.on_host(), formats.element});
-  expect_same(scales, "scales");
-  expect_same(caches, "cache");
+  for (Form form : {Form::Heads, Form::ScalesAndOffsets, Form::OffsetsOfKey, Form::Strided}) {
+    Tensor key = make_rows(c, formats.real), value = make_rows(c, formats.real), caches = make_caches(c, formats.element);
+    Tensor slots = make_slots(c);
+    Tensor scales(DType::Float32, {2, c.blocks, c.block_size, c.heads},
+                  {c.blocks * c.block_size * c.heads, c.block_size * c.heads, 1, c.block_size}, 1);
+    Parameters parameters = make_parameters(c, form);
+    fill_reals(key), fill_reals(value);
+    for (Tensor* t : {&key, &value, &caches, &slots, &scales}) t->upload();
+    const auto problem = [&](const auto& at) {
+      return CacheAppendDynamic{at(key),
+                                at(value),
+                                half(at(caches), 0),
+                                half(at(caches), 1),
+                                half(at(scales), 0),
+                                half(at(scales), 1),
+                                at(slots),
+                                formats.element,
+                                optional_at(at, parameters.k_offset),
+                                optional_at(at, parameters.v_offset)};
+    };
+    cuda::run(problem(kOnDevice));
+    cpu::run(problem(kOnHost));
+    SCOPED_TRACE(static_cast<int>(form));
+    expect_same(scales, "scales");
+    expect_same(caches, "cache");
+  }
 }
 
 // Without a norm, whose sum has no fixed order.
@@ -165,28 +250,42 @@ TEST_P(CudaCache, RopeGivesTheBytesOfTheCpu) {
   for (int mode : {0, 1, 2}) {
     const std::int64_t rotary_dim = c.head_size % 16 ? c.head_size / 2 * 2 : c.head_size / 2;
     if (mode > 0 && rotary_dim < 2) continue;
-    Tensor key = make_rows(c, formats.real), value = make_rows(c, formats.real), caches = make_caches(c, formats.element);
-    Case of_query = c;
-    of_query.heads = groups * c.heads;
-    Tensor query = make_rows(of_query, formats.real);
-    Tensor out = make_rows(of_query, core::is_quantized(formats.element) ? formats.element : formats.real);
-    Tensor slots = make_slots(c), table(DType::Float32, {positions, rotary_dim}, {rotary_dim + c.gap, 1}, c.skip);
-    Tensor where(DType::Int32, {c.tokens}, {1}, 0);
-    auto* position = reinterpret_cast<std::int32_t*>(where.bytes().data());
-    for (std::int64_t t = 0; t < c.tokens; ++t) position[t] = static_cast<std::int32_t>(random() % positions);
-    Tensor scales(DType::Float32, {c.heads}, {1}, 0);
-    fill_reals(key), fill_reals(value), fill_reals(query), fill_reals(table), fill_scales(scales);
-    for (Tensor* t : {&key, &value, &query, &out, &caches, &slots, &table, &where, &scales}) t->upload();
-    const auto problem = [&](const auto& at) {
-      RopeAppend p{at(query), at(key),         at(value),  at(out),    half(at(caches), 0), half(at(caches), 1),
-                   at(slots), formats.element, at(scales), at(scales), at(scales)};
-      if (mode > 0) p.positions = at(where), p.cos_sin_cache = at(table), p.is_neox = mode == 1;
-      return p;
-    };
-    cuda::run(problem([](Tensor& t) { return t.on_device(); }));
-    cpu::run(problem([](Tensor& t) { return t.on_host(); }));
-    expect_same(out, "query_out");
-    expect_same(caches, "cache");
+    for (Form form : forms_of(formats.element)) {
+      Tensor key = make_rows(c, formats.real), value = make_rows(c, formats.real), caches = make_caches(c, formats.element);
+      Case of_query = c;
+      of_query.heads = groups * c.heads;
+      Tensor query = make_rows(of_query, formats.real);
+      Tensor out = make_rows(of_query, query_out_dtype(formats));
+      Tensor slots = make_slots(c), table(DType::Float32, {positions, rotary_dim}, {rotary_dim + c.gap, 1}, c.skip);
+      Tensor where(DType::Int32, {c.tokens}, {1}, 0);
+      auto* position = reinterpret_cast<std::int32_t*>(where.bytes().data());
+      for (std::int64_t t = 0; t < c.tokens; ++t) position[t] = static_cast<std::int32_t>(random() % positions);
+      Tensor q_scale(DType::Float32, {c.heads}, {1}, 0);
+      Parameters parameters = make_parameters(c, form);
+      fill_reals(key), fill_reals(value), fill_reals(query), fill_reals(table), fill_scales(q_scale);
+      for (Tensor* t : {&key, &value, &query, &out, &caches, &slots, &table, &where, &q_scale}) t->upload();
+      const auto problem = [&](const auto& at) {
+        RopeAppend p{.query = at(query),
+                     .key = at(key),
+                     .value = at(value),
+                     .query_out = at(out),
+                     .key_cache = half(at(caches), 0),
+                     .value_cache = half(at(caches), 1),
+                     .slot_mapping = at(slots),
+                     .kv_cache_dtype = formats.element,
+                     .q_scale = at(q_scale),
+                     .k_scale = at(parameters.k_scale),
+                     .v_scale = at(parameters.v_scale)};
+        if (mode > 0) p.positions = at(where), p.cos_sin_cache = at(table), p.is_neox = mode == 1;
+        p.k_offset = optional_at(at, parameters.k_offset), p.v_offset = optional_at(at, parameters.v_offset);
+        return p;
+      };
+      cuda::run(problem(kOnDevice));
+      cpu::run(problem(kOnHost));
+      SCOPED_TRACE(static_cast<int>(form));
+      expect_same(out, "query_out");
+      expect_same(caches, "cache");
+    }
   }
 }
 
@@ -195,7 +294,7 @@ TEST_P(CudaCache, RopeSurvivesNonsense) {
   const auto& [c, formats] = GetParam();
   if (c.head_size < 2) return;
   Tensor key = make_rows(c, formats.real), value = make_rows(c, formats.real), caches = make_caches(c, formats.element);
-  Tensor out = make_rows(c, core::is_quantized(formats.element) ? formats.element : formats.real);
+  Tensor out = make_rows(c, query_out_dtype(formats));
   Tensor slots(DType::Int64, {c.tokens}, {1}, 0), where(DType::Int64, {c.tokens}, {1}, 0), scale(DType::Float32, {1}, {1}, 0);
   Tensor table(DType::Float32, {5, 2}, {2, 1}, 0), weight(DType::Float32, {c.head_size}, {1}, 0);
   fill_reals(key), fill_reals(value), fill_reals(table), fill_reals(weight), fill_scales(scale);
@@ -229,35 +328,47 @@ TEST_P(CudaCache, RopeSurvivesNonsense) {
 TEST_P(CudaCache, GatherGivesTheBytesOfTheCpu) {
   const auto& [c, formats] = GetParam();
   if (c.blocks == 0) return;  // nothing to gather from
-  for (bool of_slots : {false, true}) {
-    Tensor key = make_rows(c, formats.real), value = make_rows(c, formats.real), caches = make_caches(c, formats.element);
-    const std::int64_t sequences = 11, max_blocks = c.blocks + 1;
-    Tensor table(DType::Int32, {sequences, max_blocks}, {max_blocks + 3, 1}, 0), sums(DType::Int32, {sequences + 1}, {1}, 0),
-        starts(DType::Int32, {sequences}, {1}, 0);
-    Tensor scale = of_slots ? Tensor(DType::Float32, {c.blocks, c.block_size, c.heads}, {c.block_size * c.heads, c.heads, 1}, 0)
-                            : Tensor(DType::Float32, {c.per_head ? c.heads : 1}, {1}, 0);
-    fill_reals(caches), fill_scales(scale);
-    auto* table_data = reinterpret_cast<std::int32_t*>(table.bytes().data());
-    auto* sum = reinterpret_cast<std::int32_t*>(sums.bytes().data());
-    auto* start = reinterpret_cast<std::int32_t*>(starts.bytes().data());
-    sum[0] = 0;
-    for (std::int64_t s = 0; s < sequences; ++s) {
-      start[s] = static_cast<std::int32_t>(random() % c.block_size);
-      const std::int64_t room = std::min(c.tokens - sum[s], (c.blocks - 1) * c.block_size);
-      const std::int64_t length = s % 3 == 1 || room <= 0 ? 0 : random() % (std::min<std::int64_t>(room, 9) + 1);
-      sum[s + 1] = sum[s] + static_cast<std::int32_t>(length);
-      for (std::int64_t b = 0; b < max_blocks; ++b)
-        table_data[s * (max_blocks + 3) + b] = b * c.block_size < start[s] + length ? random() % c.blocks : 0x7fffffff - b;
+  for (Form form : forms_of(formats.element))
+    for (bool of_slots : {false, true}) {
+      Tensor key = make_rows(c, formats.real), value = make_rows(c, formats.real), caches = make_caches(c, formats.element);
+      const std::int64_t sequences = 11, max_blocks = c.blocks + 1;
+      Tensor table(DType::Int32, {sequences, max_blocks}, {max_blocks + 3, 1}, 0), sums(DType::Int32, {sequences + 1}, {1}, 0),
+          starts(DType::Int32, {sequences}, {1}, 0);
+      Parameters parameters = make_parameters(c, form, of_slots);
+      fill_reals(caches);
+      auto* table_data = reinterpret_cast<std::int32_t*>(table.bytes().data());
+      auto* sum = reinterpret_cast<std::int32_t*>(sums.bytes().data());
+      auto* start = reinterpret_cast<std::int32_t*>(starts.bytes().data());
+      sum[0] = 0;
+      for (std::int64_t s = 0; s < sequences; ++s) {
+        start[s] = static_cast<std::int32_t>(random() % c.block_size);
+        const std::int64_t room = std::min(c.tokens - sum[s], (c.blocks - 1) * c.block_size);
+        const std::int64_t length = s % 3 == 1 || room <= 0 ? 0 : random() % (std::min<std::int64_t>(room, 9) + 1);
+        sum[s + 1] = sum[s] + static_cast<std::int32_t>(length);
+        for (std::int64_t b = 0; b < max_blocks; ++b)
+          table_data[s * (max_blocks + 3) + b] = b * c.block_size < start[s] + length ? random() % c.blocks : 0x7fffffff - b;
+      }
+      for (Tensor* t : {&key, &value, &caches, &table, &sums, &starts}) t->upload();
+      const auto problem = [&](const auto& at) {
+        return CacheGather{half(at(caches), 0),
+                           half(at(caches), 1),
+                           at(key),
+                           at(value),
+                           at(table),
+                           at(sums),
+                           formats.element,
+                           at(parameters.k_scale),
+                           at(parameters.v_scale),
+                           at(starts),
+                           optional_at(at, parameters.k_offset),
+                           optional_at(at, parameters.v_offset)};
+      };
+      cuda::run(problem(kOnDevice));
+      cpu::run(problem(kOnHost));
+      SCOPED_TRACE(static_cast<int>(form));
+      expect_same(key, "key");
+      expect_same(value, "value");
     }
-    for (Tensor* t : {&key, &value, &caches, &table, &sums, &starts, &scale}) t->upload();
-    cuda::run(CacheGather{half(caches.on_device(), 0), half(caches.on_device(), 1), key.on_device(), value.on_device(),
-                          table.on_device(), sums.on_device(), formats.element, scale.on_device(), scale.on_device(),
-                          starts.on_device()});
-    cpu::run(CacheGather{half(caches.on_host(), 0), half(caches.on_host(), 1), key.on_host(), value.on_host(), table.on_host(),
-                         sums.on_host(), formats.element, scale.on_host(), scale.on_host(), starts.on_host()});
-    expect_same(key, "key");
-    expect_same(value, "value");
-  }
 }
 
 // Indices at random: whatever they say, rows come from the cache or stay.
@@ -287,6 +398,7 @@ std::vector<Param> params() {
   constexpr Formats kFormats[] = {
       {DType::Float32, DType::E4M3},      {DType::Float16, DType::E4M3},     {DType::BFloat16, DType::E4M3},
       {DType::Float32, DType::E5M2},      {DType::Float16, DType::E5M2},     {DType::BFloat16, DType::E5M2},
+      {DType::Float32, DType::Int8},      {DType::Float16, DType::Int8},     {DType::BFloat16, DType::Int8},
       {DType::BFloat16, DType::BFloat16}, {DType::Float32, DType::BFloat16}, {DType::Float16, DType::Float32},
       {DType::BFloat16, DType::Float16},  {DType::Float32, DType::Float32},  {DType::Float32, DType::Float16},
       {DType::Float16, DType::BFloat16},  {DType::BFloat16, DType::Float32}, {DType::Float16, DType::Float16}};

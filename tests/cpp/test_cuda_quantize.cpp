@@ -157,7 +157,7 @@ std::vector<Param> quantize_params() {
   std::vector<Param> all;
   for (const Case& c : kCases)
     for (DType real : {DType::Float32, DType::Float16, DType::BFloat16})
-      for (DType fp8 : {DType::E4M3, DType::E5M2}) all.push_back({c, real, fp8});
+      for (DType format : {DType::E4M3, DType::E5M2, DType::Int8}) all.push_back({c, real, format});
   return all;
 }
 

@@ -99,6 +99,73 @@ TEST(PlanCache, AGatherTakesVectorsFromCachesOfAnySize) {
   EXPECT_EQ(plan_gather(layout).path, KernelPath::Vectorized);
 }
 
+// Scales per channel of K, per head of V.
+CacheAppend channels_append(const Geometry& g, std::int64_t misalignment = 0) {
+  CacheAppend p = append_of(g);
+  p.k_scale = channels_of(g, 9, misalignment);
+  return p;
+}
+
+TEST(PlanCache, ChannelsAreVectorsOfScales) {
+  const Geometry g{128, 8, 128};
+  const CachePlan plan = plan_append(lower(channels_append(g)));
+  EXPECT_EQ(plan.path, KernelPath::PerColumn);
+  EXPECT_TRUE(plan.aligned);
+  EXPECT_EQ(plan.vecs_per_head, 16);
+  CacheAppend with_offset = append_of(g);
+  with_offset.v_offset = channels_of(g, 9);
+  EXPECT_EQ(plan_append(lower(with_offset)).path, KernelPath::PerColumn);
+  EXPECT_EQ(plan_gather(lower(with_offset)).path, KernelPath::PerColumn);
+}
+
+TEST(PlanCache, ChannelsOfOddHeadsAreOneAlignedRow) {
+  const Geometry g{16, 8, 20};
+  CacheAppend p = channels_append(g);
+  EXPECT_EQ(plan_append(lower(p)).path, KernelPath::Scalar) << "V has scales per head";
+  p.v_scale = channels_of(g, 10);
+  const CachePlan plan = plan_append(lower(p));
+  EXPECT_EQ(plan.path, KernelPath::PerColumn);
+  EXPECT_EQ(plan.vecs_per_head, 20);
+}
+
+TEST(PlanCache, ChannelsThatNoVectorReadsGoOneByOne) {
+  const Geometry g{128, 8, 128};
+  const auto path = [](const CacheAppend& p) { return plan_append(lower(p)).path; };
+  EXPECT_EQ(path(channels_append(g, 8)), KernelPath::Scalar) << "an address";
+  CacheAppend p = channels_append(g);
+  p.k_scale.strides[0] = 130;
+  EXPECT_EQ(path(p), KernelPath::Scalar) << "heads";
+  p = channels_append(g);
+  for (int d = 0; d < 2; ++d) p.k_scale.strides[d] *= 2;
+  EXPECT_EQ(path(p), KernelPath::Scalar) << "elements";
+  p = append_of(g), p.k_offset = channels_of(g, 9, 4);
+  EXPECT_EQ(path(p), KernelPath::Scalar) << "an offset";
+  p = append_of({128, 8, 128, 64, 16, true, 1}), p.k_offset = channels_of(g, 9);
+  EXPECT_EQ(path(p), KernelPath::Scalar) << "the caches";
+}
+
+TEST(PlanCache, ManyTokensShareTheScalesOfChannels) {
+  EXPECT_EQ(plan_append(lower(channels_append({511, 8, 128}))).tokens_per_thread, 1);
+  EXPECT_EQ(plan_append(lower(channels_append({512, 8, 128}))).tokens_per_thread, 4);
+  EXPECT_EQ(plan_append(lower(append_of({8192, 8, 128}))).tokens_per_thread, 1);
+  EXPECT_EQ(plan_gather(lower(channels_append({8192, 8, 128}))).tokens_per_thread, 1);
+}
+
+TEST(PlanCache, DynamicAppendsWithOffsetsHoldAHeadToo) {
+  const Geometry g{128, 8, 128};
+  const CacheAppend p = append_of(g);
+  const TensorView k_scales = contiguous(address(7), DType::Float32, {64, 16, 8}),
+                   v_scales = contiguous(address(8), DType::Float32, {64, 16, 8});
+  CacheAppendDynamic dynamic{p.key, p.value, p.key_cache, p.value_cache, k_scales, v_scales, p.slot_mapping};
+  dynamic.v_offset = channels_of(g, 9);
+  const CachePlan plan = plan_append_dynamic(lower(dynamic));
+  EXPECT_EQ(plan.path, KernelPath::PerColumn);
+  EXPECT_EQ(plan.threads_per_head, 8);
+  EXPECT_EQ(plan.vecs_per_thread, 2);
+  dynamic.v_offset = channels_of(g, 9, 4);
+  EXPECT_EQ(plan_append_dynamic(lower(dynamic)).path, KernelPath::Scalar);
+}
+
 TEST(PlanCache, LargeAppendsTakeSmallerBlocks) {
   EXPECT_EQ(plan_append(lower(append_of({8191, 8, 128}))).threads, 256);
   EXPECT_EQ(plan_append(lower(append_of({8192, 8, 128}))).threads, 128);

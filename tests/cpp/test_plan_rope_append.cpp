@@ -53,6 +53,16 @@ TEST(PlanRopeAppend, ManyTokensShareWhatIsReadForAHead) {
   EXPECT_EQ(plan_rope_append(lower(p)).heads_per_thread, 2);
 }
 
+TEST(PlanRopeAppend, ChannelsTakeOneHeadPerThread) {
+  RopeAppend p = rope_of(2048, 8, 128, 128);
+  p.k_offset = channels_of({2048, 8, 128}, 12);
+  const RopeAppendPlan plan = plan_rope_append(lower(p));
+  EXPECT_EQ(plan.path, KernelPath::Vectorized);
+  EXPECT_EQ(plan.heads_per_thread, 1);
+  p.k_offset = channels_of({2048, 8, 128}, 12, 4);
+  EXPECT_EQ(plan_rope_append(lower(p)).path, KernelPath::Scalar);
+}
+
 TEST(PlanRopeAppend, WhatDoesNotFitIsAWarpPerHead) {
   const auto path = [](const auto& change) {
     RopeAppend p = rope_of(16, 8, 128, 128);

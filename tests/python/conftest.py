@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Read when PyTorch is loaded. Threads that spin while they wait make tests ten times slower on shared cores.
@@ -16,6 +17,7 @@ import tiny_models
 from devices import cuda as cuda
 from devices import device as device
 from devices import pytest_terminal_summary as pytest_terminal_summary
+from devices import require_cuda
 from fp8kv import _introspect
 from helpers import torch_threads
 
@@ -34,15 +36,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(f"ranks of {item.path.stem}"))
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512"])
+ISAS = ["generic", "avx2", "avx512"]
+
+
+@contextmanager
+def forced_isa(isa: str) -> Iterator[str]:
+    if isa not in _introspect.cpu_isas():
+        pytest.skip(f"this processor, or this build, has no {isa}")
+    before = _introspect.cpu_isa()
+    _introspect.force_cpu_isa(isa)
+    yield isa
+    _introspect.force_cpu_isa(before)
+
+
+@pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every CPU instruction set the kernels are compiled for, made the active one."""
-    if request.param not in _introspect.cpu_isas():
-        pytest.skip(f"this processor, or this build, has no {request.param}")
-    before = _introspect.cpu_isa()
-    _introspect.force_cpu_isa(request.param)
-    yield request.param
-    _introspect.force_cpu_isa(before)
+    with forced_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[*ISAS, "cuda"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The device of all kernels there are: as `isa`, and CUDA."""
+    if request.param == "cuda":
+        require_cuda()
+        yield torch.device("cuda")
+        return
+    with forced_isa(request.param):
+        yield torch.device("cpu")
 
 
 @pytest.fixture

@@ -51,15 +51,6 @@ def assert_same_bytes(actual: Tensor, expected: Tensor) -> None:
     )
 
 
-def refused_on_cuda(device: torch.device, call: Callable[[], object], *dtypes: torch.dtype | None) -> bool:
-    """Whether `device` is CUDA and a dtype has no CUDA kernels yet; the call must be refused then."""
-    if device.type != "cuda" or torch.int8 not in dtypes:
-        return False
-    with pytest.raises(RuntimeError, match="as there are no CUDA kernels for int8 yet"):
-        call()
-    return True
-
-
 # Values
 
 
@@ -119,7 +110,11 @@ def _trap_scale_bits() -> list[int]:
         for multiple in range(1, 9)
         for k in range(6)
     ]
-    return extremes + below
+    # The split reciprocal gives a wrong byte of INT8 for these.
+    split = [
+        0x3F91FFFF, 0x3FA3FFFE, 0x3FC3FFFE, 0x3FC7FFFE, 0x3FDFFFFD, 0x3FEBFFFD, 0x3FEC0002, 0x3FF7FFFD,
+    ]  # fmt: skip
+    return extremes + below + split
 
 
 #: Scales for which shortcuts of the division give wrong bytes, and scales nobody should have.
@@ -322,8 +317,6 @@ def compare_caches(
     Every byte of the caches and of what they lie in must be the same.
     """
     key_cache, value_cache, actual = empty_caches(shape, dtype, layout, device)
-    if refused_on_cuda(device, lambda: store(fp8kv, key_cache, value_cache, device), dtype):
-        return
     store(fp8kv, key_cache, value_cache, device)
     key_cache, value_cache, expected = empty_caches(shape, dtype, layout, torch.device("cpu"))
     store(reference, key_cache, value_cache, torch.device("cpu"))

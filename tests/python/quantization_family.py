@@ -26,7 +26,6 @@ from helpers import (
     placed,
     random_bits,
     random_scales,
-    refused_on_cuda,
     values,
 )
 
@@ -186,7 +185,5 @@ def check(
         operator.call(getattr(ops, operator.name), result, source, scales, group, bound)
         return [scales, around_scales, *around_result, source]
 
-    if refused_on_cuda(device, lambda: run(fp8kv, device), x.dtype, dtype):
-        return
     for actual, expected in zip(run(fp8kv, device), run(reference, CPU), strict=True):
         assert_same_bytes(actual, expected)

@@ -791,18 +791,6 @@ def test_the_usual_arguments_are_accepted(device: torch.device, op: str) -> None
         assert any(not torch.equal(raw(arguments[name]), before[name]) for name in WRITTEN[op])
 
 
-@pytest.mark.parametrize("op", [op for op in USUAL if "key_cache" in USUAL[op] and op != "paged_attention"])
-def test_what_has_no_cuda_kernels_yet(cuda: torch.device, op: str) -> None:
-    offsets = Case(
-        "", "v_offset must be on the cpu, as there are no CUDA kernels for offsets yet, got cuda:0",
-        {"v_offset": new(4, 6)},
-    )  # fmt: skip
-    refuse(cuda, op, offsets)
-    if "k_scale" in USUAL[op]:
-        sentence = "k_scale must be on the cpu, as there are no CUDA kernels for scales per channel yet"
-        refuse(cuda, op, Case("", f"{sentence}, got cuda:0", {"k_scale": new(4, 6)}))
-
-
 @pytest.mark.parametrize(
     ("op", "argument", "other"),
     [

@@ -95,11 +95,10 @@ def test_opcheck(device: torch.device, op: str) -> None:
 
 @pytest.mark.usefixtures("_allclose_knows_fp8")
 @pytest.mark.parametrize("op", [op for op in OPS if "cache" in op])
-def test_opcheck_with_scales_per_channel_and_offsets(op: str) -> None:
-    """On the CPU: there are no CUDA kernels for them yet."""
-    positional = arguments(torch.device("cpu"))[op]
+def test_opcheck_with_scales_per_channel_and_offsets(device: torch.device, op: str) -> None:
+    positional = arguments(device)[op]
     head_size = 8 if op == "rope_quant_and_cache" else 24
-    channels = torch.ones(2, head_size)
+    channels = torch.ones(2, head_size, device=device)
     at = positional.index("fp8") + (2 if op == "rope_quant_and_cache" else 1)
     if op != "reshape_and_cache_flash_dynamic":
         positional = (*positional[:at], channels, channels, *positional[at + 2 :])

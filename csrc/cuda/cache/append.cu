@@ -12,6 +12,7 @@ struct AppendArgs {
   FastDiv vecs_per_token;
   FastDiv vecs_per_head;
   FastDiv block_size;
+  std::uint32_t num_tokens;
 };
 
 // One vector per thread.
@@ -42,8 +43,37 @@ __global__ void __launch_bounds__(256) append_vectorized(const __grid_constant__
   }
 }
 
+// Where channels have parameters, and all is aligned: a thread owns 8 of them and takes the vectors of kTokens tokens. With 5
+// blocks per multiprocessor it has registers for all of them.
+template <class Op, class In, class Out, int kTokens, ChannelParameters kChannels>
+__global__ void __launch_bounds__(128, 5) append_per_column(const __grid_constant__ AppendArgs p) {
+  const KVViews& kv = p.kv[blockIdx.y];
+  const std::uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
+  if (thread >= p.count) return;
+  device::wait_then_release();
+  const auto [batch, vec_in_token] = p.vecs_per_token.divmod(thread);
+  const auto [head, vec] = p.vecs_per_head.divmod(vec_in_token);
+  const std::uint32_t first = batch * kTokens, column = vec * kVecSize;
+  std::int64_t slots[kTokens];
+  Vec<In> raw[kTokens];
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    if (first + t >= p.num_tokens) break;
+    slots[t] = p.slots[first + t];
+    raw[t] = device::load_aligned(row<const In>(kv.rows, first + t, head) + column);
+  }
+  const auto channels = load_channels<Op, In, kChannels>(kv, kv.scales.data + head * kv.scales.head, head, {column});
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    if (first + t >= p.num_tokens) break;
+    if (!p.slots.contains(slots[t])) continue;
+    const auto [block, offset] = p.block_size.divmod(static_cast<std::uint32_t>(slots[t]));
+    device::store_aligned(row<Out>(kv.cache, block, offset, head) + column, device::convert_vec<Op, Out>(raw[t], channels));
+  }
+}
+
 // Anything: one element per thread.
-template <class Op, class In, class Out>
+template <class Op, class In, class Out, bool kChannels>
 __global__ void __launch_bounds__(256) append_scalar(const __grid_constant__ ScalarAppendArgs p) {
   const KVViews& kv = p.kv[blockIdx.y];
   const std::int64_t element = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
@@ -54,28 +84,38 @@ __global__ void __launch_bounds__(256) append_scalar(const __grid_constant__ Sca
   const std::int64_t token = element / p.head_size / p.num_heads;
   const std::int64_t slot = p.slots[token];
   if (!p.slots.contains(slot)) return;
-  const auto scale = Op::prepare(__ldg(kv.scales.data + head * kv.scales.head));
+  const float* scale = kv.scales.data + head * kv.scales.head;
   const In raw = row<const In>(kv.rows, token, head)[dim * kv.rows.dim];
   Out* to = row<Out>(kv.cache, slot / p.block_size, slot % p.block_size, head);
-  to[dim * kv.cache.dim] = device::convert_element<Op, Out>(raw, scale);
+  to[dim * kv.cache.dim] = convert_at<Op, Out, kChannels>(raw, kv, scale, head, dim);
 }
 
 template <class Op, class In, class Out>
 void launch_append(const CacheLayout& layout, const TokenIndices& slots, const CachePlan& plan, cudaStream_t stream) {
   if (plan.path == KernelPath::Scalar) {
     const ScalarAppendArgs params(layout, slots, layout.num_tokens * layout.num_heads * layout.head_size);
-    launch_dependent(append_scalar<Op, In, Out>, grid_of(params.count, plan), plan.threads, stream, params);
+    auto kernel = append_scalar<Op, In, Out, false>;
+    if constexpr (core::kIsQuantized<Out>)
+      if (layout.has_channels()) kernel = append_scalar<Op, In, Out, true>;
+    launch_dependent(kernel, grid_of(params.count, plan), plan.threads, stream, params);
     return;
   }
   const std::int64_t vecs_per_token = layout.num_heads * plan.vecs_per_head;
+  const std::int64_t batches = core::ceil_div(layout.num_tokens, plan.tokens_per_thread);
   const AppendArgs params{.kv = {layout.k, layout.v},
                           .slots = slots,
-                          .count = static_cast<std::uint32_t>(layout.num_tokens * vecs_per_token),
+                          .count = static_cast<std::uint32_t>(batches * vecs_per_token),
                           .head_size = static_cast<std::uint32_t>(layout.head_size),
                           .vecs_per_token = FastDiv(vecs_per_token),
                           .vecs_per_head = FastDiv(plan.vecs_per_head),
-                          .block_size = FastDiv(layout.block_size)};
-  const auto kernel = plan.aligned ? append_vectorized<Op, In, Out, true> : append_vectorized<Op, In, Out, false>;
+                          .block_size = FastDiv(layout.block_size),
+                          .num_tokens = static_cast<std::uint32_t>(layout.num_tokens)};
+  auto kernel = plan.aligned ? append_vectorized<Op, In, Out, true> : append_vectorized<Op, In, Out, false>;
+  if constexpr (core::kIsQuantized<Out>)
+    if (plan.path == KernelPath::PerColumn)
+      kernel = plan.tokens_per_thread == 1    ? append_per_column<Op, In, Out, 1, ChannelParameters::Any>
+               : layout.only_channel_scales() ? append_per_column<Op, In, Out, 4, ChannelParameters::Scales>
+                                              : append_per_column<Op, In, Out, 4, ChannelParameters::Any>;
   launch_dependent(kernel, grid_of(params.count, plan), plan.threads, stream, params);
 }
 

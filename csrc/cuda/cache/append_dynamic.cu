@@ -1,4 +1,5 @@
 // reshape_and_cache_flash_dynamic: as reshape_and_cache_flash, with one scale per token and head, found and stored on the way.
+// With offsets, everything is about the differences, as fp32.
 #include <bit>
 #include <utility>
 
@@ -19,8 +20,20 @@ struct AppendDynamicArgs {
   FastDiv block_size;
 };
 
-// A head stays in the registers of its threads, up to a warp, between the maximum and the division.
-template <class Fp8, class In, int kVecs, bool kAligned>
+// A vector less its offsets.
+template <class In>
+__device__ __forceinline__ Vec<float> difference(const Vec<In>& raw, const OffsetView& view, std::uint32_t head,
+                                                 Columns columns) {
+  float values[kVecSize], offsets[kVecSize];
+  device::unpack(raw, values);
+  load_offsets<In>(view, head, columns, offsets);
+#pragma unroll
+  for (int i = 0; i < kVecSize; ++i) values[i] = __fsub_rn(values[i], offsets[i]);
+  return device::pack<float>(values);
+}
+
+// A head stays in the registers of its threads, up to a warp, between the maximum and the division. kOffsets: aligned.
+template <class Fp8, class In, int kVecs, bool kAligned, bool kOffsets = false>
 __global__ void __launch_bounds__(256) append_dynamic_vectorized(const __grid_constant__ AppendDynamicArgs p) {
   using Op = device::QuantizeOp<Fp8>;
   const KVViews& kv = p.kv[blockIdx.y];
@@ -50,34 +63,48 @@ __global__ void __launch_bounds__(256) append_dynamic_vectorized(const __grid_co
         raw[i] = device::load_any(from, slices[i].first, p.head_size, slices[i].range);
     }
   }
-  std::uint32_t bits = 0;
+  const auto quantize = [&]<class Held>(const Vec<Held>(&held)[kVecs]) {
+    std::uint32_t bits = 0;
 #pragma unroll
-  for (int i = 0; i < kVecs; ++i) bits = max(bits, device::max_bits(raw[i]));
-  bits = device::lanes_max(bits, static_cast<int>(threads));
-  if (__any_sync(0xffffffffu, bits >= device::kInfinityBits<In>)) {
-    bits = 0;
-#pragma unroll
-    for (int i = 0; i < kVecs; ++i) bits = max(bits, device::finite_max_bits(raw[i]));
+    for (int i = 0; i < kVecs; ++i) bits = max(bits, device::max_bits(held[i]));
     bits = device::lanes_max(bits, static_cast<int>(threads));
-  }
-  const float scale = device::fast_dynamic_scale<Fp8>(device::magnitude<In>(bits));
-  const auto prepared = Op::prepare(scale);
-  if (index >= p.count || !p.slots.contains(slot)) return;
-  const auto [result, stored_scale] = to();
-  if (lane == 0) *stored_scale = scale;
+    if (__any_sync(0xffffffffu, bits >= device::kInfinityBits<Held>)) {
+      bits = 0;
 #pragma unroll
-  for (int i = 0; i < kVecs; ++i) {
-    const std::uint32_t vec = lane + i * threads;
-    if constexpr (kAligned) {
-      if (vec < p.vecs_per_head) device::store_aligned(result + vec * kVecSize, device::convert_vec<Op, Fp8>(raw[i], prepared));
-    } else if (slices[i].range.begin < slices[i].range.end) {
-      device::store_range(result + slices[i].first, device::convert_vec<Op, Fp8>(raw[i], prepared), slices[i].range);
+      for (int i = 0; i < kVecs; ++i) bits = max(bits, device::finite_max_bits(held[i]));
+      bits = device::lanes_max(bits, static_cast<int>(threads));
     }
+    const float scale = device::fast_dynamic_scale<Fp8>(device::magnitude<Held>(bits));
+    const auto prepared = Op::prepare(scale);
+    if (index >= p.count || !p.slots.contains(slot)) return;
+    const auto [result, stored_scale] = to();
+    if (lane == 0) *stored_scale = scale;
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      [[maybe_unused]] const std::uint32_t vec = lane + i * threads;
+      if constexpr (kAligned) {
+        if (vec < p.vecs_per_head)
+          device::store_aligned(result + vec * kVecSize, device::convert_vec<Op, Fp8>(held[i], prepared));
+      } else if (slices[i].range.begin < slices[i].range.end) {
+        device::store_range(result + slices[i].first, device::convert_vec<Op, Fp8>(held[i], prepared), slices[i].range);
+      }
+    }
+  };
+  if constexpr (kOffsets) {
+    Vec<float> differences[kVecs] = {};
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      const std::uint32_t vec = lane + i * threads;
+      if (vec < p.vecs_per_head) differences[i] = difference(raw[i], kv.offsets, head, {vec * kVecSize});
+    }
+    quantize(differences);
+  } else {
+    quantize(raw);
   }
 }
 
 // Anything: one warp per head, which is read twice.
-template <class Fp8, class In>
+template <class Fp8, class In, bool kOffsets>
 __global__ void __launch_bounds__(256) append_dynamic_scalar(const __grid_constant__ ScalarAppendArgs p) {
   using Op = device::QuantizeOp<Fp8>;
   constexpr int kWarp = 32;
@@ -92,16 +119,23 @@ __global__ void __launch_bounds__(256) append_dynamic_scalar(const __grid_consta
   const In* from = row<const In>(kv.rows, token, head);
   Fp8* to = row<Fp8>(kv.cache, block, offset, head);
 
+  const auto value = [&](std::int64_t i) {
+    const In raw = from[i * kv.rows.dim];
+    if constexpr (kOffsets)
+      return __fsub_rn(decode(raw), offset_of<In>(kv.offsets, head, i));
+    else
+      return raw;
+  };
   std::uint32_t bits = 0;  // of fp32
   for (std::int64_t i = lane; i < p.head_size; i += kWarp) {
-    const float x = decode(from[i * kv.rows.dim]);
+    const float x = decode(value(i));
     if (is_finite(x)) bits = max(bits, __float_as_uint(x) & 0x7fffffffu);
   }
   const float scale = device::fast_dynamic_scale<Fp8>(__uint_as_float(__reduce_max_sync(0xffffffffu, bits)));
   const auto prepared = Op::prepare(scale);
   if (lane == 0) kv.scales.data[at(kv.scales, block, offset, head)] = scale;
   for (std::int64_t i = lane; i < p.head_size; i += kWarp)
-    to[i * kv.cache.dim] = device::convert_element<Op, Fp8>(from[i * kv.rows.dim], prepared);
+    to[i * kv.cache.dim] = device::convert_element<Op, Fp8>(value(i), prepared);
 }
 
 template <class Fp8, class In>
@@ -109,7 +143,8 @@ void launch_append_dynamic(const CacheLayout& layout, const TokenIndices& slots,
   const std::int64_t heads = layout.num_tokens * layout.num_heads;
   const dim3 grid = grid_of(heads * plan.threads_per_head, plan);
   if (plan.path == KernelPath::Scalar) {
-    launch_dependent(append_dynamic_scalar<Fp8, In>, grid, plan.threads, stream, ScalarAppendArgs(layout, slots, heads));
+    const auto kernel = layout.has_channels() ? append_dynamic_scalar<Fp8, In, true> : append_dynamic_scalar<Fp8, In, false>;
+    launch_dependent(kernel, grid, plan.threads, stream, ScalarAppendArgs(layout, slots, heads));
     return;
   }
   const AppendDynamicArgs params{
@@ -121,9 +156,11 @@ void launch_append_dynamic(const CacheLayout& layout, const TokenIndices& slots,
       .threads_log2 = static_cast<std::uint32_t>(std::countr_zero(static_cast<unsigned>(plan.threads_per_head))),
       .num_heads = FastDiv(layout.num_heads),
       .block_size = FastDiv(layout.block_size)};
-  auto kernel = plan.aligned ? append_dynamic_vectorized<Fp8, In, 2, true> : append_dynamic_vectorized<Fp8, In, 2, false>;
-  if (plan.vecs_per_thread == 4)
-    kernel = plan.aligned ? append_dynamic_vectorized<Fp8, In, 4, true> : append_dynamic_vectorized<Fp8, In, 4, false>;
+  const auto choose = [&]<int kVecs>() {
+    if (plan.path == KernelPath::PerColumn) return append_dynamic_vectorized<Fp8, In, kVecs, true, true>;
+    return plan.aligned ? append_dynamic_vectorized<Fp8, In, kVecs, true> : append_dynamic_vectorized<Fp8, In, kVecs, false>;
+  };
+  const auto kernel = plan.vecs_per_thread == 4 ? choose.template operator()<4>() : choose.template operator()<2>();
   launch_dependent(kernel, grid, plan.threads, stream, params);
 }
 
@@ -138,7 +175,7 @@ void run(const CacheAppendDynamic& problem, Stream stream) {
   if (layout.num_slots() == 0) return;
   const CachePlan plan = core::plan_append_dynamic(layout);
   core::visit_real(layout.row_dtype, [&]<class In>(core::Type<In>) {
-    core::visit_fp8(layout.cache_dtype, [&]<class Out>(core::Type<Out>) {
+    core::visit_quantized(layout.cache_dtype, [&]<class Out>(core::Type<Out>) {
       for_each_token_chunk(layout, plan.tokens, problem.slot_mapping, [&](const CacheLayout& chunk, const TokenIndices& slots) {
         launch_append_dynamic<Out, In>(chunk, slots, plan, stream);
         check_launch(op);

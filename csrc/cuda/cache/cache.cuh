@@ -19,6 +19,7 @@ using core::HeadsView;
 using core::KernelPath;
 using core::kVecSize;
 using core::KVViews;
+using core::OffsetView;
 using core::PagedView;
 using device::FastDiv;
 using device::Slice;
@@ -66,6 +67,71 @@ __device__ __forceinline__ T* row(const HeadsView& view, Index token, Index head
 template <class T, class Index>
 __device__ __forceinline__ T* row(const PagedView& view, Index block, Index offset, Index head) {
   return static_cast<T*>(view.data) + at(view, block, offset, head);
+}
+
+// --- Channels ----------
+
+// The offset of a channel, for values of type In; that of none if there are no offsets.
+template <class In>
+__device__ __forceinline__ float offset_of(const OffsetView& view, std::int64_t head, std::int64_t dim) {
+  return view.data ? __ldg(view.data + head * view.head + dim * view.dim) : device::kNoOffset<In>;
+}
+
+// An element with the parameters of its head, or of its channel. `scale`: the first of the head, or its only one.
+template <class Op, class Out, bool kChannels, class In>
+__device__ __forceinline__ Out convert_at(In raw, const KVViews& kv, const float* scale, std::int64_t head, std::int64_t dim) {
+  if constexpr (kChannels)
+    return device::convert_element<Op, Out>(raw, Op::prepare(__ldg(scale + dim * kv.scales.dim)),
+                                            offset_of<In>(kv.offsets, head, dim));
+  else
+    return device::convert_element<Op, Out>(raw, Op::prepare(__ldg(scale)));
+}
+
+// What the channels of K and V have: scales each, and no offsets; or anything.
+enum class ChannelParameters { None, Scales, Any };
+
+constexpr int kHalf = kVecSize / 2;
+
+// The columns of a vector: 4 neighbors from `first` on, and those `second` columns further on.
+struct Columns {
+  std::uint32_t first;
+  std::uint32_t second = kHalf;
+};
+
+// Parameters of these columns, both halves of which are aligned to 16 bytes.
+__device__ __forceinline__ void load_columns(const float* head, Columns columns, float (&to)[kVecSize]) {
+  std::uint32_t words[kVecSize];
+  device::load16(words, head + columns.first);
+  device::load16(words + kHalf, head + columns.first + columns.second);
+#pragma unroll
+  for (int i = 0; i < kVecSize; ++i) to[i] = __uint_as_float(words[i]);
+}
+
+template <class In>
+__device__ __forceinline__ void load_offsets(const OffsetView& view, std::uint32_t head, Columns columns,
+                                             float (&to)[kVecSize]) {
+  if (view.data) return load_columns(view.data + head * view.head, columns, to);
+#pragma unroll
+  for (int i = 0; i < kVecSize; ++i) to[i] = device::kNoOffset<In>;
+}
+
+// Scales and offsets; `scale` as above.
+template <class Op, class In, ChannelParameters kChannels>
+__device__ __forceinline__ device::Channels<Op> load_channels(const KVViews& kv, const float* scale, std::uint32_t head,
+                                                              Columns columns) {
+  device::Channels<Op> channels;
+  load_offsets<In>(kChannels == ChannelParameters::Any ? kv.offsets : OffsetView{}, head, columns, channels.offsets);
+  if (kChannels == ChannelParameters::Any && kv.scales.dim == 0) {
+    const auto prepared = Op::prepare(__ldg(scale));
+#pragma unroll
+    for (int i = 0; i < kVecSize; ++i) channels.scales[i] = prepared;
+  } else {
+    float scales[kVecSize];
+    load_columns(scale, columns, scales);
+#pragma unroll
+    for (int i = 0; i < kVecSize; ++i) channels.scales[i] = Op::prepare(scales[i]);
+  }
+  return channels;
 }
 
 // --- Launches ----------
@@ -118,7 +184,8 @@ template <class F>
 void visit_append(DType real, DType element, const F& f) {
   core::visit_real(real, [&]<class In>(core::Type<In>) {
     if (core::is_quantized(element))
-      core::visit_fp8(element, [&]<class Out>(core::Type<Out>) { f.template operator()<device::QuantizeOp<Out>, In, Out>(); });
+      core::visit_quantized(element,
+                            [&]<class Out>(core::Type<Out>) { f.template operator()<device::QuantizeOp<Out>, In, Out>(); });
     else
       core::visit_real(element, [&]<class Out>(core::Type<Out>) { f.template operator()<device::CopyOp, In, Out>(); });
   });

@@ -90,9 +90,10 @@ struct GatherArgs {
 };
 
 // One vector of K and one of V per thread. A warp searches for the sequence of its first token; lanes that are further along,
-// each for itself.
-template <class Op, class In, class Out, bool kAligned>
-__global__ void __launch_bounds__(256) gather_vectorized(const __grid_constant__ GatherArgs p) {
+// each for itself. Where channels have parameters, all is aligned, and more registers let all loads begin at once.
+template <class Op, class In, class Out, bool kAligned, ChannelParameters kChannels = ChannelParameters::None>
+__global__ void __launch_bounds__(256, kChannels == ChannelParameters::None ? 0 : 4)
+    gather_vectorized(const __grid_constant__ GatherArgs p) {
   const std::uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
   const std::uint32_t warp_token = p.first_token + p.vecs_per_token.div(thread & ~31u);
   const auto [token_in_chunk, vec_in_token] = p.vecs_per_token.divmod(thread);
@@ -110,21 +111,26 @@ __global__ void __launch_bounds__(256) gather_vectorized(const __grid_constant__
   const auto [head, vec] = p.vecs_per_head.divmod(vec_in_token);
 
   const In* from[2];
-  float scales[2];
+  const float* scale_data[2];
+  [[maybe_unused]] float scales[2];
   Vec<In> raw[2];
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
     from[s] = row<const In>(p.kv[s].cache, block, offset, head);
     if constexpr (kAligned) raw[s] = device::load_aligned(from[s] + vec * kVecSize);
-    scales[s] = __ldg(p.kv[s].scales.data + at(p.kv[s].scales, block, offset, head));
+    scale_data[s] = p.kv[s].scales.data + at(p.kv[s].scales, block, offset, head);
+    if constexpr (kChannels == ChannelParameters::None) scales[s] = __ldg(scale_data[s]);
   }
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
-    const auto scale = Op::prepare(scales[s]);
     Out* to = row<Out>(p.kv[s].rows, token, head);
-    if constexpr (kAligned) {
-      device::store_aligned(to + vec * kVecSize, device::convert_vec<Op, Out>(raw[s], scale));
+    if constexpr (kChannels != ChannelParameters::None) {
+      const auto channels = load_channels<Op, In, kChannels>(p.kv[s], scale_data[s], head, {vec * kVecSize});
+      device::store_aligned(to + vec * kVecSize, device::convert_vec<Op, Out>(raw[s], channels));
+    } else if constexpr (kAligned) {
+      device::store_aligned(to + vec * kVecSize, device::convert_vec<Op, Out>(raw[s], Op::prepare(scales[s])));
     } else {
+      const auto scale = Op::prepare(scales[s]);
       const Slice slice = slice_of(to, vec, p.head_size);
       if (slice.range.begin >= slice.range.end) continue;
       raw[s] = device::load_any(from[s], slice.first, p.head_size, slice.range);
@@ -143,7 +149,7 @@ struct ScalarGatherArgs {
 };
 
 // Anything: one element of K and one of V per thread.
-template <class Op, class In, class Out>
+template <class Op, class In, class Out, bool kChannels>
 __global__ void __launch_bounds__(256) gather_scalar(const __grid_constant__ ScalarGatherArgs p) {
   const std::int64_t element = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (element >= p.count) return;
@@ -158,9 +164,9 @@ __global__ void __launch_bounds__(256) gather_scalar(const __grid_constant__ Sca
   const std::int64_t block = p.sequences.block(sequence, static_cast<std::uint32_t>(position / p.block_size));
   if (block < 0) return;
   for (const KVViews& kv : p.kv) {
-    const auto scale = Op::prepare(__ldg(kv.scales.data + at(kv.scales, block, offset, head)));
+    const float* scale = kv.scales.data + at(kv.scales, block, offset, head);
     const In raw = row<const In>(kv.cache, block, offset, head)[dim * kv.cache.dim];
-    row<Out>(kv.rows, token, head)[dim * kv.rows.dim] = device::convert_element<Op, Out>(raw, scale);
+    row<Out>(kv.rows, token, head)[dim * kv.rows.dim] = convert_at<Op, Out, kChannels>(raw, kv, scale, head, dim);
   }
 }
 
@@ -175,7 +181,10 @@ void launch_gather(const char* op, const CacheLayout& layout, const Sequences& s
                                   .num_heads = layout.num_heads,
                                   .head_size = layout.head_size,
                                   .block_size = layout.block_size};
-    launch_dependent(gather_scalar<Op, In, Out>, blocks(params.count), plan.threads, stream, params);
+    auto kernel = gather_scalar<Op, In, Out, false>;
+    if constexpr (core::kIsQuantized<In>)
+      if (layout.has_channels()) kernel = gather_scalar<Op, In, Out, true>;
+    launch_dependent(kernel, blocks(params.count), plan.threads, stream, params);
     return check_launch(op);
   }
   const std::int64_t vecs_per_token = layout.num_heads * plan.vecs_per_head;
@@ -187,7 +196,11 @@ void launch_gather(const char* op, const CacheLayout& layout, const Sequences& s
                     .vecs_per_token = FastDiv(vecs_per_token),
                     .vecs_per_head = FastDiv(plan.vecs_per_head),
                     .block_size = FastDiv(layout.block_size)};
-  const auto kernel = plan.aligned ? gather_vectorized<Op, In, Out, true> : gather_vectorized<Op, In, Out, false>;
+  auto kernel = plan.aligned ? gather_vectorized<Op, In, Out, true> : gather_vectorized<Op, In, Out, false>;
+  if constexpr (core::kIsQuantized<In>)
+    if (plan.path == KernelPath::PerColumn)
+      kernel = layout.only_channel_scales() ? gather_vectorized<Op, In, Out, true, ChannelParameters::Scales>
+                                            : gather_vectorized<Op, In, Out, true, ChannelParameters::Any>;
   for (; params.first_token < layout.num_tokens; params.first_token += params.num_tokens) {
     params.num_tokens = static_cast<std::uint32_t>(std::min(plan.tokens, layout.num_tokens - params.first_token));
     launch_dependent(kernel, blocks(params.num_tokens * vecs_per_token), plan.threads, stream, params);
@@ -209,7 +222,7 @@ void run(const CacheGather& problem, Stream stream) {
   const Sequences sequences = Sequences::of(problem);
   core::visit_real(layout.row_dtype, [&]<class Out>(core::Type<Out>) {
     if (core::is_quantized(layout.cache_dtype))
-      core::visit_fp8(layout.cache_dtype, [&]<class In>(core::Type<In>) {
+      core::visit_quantized(layout.cache_dtype, [&]<class In>(core::Type<In>) {
         launch_gather<device::DequantizeOp, In, Out>(op, layout, sequences, plan, stream);
       });
     else

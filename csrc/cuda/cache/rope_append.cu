@@ -11,7 +11,6 @@ using core::RopeAppendPlan;
 using core::RopeLayout;
 using core::View1D;
 
-constexpr int kHalf = kVecSize / 2;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 enum class Rope { None, Neox, Interleaved };
@@ -47,6 +46,7 @@ struct RopeAppendArgs {
   bool wide_cos_sin;  // Float32
   bool wide_weights[2];
   bool quantizes_query;
+  KVViews kv[2];  // for scales and offsets per channel
 };
 
 // Half a vector as fp32, from an address aligned to it.
@@ -100,8 +100,9 @@ __device__ __forceinline__ void store(T* p, std::uint32_t second, const Vec<T>& 
     device::store_aligned(p, vec);
 }
 
-// A thread takes one vector of kHeads neighboring heads, so that it reads cosines, sines and weights once.
-template <class In, class Fp8, Rope kRope, bool kNorm, int kHeads>
+// A thread takes one vector of kHeads neighboring heads, so that it reads cosines, sines and weights once. kChannels: those of
+// K or V have scales or offsets of their own.
+template <class In, class Fp8, Rope kRope, bool kNorm, int kHeads, bool kChannels = false>
 __global__ void __launch_bounds__(256) rope_append_vectorized(const __grid_constant__ RopeAppendArgs p) {
   using Op = device::QuantizeOp<Fp8>;
   const int which = blockIdx.x >= p.segments[2].first_block ? 2 : blockIdx.x >= p.segments[1].first_block ? 1 : 0;
@@ -191,6 +192,15 @@ __global__ void __launch_bounds__(256) rope_append_vectorized(const __grid_const
     place = block * s.out_block + offset * s.out_offset;
   }
   place += first_head * s.out_head + begin;
+  if constexpr (kChannels) {
+    static_assert(kHeads == 1);
+    if (!is_query) {
+      const KVViews& kv = p.kv[which - 1];
+      const auto channels = load_channels<Op, In, ChannelParameters::Any>(kv, s.scales + first_head * s.scale_stride,
+                                                                          first_head, {begin, second});
+      return store<kRope>(static_cast<Fp8*>(s.out) + place, second, device::convert_vec<Op, Fp8>(raw[0], channels));
+    }
+  }
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) {
     if (first_head + h >= s.heads) break;
@@ -274,7 +284,7 @@ __device__ __forceinline__ void store_query(const HeadsView& out, DType dtype, s
 }
 
 // Anything: one warp per head.
-template <class Op, class In, class Out>
+template <class Op, class In, class Out, bool kChannels>
 __global__ void __launch_bounds__(256) rope_append_scalar(const __grid_constant__ ScalarRopeAppendArgs p) {
   const RopeLayout& l = p.layout;
   const std::int64_t warp = (std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32, token = warp / p.heads;
@@ -302,10 +312,13 @@ __global__ void __launch_bounds__(256) rope_append_scalar(const __grid_constant_
   Out* to = is_query ? nullptr : row<Out>(kv.cache, slot / l.cache.block_size, slot % l.cache.block_size, head);
   for (std::int64_t d = lane; d < l.cache.head_size; d += 32) {
     const In x = transforms ? transform(d) : from[d * in.dim];
-    if (is_query)
+    if (is_query) {
       store_query<Op, Out>(l.query_out, l.query_out_dtype, token, head, d, x, scale);
-    else
+    } else if constexpr (kChannels) {
+      to[d * kv.cache.dim] = convert_at<Op, Out, true>(x, kv, scales, head, d);
+    } else {
       to[d * kv.cache.dim] = device::convert_element<Op, Out>(x, scale);
+    }
   }
 }
 
@@ -340,7 +353,8 @@ void launch_vectorized(const RopeLayout& l, const TokenIndices& slots, const Tok
                         .norm_eps = l.norm_eps,
                         .per_element = 1.0f / static_cast<float>(cache.head_size),
                         .wide_cos_sin = l.cos_sin.dtype == DType::Float32,
-                        .quantizes_query = core::is_quantized(l.query_out_dtype)};
+                        .quantizes_query = core::is_quantized(l.query_out_dtype),
+                        .kv = {cache.k, cache.v}};
   Segment& query = params.segments[0] = segment(l.query, l.num_heads, l.q_scale, l.q_scale_stride);
   query.out = l.query_out.data;
   query.out_offset = l.query_out.token;
@@ -360,6 +374,10 @@ void launch_vectorized(const RopeLayout& l, const TokenIndices& slots, const Tok
   if (blocks == 0) return;  // no query heads, and no slots
   const bool norm = l.norm_weights[0].data || l.norm_weights[1].data;
   const auto choose = [&]<Rope kRope>() {
+    if constexpr (kHeads == 1)
+      if (cache.has_channels())
+        return norm ? rope_append_vectorized<In, Fp8, kRope, true, 1, true>
+                    : rope_append_vectorized<In, Fp8, kRope, false, 1, true>;
     return norm ? rope_append_vectorized<In, Fp8, kRope, true, kHeads> : rope_append_vectorized<In, Fp8, kRope, false, kHeads>;
   };
   const auto kernel = l.rotary_dim == 0 ? choose.template operator()<Rope::None>()
@@ -377,8 +395,10 @@ void launch_rope_append(const RopeLayout& layout, const TokenIndices& slots, con
                                         : launch_vectorized<In, Out, 1>(layout, slots, positions, plan, stream);
   const std::int64_t heads = layout.num_heads + 2 * layout.cache.num_heads;
   const auto blocks = static_cast<unsigned>(core::ceil_div(32 * heads * layout.cache.num_tokens, plan.threads));
-  launch_dependent(rope_append_scalar<Op, In, Out>, blocks, plan.threads, stream,
-                   ScalarRopeAppendArgs{layout, slots, positions, heads});
+  auto kernel = rope_append_scalar<Op, In, Out, false>;
+  if constexpr (core::kIsQuantized<Out>)
+    if (layout.cache.has_channels()) kernel = rope_append_scalar<Op, In, Out, true>;
+  launch_dependent(kernel, blocks, plan.threads, stream, ScalarRopeAppendArgs{layout, slots, positions, heads});
 }
 
 }  // namespace

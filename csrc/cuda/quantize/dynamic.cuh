@@ -428,7 +428,7 @@ struct DynamicLauncher {
 
 template <class In>
 void launch_dynamic(const DynamicQuantize& problem, const Layout& layout, cudaStream_t stream) {
-  core::visit_fp8(problem.result.dtype,
-                  [&]<class Fp8>(core::Type<Fp8>) { DynamicLauncher<Fp8, In>{problem, layout, stream}.run(); });
+  core::visit_quantized(problem.result.dtype,
+                        [&]<class Fp8>(core::Type<Fp8>) { DynamicLauncher<Fp8, In>{problem, layout, stream}.run(); });
 }
 }  // namespace fp8kv::cuda

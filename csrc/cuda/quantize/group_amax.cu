@@ -262,7 +262,7 @@ void raise_to_amax(const char* op, const Layout& layout, const TensorView& input
     });
   };
   if (!core::is_quantized(fp8)) return launch(AsAmax{});
-  core::visit_fp8(fp8, [&]<class Fp8>(core::Type<Fp8>) { launch(AsScale<Fp8>{upper_bound}); });
+  core::visit_quantized(fp8, [&]<class Fp8>(core::Type<Fp8>) { launch(AsScale<Fp8>{upper_bound}); });
 }
 
 void fill_groups(const char* op, const Layout& layout, float* target, float value, cudaStream_t stream) {

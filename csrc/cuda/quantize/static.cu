@@ -15,7 +15,7 @@ void run(const StaticQuantize& problem, Stream stream) {
 void quantize_with(const char* op, const Layout& layout, const TensorView& input, const TensorView& result,
                    const TensorView& scale, cudaStream_t stream) {
   core::visit_real(input.dtype, [&]<class In>(core::Type<In>) {
-    core::visit_fp8(result.dtype, [&]<class Out>(core::Type<Out>) {
+    core::visit_quantized(result.dtype, [&]<class Out>(core::Type<Out>) {
       launch_elementwise<device::QuantizeOp<Out>, In, Out>(op, layout, input, result, scale, stream);
     });
   });

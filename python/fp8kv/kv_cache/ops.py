@@ -49,8 +49,6 @@ def reshape_and_cache_flash(
             is the difference, in float32. None: 0.
         v_offset: likewise.
 
-    "int8", scales for each channel and offsets are on the CPU only: there are no CUDA kernels for them yet.
-
     Raises:
         RuntimeError: an argument doesn't fit, or, on the CPU, a slot lies beyond the cache. Nothing is
             written then. On CUDA such tokens are skipped; they raise with the environment variable
