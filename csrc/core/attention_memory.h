@@ -28,13 +28,14 @@ struct TileBytes {
 // of a warp; a factor and a base for each column of the block; where a warp has several column tiles, the queries; for each
 // tile of the rings, whether the cache has it; and what the block does.
 struct AttentionMemory {
-  static constexpr int kWorkBytes = 256;
-  int softmax, scales, queries, missing, work, size;
+  static constexpr int kWorkBytes = 128;
+  int sums_pitch, softmax, scales, queries, missing, work, size;
 
   // `columns`: of the block, over all of its KV heads.
   constexpr AttentionMemory(int head_size, int column_tiles, bool per_token, int warps, int columns)
-      : softmax(std::max(warps * kRingTiles * TileBytes(head_size, per_token).size,
-                         warps * column_tiles * kColumnTile * head_size * 4)),
+      : sums_pitch((head_size + 4) * 4),
+        softmax(std::max(warps * kRingTiles * TileBytes(head_size, per_token).size,
+                         warps * column_tiles * kColumnTile * sums_pitch)),
         scales(softmax + warps * column_tiles * kColumnTile * 8),
         queries(scales + columns * 8),
         missing(queries + (column_tiles > 1 ? columns * head_size * 2 : 0)),

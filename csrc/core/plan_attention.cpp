@@ -95,21 +95,18 @@ std::int64_t max_tiles(const AttentionLayout& l) {
   return std::max<std::int64_t>(1, ceil_div(seen, kTile));
 }
 
-// Several KV heads per block, whose rows are neighbors in memory, where every block has much to do all the same.
-void choose_heads(const AttentionLayout& l, std::int64_t resident_blocks, AttentionPlan& plan) {
-  constexpr std::int64_t kMany = 64;  // tiles
-  if (plan.parts > 0 || plan.column_tiles > 1 || plan.column_warps > 1) return;
-  for (int heads : {8, 4, 2}) {
-    if (heads > plan.warps || l.num_kv_heads % heads != 0) continue;
-    if (l.num_seqs * (l.num_kv_heads / heads) * max_tiles(l) < kMany * resident_blocks) continue;
-    plan.heads = heads;
-    return;
-  }
+// Rows of two KV heads in one block, as they are neighbors in memory, where there are enough items without it.
+void choose_heads(const AttentionLayout& l, bool many_items, AttentionPlan& plan) {
+  if (plan.parts > 0 || plan.column_tiles > 1 || plan.column_warps > 1 || plan.warps < 2) return;
+  if (many_items && l.num_kv_heads % 2 == 0) plan.heads = 2;
 }
 
-// Warps for the parts of an item; each has a few at a time.
-int sharers_of(std::int64_t parts) {
-  return static_cast<int>(std::bit_ceil(static_cast<unsigned>(std::clamp<std::int64_t>(ceil_div(parts, 4), 1, 8))));
+// Warps for the parts of a column; each has a few of them. Not more than let the blocks of the merging kernel start early.
+int sharers_of(std::int64_t parts, const AttentionPlan& plan) {
+  constexpr std::int64_t kMostWarps = 8 * 2048;
+  auto sharers = static_cast<int>(std::bit_ceil(static_cast<unsigned>(std::clamp<std::int64_t>(ceil_div(parts, 4), 1, 8))));
+  while (sharers > 1 && plan.merges * plan.heads * plan.columns * sharers > kMostWarps) sharers /= 2;
+  return sharers;
 }
 
 AttentionPlan plan_generic(const AttentionLayout& l) {
@@ -133,17 +130,19 @@ AttentionPlan plan_attention(const AttentionLayout& l, const DeviceLimits& limit
   plan.parts = std::min(l.num_splits, max_tiles(l));
   choose_columns(l, plan);
   fit_memory(l, limits, plan);
+  // One block per multiprocessor has enough bytes on their way, but for short rows. With many items per block, a second one
+  // works while the first is between two of them.
+  const bool many_items = l.num_seqs * l.num_kv_heads > 3 * std::int64_t{limits.multiprocessors};
   const auto resident = [&] {
-    const int per_multiprocessor = plan.column_tiles == 1 && l.head_size <= 128
-                                       ? std::min(2, limits.shared_memory / (memory_of(l, plan) + kReservedMemory))
-                                       : 1;
-    return std::int64_t{limits.multiprocessors} * per_multiprocessor;
+    const bool two = plan.column_tiles == 1 && (l.head_size < 128 || (l.head_size == 128 && many_items)) &&
+                     2 * (memory_of(l, plan) + kReservedMemory) <= limits.shared_memory;
+    return std::int64_t{limits.multiprocessors} * (two ? 2 : 1);
   };
   // Units count in 31 bits.
   plan.head_groups = l.num_kv_heads;
   const std::int64_t tiles = std::max<std::int64_t>(1, ceil_div(l.capacity, kTile));
   if (plan.parts == 0 && max_items(l, plan, l.num_rows) > kMaxChunk / tiles) plan.parts = 1;
-  choose_heads(l, resident(), plan);
+  choose_heads(l, many_items, plan);
   plan.head_groups = l.num_kv_heads / plan.heads;
   plan.shared_memory = memory_of(l, plan);
 
@@ -153,13 +152,13 @@ AttentionPlan plan_attention(const AttentionLayout& l, const DeviceLimits& limit
     plan.blocks = std::min(resident(), ceil_div(items * max_tiles(l), plan.least_units));
     plan.slots = plan.blocks > 1 ? 2 * plan.blocks : 0;
     plan.merges = plan.slots > 0 ? plan.blocks : 0;
-    plan.merge_sharers = sharers_of(plan.blocks / items + 1);
+    plan.merge_sharers = sharers_of(plan.blocks / items + 1, plan);
   } else {
     plan.parts = std::max<std::int64_t>(1, std::min(plan.parts, kMaxSlots / items));
     plan.blocks = std::min<std::int64_t>(items * plan.parts, INT32_MAX);
     plan.slots = plan.parts > 1 ? items * plan.parts : 0;
     plan.merges = plan.slots > 0 ? items : 0;
-    plan.merge_sharers = sharers_of(plan.parts);
+    plan.merge_sharers = sharers_of(plan.parts, plan);
   }
   plan.workspace_size = plan.slots * plan.heads * plan.columns * (l.head_size + 4) * 4;
   return plan;

@@ -126,21 +126,33 @@ TEST(PlanAttention, SharedMemoryFitsEveryDevice) {
 // --- How the work is divided --------------------------------
 
 TEST(PlanAttention, BlocksFillTheDeviceWhereThereIsEnoughToDo) {
-  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192}).blocks, 2 * kMultiprocessors);
-  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192, .head_size = 256}).blocks, kMultiprocessors);
-  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192, .queries = 8}).blocks, kMultiprocessors);
+  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192}).blocks, kMultiprocessors);
+  EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192}).blocks, 2 * kMultiprocessors) << "many items";
+  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192, .head_size = 64}).blocks, 2 * kMultiprocessors) << "short rows";
+  EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192, .head_size = 256}).blocks, kMultiprocessors);
+  EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192, .queries = 8}).blocks, kMultiprocessors);
+  EXPECT_EQ(plan_of(problem_of({.seqs = 64, .max_len = 8192}), with_shared_memory(100 * 1024)).blocks, kMultiprocessors);
   // 8 KV heads of 64 tiles, 8 to a block.
   EXPECT_EQ(plan_of({.seqs = 1, .max_len = 1024}).blocks, 64);
 }
 
-TEST(PlanAttention, KvHeadsShareABlockWhereThereIsMuchToDo) {
-  EXPECT_EQ(plan_of({.seqs = 8, .max_len = 8192}).heads, 1);
-  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192}).heads, 2);
+TEST(PlanAttention, TwoKvHeadsShareABlockWhereThereAreManyItems) {
+  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192}).heads, 1);
   const AttentionPlan plan = plan_of({.seqs = 64, .max_len = 8192});
-  EXPECT_EQ(plan.heads, 8);
-  EXPECT_EQ(plan.head_groups, 1);
-  EXPECT_EQ(plan_of({.seqs = 512, .max_len = 8192, .heads = 12, .kv_heads = 6}).heads, 2);
+  EXPECT_EQ(plan.heads, 2);
+  EXPECT_EQ(plan.head_groups, 4);
+  EXPECT_EQ(plan_of({.seqs = 512, .max_len = 8192, .heads = 14, .kv_heads = 7}).heads, 1);
   EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192, .num_splits = 1}).heads, 1);
+}
+
+TEST(PlanAttention, TheMergingKernelCanStartEarly) {
+  for (std::int64_t seqs : {1, 7, 64, 256})
+    for (std::int64_t heads : {8, 32, 64})
+      for (std::int64_t head_size : {64, 128, 256}) {
+        const AttentionPlan plan = plan_of({.seqs = seqs, .max_len = 32768, .heads = heads, .head_size = head_size});
+        EXPECT_GE(plan.merge_sharers, 1);
+        EXPECT_LE(plan.merges * plan.heads * plan.columns * plan.merge_sharers, 8 * 2048);
+      }
 }
 
 TEST(PlanAttention, AWindowBoundsTheTiles) {

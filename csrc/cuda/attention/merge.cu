@@ -37,42 +37,29 @@ __global__ void __launch_bounds__(32 * kWarps) merge_parts(const __grid_constant
   const AttentionLayout& l = args.layout;
   const AttentionPlan& plan = args.plan;
   const Slots slots(l, plan, args.workspace);
+  device::wait_then_release();
   // parts == 0: an item begins in the second slot of a block and goes on in the first slots of those behind it.
   const bool shared = plan.parts == 0;
   const std::int64_t first = shared ? 2 * std::int64_t{blockIdx.x} + 1 : blockIdx.x * plan.parts;
-  const auto slot_of = [&](int part) { return first + (part == 0 ? 0 : shared ? 2 * part - 1 : part); };
+  const Slots::Header header = slots.header(first);
+  if (header.parts == 0) return;
   const int in_slot = static_cast<int>(blockIdx.y * blockDim.z + threadIdx.z), sharers = static_cast<int>(blockDim.y);
   const int head = in_slot >> __popc(plan.columns - 1), column = in_slot & (plan.columns - 1);
+  const bool exists = column < header.num_columns;
   const int warp = static_cast<int>(threadIdx.z * blockDim.y + threadIdx.y), lane = static_cast<int>(threadIdx.x);
-  const int head_size = static_cast<int>(l.head_size);
-  constexpr int kAtOnce = 4;
-  device::wait_then_release();
-  Slots::Header header{};
-  for (int four = lane; four < (head_size + 127) / 128 * 32; four += 32) {
-    const bool has_four = 4 * four < head_size;
+  for (int four = lane; four < (l.head_size + 127) / 128 * 32; four += 32) {
+    const bool active = exists && 4 * four < l.head_size;
     Part part;
     float base = 0.0f;
-    int next = static_cast<int>(threadIdx.y);
-    do {
-      // Reads before it knows which of them there are.
-      float4 softmax[kAtOnce], sums[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const std::int64_t slot = slot_of(next + i * sharers);
-        if (!has_four || slot >= plan.slots) continue;
-        softmax[i] = __ldcg(reinterpret_cast<const float4*>(slots.softmax(slot, in_slot)));
-        sums[i] = __ldcg(reinterpret_cast<const float4*>(slots.sums(slot, in_slot)) + four);
+    if (active) {
+#pragma unroll 4
+      for (int i = static_cast<int>(threadIdx.y); i < header.parts; i += sharers) {
+        const std::int64_t slot = first + (i == 0 ? 0 : shared ? 2 * i - 1 : i);
+        const float4 softmax = __ldcg(reinterpret_cast<const float4*>(slots.softmax(slot, in_slot)));
+        base = softmax.z;
+        part.add({softmax.x, softmax.y}, __ldcg(reinterpret_cast<const float4*>(slots.sums(slot, in_slot)) + four));
       }
-      if (header.parts == 0) header = slots.header(first);
-      if (header.parts == 0) return;
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (!has_four || column >= header.num_columns || next + i * sharers >= header.parts) continue;
-        base = softmax[i].z;
-        part.add({softmax[i].x, softmax[i].y}, sums[i]);
-      }
-      next += kAtOnce * sharers;
-    } while (next < header.parts);
+    }
     if (sharers > 1) {
       __syncthreads();
       scratch[warp][lane] = part;
@@ -80,7 +67,7 @@ __global__ void __launch_bounds__(32 * kWarps) merge_parts(const __grid_constant
       if (threadIdx.y > 0) continue;
       for (int i = 1; i < sharers; ++i) part.add(scratch[warp + i][lane].softmax, scratch[warp + i][lane].sums);
     }
-    if (!has_four || column >= header.num_columns) continue;
+    if (!active) continue;
     const auto [query, in_group] = args.group.divmod(static_cast<std::uint32_t>(header.first_column + column));
     const int kv_head = header.first_head + head;
     const Finish end(l,

@@ -29,7 +29,6 @@ struct Positions {
   int end;
 
   __device__ bool empty() const { return begin >= end; }
-  __device__ bool has(int i) const { return i >= begin && i < end; }
   __device__ Positions tiles() const { return {begin / kTile, empty() ? begin / kTile : (end - 1) / kTile + 1}; }
 };
 
@@ -86,8 +85,6 @@ struct Item {
   int first_head;    // KV head
   int first_column;  // of those of the sequence and a KV head
   int num_columns;
-  int first_query, last_query;
-  Positions seen_by_any, seen_by_all;  // of these
   Positions tiles;
   int slot;      // of the workspace; -1: the block has all tiles
   bool nothing;  // the block has done all its work
@@ -293,11 +290,12 @@ class Schedule {
       }
       c.unit = c.unit + gridDim.x < c.unit ? c.end : c.unit + gridDim.x;
     }
-    item.first_query = static_cast<int>(group_.div(item.first_column));
-    item.last_query = static_cast<int>(group_.div(item.first_column + max(item.num_columns, 1) - 1));
-    item.seen_by_any = sequence.seen_by_any(l_, item.first_query, item.last_query + 1);
-    item.seen_by_all = {sequence.seen_by(l_, item.last_query).begin, sequence.seen_by(l_, item.first_query).end};
-    const Positions seen = item.seen_by_any.tiles();
+    Positions seen = all;
+    if (column_blocks > 1) {
+      const auto first_query = static_cast<int>(group_.div(item.first_column)),
+                 last_query = static_cast<int>(group_.div(item.first_column + max(item.num_columns, 1) - 1));
+      seen = sequence.seen_by_any(l_, first_query, last_query + 1).tiles();
+    }
     item.tiles = {max(all.begin + static_cast<int>(first), seen.begin), min(all.begin + static_cast<int>(last), seen.end)};
   }
 

@@ -14,7 +14,7 @@
 
 namespace fp8kv::cuda::attention {
 
-inline constexpr int kMaxWarps = 8;        // of a block
+inline constexpr int kMaxWarps = 8;        // of a block; finish() counts on it
 inline constexpr float kMaxGrowth = 8.0f;  // of a maximum, in powers of two, before what was summed up is scaled anew
 
 // Of a cache, in bytes; the plan sees to it that they fit.
@@ -73,13 +73,6 @@ __device__ __forceinline__ void load_shared(std::uint32_t* words, const std::byt
 
 // --- The kernel ----------------------------------------------------------------
 
-// What a block does, in shared memory.
-struct Work {
-  Cursor cursor;
-  Item items[2];  // this one and the next one, in turn
-};
-static_assert(sizeof(Work) <= core::AttentionMemory::kWorkBytes);
-
 constexpr int blocks_per_multiprocessor(int head_size, int column_tiles) {
   return head_size <= 128 && column_tiles == 1 ? 2 : 1;
 }
@@ -89,16 +82,21 @@ class TiledAttention {
   using Shape = TileShape<kHeadSize, kPerToken>;
   static constexpr int kSteps = Shape::kSteps;
   static constexpr int kWarpColumns = kColumnTiles * core::kColumnTile;
-  static constexpr int kQueryFours = (kHeadSize / 4 + 31) / 32;  // of a query row that a lane loads
-  static constexpr bool kOverlaps = kColumnTiles == 1;  // the end of an item and the copies of the next one
+  static constexpr int kQueryFours = (kHeadSize / 4 + 31) / 32;  // of a row that a lane loads
+
+  struct QueryRow {
+    float elements[kQueryFours][4];
+    float factor;   // with softcap of logits, else of logits in units of log2(e)
+    float k_scale;  // 1 unless there is one for all of its keys
+  };
 
  public:
-  __device__ TiledAttention(const TiledArgs& args, std::byte* shared)
+  __device__ TiledAttention(const TiledArgs& args, const core::AttentionMemory& memory, const Item& item, std::byte* shared)
       : args_(args),
         l_(args.layout),
+        item_(item),
         shared_(shared),
-        memory_(kHeadSize, kColumnTiles, kPerToken, static_cast<int>(blockDim.x / 32), args.plan.heads * args.plan.columns),
-        work_(*reinterpret_cast<Work*>(shared + memory_.work)),
+        memory_(memory),
         warps_(static_cast<int>(blockDim.x / 32)),
         lane_(static_cast<int>(threadIdx.x % 32)),
         warp_(static_cast<int>(threadIdx.x / 32)),
@@ -110,40 +108,33 @@ class TiledAttention {
         column_warp_(place_ & (args.plan.column_warps - 1)),
         ring_address_(device::shared_address(tile_memory(warp_, 0))) {}
 
-  // All items of the block, by all of its threads.
-  __device__ void run() {
-    const Schedule schedule(l_, args_.plan, args_.group, args_.workspace);
-    if (warp_ == 0) {
-      schedule.begin(work_.cursor);
-      schedule.next(work_.cursor, work_.items[0]);
-    }
-    __syncthreads();
+  // The item, by all threads of the block.
+  __device__ void attend() {
+    begin();
+    const QueryRow row = load_query(warp_);  // before tiles, which fill all queues
+    constexpr int kLast = core::kRingTiles - 1;
+    int stage = 0;  // of the ring
 #pragma unroll 1
-    for (turn_ = 0;; ++turn_) {
-      // Where the memory is enough, the copies of an item start before the end of the one before.
-      if (kOverlaps && turn_ > 0) write_warp();
-      if (kOverlaps && !item().nothing) begin();
-      if (turn_ > 0) {
-        if (!kOverlaps) {
-          __syncthreads();  // the rings are free
-          write_warp();
-        }
-        __syncthreads();
-        finish(work_.items[(turn_ - 1) & 1]);
-        __syncthreads();  // before the next item's queries, and what comes after it
-      }
-      if (item().nothing) return;
-      if (!kOverlaps) begin();
-      if (warp_ == 0) schedule.next(work_.cursor, work_.items[(turn_ + 1) & 1]);
-      share_queries();
-      take_tiles();
+    for (int i = 0; i < kLast; ++i) start_copy(i, i);
+    share_queries(row);
+    const int column_warps = args_.plan.column_warps;
+#pragma unroll 1
+    for (int i = 0; i < iterations_; ++i) {
+      device::wait_for_copies<core::kRingTiles - 2>();
+      sync_tile_warps();
+      start_copy(i + kLast, stage == 0 ? kLast : stage - 1);
+      const int tile = first_tile_ + i * tile_warps_ - column_warp_;
+#pragma unroll 1
+      for (int w = 0; w < column_warps; ++w)
+        if (tile + w >= tiles_.begin && tile + w < tiles_.end) take_tile(warp_ - column_warp_ + w, stage, tile + w);
+      stage = stage == kLast ? 0 : stage + 1;
     }
+    device::wait_for_copies<0>();
+    finish();
   }
 
  private:
   __device__ static int log2_of(int power) { return __popc(power - 1); }
-
-  __device__ const Item& item() const { return work_.items[turn_ & 1]; }
 
   // --- Tiles: into the ring --------------------------------
 
@@ -154,25 +145,25 @@ class TiledAttention {
     return reinterpret_cast<int*>(shared_ + memory_.missing) + warp * core::kRingTiles + stage;
   }
 
-  // Starts to read queries and tiles.
   __device__ void begin() {
+    first_query_ = query_of(0);
+    const int last_query = query_of(max(item_.num_columns, 1) - 1);
+    one_query_ = first_query_ == last_query;
+    // What any query of the item sees, and what all of them see.
+    const Sequence sequence = item_.sequence;
+    any_ = sequence.seen_by_any(l_, first_query_, last_query + 1);
+    all_ = {sequence.seen_by(l_, last_query).begin, sequence.seen_by(l_, first_query_).end};
     // Whatever range of tiles a block has, a tile falls to the same warp.
-    const Positions tiles = item().tiles;
-    const int first = tiles.begin & ~(tile_warps_ - 1);
-    iterations_ = tiles.empty() ? 0 : (tiles.end - first + tile_warps_ - 1) >> log2_of(tile_warps_);
+    tiles_ = item_.tiles;
+    const int first = tiles_.begin & ~(tile_warps_ - 1);
+    iterations_ = tiles_.empty() ? 0 : (tiles_.end - first + tile_warps_ - 1) >> log2_of(tile_warps_);
     first_tile_ = first + place_;
 
-    const int row = lane_ / Shape::kChunks, chunk = lane_ % Shape::kChunks, kv_head = item().first_head + head_;
+    const int row = lane_ / Shape::kChunks, chunk = lane_ % Shape::kChunks, kv_head = item_.first_head + head_;
     key_from_ = kv_head * args_.keys.head + row * args_.keys.offset + chunk * 16;
     value_from_ = kv_head * args_.values.head + row * args_.values.offset + chunk * 16;
-    table_ = static_cast<const int*>(l_.block_table.data) + item().index * l_.block_table_row;
+    table_ = static_cast<const int*>(l_.block_table.data) + item_.index * l_.block_table_row;
     next_blocks_ = block_of_iteration(lane_);
-    if (warp_ < args_.plan.heads * args_.plan.columns) load_query(warp_);  // before tiles, which fill all queues
-#pragma unroll 1
-    for (int i = 0; i < core::kRingTiles - 1; ++i) start_copy(i, i);
-  }
-
-  __device__ void take_tiles() {
 #pragma unroll
     for (int j = 0; j < kColumnTiles; ++j) {
 #pragma unroll
@@ -180,28 +171,12 @@ class TiledAttention {
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) out_[j][k][0] = out_[j][k][1] = out_[j][k][2] = out_[j][k][3] = 0.0f;
     }
-    constexpr int kLast = core::kRingTiles - 1;
-    const int column_warps = args_.plan.column_warps;
-    int stage = 0;  // of the ring
-#pragma unroll 1
-    for (int i = 0; i < iterations_; ++i) {
-      device::wait_for_copies<core::kRingTiles - 2>();
-      sync_tile_warps();
-      start_copy(i + kLast, stage == 0 ? kLast : stage - 1);
-      const int tile = first_tile_ + i * tile_warps_ - column_warp_;
-#pragma unroll 1
-      for (int w = 0; w < column_warps; ++w)
-        if (item().tiles.has(tile + w)) take_tile(warp_ - column_warp_ + w, stage, tile + w);
-      stage = stage == kLast ? 0 : stage + 1;
-    }
-    device::wait_for_copies<0>();
-    sync_tile_warps();
   }
 
   // The block of the cache of this warp's tile; -1 if there is none.
   __device__ int block_of_iteration(int iteration) const {
     const int tile = first_tile_ + iteration * tile_warps_;
-    if (!item().tiles.has(tile)) return -1;
+    if (tile < tiles_.begin || tile >= tiles_.end) return -1;
     const auto column = static_cast<int>(args_.tiles_per_block.div(static_cast<std::uint32_t>(tile)));
     const int block = __ldg(table_ + column * l_.block_table.stride);
     return static_cast<unsigned>(block) < static_cast<unsigned>(l_.num_blocks) ? block : -1;
@@ -215,13 +190,12 @@ class TiledAttention {
       next_blocks_ = block_of_iteration(iteration + 32 + lane_);
     }
     const int tile = first_tile_ + iteration * tile_warps_;
-    if (item().tiles.has(tile)) {
+    if (tile >= tiles_.begin && tile < tiles_.end) {
       const int block = __shfl_sync(kAllLanes, blocks_, iteration & 31);
       int within = 0;  // the block
       if (args_.tiles_per_block.divisor > 1)
         within = kTile * static_cast<int>(args_.tiles_per_block.divmod(static_cast<std::uint32_t>(tile)).remainder);
-      const Positions any = item().seen_by_any;
-      const int first = any.begin - tile * kTile, rows = block < 0 ? 0 : any.end - any.begin;
+      const int first = any_.begin - tile * kTile, rows = block < 0 ? 0 : any_.end - any_.begin;
       const std::uint32_t to = ring_address_ + stage * Shape::kBytes.size;
       copy_rows<Shape::kBytes.key_pitch>(to, key_to(), l_.key_cache.data, key_from_, args_.keys, block, within, first, rows,
                                          [](int row) { return Shape::key_chunk(row, 0); });
@@ -265,7 +239,7 @@ class TiledAttention {
     const core::ChannelScales& scale = lane_ < kTile ? l_.k_scale : l_.v_scale;
     const int row = lane_ % kTile;
     const bool seen = static_cast<unsigned>(row - first) < static_cast<unsigned>(rows) && scale.dim == 0;
-    const float* from = scale.data + (item().first_head + head_) * scale.head;
+    const float* from = scale.data + (item_.first_head + head_) * scale.head;
     if (seen) from += block * scale.block + (std::int64_t{within} + row) * scale.offset;
     device::copy4_async(to + lane_ * 4, from, seen ? 4 : 0);
   }
@@ -281,27 +255,25 @@ class TiledAttention {
 
   __device__ int column_of(int column_tile, int i) const { return column_warp_ * kWarpColumns + column_tile * 8 + i; }
 
-  __device__ bool one_query() const { return item().first_query == item().last_query; }
-
   // The query of a column of the item.
   __device__ int query_of(int column) const {
-    return static_cast<int>(args_.group.div(static_cast<std::uint32_t>(item().first_column + column)));
+    return static_cast<int>(args_.group.div(static_cast<std::uint32_t>(item_.first_column + column)));
   }
 
-  __device__ Column place_of(const Item& item, int head, int column) const {
-    const auto [query, in_group] = args_.group.divmod(static_cast<std::uint32_t>(item.first_column + column));
-    return {item.sequence.first_row + static_cast<int>(query),
-            (item.first_head + head) * static_cast<int>(args_.group.divisor) + static_cast<int>(in_group)};
+  __device__ Column place_of(int head, int column) const {
+    const auto [query, in_group] = args_.group.divmod(static_cast<std::uint32_t>(item_.first_column + column));
+    return {item_.sequence.first_row + static_cast<int>(query),
+            (item_.first_head + head) * static_cast<int>(args_.group.divisor) + static_cast<int>(in_group)};
   }
 
   // The queries as right operands of the first product, in shared memory: a lane reads those elements of column g whose K it
   // reads. A row is scaled by a power of two so that it fits fp16; factor_ takes it back.
-  __device__ void share_queries() {
+  __device__ void share_queries(QueryRow row) {
     const int columns = args_.plan.heads * args_.plan.columns;
 #pragma unroll 1
     for (int i = warp_; i < columns; i += warps_) {
-      if (i != warp_) load_query(i);
-      share_query(i);
+      if (i != warp_) row = load_query(i);
+      share_query(i, row);
     }
     __syncthreads();
 #pragma unroll
@@ -334,30 +306,32 @@ class TiledAttention {
     }
   }
 
-  // By a warp, which has one row of queries at a time: a column of the block.
-  __device__ void load_query(int column_in_block) {
+  // A row of queries by a warp: of a column of the block, zeros if the item doesn't have it.
+  __device__ QueryRow load_query(int column_in_block) const {
     const int head = column_in_block >> log2_of(args_.plan.columns), column = column_in_block & (args_.plan.columns - 1);
-#pragma unroll
-    for (int n = 0; n < kQueryFours; ++n) loaded_[n][0] = loaded_[n][1] = loaded_[n][2] = loaded_[n][3] = 0.0f;
-    loaded_q_scale_ = loaded_k_scale_ = 1.0f;
-    if (column >= item().num_columns) return;
-    const Column place = place_of(item(), head, column);
+    QueryRow row{};
+    if (head >= args_.plan.heads || column >= item_.num_columns) return row;
+    const Column place = place_of(head, column);
     const std::int64_t at = place.row * l_.query.token + place.head * l_.query.head;
 #pragma unroll
     for (int n = 0; n < kQueryFours; ++n)
-      if (lane_ + 32 * n < kHeadSize / 4) load_four(at + 4 * (lane_ + 32 * n), loaded_[n]);
-    if (l_.q_scale) loaded_q_scale_ = __ldg(l_.q_scale + place.head / static_cast<int>(l_.heads_per_q_scale) * l_.q_scale_stride);
-    if (l_.k_scale.dim == 0 && !l_.k_scale.per_token())
-      loaded_k_scale_ = __ldg(l_.k_scale.data + (item().first_head + head) * l_.k_scale.head);
+      if (lane_ + 32 * n < kHeadSize / 4) load_four(at + 4 * (lane_ + 32 * n), row.elements[n]);
+    row.factor = l_.softcap > 0.0f ? l_.softmax_scale : l_.softmax_scale * kLog2e;
+    if (l_.q_scale) row.factor *= __ldg(l_.q_scale + place.head / static_cast<int>(l_.heads_per_q_scale) * l_.q_scale_stride);
+    row.k_scale = l_.k_scale.dim == 0 && !l_.k_scale.per_token()
+                      ? __ldg(l_.k_scale.data + (item_.first_head + head) * l_.k_scale.head)
+                      : 1.0f;
+    return row;
   }
 
-  __device__ void share_query(int column_in_block) {
+  // As operands for all lanes in shared memory.
+  __device__ void share_query(int column_in_block, QueryRow& row) const {
     const int head = column_in_block >> log2_of(args_.plan.columns), column = column_in_block & (args_.plan.columns - 1);
-    const std::int64_t kv_head = item().first_head + head;
+    const std::int64_t kv_head = item_.first_head + head;
     float largest = 0.0f, product = 0.0f;
 #pragma unroll
     for (int n = 0; n < kQueryFours; ++n) {
-      float (&x)[4] = loaded_[n];
+      float (&x)[4] = row.elements[n];
       const int first = 4 * (lane_ + 32 * n);
       if (first >= kHeadSize) continue;
       if (l_.k_offset.data) {
@@ -374,10 +348,9 @@ class TiledAttention {
         if (is_finite(x[i])) largest = fmaxf(largest, fabsf(x[i]));
     }
 #pragma unroll
-    for (int lanes = 1; lanes < 32; lanes *= 2) largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, lanes));
-    if (l_.k_offset.data) {
-#pragma unroll
-      for (int lanes = 1; lanes < 32; lanes *= 2) product += __shfl_xor_sync(kAllLanes, product, lanes);
+    for (int lanes = 1; lanes < 32; lanes *= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, lanes));
+      product += __shfl_xor_sync(kAllLanes, product, lanes);
     }
     const int exponent = exponent_of(largest);
     const PowerOfTwo down(-exponent), up(exponent);
@@ -388,13 +361,11 @@ class TiledAttention {
       if (four >= kHeadSize / 4) continue;
       const int step = four / (4 * Shape::kKeyWords) * Shape::kKeyWords + four % Shape::kKeyWords;
       const int lane = four / Shape::kKeyWords % 4;
-      fragments[32 * step + lane] = {device::half2_of(down.times(loaded_[n][0]), down.times(loaded_[n][1])),
-                                     device::half2_of(down.times(loaded_[n][2]), down.times(loaded_[n][3]))};
+      const float (&x)[4] = row.elements[n];
+      fragments[32 * step + lane] = {device::half2_of(down.times(x[0]), down.times(x[1])),
+                                     device::half2_of(down.times(x[2]), down.times(x[3]))};
     }
-    // With softcap the logits themselves, else those in units of log2(e).
-    const float unit = loaded_q_scale_ * (l_.softcap > 0.0f ? l_.softmax_scale : l_.softmax_scale * kLog2e);
-    const float factor = column < item().num_columns ? up.times(unit * loaded_k_scale_) : 0.0f;
-    if (lane_ == 0) scales()[column_in_block] = {factor, unit * product};
+    if (lane_ == 0) scales()[column_in_block] = {up.times(row.factor * row.k_scale), row.factor * product};
   }
 
   // Elements at to at + 3 of the query in fp32.
@@ -449,7 +420,7 @@ class TiledAttention {
     raise_maxima(logits, value_logits);
     std::uint32_t weights[kColumnTiles][2];
     weigh(logits, value_logits, weights);
-    if (!one_query() && is_edge(index)) {
+    if (!one_query_ && is_edge(index)) {
       bool not_finite = false;
 #pragma unroll
       for (int r = 0; r < 4; ++r)
@@ -537,7 +508,7 @@ class TiledAttention {
   }
 
   // Whether some positions of the tile are not seen by all queries.
-  __device__ bool is_edge(int tile) const { return tile * kTile < item().seen_by_all.begin || (tile + 1) * kTile > item().seen_by_all.end; }
+  __device__ bool is_edge(int tile) const { return tile * kTile < all_.begin || (tile + 1) * kTile > all_.end; }
 
   // Logits of positions that are not seen become -infinity.
   __device__ void mask(int tile, bool missing, float (&logits)[kColumnTiles][4]) const {
@@ -546,8 +517,8 @@ class TiledAttention {
     for (int j = 0; j < kColumnTiles; ++j)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        Positions seen = item().seen_by_any;
-        if (!one_query()) seen = item().sequence.seen_by(l_, query_of(column_of(j, 2 * t_ + i)));
+        Positions seen = any_;
+        if (!one_query_) seen = item_.sequence.seen_by(l_, query_of(column_of(j, 2 * t_ + i)));
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const int position = tile * kTile + g_ + 8 * r;
@@ -647,10 +618,10 @@ class TiledAttention {
   // Where a value is infinite or NaN, 0 times it is not 0: what one query does not see must not come near it.
   __device__ void add_values_by_query(int tile, const std::uint32_t (&value)[4][Shape::kValueWords],
                                       const std::uint32_t (&weights)[kColumnTiles][2]) {
-    const int last = item().last_query;
+    const int last = query_of(item_.num_columns - 1);
 #pragma unroll 1
-    for (int query = item().first_query; query <= last; ++query) {
-      const Positions seen = item().sequence.seen_by(l_, query);
+    for (int query = first_query_; query <= last; ++query) {
+      const Positions seen = item_.sequence.seen_by(l_, query);
       std::uint32_t visible[4][Shape::kValueWords];
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
@@ -672,12 +643,57 @@ class TiledAttention {
   __device__ Softmax* warp_softmax(int warp) const {
     return reinterpret_cast<Softmax*>(shared_ + memory_.softmax) + warp * kWarpColumns;
   }
+  __device__ float* warp_sums(int warp, int column) const {
+    return reinterpret_cast<float*>(shared_ + (warp * kWarpColumns + column) * memory_.sums_pitch);
+  }
 
-  // Four sums of a column of a warp. Where items overlap they lie in the stage of the ring that is copied to last. Their order
-  // keeps lanes that write different columns off each other's banks.
-  __device__ float4* warp_sums(int warp, int column, int four) const {
-    std::byte* sums = kOverlaps ? tile_memory(warp, core::kRingTiles - 1) : shared_ + warp * kWarpColumns * kHeadSize * 4;
-    return reinterpret_cast<float4*>(sums) + column * (kHeadSize / 4) + (four ^ (column / 2 & 3));
+  // A warp takes a column at a time, of which each lane has every 32nd element.
+  __device__ void finish() {
+    __syncthreads();  // the rings are free
+    write_warp();
+    __syncthreads();
+    constexpr int kPerLane = kHeadSize / 32;
+    const int columns = args_.plan.columns, step = args_.plan.column_warps;
+    const Slots slots(l_, args_.plan, args_.workspace);
+#pragma unroll 1
+    for (int i = warp_; i < args_.plan.heads * columns; i += warps_) {
+      const int head = i >> log2_of(columns), column = i & (columns - 1);
+      if (column >= item_.num_columns) continue;
+      const int first_warp = head * tile_warps_ + column / kWarpColumns, in_warp = column % kWarpColumns;
+      // A lane looks at the part of one warp, in every eight lanes the same ones.
+      const int parts = tile_warps_ >> log2_of(step);
+      Softmax total;
+      if ((lane_ & 7) < parts) total = warp_softmax(first_warp + (lane_ & 7) * step)[in_warp];
+      float kept = total.maximum;
+#pragma unroll
+      for (int lanes = 1; lanes < 8; lanes *= 2)
+        total.maximum = fmaxf(total.maximum, __shfl_xor_sync(kAllLanes, total.maximum, lanes));
+      kept = device::exp2_approximation(kept - total.maximum);
+      total.sum *= kept;
+#pragma unroll
+      for (int lanes = 1; lanes < 8; lanes *= 2) total.sum += __shfl_xor_sync(kAllLanes, total.sum, lanes);
+      float sums[kPerLane] = {};
+#pragma unroll 2
+      for (int p = 0; p < parts; ++p) {
+        const float kept_of_part = __shfl_sync(kAllLanes, kept, p);
+#pragma unroll
+        for (int n = 0; n < kPerLane; ++n) sums[n] += warp_sums(first_warp + p * step, in_warp)[lane_ + 32 * n] * kept_of_part;
+      }
+      const float base = l_.softcap > 0.0f ? 0.0f : scales()[i].y;
+      if (item_.slot < 0) {
+        const Finish end(l_, place_of(head, column), item_.first_head + head, total, base);
+#pragma unroll
+        for (int n = 0; n < kPerLane; ++n) end.store(lane_ + 32 * n, sums[n]);
+        if (lane_ == 0) end.store_lse();
+      } else {
+        float* to = slots.sums(item_.slot, i);
+#pragma unroll
+        for (int n = 0; n < kPerLane; ++n) to[lane_ + 32 * n] = sums[n];
+        float* softmax = slots.softmax(item_.slot, i);
+        if (lane_ == 0) softmax[0] = total.maximum, softmax[1] = total.sum, softmax[2] = base;
+      }
+    }
+    __syncthreads();  // before rings, scales and queries of the next item
   }
 
   __device__ void write_warp() {
@@ -694,65 +710,19 @@ class TiledAttention {
         const int column = 8 * j + 2 * t_ + i;
         if (g_ == 0) warp_softmax(warp_)[column] = softmax;
         // The elements of V that this lane has begin at g * kValueBytes.
+        float* sums = warp_sums(warp_, column) + g_ * Shape::kValueBytes;
 #pragma unroll
         for (int k = 0; k < kSteps; k += 2)
-          *warp_sums(warp_, column, g_ * Shape::kValueBytes / 4 + k / 2) = {
-              out_[j][k][i] * rescale, out_[j][k][2 + i] * rescale, out_[j][k + 1][i] * rescale, out_[j][k + 1][2 + i] * rescale};
+          *reinterpret_cast<float4*>(sums + 2 * k) = {out_[j][k][i] * rescale, out_[j][k][2 + i] * rescale,
+                                                      out_[j][k + 1][i] * rescale, out_[j][k + 1][2 + i] * rescale};
       }
-  }
-
-  // Merges what the warps have: a warp takes a column at a time, of which each lane has every 32nd element.
-  __device__ void finish(const Item& item) const {
-    constexpr int kPerLane = kHeadSize / 32;
-    const int columns = args_.plan.columns, step = args_.plan.column_warps, parts = tile_warps_ >> log2_of(step);
-    const Slots slots(l_, args_.plan, args_.workspace);
-#pragma unroll 1
-    for (int i = warp_; i < args_.plan.heads * columns; i += warps_) {
-      const int head = i >> log2_of(columns), column = i & (columns - 1);
-      if (column >= item.num_columns) continue;
-      const int first_warp = head * tile_warps_ + column / kWarpColumns, in_warp = column % kWarpColumns;
-      // A lane looks at a part, in every eight lanes the same ones.
-      static_assert(kMaxWarps == 8);
-      Softmax total;
-      if ((lane_ & 7) < parts) total = warp_softmax(first_warp + (lane_ & 7) * step)[in_warp];
-      float kept = total.maximum;
-#pragma unroll
-      for (int lanes = 1; lanes < 8; lanes *= 2)
-        total.maximum = fmaxf(total.maximum, __shfl_xor_sync(kAllLanes, total.maximum, lanes));
-      kept = device::exp2_approximation(kept - total.maximum);
-      total.sum *= kept;
-#pragma unroll
-      for (int lanes = 1; lanes < 8; lanes *= 2) total.sum += __shfl_xor_sync(kAllLanes, total.sum, lanes);
-      float sums[kPerLane] = {};
-#pragma unroll 4
-      for (int p = 0; p < parts; ++p) {
-        const float kept_of_part = __shfl_sync(kAllLanes, kept, p);
-#pragma unroll
-        for (int n = 0; n < kPerLane; ++n)
-          sums[n] += kept_of_part *
-                     reinterpret_cast<const float*>(warp_sums(first_warp + p * step, in_warp, lane_ / 4 + 8 * n))[lane_ % 4];
-      }
-      const float base = l_.softcap > 0.0f ? 0.0f : scales()[i].y;
-      if (item.slot < 0) {
-        const Finish end(l_, place_of(item, head, column), item.first_head + head, total, base);
-#pragma unroll
-        for (int n = 0; n < kPerLane; ++n) end.store(lane_ + 32 * n, sums[n]);
-        if (lane_ == 0) end.store_lse();
-      } else {
-        float* to = slots.sums(item.slot, i);
-#pragma unroll
-        for (int n = 0; n < kPerLane; ++n) to[lane_ + 32 * n] = sums[n];
-        float* softmax = slots.softmax(item.slot, i);
-        if (lane_ == 0) softmax[0] = total.maximum, softmax[1] = total.sum, softmax[2] = base;
-      }
-    }
   }
 
   const TiledArgs& args_;
   const AttentionLayout& l_;
+  const Item& item_;  // in shared memory
   std::byte* shared_;
   core::AttentionMemory memory_;
-  Work& work_;  // in shared memory
   int warps_, lane_, warp_, g_, t_;
   int tile_warps_;  // that share the tiles of a KV head
   int head_;        // KV head of the block
@@ -761,12 +731,13 @@ class TiledAttention {
   std::uint32_t ring_address_;  // of this warp
 
   // Of an item.
-  int turn_;  // items before it
+  int first_query_;
+  bool one_query_;
+  Positions any_, all_, tiles_;
   int first_tile_, iterations_;         // of this warp
   int key_from_, value_from_;   // the first bytes that this lane copies, in block 0 of the cache
   const int* table_;
   int blocks_, next_blocks_;  // of iterations, one per lane
-  float loaded_[kQueryFours][4], loaded_q_scale_, loaded_k_scale_;  // of a query
   std::uint32_t query_[kColumnTiles == 1 ? kSteps : 1][2];
   float factor_[kColumnTiles][2];  // of columns 2t and 2t + 1
   Softmax softmax_[kColumnTiles][2];
@@ -774,12 +745,30 @@ class TiledAttention {
   float out_[kColumnTiles][kSteps][4];
 };
 
+struct Work {
+  Cursor cursor;
+  Item item;
+};
+
 template <class Fp8, int kHeadSize, int kColumnTiles, bool kPerToken>
 __global__ void __launch_bounds__(32 * kMaxWarps, blocks_per_multiprocessor(kHeadSize, kColumnTiles))
     attention_tiled(const __grid_constant__ TiledArgs args) {
   extern __shared__ __align__(128) std::byte shared_memory[];
+  const core::AttentionMemory memory(kHeadSize, kColumnTiles, kPerToken, static_cast<int>(blockDim.x / 32),
+                                     args.plan.heads * args.plan.columns);
+  static_assert(sizeof(Work) <= core::AttentionMemory::kWorkBytes);
+  Work& work = *reinterpret_cast<Work*>(shared_memory + memory.work);
   device::wait_then_release();
-  TiledAttention<Fp8, kHeadSize, kColumnTiles, kPerToken>(args, shared_memory).run();
+  const bool schedules = threadIdx.x < 32;
+  const Schedule schedule(args.layout, args.plan, args.group, args.workspace);
+  if (schedules) schedule.begin(work.cursor);
+  TiledAttention<Fp8, kHeadSize, kColumnTiles, kPerToken> attention(args, memory, work.item, shared_memory);
+  while (true) {
+    if (schedules) schedule.next(work.cursor, work.item);
+    __syncthreads();
+    if (work.item.nothing) return;
+    attention.attend();
+  }
 }
 
 }  // namespace fp8kv::cuda::attention

@@ -158,9 +158,6 @@ class _Story:
 
     def speed(self, model: Model, scales: dict[str, KVScales], prompt: Tensor) -> None:
         """Converts the model to the dtype of the checkpoint, in which Transformers' cache has 16 bits."""
-        if model.model.device.type != "cpu":
-            self.say("Not measured, as attention reads FP8 bytes on the CPU only so far.")
-            return
         model.model.to(model.cache_dtype)
         names = (evaluation.REFERENCE, evaluation.PER_HEAD, evaluation.PER_TOKEN_HEAD)
         caches = evaluation.caches(model.model.config, names, scales, model.cache_dtype, self.options.layout)
@@ -168,10 +165,15 @@ class _Story:
             model.model, prompt, caches, evaluation.DECODED_TOKENS, rounds=TIMED_ROUNDS
         )
         self.console.print(_times_table(times), highlight=False)
+        device = model.model.device
+        machine = (
+            torch.cuda.get_device_name(device) + ", not compiled, so that the host limits small models"
+            if device.type == "cuda"
+            else f"{torch.get_num_threads()} threads"
+        )
         self.say(
-            f"{dtype_name(model.cache_dtype)} arithmetic, {prompt.shape[1]} tokens before, "
-            f"{torch.get_num_threads()} threads, the caches in turns. On the CPU only: "
-            "on a GPU attention does not read FP8 bytes yet."
+            f"{dtype_name(model.cache_dtype)} arithmetic, {prompt.shape[1]} tokens before, {machine}, "
+            "the caches in turns."
         )
 
 

@@ -126,7 +126,7 @@ def paged_attention(
     if out is None:
         dtype = query.dtype if query.dtype in REAL_DTYPES else torch.bfloat16
         out = torch.empty(query.shape, dtype=dtype, device=query.device)
-    if workspace is None and query.is_cuda:
+    if workspace is None and query.is_cuda and (query.dim(), key_cache.dim(), block_table.dim()) == (3, 4, 2):
         size = attention_workspace_size(
             query, key_cache, block_table, max_query_len=max_query_len, num_splits=num_splits
         )
@@ -157,12 +157,20 @@ def attention_workspace_size(
     Returns:
         0 where none is needed: on the CPU, and with ``num_splits=1``.
 
+    Raises:
+        ValueError: a tensor has another number of dimensions.
+
     Example:
         >>> import torch, fp8kv
         >>> cache, table = torch.zeros(4, 16, 1, 64, dtype=torch.float8_e4m3fn), torch.zeros(1, 2).int()
         >>> fp8kv.attention_workspace_size(torch.zeros(1, 8, 64), cache, table)
         0
     """
+    for name, tensor, dims in (("query", query, 3), ("key_cache", key_cache, 4), ("block_table", block_table, 2)):
+        if tensor.dim() != dims:
+            raise ValueError(
+                f"attention_workspace_size: {name} must have {dims} dimensions, got {tensor.dim()}"
+            )
     if not query.is_cuda or num_splits == 1:
         return 0
     num_tokens, num_heads, head_size = query.shape

@@ -320,6 +320,7 @@ class PagedKVCache:
         lse: Tensor | None = None,
         num_splits: int = 0,
         out: Tensor | None = None,
+        workspace: Tensor | None = None,
     ) -> Tensor:
         """Attention of queries to sequences of this cache.
 
@@ -346,6 +347,7 @@ class PagedKVCache:
             lse: ``[num_tokens, num_heads]``, written.
             num_splits: parts of the keys; 0: as many as are best.
             out: ``[num_tokens, num_heads, head_size]`` to write into.
+            workspace: on CUDA, of `attention_workspace_size` bytes; None: a new one.
 
         Returns:
             `out`, or a tensor of the shape of `query`.
@@ -375,7 +377,7 @@ class PagedKVCache:
             cu_query_lens=indices("cu_query_lens", cu_query_lens), max_query_len=max_query_len,
             max_seq_len=max_seq_len, q_scale=q_scale, seq_starts=indices("seq_starts", seq_starts),
             sliding_window=sliding_window, softcap=softcap, sinks=sinks, k_offset=k_offset,
-            v_offset=v_offset, lse=lse, num_splits=num_splits, out=out,
+            v_offset=v_offset, lse=lse, num_splits=num_splits, out=out, workspace=workspace,
         )  # fmt: skip
 
     def _caches(self) -> tuple[Tensor, Tensor]:

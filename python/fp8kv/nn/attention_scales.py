@@ -331,11 +331,12 @@ class AttentionScales(nn.Module):
         lse: Tensor | None = None,
         num_splits: int = 0,
         out: Tensor | None = None,
+        workspace: Tensor | None = None,
     ) -> Tensor:
         """Attention of the queries of `append_step` to the cache, in one launch.
 
         It is `fp8kv.paged_attention` with the scales of this module and the format of the cache. It reads
-        nothing on the host and allocates only the result. CPU only, so far.
+        nothing on the host and allocates only the result and, on CUDA, the workspace if it is given neither.
 
         Args:
             query: the result of `append_step`, or queries of a real type, of shape
@@ -358,6 +359,7 @@ class AttentionScales(nn.Module):
             num_splits: likewise.
             out: receives the result, of a real type, in one of the shapes of `query`. None: a new tensor with
                 the shape and dtype of `query`, bfloat16 for FP8.
+            workspace: as for `fp8kv.paged_attention`.
 
         Returns:
             `out`, or the new tensor.
@@ -391,6 +393,7 @@ class AttentionScales(nn.Module):
             q_scale=None if query.dtype in REAL_DTYPES else self.q_scale, seq_starts=seq_starts,
             sliding_window=sliding_window, softcap=softcap, sinks=sinks, k_offset=k_offset, v_offset=v_offset,
             lse=lse, num_splits=num_splits, out=self._heads("attend_step", "out", out, self.num_heads),
+            workspace=workspace,
         )  # fmt: skip
         return out
 

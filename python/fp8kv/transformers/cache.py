@@ -73,7 +73,7 @@ class Fp8Cache(Cache):
             "sliding_attention".
         direct: whether attention may read the FP8 bytes. If the attention function of `config` is "sdpa", or
             eager attention because the model has no other, it is set to "fp8kv", which does the same for
-            every other cache. CPU only so far.
+            every other cache.
 
     Attributes:
         layers: from `fp8kv.transformers.layers`; ``layers[i].storage`` is the `fp8kv.PagedKVCache`. Layers

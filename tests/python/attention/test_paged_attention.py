@@ -450,7 +450,8 @@ def test_indices_out_of_range(device: torch.device, changes: dict[str, Any]) -> 
     fp8kv.paged_attention(*tensors, **at, out=out)
     expected = torch.full((4, 4, 64), 7.0, device=device)
     reference.paged_attention(*tensors, **at, out=expected)
-    torch.testing.assert_close(out, expected, atol=1e-2, rtol=1e-2)
+    once = [0, 2, 3] if "cu_query_lens" in changes else [0, 1, 2, 3]  # row 1 may be of two sequences
+    torch.testing.assert_close(out[once], expected[once], atol=1e-2, rtol=1e-2)
 
 
 # CUDA

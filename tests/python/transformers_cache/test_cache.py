@@ -485,7 +485,8 @@ def test_resident_bytes_on_the_gpu(cuda: torch.device, name: str) -> None:
         cache.update(key, key, layer)
     del key
     resident = torch.cuda.memory_allocated() - before
-    assert cache.nbytes <= resident <= cache.nbytes + LAYERS * 8192  # scales, and rounding up
+    slots = 8 * 8 * count  # of the last step, int64
+    assert cache.nbytes <= resident <= cache.nbytes + slots + LAYERS * 8192  # scales, and rounding up
     if name == "Llama":
         assert cache.nbytes < 0.57 * cache.nbytes_16bit
 
