@@ -46,6 +46,16 @@ void launch(const core::AttentionLayout& l, const AttentionPlan& plan, void* wor
   if (plan.slots > 0 && merge) cuda::attention::launch_merge(l, plan, workspace, stream);
 }
 
+const core::AttentionClusters& clusters(std::int64_t head_size) {
+  switch (head_size) {
+    case 64: return cuda::attention::clusters<64>();
+    case 96: return cuda::attention::clusters<96>();
+    case 128: return cuda::attention::clusters<128>();
+    case 192: return cuda::attention::clusters<192>();
+    default: return cuda::attention::clusters<256>();
+  }
+}
+
 // Median microseconds of one call.
 template <class Call>
 double time_of(int calls, const Call& call) {
@@ -152,11 +162,11 @@ int main(int argc, char** argv) {
               ragged ? " ragged" : "", per_token ? " per token" : "", read_bytes / 1e6, floor);
 
   const auto limits = cuda::device_limits();
-  const AttentionPlan chosen = core::plan_attention(layouts[0], limits);
+  const AttentionPlan chosen = core::plan_attention(layouts[0], limits, clusters(D));
   const auto run = [&](const AttentionPlan& plan, const char* what) {
     const double us = time_of(calls, [&](int i, cudaStream_t s) { launch(layouts[i % copies], plan, workspace, s); });
-    std::printf("  %-8s warps %d heads %d tiles %d cw %d parts %ld blocks %4ld least %3ld: %8.2f us  %5.1f%%\n", what,
-                plan.warps, plan.heads, plan.column_tiles, plan.column_warps, long(plan.parts), long(plan.blocks),
+    std::printf("  %-8s cluster %d warps %d heads %d tiles %d cw %d parts %ld blocks %4ld least %3ld: %8.2f us  %5.1f%%\n", what,
+                plan.cluster, plan.warps, plan.heads, plan.column_tiles, plan.column_warps, long(plan.parts), long(plan.blocks),
                 long(plan.least_units), us, 100 * floor / us);
   };
   run(chosen, "chosen");
@@ -166,6 +176,7 @@ int main(int argc, char** argv) {
   }
   const auto with = [&](int heads, std::int64_t blocks_wanted, std::int64_t least, std::int64_t parts) {
     AttentionPlan plan = chosen;
+    plan.cluster = 1;
     plan.heads = heads, plan.head_groups = KV / heads, plan.parts = parts, plan.least_units = least;
     plan.shared_memory =
         core::AttentionMemory(int(D), plan.column_tiles, per_token, plan.warps, plan.heads * plan.columns).size;

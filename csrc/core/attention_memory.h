@@ -29,18 +29,21 @@ struct TileBytes {
 // tile of the rings, whether the cache has it; and what the block does.
 struct AttentionMemory {
   static constexpr int kWorkBytes = 128;
-  int sums_pitch, softmax, scales, queries, missing, work, size;
+  int sums_pitch, merged, softmax, scales, queries, missing, work, size;
 
   // `columns`: of the block, over all of its KV heads.
   constexpr AttentionMemory(int head_size, int column_tiles, bool per_token, int warps, int columns)
       : sums_pitch((head_size + 4) * 4),
-        softmax(std::max(warps * kRingTiles * TileBytes(head_size, per_token).size,
-                         warps * column_tiles * kColumnTile * sums_pitch)),
+        merged(warps * column_tiles * kColumnTile * sums_pitch),
+        softmax(std::max(warps * kRingTiles * TileBytes(head_size, per_token).size, merged)),
         scales(softmax + warps * column_tiles * kColumnTile * 8),
         queries(scales + columns * 8),
         missing(queries + (column_tiles > 1 ? columns * head_size * 2 : 0)),
         work(missing + warps * kRingTiles * 4),
         size(work + kWorkBytes) {}
+
+  // Whether what the block has of all columns fits behind the sums of its warps, for the other blocks of a cluster to read.
+  constexpr bool holds_merged(int columns) const { return merged + columns * sums_pitch <= softmax; }
 };
 
 }  // namespace fp8kv::core

@@ -206,6 +206,8 @@ enum class AttentionKernel : std::uint8_t {
 // A block of threads has `warps / heads` warps for each of its KV heads. `column_warps` of them multiply the same tiles of K
 // and V with columns of their own: query heads of the KV head times query tokens, 8 to a column tile. The others take other
 // tiles. How the work is divided between blocks: csrc/cuda/attention/schedule.cuh.
+//
+// Plans of one sequence have clusters of `parts` blocks that share an item and merge it in their shared memory.
 struct AttentionPlan {
   AttentionKernel kernel = AttentionKernel::Generic;
   int warps = 4;                    // per block
@@ -219,13 +221,22 @@ struct AttentionPlan {
   std::int64_t parts = 0;           // that the tiles of an item are divided into; 0: the blocks share all tiles equally
   std::int64_t least_units = 1;     // parts == 0: tiles that are worth a block
   std::int64_t slots = 0;           // partial results in the workspace; 0: no item is divided
-  std::int64_t merges = 0;          // divided items at most
+  int cluster = 1;                  // blocks that are a cluster: 1, or `parts`
+  std::int64_t merges = 0;          // items at most that another kernel merges
   int merge_sharers = 1;            // warps that merge the parts of a column: 1, 2, 4 or 8
   std::int64_t workspace_size = 0;  // bytes
 };
 
+// Clusters of the tiled kernel that a device runs at once: of 2^i blocks with j + 1 column tiles per warp. All 0: none.
+struct AttentionClusters {
+  static constexpr int kMaxColumnTiles = 2;
+  static constexpr int kMaxLog2Blocks = 4;
+  int active[kMaxColumnTiles][kMaxLog2Blocks + 1] = {};
+};
+
 // The layout must not be empty.
-FP8KV_API AttentionPlan plan_attention(const AttentionLayout& layout, const DeviceLimits& limits);
+FP8KV_API AttentionPlan plan_attention(const AttentionLayout& layout, const DeviceLimits& limits,
+                                       const AttentionClusters& clusters = {});
 
 // --- Alignment: whether vectors of kVecSize elements are one access each ----------
 

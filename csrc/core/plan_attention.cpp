@@ -101,6 +101,23 @@ void choose_heads(const AttentionLayout& l, bool many_items, AttentionPlan& plan
   if (many_items && l.num_kv_heads % 2 == 0) plan.heads = 2;
 }
 
+// Blocks per cluster where a device has room for all clusters at once, and each block for at least one round of its warps.
+int choose_cluster(const AttentionLayout& l, const DeviceLimits& limits, const AttentionClusters& clusters,
+                   const AttentionPlan& plan) {
+  const AttentionMemory memory(static_cast<int>(l.head_size), plan.column_tiles, scales_per_token(l), plan.warps, plan.columns);
+  if (plan.parts > 0 || l.num_seqs > 1 || plan.column_tiles > AttentionClusters::kMaxColumnTiles || plan.column_warps > 1 ||
+      !memory.holds_merged(plan.columns))
+    return 1;
+  const std::int64_t items = max_items(l, plan, l.max_query_len);
+  for (int log2 = AttentionClusters::kMaxLog2Blocks; log2 > 0; --log2) {
+    const std::int64_t blocks = std::int64_t{1} << log2;
+    if (items * blocks <= limits.multiprocessors && items <= clusters.active[plan.column_tiles - 1][log2] &&
+        max_tiles(l) >= blocks * plan.warps)
+      return static_cast<int>(blocks);
+  }
+  return 1;
+}
+
 // Warps for the parts of a column; each has a few of them. Not more than let the blocks of the merging kernel start early.
 int sharers_of(std::int64_t parts, const AttentionPlan& plan) {
   constexpr std::int64_t kMostWarps = 8 * 2048;
@@ -121,7 +138,7 @@ AttentionPlan plan_generic(const AttentionLayout& l) {
 
 }  // namespace
 
-AttentionPlan plan_attention(const AttentionLayout& l, const DeviceLimits& limits) {
+AttentionPlan plan_attention(const AttentionLayout& l, const DeviceLimits& limits, const AttentionClusters& clusters) {
   if (l.empty()) return {};
   if (!fits_tiles(l)) return plan_generic(l);
   AttentionPlan plan;
@@ -142,6 +159,8 @@ AttentionPlan plan_attention(const AttentionLayout& l, const DeviceLimits& limit
   plan.head_groups = l.num_kv_heads;
   const std::int64_t tiles = std::max<std::int64_t>(1, ceil_div(l.capacity, kTile));
   if (plan.parts == 0 && max_items(l, plan, l.num_rows) > kMaxChunk / tiles) plan.parts = 1;
+  plan.cluster = choose_cluster(l, limits, clusters, plan);
+  if (plan.cluster > 1) plan.parts = plan.cluster;
   choose_heads(l, many_items, plan);
   plan.head_groups = l.num_kv_heads / plan.heads;
   plan.shared_memory = memory_of(l, plan);
@@ -156,7 +175,7 @@ AttentionPlan plan_attention(const AttentionLayout& l, const DeviceLimits& limit
   } else {
     plan.parts = std::max<std::int64_t>(1, std::min(plan.parts, kMaxSlots / items));
     plan.blocks = std::min<std::int64_t>(items * plan.parts, INT32_MAX);
-    plan.slots = plan.parts > 1 ? items * plan.parts : 0;
+    plan.slots = plan.parts > 1 && plan.cluster == 1 ? items * plan.parts : 0;
     plan.merges = plan.slots > 0 ? items : 0;
     plan.merge_sharers = sharers_of(plan.parts, plan);
   }

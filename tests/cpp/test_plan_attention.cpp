@@ -190,6 +190,41 @@ TEST(PlanAttention, TwoSlotsPerBlock) {
   EXPECT_EQ(plan.workspace_size, plan.slots * 8 * (128 + 4) * 4);
 }
 
+AttentionClusters clusters_of(int blocks_at_once) {
+  AttentionClusters clusters;
+  for (auto& of_tiles : clusters.active)
+    for (int log2 = 1; log2 <= AttentionClusters::kMaxLog2Blocks; ++log2) of_tiles[log2] = blocks_at_once >> log2;
+  return clusters;
+}
+
+TEST(PlanAttention, OneSequenceIsMergedInClusters) {
+  const auto plan_with = [](const Shape& s, int blocks_at_once) {
+    return plan_attention(lower(problem_of(s)), kLimits, clusters_of(blocks_at_once));
+  };
+  const AttentionPlan plan = plan_with({.seqs = 1, .max_len = 8192}, 132);
+  EXPECT_EQ(plan.cluster, 16);
+  EXPECT_EQ(plan.parts, 16);
+  EXPECT_EQ(plan.blocks, 8 * 16);
+  EXPECT_EQ(plan.workspace_size, 0);
+  EXPECT_EQ(plan.merges, 0);
+  EXPECT_EQ(plan_with({.seqs = 1, .max_len = 8192}, 64).cluster, 8) << "no room for more at once";
+  EXPECT_EQ(plan_with({.seqs = 1, .max_len = 8192}, 0).cluster, 1);
+  EXPECT_EQ(plan_with({.seqs = 1, .max_len = 1024}, 132).cluster, 8) << "a tile for each warp";
+  EXPECT_EQ(plan_with({.seqs = 1, .max_len = 8192, .heads = 32, .kv_heads = 32}, 132).cluster, 4);
+  EXPECT_EQ(plan_with({.seqs = 1, .max_len = 8192, .queries = 4}, 132).cluster, 16) << "two column tiles";
+  EXPECT_EQ(plan_with({.seqs = 1, .max_len = 8192, .queries = 8}, 132).cluster, 1);
+  EXPECT_EQ(plan_with({.seqs = 2, .max_len = 8192}, 132).cluster, 1);
+  EXPECT_EQ(plan_with({.seqs = 1, .max_len = 8192, .num_splits = 4}, 132).cluster, 1);
+}
+
+TEST(PlanAttention, WhatAClusterMergesFitsTheRings) {
+  for (int head_size : {64, 96, 128, 192, 256})
+    for (int column_tiles : {1, 2})
+      for (bool per_token : {false, true})
+        EXPECT_TRUE(AttentionMemory(head_size, column_tiles, per_token, 8, 8 * column_tiles).holds_merged(8 * column_tiles))
+            << head_size << " " << column_tiles;
+}
+
 // fp8kv.attention_workspace_size, which allocates before there is a plan.
 std::int64_t upper_bound(const Shape& s, int multiprocessors) {
   if (s.num_splits == 1) return 0;

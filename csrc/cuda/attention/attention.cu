@@ -1,5 +1,6 @@
 // paged_attention: which kernels, and the workspace they need.
 #include <string>
+#include <type_traits>
 
 #include "cuda/attention/kernels.h"
 #include "cuda/common/debug.h"
@@ -27,19 +28,31 @@ void check_plan(const PagedAttention& p, const AttentionLayout& layout, const At
     core::fail(kOp, "workspace", expected, "an address that is not");
 }
 
+// Calls f with the head size of a tiled kernel at compile time.
+template <class F>
+decltype(auto) with_head_size(std::int64_t head_size, const F& f) {
+  switch (head_size) {
+    case 64: return f(std::integral_constant<int, 64>{});
+    case 96: return f(std::integral_constant<int, 96>{});
+    case 128: return f(std::integral_constant<int, 128>{});
+    case 192: return f(std::integral_constant<int, 192>{});
+    default: return f(std::integral_constant<int, 256>{});
+  }
+}
+
 void launch(const AttentionLayout& layout, const AttentionPlan& plan, void* workspace, cudaStream_t stream) {
   if (plan.kernel == AttentionKernel::Generic) return attention::launch_generic(layout, plan, stream);
-  switch (layout.head_size) {
-    case 64: attention::launch_tiled<64>(layout, plan, workspace, stream); break;
-    case 96: attention::launch_tiled<96>(layout, plan, workspace, stream); break;
-    case 128: attention::launch_tiled<128>(layout, plan, workspace, stream); break;
-    case 192: attention::launch_tiled<192>(layout, plan, workspace, stream); break;
-    default: attention::launch_tiled<256>(layout, plan, workspace, stream);
-  }
+  with_head_size(layout.head_size, [&](auto size) { attention::launch_tiled<size>(layout, plan, workspace, stream); });
   if (plan.slots > 0) attention::launch_merge(layout, plan, workspace, stream);
 }
 
-AttentionPlan plan_of(const AttentionLayout& layout) { return core::plan_attention(layout, device_limits()); }
+AttentionPlan plan_of(const AttentionLayout& layout) {
+  const AttentionPlan plan = core::plan_attention(layout, device_limits());
+  if (plan.kernel == AttentionKernel::Generic || layout.num_seqs != 1) return plan;
+  const auto& clusters = with_head_size(
+      layout.head_size, [](auto size) -> const core::AttentionClusters& { return attention::clusters<size>(); });
+  return core::plan_attention(layout, device_limits(), clusters);
+}
 
 }  // namespace
 

@@ -15,6 +15,10 @@ void launch_generic(const AttentionLayout& layout, const AttentionPlan& plan, cu
 template <int kHeadSize>
 void launch_tiled(const AttentionLayout& layout, const AttentionPlan& plan, void* workspace, cudaStream_t stream);
 
+// Clusters of its blocks that the device runs at once.
+template <int kHeadSize>
+const core::AttentionClusters& clusters();
+
 // Merges the parts of items that tiled kernels left in the workspace.
 void launch_merge(const AttentionLayout& layout, const AttentionPlan& plan, void* workspace, cudaStream_t stream);
 

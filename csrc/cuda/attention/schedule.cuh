@@ -86,7 +86,8 @@ struct Item {
   int first_column;  // of those of the sequence and a KV head
   int num_columns;
   Positions tiles;
-  int slot;      // of the workspace; -1: the block has all tiles
+  int slot;      // of the workspace, or one of these
+  static constexpr int kWhole = -1, kInCluster = -2;  // the block has all tiles; its cluster has them
   bool nothing;  // the block has done all its work
 };
 
@@ -257,7 +258,7 @@ class Schedule {
     item.first_head = static_cast<int>(head_group) * plan_.heads;
     item.first_column = static_cast<int>(number - head_group * column_blocks) * plan_.columns;
     item.num_columns = min(plan_.columns, sequence.num_queries * static_cast<int>(group_.divisor) - item.first_column);
-    item.slot = -1;
+    item.slot = Item::kWhole;
 
     // Units are those of all tiles of the sequence, of which the queries of an item may see only some.
     const unsigned tiles = max(all.end - all.begin, 0);
@@ -278,12 +279,12 @@ class Schedule {
     } else {
       // Without a slot the first part has everything.
       const bool has_slot = units > 1 && c.unit - from + units <= plan_.slots;
-      if (has_slot) {
+      if (has_slot || plan_.cluster > 1) {
         const unsigned share = tiles / units, longer = tiles - share * units;
-        item.slot = static_cast<int>(c.unit);
+        item.slot = has_slot ? static_cast<int>(c.unit) : Item::kInCluster;
         first = share * from + min(from, longer);
         last = first + share + (from < longer);
-        if (from == 0) store_header(item, units);
+        if (has_slot && from == 0) store_header(item, units);
       } else if (from > 0) {
         last = 0;
         item.num_columns = 0;

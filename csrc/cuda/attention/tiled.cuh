@@ -6,6 +6,8 @@
 // (column_warps) read each other's rings. At the end of an item the warps merge what they have.
 #pragma once
 
+#include <cooperative_groups.h>
+
 #include "cuda/attention/finish.cuh"
 #include "cuda/attention/schedule.cuh"
 #include "device/async_copy.cuh"
@@ -680,20 +682,64 @@ class TiledAttention {
         for (int n = 0; n < kPerLane; ++n) sums[n] += warp_sums(first_warp + p * step, in_warp)[lane_ + 32 * n] * kept_of_part;
       }
       const float base = l_.softcap > 0.0f ? 0.0f : scales()[i].y;
-      if (item_.slot < 0) {
+      if (item_.slot == Item::kWhole) {
         const Finish end(l_, place_of(head, column), item_.first_head + head, total, base);
 #pragma unroll
         for (int n = 0; n < kPerLane; ++n) end.store(lane_ + 32 * n, sums[n]);
         if (lane_ == 0) end.store_lse();
       } else {
-        float* to = slots.sums(item_.slot, i);
+        const bool in_cluster = item_.slot == Item::kInCluster;
+        float* to = in_cluster ? merged(i) : slots.sums(item_.slot, i);
 #pragma unroll
         for (int n = 0; n < kPerLane; ++n) to[lane_ + 32 * n] = sums[n];
-        float* softmax = slots.softmax(item_.slot, i);
+        float* softmax = in_cluster ? merged(i) + kHeadSize : slots.softmax(item_.slot, i);
         if (lane_ == 0) softmax[0] = total.maximum, softmax[1] = total.sum, softmax[2] = base;
       }
     }
+    if (item_.slot == Item::kInCluster) merge_cluster();
     __syncthreads();  // before rings, scales and queries of the next item
+  }
+
+  // What the block has of a column, for its cluster: head_size sums, a maximum, a sum and a base.
+  __device__ float* merged(int column) const {
+    return reinterpret_cast<float*>(shared_ + memory_.merged + column * memory_.sums_pitch);
+  }
+
+  // The warps of all blocks of the cluster take 32 elements of a column at a time, and read what each block has of them.
+  __device__ void merge_cluster() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    const auto cluster = cooperative_groups::this_cluster();
+    cluster.sync();
+    const int blocks = args_.plan.cluster, rank = static_cast<int>(cluster.block_rank());
+    constexpr int kPieces = kHeadSize / 32;
+#pragma unroll 1
+    for (int i = warp_ * blocks + rank; i < item_.num_columns * kPieces; i += warps_ * blocks) {
+      const int column = i / kPieces, dim = i % kPieces * 32 + lane_;
+      Softmax total;
+      float base = 0.0f;
+      if (lane_ < blocks) {
+        const float* softmax = cluster.map_shared_rank(merged(column) + kHeadSize, lane_);
+        total = {softmax[0], softmax[1]}, base = softmax[2];
+      }
+      float kept = total.maximum;
+#pragma unroll
+      for (int lanes = 1; lanes < 32; lanes *= 2)
+        total.maximum = fmaxf(total.maximum, __shfl_xor_sync(kAllLanes, total.maximum, lanes));
+      kept = device::exp2_approximation(kept - total.maximum);
+      total.sum *= kept;
+#pragma unroll
+      for (int lanes = 1; lanes < 32; lanes *= 2) total.sum += __shfl_xor_sync(kAllLanes, total.sum, lanes);
+      base = __shfl_sync(kAllLanes, base, 0);
+      float sum = 0.0f;
+#pragma unroll 8
+      for (int p = 0; p < blocks; ++p)
+        sum += __shfl_sync(kAllLanes, kept, p) * *cluster.map_shared_rank(merged(column) + dim, p);
+      const Finish end(l_, place_of(0, column), item_.first_head, total, base);
+      end.store(dim, sum);
+      if (dim == 0) end.store_lse();
+    }
+    cluster.sync();  // before its blocks write what comes next, or end
+#endif
   }
 
   __device__ void write_warp() {

@@ -2,6 +2,7 @@
 
 namespace fp8kv::cuda::attention {
 
+template const core::AttentionClusters& clusters<192>();
 template void launch_tiled<192>(const AttentionLayout&, const AttentionPlan&, void*, cudaStream_t);
 
 }  // namespace fp8kv::cuda::attention

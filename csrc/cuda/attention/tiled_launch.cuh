@@ -7,20 +7,60 @@
 
 namespace fp8kv::cuda::attention {
 
+// What the driver must allow of a kernel, to the most that any plan asks for: it can't fall below what another thread is about to
+// launch with.
+template <class Kernel>
+void allow(Kernel kernel) {
+  const DeviceLimits& limits = device_limits();
+  check_query(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_memory - 1024));
+  if (limits.has_clusters) check_query(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+}
+
+template <int kHeadSize, int kColumnTiles>
+void count_clusters(core::AttentionClusters& clusters) {
+  const auto kernel = attention_tiled<E4M3, kHeadSize, kColumnTiles, true>;
+  const core::AttentionMemory memory(kHeadSize, kColumnTiles, true, kMaxWarps, kColumnTiles * core::kColumnTile);
+  if (memory.size > device_limits().shared_memory - 1024) return;
+  allow(kernel);
+  for (int log2 = 1; log2 <= core::AttentionClusters::kMaxLog2Blocks; ++log2) {
+    cudaLaunchAttribute size{};
+    size.id = cudaLaunchAttributeClusterDimension;
+    size.val.clusterDim = {1u << log2, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = 1u << log2;
+    config.blockDim = 32 * kMaxWarps;
+    config.dynamicSmemBytes = memory.size;
+    config.attrs = &size;
+    config.numAttrs = 1;
+    int& active = clusters.active[kColumnTiles - 1][log2];
+    if (cudaOccupancyMaxActiveClusters(&active, kernel, &config) != cudaSuccess) active = 0;
+  }
+  cudaGetLastError();  // sizes that the device doesn't have
+}
+
+template <int kHeadSize>
+const core::AttentionClusters& clusters() {
+  static PerDevice<core::AttentionClusters> counts;
+  return counts.get([] {
+    core::AttentionClusters found;
+    if (device_limits().has_clusters) count_clusters<kHeadSize, 1>(found), count_clusters<kHeadSize, 2>(found);
+    return found;
+  });
+}
+
 template <class Fp8, int kHeadSize, int kColumnTiles, bool kPerToken>
 void launch_tiled_kernel(const TiledArgs& args, cudaStream_t stream) {
   const auto kernel = attention_tiled<Fp8, kHeadSize, kColumnTiles, kPerToken>;
-  // Set once, to the most that any plan asks for: it can't fall below what another thread is about to launch with.
-  static PerDevice<bool> raised;
-  raised.get([&] {
-    check_query(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device_limits().shared_memory - 1024));
+  static PerDevice<bool> allowed;
+  allowed.get([&] {
+    allow(kernel);
     return true;
   });
   const auto blocks = static_cast<unsigned>(args.plan.blocks);
   const LaunchShape shape{.grid = blocks,
                           .threads = 32 * args.plan.warps,
                           .shared_memory = args.plan.shared_memory,
+                          .cluster = args.plan.cluster,
                           .dependent = launches_dependent(blocks)};
   launch(kernel, shape, stream, args);
   check_launch("paged_attention");

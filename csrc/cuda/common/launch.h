@@ -30,28 +30,37 @@ struct LaunchShape {
   dim3 grid;
   dim3 threads;
   int shared_memory = 0;   // bytes, dynamic
+  int cluster = 1;         // blocks per cluster, in x
   bool dependent = false;  // of a kernel that calls device::wait_then_release(): it may begin before its predecessor ends
 };
 
 template <class... Params, class... Arguments>
 void launch(void (*kernel)(Params...), const LaunchShape& shape, cudaStream_t stream, const Arguments&... arguments) {
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (shape.dependent) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
   config.blockDim = shape.threads;
   config.dynamicSmemBytes = shape.shared_memory;
   config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = shape.dependent ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 // Dependent where launches_dependent() says so.
 template <class... Params, class... Arguments>
 void launch_dependent(void (*kernel)(Params...), dim3 grid, int threads, cudaStream_t stream, const Arguments&... arguments) {
-  launch(kernel, {grid, threads, 0, launches_dependent(grid.x * grid.y)}, stream, arguments...);
+  const LaunchShape shape{.grid = grid, .threads = threads, .dependent = launches_dependent(grid.x * grid.y)};
+  launch(kernel, shape, stream, arguments...);
 }
 
 }  // namespace fp8kv::cuda

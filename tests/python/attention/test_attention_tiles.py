@@ -21,7 +21,7 @@ COLUMNS = {4: ((8, 2), 1), 14: ((14, 2), 2), 32: ((8, 1), 4), 56: ((14, 2), 8), 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_every_kernel(device: torch.device, head_size: int, columns: int, scales: str) -> None:
     heads, queries = COLUMNS[columns]
-    for cache, num_splits in (("e4m3", 0), ("e5m2", 1), ("e4m3", 3)):
+    for cache, num_splits in (("e4m3", 0), ("e5m2", 1), ("e4m3", 3), ("int8", 0)):
         check(
             device, lengths=(300, 33, queries, 0), queries=(queries, queries, queries, 0), heads=heads,
             head_size=head_size, cache=cache, scales=(scales, scales), num_splits=num_splits,
@@ -37,6 +37,17 @@ def test_sequences_of_all_lengths_share_the_work(device: torch.device, block_siz
     check(device, lengths=lengths, queries=queries, heads=(4, 2), block_size=block_size, window=50)
 
 
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize("heads", [(8, 2), (12, 1), (5, 5)])
+def test_one_long_sequence(device: torch.device, heads: tuple[int, int], head_size: int) -> None:
+    """The blocks of a cluster merge what each has of it."""
+    options: dict[str, Any] = {"lengths": (2500,), "heads": heads, "head_size": head_size}
+    check(device, **options, sinks=torch.float32)
+    check(device, **options, window=700, softcap=30.0, cache="e5m2")
+    check(device, **options, starts=[2490], cache="int8")
+    check(device, **options, queries=(3,), scales=("slot", "slot"), bounds=(8, 60000))
+
+
 def test_random_problems(device: torch.device) -> None:
     choose = random.Random(0).choice
     for seed in range(40):
@@ -47,7 +58,7 @@ def test_random_problems(device: torch.device) -> None:
             "heads": (kv_heads * group, kv_heads),
             "head_size": choose(HEAD_SIZES),
             "block_size": choose((16, 32, 64)),
-            "cache": choose(("e4m3", "e5m2")),
+            "cache": choose(("e4m3", "e5m2", "int8")),
             "query": choose((torch.bfloat16, torch.float16, torch.float32, None)),
             "scales": (choose(("tensor", "head", "slot")), choose(("tensor", "head", "channel", "slot"))),
             "starts": choose((None, [length // 3 for length in lengths])),
@@ -57,6 +68,8 @@ def test_random_problems(device: torch.device) -> None:
             "num_splits": choose((0, 0, 1, 2, 7)),
             "cache_layout": choose(("NHD", "HND")),
         }
+        if options["cache"] == "int8" and options["query"] is None:
+            continue  # refused
         check(device, Problem(lengths=lengths, seed=seed, **options))
 
 
