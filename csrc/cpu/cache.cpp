@@ -1,5 +1,4 @@
 // The paged KV cache on the CPU: which kernel gets which rows. The arithmetic is in kernels/.
-#include <bit>
 #include <limits>
 
 #include "core/dispatch.h"

@@ -201,7 +201,7 @@ void for_each_scale(const Layout& layout, float* scales, const ParallelFor& para
 constexpr std::int64_t kCachedRow = 1 << 16;
 
 // Each row is read twice, the second time from the cache.
-void quantize_rows(const Elementwise& op, const Amax& amax, DType, float upper_bound, const ParallelFor& parallel_for) {
+void quantize_rows(const Elementwise& op, const Amax& amax, float upper_bound, const ParallelFor& parallel_for) {
   const std::int64_t columns = op.layout.inner().size;
   const std::int64_t max_rows = std::clamp<std::int64_t>(kCachedRow / 8 / columns, 1, kMaxRows);
   parallel(parallel_for, RowIterator::count(op.layout), columns, [&](std::int64_t begin, std::int64_t end) {
@@ -245,9 +245,10 @@ void run(const DynamicQuantize& problem, const ParallelFor& parallel_for) {
       problem.scale_ub ? *static_cast<const float*>(problem.scale_ub->data) : std::numeric_limits<float>::infinity();
   const ElementwiseKernels& found = kernels_for(problem.input.dtype, problem.result.dtype);
   const Elementwise op = make_elementwise(layout, problem.input, problem.result, problem.scale, found);
-  const bool in_cache = core::rows_are_groups(layout) && layout.inner().size <= kCachedRow;
-  const auto quantize = in_cache ? quantize_rows : quantize_groups;
-  quantize(op, amax, fp8, upper_bound, parallel_for);
+  if (core::rows_are_groups(layout) && layout.inner().size <= kCachedRow)
+    quantize_rows(op, amax, upper_bound, parallel_for);
+  else
+    quantize_groups(op, amax, fp8, upper_bound, parallel_for);
 }
 
 void run(const Dequantize& problem, const ParallelFor& parallel_for) {
