@@ -1,5 +1,4 @@
 // The paged KV cache on the CPU: which kernel gets which rows. The arithmetic is in kernels/.
-#include <bit>
 #include <limits>
 
 #include "core/dispatch.h"
@@ -44,11 +43,12 @@ void run(const CacheAppend& problem, const ParallelFor& parallel_for) {
     std::optional<HeadOffsets> offsets = offsets_of(layout, range);
     const HeadScales scales(kernels_for(offsets ? DType::Float32 : layout.row_dtype, layout.cache_dtype), scales_of(range),
                             range.heads, range.columns);
-    for_each_slot(layout, problem.slot_mapping, [&](std::int64_t token, std::int64_t block, std::int64_t offset) {
+    for_each_token(layout, {&range, 1}, problem.slot_mapping, [&](std::int64_t token, const Place& place) {
+      if (place.block < 0) return;
       StridedElements from = in_heads(layout, range, token);
       std::int64_t from_head = range.kv.rows.head;
       if (offsets) from = offsets->subtract_from(from, from_head), from_head = range.columns;
-      scales.convert(from, in_cache(layout, range, block, offset), from_head, range.kv.cache.head);
+      scales.convert(from, in_cache(layout, range, place.block, place.offset), from_head, range.kv.cache.head, streams(layout));
     });
   });
 }
@@ -65,16 +65,14 @@ void run(const CacheAppendDynamic& problem, const ParallelFor& parallel_for) {
     const DType from_dtype = offsets ? DType::Float32 : layout.row_dtype;
     const ElementwiseKernels elementwise = kernels_for(from_dtype, layout.cache_dtype);
     const AmaxKernels& amax = kernels().amax[core::real_index(from_dtype)];
-    const Rows rows{range.heads, offsets ? range.columns : range.kv.rows.head, range.kv.cache.head, range.kv.scales.head};
-    for_each_slot(layout, problem.slot_mapping, [&](std::int64_t token, std::int64_t block, std::int64_t offset) {
+    const Rows rows{range.heads, offsets ? range.columns : range.kv.rows.head, range.kv.cache.head, range.kv.scales.head,
+                    streams(layout)};
+    for_each_token(layout, {&range, 1}, problem.slot_mapping, [&](std::int64_t token, const Place& place) {
+      if (place.block < 0) return;
       StridedElements from = in_heads(layout, range, token);
       if (offsets) from = offsets->subtract_from(from, range.kv.rows.head);
-      float* scales = scales_of(range, block, offset).data;
-      std::int32_t largest[kMaxRows];
-      amax_strided_rows(amax, from, largest, range.columns, rows);
-      for (std::int64_t r = 0; r < rows.count; ++r)
-        scales[r * rows.scale] = dynamic_scale_of(layout.cache_dtype, std::bit_cast<float>(largest[r]), kNoBound);
-      convert_strided_rows(elementwise, from, in_cache(layout, range, block, offset), range.columns, rows, scales);
+      quantize_strided_rows(elementwise, amax, from, in_cache(layout, range, place.block, place.offset), range.columns, rows,
+                            scales_of(range, place.block, place.offset).data, kNoBound);
     });
   });
 }

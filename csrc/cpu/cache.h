@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <span>
 
 #include "core/cache_layout.h"
 #include "core/check_indices.h"
@@ -84,12 +85,49 @@ void for_each_head_range(const CacheLayout& layout, bool divide_head, const Para
   });
 }
 
-// body(token, block, offset) for the tokens that have a slot.
+// Whether what is appended is larger than the caches of a core: then it is written past them.
+inline bool streams(const CacheLayout& layout) {
+  constexpr std::int64_t kCached = 1 << 20;
+  return 2 * layout.num_tokens * layout.num_heads * layout.head_size >= kCached;
+}
+
+// Where a token goes.
+struct Place {
+  std::int64_t block = -1;  // -1: nowhere
+  std::int64_t offset = 0;
+};
+
+// Asks for the pages of a range at a place. Inlined, or else GCC takes it for a function without effects and drops it.
+[[gnu::always_inline]] inline void touch_pages(const CacheLayout& layout, const HeadRange& range, const Place& place) {
+  constexpr std::int64_t kPage = 4096;
+  const StridedElements first = in_cache(layout, range, place.block, place.offset);
+  const std::int64_t bytes = range.kv.cache.head * first.size;
+  const std::int64_t heads_per_page = bytes > 0 && bytes < kPage ? kPage / bytes : 1;
+  for (std::int64_t h = 0; h < range.heads; h += heads_per_page) __builtin_prefetch(first.data + h * bytes, 1);
+  if (range.kv.scales.block != 0) __builtin_prefetch(scales_of(range, place.block, place.offset).data, 1);
+}
+
+// body(token, place) for all tokens, with what is written at the places of the ranges.
+//
+// Slots may be scattered over more pages than the processor knows the addresses of. It looks up several at a time if they are
+// asked for together, and one after the other if each is written to before the next.
 template <class Body>
-void for_each_slot(const CacheLayout& layout, const TensorView& slot_mapping, const Body& body) {
+void for_each_token(const CacheLayout& layout, std::span<const HeadRange> ranges, const TensorView& slot_mapping,
+                    const Body& body) {
+  constexpr std::int64_t kTogether = 64;
+  Place places[kTogether];
   const core::Indices slots(slot_mapping);
-  for (std::int64_t token = 0; token < layout.num_tokens; ++token)
-    if (const std::int64_t slot = slots[token]; slot >= 0) body(token, slot / layout.block_size, slot % layout.block_size);
+  for (std::int64_t first = 0; first < layout.num_tokens; first += kTogether) {
+    const std::int64_t count = std::min(kTogether, layout.num_tokens - first);
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::int64_t slot = slots[first + i];
+      places[i] = slot < 0 ? Place{} : Place{slot / layout.block_size, slot % layout.block_size};
+    }
+    for (const HeadRange& range : ranges)
+      for (std::int64_t i = 0; i < count; ++i)
+        if (places[i].block >= 0) touch_pages(layout, range, places[i]);
+    for (std::int64_t i = 0; i < count; ++i) body(first + i, places[i]);
+  }
 }
 
 }  // namespace fp8kv::cpu

@@ -15,10 +15,11 @@ class HeadScales {
   // `scales` begins at the first column of the first head; its strides of blocks and slots are not looked at.
   HeadScales(const ElementwiseKernels& kernels, const core::PagedScales& scales, std::int64_t heads, std::int64_t columns);
 
-  // The columns of all heads. Strides of `rows` are those from head to head.
-  void convert(const StridedElements& in, const StridedElements& out, std::int64_t in_head, std::int64_t out_head) const {
+  // The columns of all heads, which are `in_head` and `out_head` elements apart; for `stream` see Rows.
+  void convert(const StridedElements& in, const StridedElements& out, std::int64_t in_head, std::int64_t out_head,
+               bool stream = false) const {
     if (!batches_.empty()) return convert_channels(in, out, in_head, out_head);
-    convert_strided_rows(kernels_, in, out, columns_, {heads_, in_head, out_head, one_scale_ ? 0 : 1}, rows_);
+    convert_strided_rows(kernels_, in, out, columns_, {heads_, in_head, out_head, one_scale_ ? 0 : 1, stream}, rows_);
   }
 
  private:

@@ -38,6 +38,13 @@ class DefaultFloatEnvironment {
 // About as many elements as are worth waking a thread for.
 inline constexpr std::int64_t kGrain = 1 << 15;
 
+// Before other threads read what this one has streamed (Rows::stream).
+inline void fence_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // body(begin, end) over spans of [0, count); an item of the count stands for `item_size` elements.
 template <class Body>
 void parallel(const ParallelFor& parallel_for, std::int64_t count, std::int64_t item_size, const Body& body) {
@@ -45,6 +52,7 @@ void parallel(const ParallelFor& parallel_for, std::int64_t count, std::int64_t 
   const auto in_environment = [&body](std::int64_t begin, std::int64_t end) {
     const DefaultFloatEnvironment environment;
     body(begin, end);
+    fence_streams();
   };
   const std::int64_t grain = item_size >= kGrain ? 1 : kGrain / (item_size > 0 ? item_size : 1);
   if (!parallel_for || count <= grain) return in_environment(0, count);

@@ -201,18 +201,16 @@ void for_each_scale(const Layout& layout, float* scales, const ParallelFor& para
 constexpr std::int64_t kCachedRow = 1 << 16;
 
 // Each row is read twice, the second time from the cache.
-void quantize_rows(const Elementwise& op, const Amax& amax, DType fp8, float upper_bound, const ParallelFor& parallel_for) {
+void quantize_rows(const Elementwise& op, const Amax& amax, float upper_bound, const ParallelFor& parallel_for) {
   const std::int64_t columns = op.layout.inner().size;
-  const std::int64_t max_rows = std::clamp<std::int64_t>(kCachedRow / 4 / columns, 1, kMaxRows);
+  const std::int64_t max_rows = std::clamp<std::int64_t>(kCachedRow / 8 / columns, 1, kMaxRows);
   parallel(parallel_for, RowIterator::count(op.layout), columns, [&](std::int64_t begin, std::int64_t end) {
     for_each_row_segment(op.layout, begin * columns, end * columns, max_rows,
                          [&](std::int64_t in, std::int64_t out, std::int64_t scale, std::int64_t, const Rows& rows) {
-                           std::int32_t largest[kMaxRows];
-                           amax_strided_rows(amax.kernels, amax.in.at(in), largest, columns, rows);
-                           float* scales = amax.amax + scale;
-                           for (std::int64_t r = 0; r < rows.count; ++r)
-                             scales[r * rows.scale] = dynamic_scale_of(fp8, std::bit_cast<float>(largest[r]), upper_bound);
-                           convert_strided_rows(op.kernels, op.in.at(in), op.out.at(out), columns, rows, scales);
+                           Rows block = rows;
+                           block.ahead = rows.count * columns * op.in.size;  // the next block, while this one is in the cache
+                           quantize_strided_rows(op.kernels, amax.kernels, op.in.at(in), op.out.at(out), columns, block,
+                                                 amax.amax + scale, upper_bound);
                          });
   });
 }
@@ -247,9 +245,10 @@ void run(const DynamicQuantize& problem, const ParallelFor& parallel_for) {
       problem.scale_ub ? *static_cast<const float*>(problem.scale_ub->data) : std::numeric_limits<float>::infinity();
   const ElementwiseKernels& found = kernels_for(problem.input.dtype, problem.result.dtype);
   const Elementwise op = make_elementwise(layout, problem.input, problem.result, problem.scale, found);
-  const bool in_cache = core::rows_are_groups(layout) && layout.inner().size <= kCachedRow;
-  const auto quantize = in_cache ? quantize_rows : quantize_groups;
-  quantize(op, amax, fp8, upper_bound, parallel_for);
+  if (core::rows_are_groups(layout) && layout.inner().size <= kCachedRow)
+    quantize_rows(op, amax, upper_bound, parallel_for);
+  else
+    quantize_groups(op, amax, fp8, upper_bound, parallel_for);
 }
 
 void run(const Dequantize& problem, const ParallelFor& parallel_for) {

@@ -1,4 +1,5 @@
 // rope_quant_and_cache on the CPU: norm and RoPE of some heads of a token into a buffer, then the kernels that append.
+#include <deque>
 #include <vector>
 
 #include "core/rope_layout.h"
@@ -53,82 +54,103 @@ class HeadTransformer {
   std::vector<std::byte> staged_, result_;
 };
 
-// Where heads of Q (0), K (1) or V (2) come from and go to, their scales, and their offsets.
-struct HeadRoute {
-  int which;
-  HeadsView in;
-  DType out_dtype;
-  std::int64_t out_head;
-  PagedScales scales;
-  std::int64_t heads_per_scale = 1;
-  core::OffsetView offsets{};
+// Some heads of Q (0), K (1) or V (2), on their way to query_out or to a cache.
+class HeadRoute {
+ public:
+  // Heads [first, first + count), up to kMaxRows.
+  HeadRoute(const RopeLayout& layout, int which, std::int64_t first, std::int64_t count)
+      : layout_(layout),
+        which_(which),
+        kv_(which == 1 ? layout.cache.k : layout.cache.v),
+        range_{kv_, first, count, 0, layout.cache.head_size},
+        offsets_(which == 0 ? std::nullopt : offsets_of(layout.cache, range_)) {
+    const CacheLayout& cache = layout.cache;
+    const HeadsView& in = which == 0 ? layout.query : kv_.rows;
+    in_ = {static_cast<std::byte*>(in.data), size_of(cache.row_dtype), in.dim};
+    in_ = in_.at(first * in.head), in_token_ = in.token, in_head_ = in.head;
+    if (which < 2 && layout.transforms(which)) transform_.emplace(layout, which);
+    float copies[kMaxRows];
+    scales_.emplace(
+        kernels_for(offsets_ ? DType::Float32 : cache.row_dtype, which == 0 ? layout.query_out_dtype : cache.cache_dtype),
+        which == 0 ? query_scales(copies) : scales_of(range_), count, cache.head_size);
+  }
+
+  bool is_query() const { return which_ == 0; }
+  const HeadRange& range() const { return range_; }  // of K or V
+
+  // Of a token at a position, if there are positions; `place` is not looked at for Q.
+  void run(std::int64_t token, std::int64_t position, const Place& place) {
+    StridedElements from = in_.at(token * in_token_);
+    std::int64_t from_head = in_head_;
+    if (transform_) {
+      if (layout_.rotary_dim > 0) transform_->set_position(position);
+      from = (*transform_)(from, from_head, range_.heads), from_head = range_.columns;
+    }
+    if (offsets_) from = offsets_->subtract_from(from, from_head), from_head = range_.columns;
+    if (is_query()) {
+      const HeadsView& out = layout_.query_out;
+      const StridedElements all{static_cast<std::byte*>(out.data), size_of(layout_.query_out_dtype), out.dim};
+      scales_->convert(from, all.at(token * out.token + range_.head * out.head), from_head, out.head);
+    } else {
+      scales_->convert(from, in_cache(layout_.cache, range_, place.block, place.offset), from_head, kv_.cache.head,
+                       streams(layout_.cache));
+    }
+  }
+
+ private:
+  // Where several heads share a scale, a copy for each in `copies`.
+  PagedScales query_scales(float (&copies)[kMaxRows]) const {
+    const std::int64_t stride = layout_.q_scale_stride;
+    for (std::int64_t r = 0; r < range_.heads; ++r)
+      copies[r] = layout_.q_scale[(range_.head + r) / layout_.heads_per_scale * stride];
+    return {.data = copies, .head = stride == 0 ? 0 : 1};
+  }
+
+  const RopeLayout& layout_;
+  int which_;
+  const KVViews& kv_;
+  HeadRange range_;
+  std::optional<HeadOffsets> offsets_;
+  StridedElements in_{};
+  std::int64_t in_token_, in_head_;
+  std::optional<HeadTransformer> transform_;
+  std::optional<HeadScales> scales_;
 };
 
-// Scales of neighboring heads: those of the route, or where several heads share one, a copy for each in `copies`.
-PagedScales scales_of(const HeadRoute& route, std::int64_t first, std::int64_t count, float (&copies)[kMaxRows]) {
-  PagedScales scales = route.scales;
-  if (route.heads_per_scale == 1) return scales.data += first * scales.head, scales;
-  for (std::int64_t r = 0; r < count; ++r) copies[r] = scales.data[(first + r) / route.heads_per_scale * scales.head];
-  return {.data = copies, .head = 1};
+// Asks for the cosines and sines of a position. Inlined for the reason of touch_pages.
+[[gnu::always_inline]] inline void touch_position(const RopeLayout& layout, std::int64_t position) {
+  constexpr std::int64_t kLine = 64;
+  const std::int64_t size = size_of(layout.cos_sin.dtype);
+  const std::byte* row = static_cast<const std::byte*>(layout.cos_sin.data) + position * layout.cos_sin_row * size;
+  for (std::int64_t i = 0; i < layout.rotary_dim * layout.cos_sin.stride * size; i += kLine) __builtin_prefetch(row + i);
 }
 
-// Heads [first, first + count) for all tokens, up to kMaxRows; place(token) is where head 0 of a token goes, if anywhere.
-template <class Place>
-void run_heads(const RopeAppend& problem, const RopeLayout& layout, const HeadRoute& route, std::int64_t first,
-               std::int64_t count, const Place& place) {
-  const CacheLayout& cache = layout.cache;
-  std::optional<HeadOffsets> offsets;
-  core::OffsetView view = route.offsets;
-  if (view.data) view.data += first * view.head, offsets.emplace(view, cache.row_dtype, count, cache.head_size);
-  float copies[kMaxRows];
-  const HeadScales scales(kernels_for(offsets ? DType::Float32 : cache.row_dtype, route.out_dtype),
-                          scales_of(route, first, count, copies), count, cache.head_size);
-  std::optional<HeadTransformer> transform;
-  if (route.which < 2 && layout.transforms(route.which)) transform.emplace(layout, route.which);
-
-  const StridedElements in{static_cast<std::byte*>(route.in.data), size_of(cache.row_dtype), route.in.dim};
-  for (std::int64_t token = 0; token < cache.num_tokens; ++token) {
-    const std::optional<StridedElements> to = place(token);
-    if (!to) continue;
-    StridedElements from = in.at(token * route.in.token + first * route.in.head);
-    std::int64_t from_head = route.in.head;
-    if (transform) {
-      if (layout.rotary_dim > 0) transform->set_position(core::Indices(*problem.positions)[token]);
-      from = (*transform)(from, from_head, count), from_head = cache.head_size;
-    }
-    if (offsets) from = offsets->subtract_from(from, from_head), from_head = cache.head_size;
-    scales.convert(from, to->at(first * route.out_head), from_head, route.out_head);
-  }
-}
-
-// Items [begin, end) of the heads of Q, then those of K, then those of V.
+// Items [begin, end) of the heads of Q, then those of K, then those of V. Of each token all are run before the next token: in
+// most models they are neighbors in memory.
 void run_items(const RopeAppend& problem, const RopeLayout& layout, std::int64_t begin, std::int64_t end) {
   const CacheLayout& cache = layout.cache;
-  const core::Indices slots(problem.slot_mapping);
+  std::deque<HeadRoute> routes;
+  std::vector<HeadRange> ranges;
   while (begin < end) {
     const std::int64_t of_kv = begin - layout.num_heads;
     const int which = of_kv < 0 ? 0 : static_cast<int>(1 + of_kv / cache.num_heads);
     const std::int64_t heads = which == 0 ? layout.num_heads : cache.num_heads;
     const std::int64_t first = which == 0 ? begin : of_kv % cache.num_heads;
     const std::int64_t count = std::min({end - begin, heads - first, kMaxRows});
-    if (which == 0) {
-      const HeadsView& out = layout.query_out;
-      const PagedScales scales{.data = const_cast<float*>(layout.q_scale), .head = layout.q_scale_stride};
-      const HeadRoute route{0, layout.query, layout.query_out_dtype, out.head, scales, layout.heads_per_scale};
-      const StridedElements all{static_cast<std::byte*>(out.data), size_of(layout.query_out_dtype), out.dim};
-      run_heads(problem, layout, route, first, count,
-                [&](std::int64_t token) { return std::optional(all.at(token * out.token)); });
-    } else {
-      const KVViews& kv = which == 1 ? cache.k : cache.v;
-      const HeadRoute route{which, kv.rows, cache.cache_dtype, kv.cache.head, kv.scales, 1, kv.offsets};
-      run_heads(problem, layout, route, first, count, [&](std::int64_t token) -> std::optional<StridedElements> {
-        const std::int64_t slot = slots[token];
-        if (slot < 0) return std::nullopt;
-        return in_cache(cache, HeadRange{kv, 0, 1, 0, cache.head_size}, slot / cache.block_size, slot % cache.block_size);
-      });
-    }
+    const HeadRoute& route = routes.emplace_back(layout, which, first, count);
+    if (which != 0) ranges.push_back(route.range());
     begin += count;
   }
+  for_each_token(cache, ranges, problem.slot_mapping, [&](std::int64_t token, const Place& place) {
+    std::int64_t position = 0;
+    if (problem.positions) {
+      const core::Indices positions(*problem.positions);
+      position = positions[token];
+      if (token + 1 < cache.num_tokens) touch_position(layout, positions[token + 1]);
+    }
+    for (HeadRoute& route : routes)
+      if (route.is_query() || place.block >= 0) route.run(token, position, place);
+  });
 }
 
 }  // namespace

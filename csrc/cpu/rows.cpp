@@ -45,7 +45,7 @@ const KernelTable& kernels() {
 ElementwiseKernels kernels_for(DType in, DType out) {
   if (core::is_quantized(out)) return kernels().quantize[core::real_index(in)][core::quantized_index(out)];
   if (core::is_quantized(in)) return kernels().dequantize[core::quantized_index(in)][core::real_index(out)];
-  ElementwiseKernels copy{.prepare_rows = prepare_nothing, .rows = nullptr, .prepare_columns = nullptr, .columns = nullptr};
+  ElementwiseKernels copy{.prepare_rows = prepare_nothing};
   core::visit_real(in, [&]<class In>(core::Type<In>) {
     core::visit_real(out, [&]<class Out>(core::Type<Out>) { copy.rows = copy_rows<In, Out>; });
   });
@@ -91,7 +91,7 @@ void convert_strided_rows(const ElementwiseKernels& kernels, const StridedElemen
     const std::int64_t count = one_scale ? rows.count : std::min(kMaxRows, rows.count - r);
     load_row_scales(kernels, scales, scale + r * rows.scale, rows.scale, one_scale ? 1 : count);
     convert_strided_rows(kernels, in.at(r * rows.in), out.at(r * rows.out), columns,
-                         {count, rows.in, rows.out, one_scale ? 0 : 1}, scales);
+                         {count, rows.in, rows.out, one_scale ? 0 : 1, rows.stream, rows.ahead}, scales);
     r += count;
   }
 }
@@ -115,6 +115,17 @@ void amax_strided_rows(const AmaxKernels& kernels, const StridedElements& in, st
       amax[r] = std::max(amax[r], part);
     });
   }
+}
+
+void quantize_strided_rows(const ElementwiseKernels& kernels, const AmaxKernels& amax, const StridedElements& in,
+                           const StridedElements& out, std::int64_t columns, const Rows& rows, float* scale,
+                           float upper_bound) {
+  std::int32_t largest[kMaxRows];
+  amax_strided_rows(amax, in, largest, columns, rows);
+  RowScales scales;
+  kernels.dynamic_rows(scales, largest, rows.count, upper_bound);
+  for (std::int64_t r = 0; r < rows.count; ++r) scale[r * rows.scale] = scales.scale[r];
+  convert_strided_rows(kernels, in, out, columns, {rows.count, rows.in, rows.out, 1, rows.stream, rows.ahead}, scales);
 }
 
 const float* in_fp32(const core::View1D& from, std::int64_t offset, std::int64_t count, std::vector<float>& buffer) {

@@ -78,6 +78,9 @@ void convert_strided_columns(const ElementwiseKernels& kernels, const StridedEle
 // Makes `count` scales ready that are `stride` apart.
 void load_row_scales(const ElementwiseKernels& kernels, RowScales& scales, const float* from, std::int64_t stride,
                      std::int64_t count);
+// Dynamic scales of at most kMaxRows rows, row r with the scale at scale[r * rows.scale], and the rows with these.
+void quantize_strided_rows(const ElementwiseKernels& kernels, const AmaxKernels& amax, const StridedElements& in,
+                           const StridedElements& out, std::int64_t columns, const Rows& rows, float* scale, float upper_bound);
 void amax_strided_rows(const AmaxKernels& kernels, const StridedElements& in, std::int32_t* amax, std::int64_t columns,
                        const Rows& rows);
 

@@ -488,6 +488,43 @@ TEST_P(CpuThreads, OfSeveralTokensWithOneSlotTheLastStays) {
   }
 }
 
+// A cache of which every slot begins at a multiple of 64 bytes, as the caches of engines do.
+Pair make_aligned_cache(const Case& c) {
+  for (std::int64_t skip = 0;; ++skip) {
+    Pair cache(DType::E4M3, c.cache, "nshd", {c.blocks, c.block_size, c.heads, c.head_size}, skip);
+    if (reinterpret_cast<std::uintptr_t>(cache.key().data) % 64 == 0) return cache;
+  }
+}
+
+// So many elements that they are written past the processor's caches, unless a tile holds a NaN.
+TEST_P(CpuThreads, AppendsLargerThanTheCachesOfACore) {
+  const cpu::ParallelFor& spread = std::get<1>(GetParam()).parallel_for;
+  for (const char* order : {"2nshd", "2nhsd"}) {
+    SCOPED_TRACE(order);
+    const Case c{.name = "", .heads = 8, .head_size = 128, .cache = order, .tokens = 600, .blocks = 20, .block_size = 16};
+    const Slots slots = random_slots(c.tokens, c.slots(), 30);
+    Tensor mapping = int64s(slots);
+    Pair rows = c.make_rows(DType::BFloat16), cache = make_aligned_cache(c), scale_cache = c.make_scale_cache();
+    fill(rows.storage(), 31);
+    Tensor scales[] = {make_scales(c.heads, 32), make_scales(c.heads, 33)};
+    Pair expected = cache, expected_scales = scale_cache;
+    reference_append(c, rows, expected, slots, scales);
+    cpu::run(
+        CacheAppend{
+            rows.key(), rows.value(), cache.key(), cache.value(), mapping.view(), {}, scales[0].view(), scales[1].view()},
+        spread);
+    EXPECT_EQ(difference(cache.storage(), expected.storage()), "");
+
+    reference_append_dynamic(c, rows, expected, expected_scales, slots);
+    cpu::run(
+        CacheAppendDynamic{
+            rows.key(), rows.value(), cache.key(), cache.value(), scale_cache.key(), scale_cache.value(), mapping.view(), {}},
+        spread);
+    EXPECT_EQ(difference(scale_cache.storage(), expected_scales.storage()), "") << "dynamic scales";
+    EXPECT_EQ(difference(cache.storage(), expected.storage()), "") << "dynamic";
+  }
+}
+
 TEST_P(CpuThreads, GatheredRangesGiveTheSameBytesAsTheWhole) {
   const cpu::ParallelFor& spread = std::get<1>(GetParam()).parallel_for;
   for (Case c : kLarge) {

@@ -1,6 +1,8 @@
 // Elements to and from fp32, a vector at a time: the rules of fp8kv/fp8.h in integer arithmetic without branches.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/kernels/simd.h"
 #include "fp8kv/fp8.h"
 
@@ -56,6 +58,37 @@ class Encoder {
   const I32 code_mask_ = constant(splat(F::kCodeMask));
 };
 
+// The same for lanes whose codes become words, two to a lane, and are limited only as bytes.
+template <class T>
+class WordEncoder {
+ public:
+  // The code in the low halves, anything in the high ones.
+  FP8KV_INLINE_MEMBER I32 low(F32 magnitude) const {
+    const I32 sum = rounded(magnitude);
+    return sum + shift_right(sum, kShift);
+  }
+  // The other way round.
+  FP8KV_INLINE_MEMBER I32 high(F32 magnitude) const {
+    const I32 sum = rounded(magnitude);
+    return (sum << 16) + shift_right(sum, kShift - 16);
+  }
+
+ private:
+  using F = Format<T>;
+  static constexpr int kShift = 23 - F::kMantissaBits;
+  static constexpr std::int32_t kOffset = -((F::kMinExponent + kShift) << F::kMantissaBits) & 0xffff;
+  static constexpr float kMagic = __builtin_bit_cast(float, (127 + kShift) << 23 | kOffset);
+  static_assert(kOffset + (2 << F::kMantissaBits) < 1 << 16);
+
+  FP8KV_INLINE_MEMBER I32 rounded(F32 magnitude) const {
+    const F32 power = float_of(max(bits_of(magnitude), min_normal_) & infinity_);
+    return bits_of(multiply_add(power, magic_, magnitude));
+  }
+
+  const F32 magic_ = constant(splat(kMagic));
+  const I32 min_normal_ = constant(splat(F::kMinExponent << 23)), infinity_ = constant(splat(kInfinity));
+};
+
 // From fp32 to integers; anything for NaN. A sum with kMagic is rounded to an integer, which its low bits then hold.
 template <>
 class Encoder<Int8> {
@@ -82,7 +115,7 @@ FP8KV_INLINE I32 decode_magnitude(I32 code) {
 // --- Loads --------------------------------
 
 FP8KV_INLINE F32 load(const float* from) { return load_vector<F32>(from); }
-FP8KV_INLINE F32 load(const BFloat16* from) { return float_of(widen(load_vector<U16>(from)) << 16); }
+FP8KV_INLINE F32 load(const BFloat16* from) { return float_of(widen_high(load_vector<U16>(from))); }
 
 FP8KV_INLINE F32 load(const Half* from) {
   if constexpr (kHasHalf) return widen_half(load_vector<U16>(from));
@@ -125,69 +158,64 @@ FP8KV_INLINE F32 load_number(const E4M3* from) {
 
 FP8KV_INLINE F32 load_number(const Int8* from) { return load(from); }
 
-// --- Stores of four vectors --------------------------------
+// --- Four vectors to codes --------------------------------
 
-// FP8 without NaN.
+// Without NaN.
 template <class Fp8>
-FP8KV_INLINE void store_numbers(Fp8* to, const F32 (&x)[4], const Encoder<Fp8>& encoder) {
+FP8KV_INLINE Bytes encode_numbers(const F32 (&x)[4], const Encoder<Fp8>& encoder) {
   I32 code[4], sign[4];
   for (int k = 0; k < 4; ++k) code[k] = encoder.magnitude(x[k]), sign[k] = bits_of(x[k]);
-  pack8_signed(&to->bits, code, sign);
+  return pack8_signed(code, sign);
 }
 
-// FP8 of any kind.
+// Of any kind.
 template <class Fp8>
-FP8KV_INLINE void store(Fp8* to, const F32 (&x)[4], const Encoder<Fp8>& encoder) {
+FP8KV_INLINE Bytes encode(const F32 (&x)[4], const Encoder<Fp8>& encoder) {
   I32 code[4], sign[4];
   for (int k = 0; k < 4; ++k) {
     const I32 nan = is_nan(bits_of(x[k]));
     code[k] = select(nan, splat(Fp8Traits<Fp8>::kNaNBits), encoder.magnitude(x[k]));
     sign[k] = select(nan, I32{}, bits_of(x[k]));
   }
-  pack8_signed(&to->bits, code, sign);
+  return pack8_signed(code, sign);
 }
 
-FP8KV_INLINE void store_numbers(Int8* to, const F32 (&x)[4], const Encoder<Int8>& encoder) {
+FP8KV_INLINE Bytes encode_numbers(const F32 (&x)[4], const Encoder<Int8>& encoder) {
   I32 code[4];
   for (int k = 0; k < 4; ++k) code[k] = encoder.integer(x[k]);
-  pack8(&to->bits, code);
+  return pack8(code);
 }
-FP8KV_INLINE void store(Int8* to, const F32 (&x)[4], const Encoder<Int8>& encoder) {
+FP8KV_INLINE Bytes encode(const F32 (&x)[4], const Encoder<Int8>& encoder) {
   I32 code[4];
   for (int k = 0; k < 4; ++k) code[k] = select(is_nan(bits_of(x[k])), I32{}, encoder.integer(x[k]));
-  pack8(&to->bits, code);
+  return pack8(code);
 }
+
+// --- Stores of two and of four vectors --------------------------------
 
 FP8KV_INLINE I32 quiet(F32 x) { return select(is_nan(bits_of(x)), splat(kQuietNaN), bits_of(x)); }
 
-FP8KV_INLINE void store(float* to, const F32 (&x)[4]) {
-  for (int k = 0; k < 4; ++k) store_vector(to + k * kLanes, x[k]);
-}
+FP8KV_INLINE void store(float* to, F32 a, F32 b) { store_vector(to, a), store_vector(to + kLanes, b); }
 
 // A NaN must be the quiet NaN.
-FP8KV_INLINE void store(BFloat16* to, const F32 (&x)[4]) {
-  I32 code[4];
-  for (int k = 0; k < 4; ++k) {
-    const I32 bits = bits_of(x[k]);
-    code[k] = shift_right(bits + (((bits >> 16) & 1) + 0x7fff), 16);
-  }
-  pack16(&to->bits, code[0], code[1]);
-  pack16(&to->bits + 2 * kLanes, code[2], code[3]);
-}
+FP8KV_INLINE void store(BFloat16* to, F32 a, F32 b) { pack16_rounded(&to->bits, bits_of(a), bits_of(b)); }
 
-FP8KV_INLINE void store(Half* to, const F32 (&x)[4]) {
+FP8KV_INLINE void store(Half* to, F32 a, F32 b) {
   if constexpr (kHasHalf) {
-    for (int k = 0; k < 4; ++k) store_vector(to + k * kLanes, narrow_half(x[k]));
+    store_vector(to, narrow_half(a)), store_vector(to + kLanes, narrow_half(b));
   } else {
     const Encoder<Half> encoder;
-    I32 code[4];
-    for (int k = 0; k < 4; ++k) {
-      const I32 number = encoder.magnitude(x[k]) | (shift_right(bits_of(x[k]), 16) & 0x8000);
-      code[k] = select(is_nan(bits_of(x[k])), splat(0x7e00), number);
-    }
-    pack16(&to->bits, code[0], code[1]);
-    pack16(&to->bits + 2 * kLanes, code[2], code[3]);
+    const auto code = [&](F32 x) __attribute__((always_inline)) {
+      const I32 number = encoder.magnitude(x) | (shift_right(bits_of(x), 16) & 0x8000);
+      return select(is_nan(bits_of(x)), splat(0x7e00), number);
+    };
+    pack16(&to->bits, code(a), code(b));
   }
+}
+
+template <class Real>
+FP8KV_INLINE void store(Real* to, const F32 (&x)[4]) {
+  store(to, x[0], x[1]), store(to + 2 * kLanes, x[2], x[3]);
 }
 
 }  // namespace fp8kv::cpu::FP8KV_ISA_NAMESPACE

@@ -1,6 +1,7 @@
 // Quantize and dequantize rows with given scales.
 #pragma once
 
+#include <cstddef>
 #include <type_traits>
 
 #include "cpu/kernels/codec.h"
@@ -52,19 +53,40 @@ struct Reciprocal {
   FP8KV_INLINE F32 remainder(F32 reciprocal, F32 scale) { return multiply_add(-reciprocal, scale, splat(1.0f)); }
 };
 
+// The arithmetic is that of dynamic_scale() in fp8kv/fp8.h.
+template <class Fp8>
+void dynamic_rows(RowScales& scales, const std::int32_t* amax, std::int64_t count, float upper_bound) {
+  for (std::int64_t i = 0; i < count; i += kLanes) {
+    std::int32_t bits[kLanes] = {};
+    for (int k = 0; k < kLanes && i + k < count; ++k) bits[k] = amax[i + k];
+    const F32 largest = load_vector<F32>(bits);
+    const F32 scale = (largest > upper_bound ? splat(upper_bound) : largest) / Fp8Traits<Fp8>::kMax;
+    store_vector(scales.scale + i, scale > kMinScale<Fp8> ? scale : splat(kMinScale<Fp8>));
+  }
+  Reciprocal<Fp8>::prepare(scales, count);
+}
+
+template <bool kStream>
+FP8KV_INLINE void store_tile(void* out, Bytes codes) {
+  kStream ? stream_vector(out, codes) : store_vector(out, codes);
+}
+
 template <class Real, class Fp8>
 struct QuantizeKernel {
   using In = Real;
   using Out = Fp8;
   using Split = Reciprocal<Fp8>;
+  static constexpr auto kDynamicRows = dynamic_rows<Fp8>;
+  static constexpr bool kInPairs = std::is_same_v<Real, BFloat16> && !std::is_same_v<Fp8, Int8>;
 
   FP8KV_INLINE_MEMBER void plain(const In* in, Out* out, const F32 (&scale)[4]) const {
     F32 x[4];
     for (int k = 0; k < 4; ++k) x[k] = load(in + k * kLanes) / scale[k];
-    store(out, x, encoder);
+    store_vector(out, encode(x, encoder));
   }
 
   // False, and nothing done, when there is a NaN.
+  template <bool kStream>
   FP8KV_INLINE_MEMBER bool fast(const In* in, Out* out, const F32 (&high)[4], const F32 (&low)[4]) const {
     F32 x[4];
     for (int k = 0; k < 4; ++k) {
@@ -72,11 +94,46 @@ struct QuantizeKernel {
       x[k] = multiply_add(value, high[k], value * low[k]);
     }
     if (any_nan(x)) return false;
-    store_numbers(out, x, encoder);
+    store_tile<kStream>(out, encode_numbers(x, encoder));
     return true;
   }
 
   const Encoder<Fp8> encoder;
+};
+
+// bf16 to FP8 with one scale. Two neighbors share a lane, one as its low half and one as its high half, from the load to the
+// code: it takes less to widen them and to pack their codes.
+template <class Fp8>
+class QuantizePairs {
+ public:
+  FP8KV_INLINE_MEMBER QuantizePairs(float high, float low) : high_(splat(high)), low_(splat(low)) {}
+
+  // As that of QuantizeKernel.
+  template <bool kStream>
+  FP8KV_INLINE_MEMBER bool fast(const BFloat16* in, Fp8* out) const {
+    I16 words[2], codes[2];
+    F32 even[2], odd[2];
+    for (int k = 0; k < 2; ++k) {
+      words[k] = load_vector<I16>(in + k * 2 * kLanes);
+      const I32 magnitudes = reinterpret_cast<I32>(words[k]) & magnitudes_;
+      even[k] = quotient(float_of(magnitudes << 16)), odd[k] = quotient(float_of(magnitudes & high_halves_));
+    }
+    if (any_nan({even[0], odd[0], even[1], odd[1]})) return false;
+    for (int k = 0; k < 2; ++k) {
+      const I32 low = encoder_.low(even[k]), high = encoder_.high(odd[k]);
+      codes[k] = reinterpret_cast<I16>((low & ~high_halves_) | (high & high_halves_));
+    }
+    store_tile<kStream>(out, pack8_signed(codes, words, limit_));
+    return true;
+  }
+
+ private:
+  FP8KV_INLINE_MEMBER F32 quotient(F32 x) const { return multiply_add(x, high_, x * low_); }
+
+  const F32 high_, low_;
+  const WordEncoder<Fp8> encoder_;
+  const Bytes limit_ = constant(Fp8Traits<Fp8>::kMaxBits - Bytes{});
+  const I32 magnitudes_ = constant(splat(0x7fff7fff)), high_halves_ = constant(splat(std::int32_t{-0x10000}));
 };
 
 // Nothing to prepare: finite scales leave finite elements free of NaN.
@@ -98,6 +155,8 @@ struct DequantizeKernel {
   using In = Fp8;
   using Out = Real;
   using Split = Factor;
+  static constexpr std::nullptr_t kDynamicRows = nullptr;
+  static constexpr bool kInPairs = false;
 
   FP8KV_INLINE_MEMBER void plain(const In* in, Out* out, const F32 (&scale)[4]) const {
     F32 x[4];
@@ -105,6 +164,7 @@ struct DequantizeKernel {
     store(out, x);
   }
 
+  template <bool>
   FP8KV_INLINE_MEMBER bool fast(const In* in, Out* out, const F32 (&scale)[4], const F32 (&)[4]) const {
     if (!all_finite(in)) return false;
     F32 x[4];
@@ -143,19 +203,28 @@ template <class Op>
   });
 }
 
-template <class Op>
+template <bool kStream, class Op>
 FP8KV_INLINE void convert_row(const Op& op, const typename Op::In* in, typename Op::Out* out, std::int64_t count,
-                              const RowScales& scales, std::int64_t number) {
+                              const RowScales& scales, std::int64_t number, std::int64_t ahead) {
   const float* scale = scales.scale + number;
   if (!Op::Split::ordinary(scales, number)) [[unlikely]]
     return convert_plain<Op>(in, out, count, scale, 0);
-  F32 high[4], low[4];
-  splat4(high, Op::Split::high(scales, number)), splat4(low, Op::Split::low(scales, number));
-  for_each_tile(count, [&](std::int64_t i) __attribute__((always_inline)) {
-    prefetch<typename Op::In, kTile>(in + i);
-    if (!op.fast(in + i, out + i, high, low)) [[unlikely]]
-      convert_plain<Op>(in + i, out + i, kTile, scale, 0);
-  });
+  const float high = Op::Split::high(scales, number), low = Op::Split::low(scales, number);
+  const auto convert = [&](const auto& fast) __attribute__((always_inline)) {
+    for_each_tile(count, [&](std::int64_t i) __attribute__((always_inline)) {
+      prefetch<typename Op::In, kTile>(in + i, ahead);
+      if (!fast(in + i, out + i)) [[unlikely]]
+        convert_plain<Op>(in + i, out + i, kTile, scale, 0);
+    });
+  };
+  if constexpr (Op::kInPairs) {
+    const QuantizePairs<typename Op::Out> pairs(high, low);
+    convert([&](auto* x, auto* y) __attribute__((always_inline)) { return pairs.template fast<kStream>(x, y); });
+  } else {
+    F32 highs[4], lows[4];
+    splat4(highs, high), splat4(lows, low);
+    convert([&](auto* x, auto* y) __attribute__((always_inline)) { return op.template fast<kStream>(x, y, highs, lows); });
+  }
 }
 
 // Less than a tile: through a tile on the stack.
@@ -167,6 +236,12 @@ FP8KV_INLINE void convert_short(const typename Op::In* in, typename Op::Out* out
   for (int i = 0; i < count; ++i) x[i] = in[i];
   convert_tile(x, y);
   for (int i = 0; i < count; ++i) out[i] = y[i];
+}
+
+// Whole tiles of bytes, at addresses for which there are instructions.
+template <class Out>
+FP8KV_INLINE bool can_stream(const Out* out, std::int64_t columns) {
+  return sizeof(Out) == 1 && columns % kTile == 0 && reinterpret_cast<std::uintptr_t>(out) % kTile == 0;
 }
 
 template <class Op>
@@ -181,10 +256,13 @@ void convert_rows(const void* in_data, void* out_data, std::int64_t columns, con
   auto* out = static_cast<typename Op::Out*>(out_data);
   const Op op;
   for (std::int64_t r = 0; r < rows.count; ++r, in += rows.in, out += rows.out, first += rows.scale) {
-    if (columns >= kTile) {
-      convert_row(op, in, out, columns, scales, first);
+    if (rows.stream && can_stream(out, columns)) {
+      convert_row<true>(op, in, out, columns, scales, first, rows.ahead);
+    } else if (columns >= kTile) {
+      convert_row<false>(op, in, out, columns, scales, first, rows.ahead);
     } else {
-      convert_short<Op>(in, out, columns, [&](auto* x, auto* y) { convert_row(op, x, y, kTile, scales, first); });
+      convert_short<Op>(in, out, columns,
+                        [&](auto* x, auto* y) { convert_row<false>(op, x, y, kTile, scales, first, rows.ahead); });
     }
   }
 }
@@ -214,7 +292,7 @@ FP8KV_INLINE void convert_row_of_columns(const Op& op, const typename Op::In* in
     load4(high, scales.high + first + i);
     load4(low, scales.low + first + i);
     prefetch<typename Op::In, kTile>(in + i);
-    if (!op.fast(in + i, out + i, high, low)) [[unlikely]]
+    if (!op.template fast<false>(in + i, out + i, high, low)) [[unlikely]]
       convert_plain<Op>(in + i, out + i, kTile, scales.scale + first + i, 1);
   });
 }

@@ -12,7 +12,7 @@ namespace {
 
 template <class Op>
 constexpr ElementwiseKernels elementwise_kernels = {prepare_rows<Op>, convert_rows<Op>, prepare_columns<Op>,
-                                                    convert_columns<Op>};
+                                                    convert_columns<Op>, Op::kDynamicRows};
 
 template <class Real, class... Quantized>
 constexpr QuantizeRow quantize_row(core::TypeList<Quantized...>) {

@@ -17,6 +17,8 @@ struct Rows {
   std::int64_t in = 0;
   std::int64_t out = 0;
   std::int64_t scale = 0;
+  bool stream = false;        // a hint: the result is larger than the caches and had better not pass through them
+  std::int64_t ahead = 4096;  // a hint: memory so many bytes after what is read is soon read too
 };
 
 // The scales of some rows, made ready by a kernel of the same ElementwiseKernels. What the rest means is up to it.
@@ -40,13 +42,16 @@ struct ColumnScales {
 
 struct ElementwiseKernels {
   // `scale` is set for this many rows.
-  void (*prepare_rows)(RowScales& scales, std::int64_t count);
+  void (*prepare_rows)(RowScales& scales, std::int64_t count) = nullptr;
   // Row r has the scale number first + r * rows.scale.
-  void (*rows)(const void* in, void* out, std::int64_t columns, const Rows& rows, const RowScales& scales, std::int64_t first);
+  void (*rows)(const void* in, void* out, std::int64_t columns, const Rows& rows, const RowScales& scales,
+               std::int64_t first) = nullptr;
   // `scale` is set for this many columns.
-  void (*prepare_columns)(ColumnScales& scales, std::int64_t columns);
+  void (*prepare_columns)(ColumnScales& scales, std::int64_t columns) = nullptr;
   // A row in which element i has the scale number first + i.
-  void (*columns)(const void* in, void* out, std::int64_t columns, const ColumnScales& scales, std::int64_t first);
+  void (*columns)(const void* in, void* out, std::int64_t columns, const ColumnScales& scales, std::int64_t first) = nullptr;
+  // Kernels that quantize have it: finds the scales of rows from their largest magnitudes (AmaxKernels), and makes them ready.
+  void (*dynamic_rows)(RowScales& scales, const std::int32_t* amax, std::int64_t count, float upper_bound) = nullptr;
 };
 
 struct AmaxKernels {
