@@ -9,12 +9,15 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-#: One scale for each tensor, or one for each KV head.
-Strategy = Literal["tensor", "attn_head"]
+#: One scale for each tensor, for each KV head, or for each channel of K and V; "auto": layers differ.
+Strategy = Literal["tensor", "attn_head", "channel", "auto"]
 #: Whether the heads of a token, or the tokens of a head, lie together in a block of a cache.
 Layout = Literal["NHD", "HND"]
 
-STRATEGIES: tuple[str, ...] = get_args(Strategy)
+#: Those of checkpoints that other engines read.
+STANDARD_STRATEGIES: tuple[Strategy, ...] = ("tensor", "attn_head")
+#: Those that can be asked for.
+STRATEGIES: tuple[Strategy, ...] = (*STANDARD_STRATEGIES, "channel")
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 
 

@@ -95,11 +95,13 @@ class Recorder:
 
     def scales(self) -> dict[int, LayerScales]:
         """On the CPU."""
+
+        def scales(observer: Observer | None) -> Tensor | None:
+            return None if observer is None else observer.scales().cpu()
+
         return {
-            layer: LayerScales(
-                **{name: observers[name].scales().cpu() if name in observers else None for name in "qkv"}
-            )
-            for layer, observers in self.observers.items()
+            layer: LayerScales(scales(x.get("q")), scales(x.get("k")), scales(x.get("v")))
+            for layer, x in self.observers.items()
         }
 
     def warn_non_finite(self) -> None:

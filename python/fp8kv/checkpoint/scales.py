@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from fp8kv._dtypes import dtype_name
+from fp8kv._checks import check_choice, listed
+from fp8kv._dtypes import CACHE_DTYPES, DEFAULT_FORMAT, QUANTIZED_CACHE_NAMES, dtype_name
 from fp8kv.checkpoint._write.checkpoint import write_checkpoint
 from fp8kv.checkpoint.problems import Problem, Severity
 from fp8kv.checkpoint.scheme import KVCacheScheme
@@ -18,7 +19,8 @@ from fp8kv.checkpoint.scheme import KVCacheScheme
 
 @dataclass(frozen=True, eq=False)
 class LayerScales:
-    """The scales of one attention layer: fp32, ``[1]`` per tensor or ``[num_kv_heads]`` per head.
+    """The scales of one attention layer: fp32, ``[1]`` per tensor, ``[num_kv_heads]`` per head, or for each
+    channel of K and V ``[num_kv_heads, head_size]``.
 
     Query scales are per KV group: query heads that share a KV head share a scale, as FlashAttention-3
     requires (`reduce_query_scale`).
@@ -27,6 +29,12 @@ class LayerScales:
         q: None if queries are not quantized.
         k: None only if it is missing in the checkpoint, loaded with ``on_problem="warn"``.
         v: likewise.
+        k_offset: fp32 ``[num_kv_heads, head_size]``, which a cache subtracts from K; None: 0.
+        v_offset: likewise, of V.
+        dtype: the format that the scales were made for: "fp8", "fp8_e5m2" or "int8".
+
+    Raises:
+        ValueError: a tensor is not float32 of such a shape, or there is no such format.
 
     Example:
         >>> import torch
@@ -39,21 +47,38 @@ class LayerScales:
     q: Tensor | None
     k: Tensor | None
     v: Tensor | None
+    k_offset: Tensor | None = None
+    v_offset: Tensor | None = None
+    dtype: str = "fp8"
 
     def __post_init__(self) -> None:
-        for letter, scale in by_letter(self).items():
-            if scale is not None and (scale.dtype != torch.float32 or scale.dim() != 1):
+        check_choice("LayerScales: dtype", self.dtype, QUANTIZED_CACHE_NAMES)
+        for name, x in self._tensors().items():
+            sizes = {"q": (1,), "k": (1, 2), "v": (1, 2)}.get(name, (2,))
+            if x.dtype != torch.float32 or x.dim() not in sizes:
+                words = listed(("one", "two")[size - 1] for size in sizes)
                 raise ValueError(
-                    f"LayerScales: {letter} must be float32 of one dimension, "
-                    f"got {dtype_name(scale.dtype)} of shape {list(scale.shape)}"
+                    f"LayerScales: {name} must be float32 of {words} dimension{'s' * (sizes != (1,))}, "
+                    f"got {dtype_name(x.dtype)} of shape {list(x.shape)}"
                 )
 
-    def shard(self, tp_rank: int, tp_size: int) -> LayerScales:
-        """The scales of the KV heads that a tensor-parallel rank owns; see `kv_heads_of_rank`."""
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = by_letter(self) | {"k_offset": self.k_offset, "v_offset": self.v_offset}
+        return {name: x for name, x in tensors.items() if x is not None}
 
-        def of_rank(scale: Tensor) -> Tensor:
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is FP8 (E4M3) with scales per tensor or head alone, as other engines read it."""
+        per_channel = any(x is not None and x.dim() == 2 for x in (self.k, self.v))
+        offsets = self.k_offset is not None or self.v_offset is not None
+        return not (per_channel or offsets) and CACHE_DTYPES[self.dtype] == DEFAULT_FORMAT.dtype
+
+    def shard(self, tp_rank: int, tp_size: int) -> LayerScales:
+        """Those of the KV heads that a tensor-parallel rank owns; see `kv_heads_of_rank`."""
+
+        def of_rank(x: Tensor) -> Tensor:
             # One element is the scale of the tensor, or of its only head: it applies to every rank.
-            return scale[kv_heads_of_rank(scale.numel(), tp_rank, tp_size)]
+            return x[kv_heads_of_rank(len(x), tp_rank, tp_size)]
 
         return mapped(self, of_rank)
 
@@ -245,9 +270,9 @@ def by_letter(layer: LayerScales) -> dict[str, Tensor | None]:
 
 
 def mapped(layer: LayerScales, function: Callable[[Tensor], Tensor]) -> LayerScales:
-    """The results of a function for each scale that is present."""
-    results = {letter: None if x is None else function(x) for letter, x in by_letter(layer).items()}
-    return LayerScales(**results)
+    """The results of a function for each scale and offset that is present."""
+    results: dict[str, Any] = {name: function(x) for name, x in layer._tensors().items()}
+    return replace(layer, **results)
 
 
 def check_rank(tp_rank: int, tp_size: int) -> None:

@@ -26,6 +26,7 @@ from fp8kv.calibration import calibrate
 from fp8kv.calibration._model_reader import cache_argument
 from fp8kv.calibration.texts import beginning, token_ids, windows_at
 from fp8kv.checkpoint import KVCacheScheme, KVScales, LayerScales
+from fp8kv.checkpoint.scales import mapped
 from fp8kv.evaluation._pictures import plot_evaluation as plot
 from fp8kv.evaluation._results import REFERENCE, Evaluation, Row, table
 from fp8kv.nn import AttentionScales
@@ -295,10 +296,7 @@ def per_tensor(by_head: KVScales) -> KVScales:
         >>> per_tensor(KVScales({0: layer}, KVCacheScheme("attn_head")))[0].k
         tensor([0.0300])
     """
-    layers = {
-        i: LayerScales(*(None if x is None else x.amax().view(1) for x in (layer.q, layer.k, layer.v)))
-        for i, layer in by_head.items()
-    }
+    layers = {i: mapped(layer, lambda x: x.amax().view(1)) for i, layer in by_head.items()}
     return KVScales(layers, replace(by_head.scheme, strategy="tensor"))
 
 

@@ -418,4 +418,4 @@ def _layer_scales(scales: KVScales, index: int) -> LayerScales:
                 "Fp8Cache: scales must be finite and above 0, "
                 f"got {scale.tolist()} for {name} of layer {index}"
             )
-    return LayerScales(None, *copies)
+    return LayerScales(None, copies[0], copies[1])
