@@ -333,7 +333,7 @@ def test_states_that_are_refused(options: dict[str, Any], changes: dict[str, Any
          'scales must be for values up to 127, the largest of "int8", got scales for "fp8", '
          "whose largest is 448"),
         ({"offsets": False}, {}, "scales.k_offset must be None without offsets=True, got an offset"),
-        ({}, {"k_offset": torch.ones(3, 24)},
+        ({}, {"k": torch.ones(1), "k_offset": torch.ones(3, 24)},
          "scales.k_offset must have the shape [num_kv_heads, head_size]=[2, 24], those of this rank, "
          "got [3, 24]"),
     ],
