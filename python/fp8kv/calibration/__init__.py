@@ -26,7 +26,7 @@ from fp8kv.calibration._formats import (
     layer_scales,
     scale_of_queries,
 )
-from fp8kv.calibration._model_reader import latent_sizes, reading, seeing_queries
+from fp8kv.calibration._model_reader import Wrapper, latent_sizes, reading, seeing_queries
 from fp8kv.calibration._recorder import Recorder, all_ranks, is_distributed, is_first_rank
 from fp8kv.calibration.observers import ChannelObserver, Observer, check_observer, make_observer
 from fp8kv.calibration.texts import beginning, token_ids, windows_at
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["calibrate", "share", "text_batches"]
 
 T = TypeVar("T")
+#: The observer whose scales are those of channels.
+_MINMAX = "static_minmax"
 
 
 def calibrate(
@@ -125,17 +127,10 @@ def calibrate(
     recorder = Recorder(make, per_head=per_head, holds_out=dtype == AUTO)
     first = is_first_rank(group)
     shown = progress if first or progress is not True else None
-    kept = []
     with all_ranks(recorder, group):
         check_wanted(wanted, observer)
         _check_arguments(model, wanted, observer, percentile, query)
-        attention = seeing_queries(recorder) if query else None
-        with _reporting(shown, batches) as report, reading(model, recorder, attention) as read:
-            for batch in batches:
-                num_tokens = read(batch)
-                report(num_tokens)
-                if num_tokens and recorder.is_held_out:
-                    kept.append(batch)
+        kept = _observe(model, recorder, batches, seeing_queries(recorder) if query else None, shown)
     _check_what_was_seen(recorder, model, query)
     if first:
         recorder.warn_non_finite()
@@ -144,6 +139,61 @@ def calibrate(
         return KVScales(recorder.scales(), scheme)
     chosen = _compared(model, recorder, wanted, kept, group)
     return _scales_of_channels(recorder, wanted, chosen, query)
+
+
+def calibrate_several(
+    model: nn.Module,
+    batches: Iterable[Tensor | Mapping[str, Any]],
+    choices: Mapping[str, Choice | None],
+    *,
+    progress: bool = False,
+) -> dict[str, KVScales]:
+    """Scales of several kinds from one pass over the batches, for comparisons; for one process.
+
+    Args:
+        model: as for `calibrate`.
+        batches: likewise.
+        choices: by any name, what all layers are to have; None: what `calibrate` finds with "auto".
+        progress: whether to show a bar.
+    """
+    holds_out = None in choices.values()
+    recorder = Recorder(
+        lambda letter, *sizes: ChannelObserver(*sizes), per_head="kv", holds_out=holds_out
+    )  # fmt: skip
+    auto = Wanted(None, AUTO, "none", 1.0)
+    _check_arguments(
+        model, auto if holds_out else Wanted("attn_head", "fp8", "none", 1.0), _MINMAX, 100, False
+    )
+    kept = _observe(model, recorder, batches, None, progress)
+    _check_what_was_seen(recorder, model, False)
+    found = {}
+    for name, choice in choices.items():
+        wanted = auto if choice is None else Wanted(choice.strategy, choice.dtype, choice.k_offset, 1.0)
+        chosen = (
+            _compared(model, recorder, auto, kept, None)
+            if choice is None
+            else dict.fromkeys(recorder.observers, (choice, None))
+        )
+        found[name] = _scales_of_channels(recorder, wanted, chosen, False)
+    return found
+
+
+def _observe(
+    model: nn.Module,
+    recorder: Recorder,
+    batches: Iterable[Tensor | Mapping[str, Any]],
+    attention: Wrapper | None,
+    progress: bool | Callable[[int, int | None], object] | None,
+) -> list[Any]:
+    """Reads all batches; those that were held out."""
+    held_out = []
+    with _reporting(progress, batches) as report, reading(model, recorder, attention) as read:
+        for batch in batches:
+            num_tokens = read(batch)
+            report(num_tokens)
+            if num_tokens and recorder.is_held_out:
+                held_out.append(batch)
+    return held_out
 
 
 def _compared(
@@ -181,7 +231,7 @@ def _scales_of_channels(
         layers[layer] = layer_scales(chosen[layer][0], k, v, wanted.headroom, q)
         standard[layer] = layer_scales(Choice(fp8, wanted.standard), k, v, wanted.headroom, q)
     strategy: Strategy = "auto" if wanted.strategy is None or wanted.dtype == AUTO else wanted.strategy
-    scheme = KVCacheScheme(strategy, quantizes_query=query, observer="static_minmax")
+    scheme = KVCacheScheme(strategy, quantizes_query=query, observer=_MINMAX)
     errors = {layer: error for layer, (_, error) in chosen.items() if error is not None}
     return KVScales(layers, scheme, standard=standard, errors=errors)
 
