@@ -85,11 +85,13 @@ class Chooser:
                 return result
             layer, self._attending = self._attending[0], None
             self._not_compared.discard(layer)
-            outputs = [result[0]]
+            squares = []
             for cache in self._caches[layer]:
                 stored = as_stored(cache, key, value)
-                outputs.append(attention(module, query, *stored, *args, **kwargs)[0] - result[0])
-            squares = [self._square(x) for x in (*outputs[1:], outputs[0])]
+                squares.append(
+                    self._square(attention(module, query, *stored, *args, **kwargs)[0] - result[0])
+                )
+            squares.append(self._square(result[0]))
             self.errors[layer] += torch.stack(squares).to(self.errors[layer].device)
             return result
 

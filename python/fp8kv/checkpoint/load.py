@@ -33,6 +33,7 @@ from fp8kv.checkpoint._read.own_scales import (
     digest_of,
     has_own_scales,
     read_own_scales,
+    tensor_name,
 )
 from fp8kv.checkpoint._read.quantization import Statement
 from fp8kv.checkpoint._read.scales import StoredScales, read_scales
@@ -174,10 +175,10 @@ def _doubled(layer: LayerScales) -> LayerScales:
 
 def _check_tp_size(layers: dict[int, LayerScales], tp_size: int) -> None:
     for index, layer in layers.items():
-        for scale in (layer.k, layer.v):
+        for x in (layer.k, layer.v, layer.k_offset, layer.v_offset):
             try:
-                if scale is not None:
-                    kv_heads_of_rank(len(scale), 0, tp_size)
+                if x is not None:
+                    kv_heads_of_rank(len(x), 0, tp_size)
             except ValueError as error:
                 raise ValueError(f"load_kv_scales: layer {index}: {error}") from error
 
@@ -316,7 +317,7 @@ class _Examination:
             return
         try:
             own = read_own_scales(self.path)
-            self._check_own_heads(own)
+            self._check_own_layers(own)
         except (OSError, ValueError) as error:
             self.add([make_problem("fp8kv-damaged", str(error))])
             self.result.scales = {}
@@ -329,13 +330,24 @@ class _Examination:
             return
         self.result.own = own
 
-    def _check_own_heads(self, own: OwnScales) -> None:
+    def _check_own_layers(self, own: OwnScales) -> None:
+        """A `ValueError` unless they are those of the model's files, with as many heads."""
         if own.layers.keys() != self.result.scales.keys():
             numbers = sorted(own.layers.keys() ^ self.result.scales.keys())
             raise ValueError(
                 f"{self.path / FOLDER} must have the layers that have scales in the files of the model, but "
                 f"they differ in layer {numbers[0]}"
             )
+        for n, layer in own.layers.items():
+            heads = max(
+                (x.numel() for letter, x in self.result.scales[n].items() if letter != "q"), default=1
+            )
+            wrong = [name for name, x in layer.tensors.items() if heads > 1 and len(x) not in (1, heads)]
+            if wrong:
+                raise ValueError(
+                    f"{tensor_name(n, wrong[0])} in {FOLDER} must be for {heads} KV heads, as the scales in "
+                    f"the model's files are, got {len(layer.tensors[wrong[0]])}"
+                )
 
     def add(self, problems: Iterable[Problem]) -> None:
         """To those of the result."""

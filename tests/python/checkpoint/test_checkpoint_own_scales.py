@@ -313,6 +313,12 @@ def without_layer_2(folder: Path) -> None:
     save_file({n: x for n, x in tensors.items() if ".2." not in n}, folder / "scales.safetensors")
 
 
+def of_two_heads(folder: Path) -> None:
+    tensors = load_file(folder / "scales.safetensors")
+    halves = {name: x[:2].clone() if ".0." in name else x for name, x in tensors.items()}
+    save_file(halves, folder / "scales.safetensors")
+
+
 K = STEM.format(0, "k_scale")
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no JSON": (lambda x: (x / "scales.json").unlink(), "scales.json must be a file, but is not there"),
@@ -335,6 +341,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "heads": (change_tensor("k_scale", torch.ones(3, SIZE)), "must have heads of one number and size"),
     "NaN": (change_tensor("k_scale", torch.full((HEADS, SIZE), float("nan"))),
             f"{K} must be finite and above 0 in fp32, got nan for head 0, channel 0"),
+    "fewer heads": (of_two_heads, f"{K} in fp8kv must be for 4 KV heads, as the scales in the model's files"),
     "fewer layers": (without_layer_2, "must have the layers that have scales in the files of the model"),
 }  # fmt: skip
 
@@ -398,6 +405,8 @@ def test_biases_of_an_affine_cache_are_offsets(tmp_path: Path) -> None:
         assert torch.equal(scales[layer].k_offset, expected)
         assert torch.equal(scales[layer].v_offset, expected)
         assert scales[layer].k.tolist() == random(1, seed=layer).tolist()
+    with pytest.raises(ValueError, match=r"^load_kv_scales: layer 0: tp_size must divide the 4 KV heads"):
+        fp8kv.load_kv_scales(folder, tp_size=3)
     second = fp8kv.load_kv_scales(folder, tp_rank=1, tp_size=2)
     assert torch.equal(second[0].k_offset, scales[0].k_offset[2:])
     assert fp8kv.remap_scale_name("model.layers.0.self_attn.k_proj.k_bias") is None

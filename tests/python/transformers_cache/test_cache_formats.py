@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from cached_models import (
     STEPS,
     Expected,
     ExpectedStatic,
+    Recorder,
     config_of,
     each_mode,
     generate,
@@ -130,6 +132,20 @@ def test_generate_with_beams(static: bool) -> None:
     assert actual.sequences.tolist() == wanted.sequences.tolist()
     assert cache.layers[0].storage.dtype == torch.int8
     assert cache.layers[1].storage.k_offset is not None
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+@pytest.mark.parametrize("kind", ["mixed", "dynamic with offset"])
+def test_generate_with_a_compiled_model(kind: str, name: str) -> None:
+    """Formats and offsets are constants of a layer: there are as many graphs as with FP8 alone."""
+    recorder = Recorder()
+    original, ids = model_of(name), tokens(length=11)
+    model = copy.deepcopy(original)  # it keeps what `generate` compiled
+    cache, expected = caches(kind, config_of(name), static=True)
+    actual = generate(model, cache, ids, compile_config=recorder.config())
+    assert actual.sequences.tolist() == generate(original, expected, ids).sequences.tolist()
+    assert len(recorder.graphs) == {"Llama": 1, "Mistral": 2}[name]
 
 
 def test_each_layer_has_the_format_of_its_scales() -> None:
