@@ -9,12 +9,15 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-#: One scale for each tensor, or one for each KV head.
-Strategy = Literal["tensor", "attn_head"]
+#: One scale for each tensor, for each KV head, or for each channel of K and V; "auto": layers differ.
+Strategy = Literal["tensor", "attn_head", "channel", "auto"]
 #: Whether the heads of a token, or the tokens of a head, lie together in a block of a cache.
 Layout = Literal["NHD", "HND"]
 
-STRATEGIES: tuple[str, ...] = get_args(Strategy)
+#: Those of checkpoints that other engines read.
+STANDARD_STRATEGIES: tuple[Strategy, ...] = ("tensor", "attn_head")
+#: Those that can be asked for.
+STRATEGIES: tuple[Strategy, ...] = (*STANDARD_STRATEGIES, "channel")
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 
 
@@ -45,10 +48,24 @@ def is_scale(x: float) -> bool:
 
 def check_scale_values(name: str, scale: Tensor) -> None:
     """A `ValueError` that begins with `name` unless all values, on the host, are finite and above 0."""
-    for head, x in enumerate(scale.tolist()):
-        if not is_scale(x):
-            where = f" for head {head}" if len(scale) > 1 else ""
-            raise ValueError(f"{name} must be finite and above 0 in fp32, got {x}{where}")
+    _check_values(name, scale, (scale > 0) & (scale < math.inf), "finite and above 0")
+
+
+def check_offset_values(name: str, offset: Tensor) -> None:
+    """A `ValueError` that begins with `name` unless all values, on the host, are finite."""
+    _check_values(name, offset, offset.isfinite(), "finite")
+
+
+def _check_values(name: str, values: Tensor, valid: Tensor, expected: str) -> None:
+    if not valid.all():
+        place = tuple(valid.logical_not().nonzero()[0].tolist())
+        where = f" for {placed(place)}" if values.numel() > 1 else ""
+        raise ValueError(f"{name} must be {expected} in fp32, got {values[place].item()}{where}")
+
+
+def placed(place: tuple[int, ...]) -> str:
+    """As in "head 1" or "head 1, channel 5"."""
+    return ", ".join(f"{name} {index}" for name, index in zip(("head", "channel"), place, strict=False))
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:

@@ -73,24 +73,43 @@ def scales_of(kind: str, config: Any) -> Any:
     """With these, some heads saturate, and others use little of the range."""
     if kind in ("1.0", "dynamic"):
         return None if kind == "1.0" else "dynamic"
-    count = 1 if kind == "tensor" else config.num_key_value_heads
+    heads = config.num_key_value_heads
+    shapes = {"tensor": (1,), "head": (heads,), "channel": (heads, head_size_of(config))}
     generator = torch.Generator().manual_seed(1)
-    layers = {
-        index: LayerScales(None, *torch.exp2(torch.rand(2, count, generator=generator) * 8 - 12))
-        for index in range(LAYERS)
-    }
-    return KVScales(layers, KVCacheScheme("tensor" if kind == "tensor" else "attn_head"))
+
+    def some() -> Tensor:
+        return torch.exp2(torch.rand(shapes[kind], generator=generator) * 8 - 12)
+
+    layers = {index: LayerScales(None, some(), some()) for index in range(LAYERS)}
+    strategies: dict[str, Any] = {"tensor": "tensor", "head": "attn_head", "channel": "channel"}
+    return KVScales(layers, KVCacheScheme(strategies[kind]))
 
 
-def there_and_back(x: Tensor, scale: Tensor | None, fp8: torch.dtype) -> Tensor:
+def head_size_of(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def offsets_of(config: Any, seed: int = 0) -> dict[int, Tensor]:
+    """By layer; as large as the keys and values of these models."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (config.num_key_value_heads, head_size_of(config))
+    return {index: torch.randn(shape, generator=generator) for index in range(LAYERS)}
+
+
+def there_and_back(
+    x: Tensor, scale: Tensor | None, dtype: torch.dtype, offset: Tensor | None = None
+) -> Tensor:
     """[batch, heads, tokens, head_size] quantized and dequantized by the reference, in the layout of memory
     that is natural for a cache; None computes a scale for each token and head."""
+    if offset is not None:
+        shift = offset.to(x.device).unsqueeze(1)
+        return (there_and_back(x.float() - shift, scale, dtype) + shift).to(x.dtype)
     if scale is None:
-        q, computed = reference.quantize(x, group_shape=(1, -1), dtype=fp8)
+        q, computed = reference.quantize(x, group_shape=(1, -1), dtype=dtype)
         back = reference.dequantize(q, computed, group_shape=(1, -1), dtype=x.dtype)
     else:
-        scale = scale.to(x.device).view(1, -1, 1, 1)
-        back = reference.dequantize(reference.quantize(x, scale, dtype=fp8)[0], scale, dtype=x.dtype)
+        scale = scale.to(x.device).view(1, -1, 1, scale.shape[1] if scale.dim() == 2 else 1)
+        back = reference.dequantize(reference.quantize(x, scale, dtype=dtype)[0], scale, dtype=x.dtype)
     return back
 
 
@@ -100,10 +119,13 @@ def by_tokens(x: Tensor) -> Tensor:
 
 
 class _ThereAndBack:
-    """Makes a Transformers cache store FP8 values in the model's dtype."""
+    """Makes a Transformers cache store FP8 or INT8 values in the model's dtype."""
 
-    def rounds(self, scales: Any, fp8: torch.dtype = E4M3) -> Any:
-        self.scales, self.fp8 = scales, fp8
+    def rounds(
+        self, scales: Any, dtype: torch.dtype = E4M3, offsets: Sequence[dict[int, Tensor]] = ({}, {})
+    ) -> Any:
+        """`offsets` of K and V, beside those of the scales; `dtype` is not for layers of INT8."""
+        self.scales, self.dtype, self.offsets = scales, dtype, offsets
         return self
 
     def update(
@@ -113,7 +135,10 @@ class _ThereAndBack:
         own = (
             LayerScales(None, None, None) if self.scales == "dynamic" else (self.scales or {}).get(layer, one)
         )
-        key, value = there_and_back(key, own.k, self.fp8), there_and_back(value, own.v, self.fp8)
+        dtype = torch.int8 if own.dtype == "int8" else self.dtype
+        k_offset, v_offset = (x.get(layer) for x in self.offsets)
+        key = there_and_back(key, own.k, dtype, own.k_offset if k_offset is None else k_offset)
+        value = there_and_back(value, own.v, dtype, own.v_offset if v_offset is None else v_offset)
         key, value = super().update(key, value, layer, *args, **kwargs)  # type: ignore[misc]
         return by_tokens(key), by_tokens(value)
 

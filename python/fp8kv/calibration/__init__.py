@@ -1,4 +1,4 @@
-"""Calibration: FP8 scales for K, V and Q of a Hugging Face causal language model, from sample text.
+"""Calibration: scales for K, V and Q of a Hugging Face causal language model, from sample text.
 
 Observers are defined in `fp8kv.calibration.observers`; docs/calibration.md explains which one to use, and how
 much text.
@@ -14,11 +14,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fp8kv._checks import STRATEGIES, Strategy, check_choice, require
+from fp8kv._checks import Strategy, require
+from fp8kv._dtypes import DEFAULT_FORMAT
 from fp8kv.calibration import _progress
-from fp8kv.calibration._model_reader import latent_sizes, reading
+from fp8kv.calibration._chooser import Chooser
+from fp8kv.calibration._formats import (
+    AUTO,
+    Choice,
+    Wanted,
+    check_wanted,
+    layer_scales,
+    scale_of_queries,
+)
+from fp8kv.calibration._model_reader import Wrapper, latent_sizes, reading, seeing_queries
 from fp8kv.calibration._recorder import Recorder, all_ranks, is_distributed, is_first_rank
-from fp8kv.calibration.observers import check_observer, make_observer
+from fp8kv.calibration.observers import ChannelObserver, Observer, check_observer, make_observer
 from fp8kv.calibration.texts import beginning, token_ids, windows_at
 from fp8kv.checkpoint.scales import KVScales
 from fp8kv.checkpoint.scheme import KVCacheScheme
@@ -29,16 +39,21 @@ if TYPE_CHECKING:
 __all__ = ["calibrate", "share", "text_batches"]
 
 T = TypeVar("T")
+#: The observer whose scales are those of channels.
+_MINMAX = "static_minmax"
 
 
 def calibrate(
     model: nn.Module,
     batches: Iterable[Tensor | Mapping[str, Any]],
     *,
-    strategy: Strategy,
+    strategy: Strategy | None = None,
     observer: str = "static_minmax",
     query: bool = False,
     percentile: float = 99.99,
+    dtype: str = "fp8",
+    offset: str = "none",
+    headroom: float = 1.0,
     group: ProcessGroup | None = None,
     progress: bool | Callable[[int, int | None], object] | None = None,
 ) -> KVScales:
@@ -47,21 +62,34 @@ def calibrate(
     The model reads all batches; K and V are observed as its cache receives them, after RoPE and all norms.
     For latent attention (DeepSeek's MLA), the row that engines cache is observed, the latent and the RoPE
     part: K and V have the same scale. NaN and infinite elements are ignored, with a warning. A head of zeros
-    gets the smallest scale, ``1 / (448 * 512)``. The cache keeps nothing, except for models that read the
-    layers of their cache, and the model is restored afterwards.
+    gets the smallest scale, ``1 / (448 * 512)`` in FP8. The cache keeps nothing, except for models that read
+    the layers of their cache, and the model is restored afterwards.
 
     When `torch.distributed` is initialized, all ranks must call this, each with its share of the batches
     (`share`), which may be empty; all get the same scales, found from all batches. Tensor-parallel ranks must
-    read the same batches, and support only scales per tensor.
+    read the same batches, and support only FP8 scales per tensor.
+
+    With ``dtype="auto"``, each layer gets the format, strategy and offsets with which its attention output is
+    closest to that of 16 bits: FP8 with scales per head, or INT8 with scales per channel, either without
+    offsets, with those of K, or with those of K and V. Whole batches are held out for that, at least a
+    quarter of the tokens: scales of the others are compared on them, in a second pass over those. The final
+    scales are those of all tokens. From a single batch, scales are compared on what they were found from.
 
     Args:
         model: a causal language model of `transformers`, on one device or distributed by `accelerate`.
         batches: token ids ``[B, N]`` or ``[N]``, or the output of a tokenizer, with ``input_ids`` and
             optionally ``attention_mask``; any number, of any lengths. Padding does not affect the scales.
-        strategy: "tensor" or "attn_head": one scale per layer or one per KV head, for each of K, V and Q.
-        observer: "static_minmax", "percentile" or "mse"; see `fp8kv.calibration.observers`.
+        strategy: "tensor", "attn_head" or "channel": one scale per layer, one per KV head, or one per channel
+            of K and V, for each of K, V and Q, which has scales per head with the last. May be None with
+            `dtype` "auto", which chooses it.
+        observer: "static_minmax", "percentile" or "mse"; see `fp8kv.calibration.observers`. The others find
+            plain FP8 scales only.
         query: whether to find scales for queries, one per group of heads that share a KV head.
         percentile: for the observer of that name.
+        dtype: "fp8" or "fp8_e4m3", "fp8_e5m2", "int8", or "auto".
+        offset: what is subtracted from each channel of K and V before it is quantized: "none"; "mean", its
+            mean; "mid", the middle of its range.
+        headroom: a factor of all scales: how many times the range of what was seen they keep.
         group: the ranks that work together; None: all of them.
         progress: True shows a bar on stderr, in the first rank; a function is called after each batch with
             the number of finished batches, and the total or None if it is unknown.
@@ -84,22 +112,128 @@ def calibrate(
         >>> scales = fp8kv.calibrate(model, batches, strategy="attn_head")
         >>> len(scales), scales[0].k.shape
         (2, torch.Size([2]))
+        >>> int8 = fp8kv.calibrate(model, batches, strategy="channel", dtype="int8", offset="mean")
+        >>> int8[0].k.shape, int8[0].k_offset.shape
+        (torch.Size([2, 16]), torch.Size([2, 16]))
     """
-    recorder = Recorder(
-        lambda num_heads, device: make_observer(observer, num_heads, percentile=percentile, device=device),
-        per_head=strategy == "attn_head",
-    )
+    wanted = Wanted(strategy, dtype, offset, headroom)
+
+    def make(letter: str, num_heads: int, head_size: int, device: torch.device) -> Observer:
+        if wanted.is_plain or letter == "q":
+            return make_observer(observer, num_heads, percentile=percentile, device=device)
+        return ChannelObserver(num_heads, head_size, device)
+
+    per_head = ("" if wanted.is_plain else "kv") + ("" if strategy == "tensor" else "kvq")
+    recorder = Recorder(make, per_head=per_head, holds_out=dtype == AUTO)
     first = is_first_rank(group)
+    shown = progress if first or progress is not True else None
     with all_ranks(recorder, group):
-        _check_arguments(model, strategy, observer, percentile, query)
-        shown = progress if first or progress is not True else None
-        with _reporting(shown, batches) as report, reading(model, recorder, query=query) as read:
-            for batch in batches:
-                report(read(batch))
+        check_wanted(wanted, observer)
+        _check_arguments(model, wanted, observer, percentile, query)
+        kept = _observe(model, recorder, batches, seeing_queries(recorder) if query else None, shown)
     _check_what_was_seen(recorder, model, query)
     if first:
         recorder.warn_non_finite()
-    return KVScales(recorder.scales(), KVCacheScheme(strategy, quantizes_query=query, observer=observer))
+    if wanted.is_plain:
+        scheme = KVCacheScheme(strategy, quantizes_query=query, observer=observer)  # type: ignore[arg-type]
+        return KVScales(recorder.scales(), scheme)
+    chosen = _compared(model, recorder, wanted, kept, group)
+    return _scales_of_channels(recorder, wanted, chosen, query)
+
+
+def calibrate_several(
+    model: nn.Module,
+    batches: Iterable[Tensor | Mapping[str, Any]],
+    choices: Mapping[str, Choice | None],
+    *,
+    progress: bool = False,
+) -> dict[str, KVScales]:
+    """Scales of several kinds from one pass over the batches, for comparisons; for one process.
+
+    Args:
+        model: as for `calibrate`.
+        batches: likewise.
+        choices: by any name, what all layers are to have; None: what `calibrate` finds with "auto".
+        progress: whether to show a bar.
+    """
+    holds_out = None in choices.values()
+    recorder = Recorder(
+        lambda letter, *sizes: ChannelObserver(*sizes), per_head="kv", holds_out=holds_out
+    )  # fmt: skip
+    auto = Wanted(None, AUTO, "none", 1.0)
+    _check_arguments(
+        model, auto if holds_out else Wanted("attn_head", "fp8", "none", 1.0), _MINMAX, 100, False
+    )
+    kept = _observe(model, recorder, batches, None, progress)
+    _check_what_was_seen(recorder, model, False)
+    found = {}
+    for name, choice in choices.items():
+        wanted = auto if choice is None else Wanted(choice.strategy, choice.dtype, choice.k_offset, 1.0)
+        chosen = (
+            _compared(model, recorder, auto, kept, None)
+            if choice is None
+            else dict.fromkeys(recorder.observers, (choice, None))
+        )
+        found[name] = _scales_of_channels(recorder, wanted, chosen, False)
+    return found
+
+
+def _observe(
+    model: nn.Module,
+    recorder: Recorder,
+    batches: Iterable[Tensor | Mapping[str, Any]],
+    attention: Wrapper | None,
+    progress: bool | Callable[[int, int | None], object] | None,
+) -> list[Any]:
+    """Reads all batches; those that were held out."""
+    held_out = []
+    with _reporting(progress, batches) as report, reading(model, recorder, attention) as read:
+        for batch in batches:
+            num_tokens = read(batch)
+            report(num_tokens)
+            if num_tokens and recorder.is_held_out:
+                held_out.append(batch)
+    return held_out
+
+
+def _compared(
+    model: nn.Module, recorder: Recorder, wanted: Wanted, batches: list[Any], group: ProcessGroup | None
+) -> dict[int, tuple[Choice, float | None]]:
+    """By layer, the choice with the least error on `batches`, and that error; or the only choice."""
+    choices = wanted.choices()
+    if len(choices) == 1:
+        return dict.fromkeys(recorder.observers, (choices[0], None))
+    candidates = {}
+    for layer in recorder.observers:
+        k, v = (recorder.channels(layer, letter, held_out=False) for letter in "kv")
+        candidates[layer] = [layer_scales(choice, k, v, wanted.headroom) for choice in choices]
+    chooser = Chooser(candidates)
+    with all_ranks(chooser, group):
+        with reading(model, chooser, chooser.wrap) as read:
+            for batch in batches:
+                read(batch)
+        chooser.check(model)
+    return {layer: (choices[place], error) for layer, (place, error) in chooser.best().items()}
+
+
+def _scales_of_channels(
+    recorder: Recorder,
+    wanted: Wanted,
+    chosen: Mapping[int, tuple[Choice, float | None]],
+    query: bool,
+) -> KVScales:
+    """Of all tokens, those held out too; and FP8 scales of K and V themselves for other engines."""
+    layers, standard = {}, {}
+    fp8 = DEFAULT_FORMAT.cache_names[0]
+    for layer, observers in recorder.observers.items():
+        q = scale_of_queries(observers["q"], wanted.headroom) if query else None
+        k, v = (recorder.channels(layer, letter, held_out=True) for letter in "kv")
+        layers[layer] = layer_scales(chosen[layer][0], k, v, wanted.headroom, q)
+        standard[layer] = layer_scales(Choice(fp8, wanted.standard), k, v, wanted.headroom, q)
+    strategy: Strategy = "auto" if wanted.strategy is None or wanted.dtype == AUTO else wanted.strategy
+    scheme = KVCacheScheme(strategy, quantizes_query=query, observer=_MINMAX)
+    errors = {layer: error for layer, (_, error) in chosen.items() if error is not None}
+    return KVScales(layers, scheme, standard=standard, errors=errors)
 
 
 def text_batches(
@@ -166,9 +300,8 @@ def share(batches: Iterable[T], rank: int, size: int) -> Iterable[T]:
 # Checks
 
 
-def _check_arguments(model: nn.Module, strategy: str, observer: str, percentile: float, query: bool) -> None:
+def _check_arguments(model: nn.Module, wanted: Wanted, observer: str, percentile: float, query: bool) -> None:
     require("transformers", "transformers", "calibrate")
-    check_choice("calibrate: strategy", strategy, STRATEGIES)
     check_observer("calibrate: observer", observer)
     if not 0 < percentile <= 100:
         raise ValueError(f"calibrate: percentile must be above 0 and at most 100, got {percentile!r}")
@@ -178,15 +311,21 @@ def _check_arguments(model: nn.Module, strategy: str, observer: str, percentile:
         raise ValueError(
             f"calibrate: model must be a causal language model of transformers, got {type(model).__name__}"
         )
+    if wanted.dtype == AUTO and latent_sizes(config) is not None:
+        raise ValueError(
+            f'calibrate: dtype must not be "{AUTO}" for {type(model).__name__}, as its attention expands the '
+            "latent cache before it reads it"
+        )
     if query and latent_sizes(config) is not None:
         raise ValueError(
             f"calibrate: query must be False for {type(model).__name__}, as attention that reads its latent "
             "cache quantizes other queries than the model computes, got True"
         )
-    if strategy == "attn_head" and _is_tensor_parallel(model):
+    if not (wanted.is_plain and wanted.strategy == "tensor") and _is_tensor_parallel(model):
+        got = f'"{wanted.strategy}"' if wanted.is_plain else "other scales"
         raise ValueError(
-            'calibrate: strategy must be "tensor" for a model whose heads are spread over tensor-parallel '
-            'ranks, got "attn_head"; load the model with device_map="auto" instead'
+            'calibrate: strategy must be "tensor", and the scales plain FP8, for a model whose heads are '
+            f'spread over tensor-parallel ranks, got {got}; load the model with device_map="auto" instead'
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,33 @@ if TYPE_CHECKING:
 
 #: Token ids, or the output of a tokenizer; see `fp8kv.calibrate`.
 Batch: TypeAlias = "Tensor | Mapping[str, Any]"
+#: An attention function of `transformers` to another one.
+Wrapper: TypeAlias = "Callable[[Callable[..., Any]], Callable[..., Any]]"
+
+
+class Reader(Protocol):
+    """What `reading` notifies: a `Recorder`, for example."""
+
+    def expect(self, mask: Tensor) -> None:
+        """A batch with this mask, bool ``[B, N]``, comes next."""
+
+    def forget_batch(self) -> None:
+        """The batch, the first one, will be repeated."""
+
+    def keys_and_values(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """``[B, num_kv_heads, N, head_size]``."""
 
 
 @contextmanager
-def reading(model: Any, recorder: Recorder, *, query: bool) -> Iterator[Callable[[Batch], int]]:
+def reading(
+    model: Any, recorder: Reader, attention: Wrapper | None = None
+) -> Iterator[Callable[[Batch], int]]:
     """A function that runs the model on a batch and returns the number of tokens that are not padding.
 
     Args:
         model: a causal language model of `transformers`, restored afterwards.
         recorder: notified of each batch; observes the keys and values of its tokens in every layer.
-        query: whether it observes queries too.
+        attention: makes an attention function from the model's; None: the model's is not looked at.
     """
     device = _input_device(model)
     num_embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
@@ -52,7 +69,7 @@ def reading(model: Any, recorder: Recorder, *, query: bool) -> Iterator[Callable
         model(**_inputs(model, ids.to(device), mask.to(device), cache))
 
     # Not inference_mode: buffers computed in a forward pass could not be used for training later.
-    with _evaluating(model), torch.no_grad(), _queries_of(recorder) if query else nullcontext():
+    with _evaluating(model), torch.no_grad(), nullcontext() if attention is None else _wrapped(attention):
         yield read
 
 
@@ -138,7 +155,7 @@ class _CacheIsReadError(Exception):
     """The model reads keys or values that the cache did not keep."""
 
 
-def _recording_cache(model: Any, recorder: Recorder, *, keeps: bool) -> Cache:
+def _recording_cache(model: Any, recorder: Reader, *, keeps: bool) -> Cache:
     """A cache for the model's kinds of layers that passes its inputs to the recorder.
 
     It stores nothing, to save memory, except for models that read the layers of their cache.
@@ -207,9 +224,22 @@ def _refuse_reads(layer: Any) -> None:
     layer.__class__ = type(type(layer).__name__, (type(layer),), fields)
 
 
+def seeing_queries(recorder: Recorder) -> Wrapper:
+    """Records all queries, as passed to the current attention function."""
+
+    def wrapper(attention: Callable[..., Any]) -> Callable[..., Any]:
+        def observed(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+            recorder.queries(query)
+            return attention(module, query, *args, **kwargs)
+
+        return observed
+
+    return wrapper
+
+
 @contextmanager
-def _queries_of(recorder: Recorder) -> Iterator[None]:
-    """Records all queries, as passed to the current attention function.
+def _wrapped(wrapper: Wrapper) -> Iterator[None]:
+    """Replaces the attention function of all models.
 
     All models get that function from one method. Replacing it keeps the name of the implementation, on which
     other behavior of models depends, such as the form of the mask.
@@ -219,13 +249,7 @@ def _queries_of(recorder: Recorder) -> Iterator[None]:
     original = AttentionInterface.get_interface
 
     def get_interface(self: AttentionInterface, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        attention = original(self, *args, **kwargs)
-
-        def observed(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-            recorder.queries(query)
-            return attention(module, query, *args, **kwargs)
-
-        return observed
+        return wrapper(original(self, *args, **kwargs))
 
     AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
     try:

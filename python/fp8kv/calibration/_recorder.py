@@ -3,35 +3,55 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, distributed
 
-from fp8kv.calibration.observers import Observer
+from fp8kv.calibration.observers import ChannelObserver, Observer
 from fp8kv.checkpoint.scales import LayerScales
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-#: The number of scales of each tensor, by layer and name.
-ScaleCounts = dict[tuple[int, str], int]
+#: The number of scales of each tensor and the elements that each is for in a token, by layer and name.
+Sizes = dict[tuple[int, str], tuple[int, int]]
+#: The end of the names of observers of tokens that are held out.
+_HELD_OUT = " held out"
 
 
 class Recorder:
     """Observers by layer and by "k", "v" or "q"; created when the number of heads of a layer is known.
 
     Args:
-        make: an observer for a number of heads on a device.
-        per_head: whether each head has its own scale.
+        make: an observer of "k", "v" or "q" for a number of heads, of a size, on a device.
+        per_head: the letters of which each head has its own scale, or own ones.
+        holds_out: whether whole batches, with at least a quarter of all tokens, have observers of their own
+            for K and V, named "k held out" and "v held out".
+
+    Attributes:
+        observers: by layer and name.
+        sizes: of these; for `all_ranks`.
+        num_tokens: that were observed.
+        is_held_out: whether the last batch was held out.
     """
 
-    def __init__(self, make: Callable[[int, torch.device], Observer], *, per_head: bool) -> None:
+    def __init__(
+        self,
+        make: Callable[[str, int, int, torch.device], Observer],
+        *,
+        per_head: Collection[str],
+        holds_out: bool = False,
+    ) -> None:
         self.make = make
         self.per_head = per_head
+        self.holds_out = holds_out
+        self.is_held_out = False
+        self._num_held_out = 0
         self.observers: dict[int, dict[str, Observer]] = {}
+        self.sizes: Sizes = {}
         self.num_tokens = 0
         self._mask = torch.ones(0, 0, dtype=torch.bool)
         # The positions of tokens among the padding, per device; None without padding.
@@ -44,7 +64,10 @@ class Recorder:
         self._mask = mask
         self._places = None if mask.all() else {mask.device: mask.flatten().nonzero().squeeze(1)}
         self._attending = None
-        self.num_tokens += int(mask.sum())
+        count = int(mask.sum())
+        self.num_tokens += count
+        self.is_held_out = self.holds_out and 4 * self._num_held_out < self.num_tokens
+        self._num_held_out += count * self.is_held_out
 
     def forget_batch(self) -> None:
         """Discards this batch, the first one, because it will be repeated."""
@@ -54,7 +77,8 @@ class Recorder:
                 "in this one and did not in those before"
             )
         self.observers.clear()
-        self.num_tokens = 0
+        self.sizes.clear()
+        self.num_tokens = self._num_held_out = 0
 
     def keys_and_values(self, layer: int, key: Tensor, value: Tensor) -> None:
         """``[B, num_kv_heads, N, head_size]``."""
@@ -87,20 +111,37 @@ class Recorder:
                 self._places[tokens.device] = next(iter(self._places.values())).to(tokens.device)
             tokens = tokens[self._places[tokens.device]]
         # The query heads of a KV head are neighbors; to the observer, heads that share a scale are one head.
-        tokens = tokens.reshape(tokens.shape[0], num_groups if self.per_head else 1, -1)
+        letter, name = name, f"{name}{_HELD_OUT}" if self.is_held_out and name != "q" else name
+        num_scales = num_groups if letter in self.per_head else 1
+        size = states.shape[1] * states.shape[3] // num_scales
+        tokens = tokens.reshape(tokens.shape[0], num_scales, size)
         observers = self.observers.setdefault(layer, {})
         if name not in observers:
-            observers[name] = self.make(tokens.shape[1], tokens.device)
+            observers[name] = self.make(letter, num_scales, size, tokens.device)
+            # The same in all ranks, whatever they hold out.
+            names = {name, letter, f"{letter}{_HELD_OUT}"} if self.holds_out and letter != "q" else {name}
+            self.sizes |= dict.fromkeys(((layer, x) for x in names), (num_scales, size))
         observers[name].update(tokens)
 
     def scales(self) -> dict[int, LayerScales]:
         """On the CPU."""
+
+        def scales(observer: Observer | None) -> Tensor | None:
+            return None if observer is None else observer.scales().cpu()
+
         return {
-            layer: LayerScales(
-                **{name: observers[name].scales().cpu() if name in observers else None for name in "qkv"}
-            )
-            for layer, observers in self.observers.items()
+            layer: LayerScales(scales(x.get("q")), scales(x.get("k")), scales(x.get("v")))
+            for layer, x in self.observers.items()
         }
+
+    def channels(self, layer: int, letter: str, *, held_out: bool) -> ChannelObserver:
+        """Of K or V, if these have observers of channels: of all tokens, or without those held out.
+
+        If all tokens of a layer are held out, these are all.
+        """
+        found = [self.observers[layer].get(f"{letter}{end}") for end in ("", _HELD_OUT)]
+        parts = [x for x in found if isinstance(x, ChannelObserver) and x.counts[0] > 0]
+        return parts[0].merged(parts[1]) if held_out and len(parts) > 1 else parts[0]
 
     def warn_non_finite(self) -> None:
         """The warning points at the caller of `calibrate`."""
@@ -108,7 +149,7 @@ class Recorder:
         for (layer, name), observer in sorted(self._all().items()):
             num_elements, num_bad = observer.counts.tolist()
             if num_bad:
-                places.append(f"{num_bad} of {num_elements} of {name} in layer {layer}")
+                places.append(f"{num_bad} of {num_elements} of {name[0]} in layer {layer}")
         if places:
             more = f" and in {len(places) - 5} other places" if len(places) > 5 else ""
             warnings.warn(
@@ -116,15 +157,12 @@ class Recorder:
                 stacklevel=3,
             )
 
-    def scale_counts(self) -> ScaleCounts:
-        return {key: observer.num_heads for key, observer in self._all().items()}
-
-    def reduce(self, counts: ScaleCounts, group: ProcessGroup | None) -> None:
+    def reduce(self, sizes: Sizes, group: ProcessGroup | None) -> None:
         """Merges the statistics of all ranks; this one may have no observations."""
-        for (layer, name), num_heads in sorted(counts.items()):
+        for (layer, name), size in sorted(sizes.items()):
             observers = self.observers.setdefault(layer, {})
             if name not in observers:
-                observers[name] = self.make(num_heads, torch.device("cpu"))
+                observers[name] = self.make(name[0], *size, torch.device("cpu"))
             observers[name].reduce(group)
 
     def _all(self) -> dict[tuple[int, str], Observer]:
@@ -133,6 +171,19 @@ class Recorder:
             for layer, observers in self.observers.items()
             for name, observer in observers.items()
         }
+
+
+class Statistics(Protocol):
+    """What `all_ranks` merges: a `Recorder`, for example."""
+
+    num_tokens: int
+
+    @property
+    def sizes(self) -> Sizes:
+        """Those of a rank without batches may be empty."""
+
+    def reduce(self, sizes: Sizes, group: ProcessGroup | None) -> None:
+        """Merges those of all ranks; `sizes` are those of a rank that has any."""
 
 
 def is_first_rank(group: ProcessGroup | None) -> bool:
@@ -148,7 +199,7 @@ def is_first_rank(group: ProcessGroup | None) -> bool:
 
 
 @contextmanager
-def all_ranks(recorder: Recorder, group: ProcessGroup | None) -> Iterator[None]:
+def all_ranks(recorder: Statistics, group: ProcessGroup | None) -> Iterator[None]:
     """Merges the statistics of all ranks at the end; if one of them fails, all raise, and none hangs.
 
     Raises:
@@ -166,8 +217,8 @@ def all_ranks(recorder: Recorder, group: ProcessGroup | None) -> Iterator[None]:
     for rank, (failure, _, _) in enumerate(told):
         if failure is not None:
             raise RuntimeError(f"calibrate: rank {rank} failed with {failure}")
-    known = [counts for _, counts, _ in told if counts]  # a rank without batches does not know it
-    if any(counts != known[0] for counts in known):
+    known = [sizes for _, sizes, _ in told if sizes]  # a rank without batches does not know it
+    if any(sizes != known[0] for sizes in known):
         raise RuntimeError("calibrate: all ranks must have the same model, got models of different layers")
     if known:
         recorder.reduce(known[0], group)
@@ -175,11 +226,11 @@ def all_ranks(recorder: Recorder, group: ProcessGroup | None) -> Iterator[None]:
 
 
 def _exchange(
-    failure: str | None, recorder: Recorder, group: ProcessGroup | None
-) -> list[tuple[str | None, ScaleCounts, int]]:
-    """How each rank failed, its counts, and its number of tokens."""
+    failure: str | None, recorder: Statistics, group: ProcessGroup | None
+) -> list[tuple[str | None, Sizes, int]]:
+    """How each rank failed, its sizes, and its number of tokens."""
     told: list[Any] = [None] * distributed.get_world_size(group)
-    distributed.all_gather_object(told, (failure, recorder.scale_counts(), recorder.num_tokens), group=group)
+    distributed.all_gather_object(told, (failure, recorder.sizes, recorder.num_tokens), group=group)
     return told
 
 

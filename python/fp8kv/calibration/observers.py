@@ -122,6 +122,87 @@ class MinMaxObserver:
         return scale_of_amax(self.amax, DEFAULT_FORMAT.dtype)
 
 
+class ChannelObserver:
+    """The least, the largest and the mean of all finite elements of each channel.
+
+    From these come, after the last batch, offsets and the scales of any format and strategy.
+
+    Args:
+        num_heads: heads of K, or of V.
+        head_size: elements of a head.
+        device: of the tensors that come.
+
+    Example:
+        >>> import torch
+        >>> from fp8kv.calibration.observers import ChannelObserver
+        >>> observer = ChannelObserver(num_heads=1, head_size=2)
+        >>> observer.update(torch.tensor([[[8.0, -1.0]], [[10.0, 1.0]], [[15.0, 0.0]]]))
+        >>> mean = observer.offset("mean")
+        >>> mean.tolist(), observer.offset("mid").tolist(), observer.amax(mean).tolist()
+        ([[11.0, 0.0]], [[11.5, 0.0]], [[4.0, 1.0]])
+    """
+
+    def __init__(self, num_heads: int, head_size: int, device: torch.device | str = "cpu") -> None:
+        self.num_heads = num_heads
+        shape = (num_heads, head_size)
+        self.low = torch.full(shape, math.inf, device=device)
+        self.high = torch.full(shape, -math.inf, device=device)
+        self.sum = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.number = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(2, dtype=torch.int64, device=device)
+
+    def update(self, x: Tensor) -> None:
+        if x.numel() == 0:
+            return
+        finite = x.isfinite()
+        self.low = torch.minimum(self.low, torch.where(finite, x, math.inf).amin(0).float())
+        self.high = torch.maximum(self.high, torch.where(finite, x, -math.inf).amax(0).float())
+        self.sum += torch.where(finite, x, 0).sum(0, dtype=torch.float64)
+        self.number += finite.sum(0)
+        self.counts[0] += x.numel()
+        self.counts[1] += x.numel() - finite.sum()
+
+    def reduce(self, group: ProcessGroup | None) -> None:
+        from torch.distributed import ReduceOp
+
+        _all_reduce(self.low, ReduceOp.MIN, group)
+        _all_reduce(self.high, ReduceOp.MAX, group)
+        for total in (self.sum, self.number, self.counts):
+            _all_reduce(total, ReduceOp.SUM, group)
+
+    def merged(self, other: ChannelObserver) -> ChannelObserver:
+        """One that has seen what both have seen."""
+        result = ChannelObserver(self.num_heads, self.low.shape[1], self.low.device)
+        theirs = {name: x.to(self.low.device) for name, x in vars(other).items() if isinstance(x, Tensor)}
+        result.low = torch.minimum(self.low, theirs["low"])
+        result.high = torch.maximum(self.high, theirs["high"])
+        for name in ("sum", "number", "counts"):
+            setattr(result, name, getattr(self, name) + theirs[name])
+        return result
+
+    def offset(self, kind: str) -> Tensor | None:
+        """float32 ``[num_heads, head_size]``: 0 for a channel without a finite element; None for "none".
+
+        Args:
+            kind: "none", "mean", or "mid": the middle between the least and the largest element.
+        """
+        if kind == "none":
+            return None
+        middle = (self.low.double() + self.high.double()) / 2
+        found = self.sum / self.number if kind == "mean" else middle
+        return torch.where(self.number > 0, found, 0).float()
+
+    def amax(self, offset: Tensor | None = None) -> Tensor:
+        """float32 ``[num_heads, head_size]``: the largest finite magnitude of x - offset, rounded as a cache
+        rounds it; 0 for a channel without a finite element."""
+        shift = 0 if offset is None else offset
+        largest = torch.maximum(self.high - shift, shift - self.low)
+        return torch.where(self.number > 0, largest, 0).clamp(max=torch.finfo(torch.float32).max)
+
+    def scales(self) -> Tensor:
+        return scale_of_amax(self.amax().amax(1), DEFAULT_FORMAT.dtype)
+
+
 class _HistogramObserver(MinMaxObserver):
     """Counts magnitudes in bins whose upper edges are the bf16 numbers from 2^-16 to 2^16.
 
@@ -248,6 +329,13 @@ class MSEObserver(_HistogramObserver):
             best = torch.where(error < least, scale, best)
             least = torch.minimum(error, least)
         return best
+
+
+def sum_of_ranks(tensor: Tensor, group: ProcessGroup | None) -> None:
+    """Adds a tensor over all ranks, in place."""
+    from torch.distributed import ReduceOp
+
+    _all_reduce(tensor, ReduceOp.SUM, group)
 
 
 def _all_reduce(tensor: Tensor, operation: object, group: ProcessGroup | None) -> None:

@@ -16,14 +16,25 @@ import torch
 from torch import Tensor
 
 from fp8kv._checks import Strategy, listed
+from fp8kv._dtypes import CACHE_DTYPES, FP8_DTYPES
 from fp8kv.checkpoint._audit import presence
 from fp8kv.checkpoint._audit.values import check_values
+from fp8kv.checkpoint._read.affine import Biases, read_biases
 from fp8kv.checkpoint._read.config import MISTRAL_FILE, read_configs, section_of_model
 from fp8kv.checkpoint._read.files import files_beside
 from fp8kv.checkpoint._read.inventory import Entry, Key, Models, ModelTensors, choose_model, take_inventory
 from fp8kv.checkpoint._read.json_scales import read_json_scales
 from fp8kv.checkpoint._read.layers import Heads, Layers, layers_of_config, with_counts, with_tensors
 from fp8kv.checkpoint._read.locate import locate
+from fp8kv.checkpoint._read.own_scales import (
+    FOLDER,
+    OwnLayer,
+    OwnScales,
+    digest_of,
+    has_own_scales,
+    read_own_scales,
+    tensor_name,
+)
 from fp8kv.checkpoint._read.quantization import Statement
 from fp8kv.checkpoint._read.scales import StoredScales, read_scales
 from fp8kv.checkpoint.problems import ACCEPTABLE, CheckpointError, Problem, make_problem
@@ -33,7 +44,6 @@ from fp8kv.checkpoint.scales import (
     check_rank,
     counted,
     kv_heads_of_rank,
-    mapped,
     reduce_query_scale,
 )
 from fp8kv.checkpoint.scheme import COMPRESSED_TENSORS, KVCacheScheme, declared, scheme_of
@@ -57,6 +67,9 @@ def load_kv_scales(
 ) -> KVScales:
     """Loads the scales of all layers of a checkpoint; only headers and scales are read from its files.
 
+    If there is a subfolder ``fp8kv``, as `KVScales.save` makes it for formats, scales per channel and offsets
+    that other engines don't know, its scales are those that count.
+
     Every rank checks the whole checkpoint, so that all of them raise the same error.
 
     Args:
@@ -69,16 +82,16 @@ def load_kv_scales(
         on_problem: "raise": problems of severity "error" are raised. "warn": all problems except notes become
             warnings; bad scales are None, and a layer without usable scales is missing.
         query: False: query scales and their problems are ignored, and `q` is None.
-        fnuz: doubles the scales, for hardware whose FP8 is float8_e4m3fnuz: the same byte stands for half the
-            value there.
+        fnuz: doubles the scales of FP8, for hardware whose FP8 is float8_e4m3fnuz: the same byte stands for
+            half the value there.
         model: which one, if there are several in the checkpoint, by the distinctive part of its tensor names,
             such as "talker" or "encoder_attn" (attention to an encoder). None: the language model.
         accept: kinds of errors that become warnings: "before-rope" uses Quark's scales from before norm and
             RoPE, "nvfp4-cache" the scales of an NVFP4 cache.
 
     Returns:
-        fp32 scales by layer, ``[1]`` or ``[KV heads of the rank]``; one query scale per KV group, the largest
-        of its heads. ``.problems`` has all problems found.
+        fp32 scales by layer, ``[1]``, ``[KV heads of the rank]`` or ``[KV heads of the rank, head_size]``;
+        one query scale per KV group, the largest of its heads. ``.problems`` has all problems found.
 
     Raises:
         FileNotFoundError: there is no such directory or file, and no model of that id can be downloaded.
@@ -112,30 +125,60 @@ def load_kv_scales(
         raise CheckpointError(_message(checkpoint, errors), errors)
     if on_problem == "warn":
         _warn(found.problems)
-    layers = {
-        layer: _layer(by_letter, 2.0 if fnuz else 1.0)
-        for layer, by_letter in found.scales.items()
-        if by_letter.keys() & {"k", "v"}
+    standard = {
+        layer: _layer(by_letter) for layer, by_letter in found.scales.items() if by_letter.keys() & {"k", "v"}
     }
+    layers = {n: _with_offsets(layer, found.biases.get(n, {})) for n, layer in standard.items()}
+    scheme = found.scheme
+    if found.own is not None:
+        layers = {n: _own_layer(own, standard[n].q) for n, own in found.own.layers.items()}
+        scheme = replace(scheme, strategy=found.own.strategy)
+    if fnuz:
+        layers, standard = ({n: _doubled(layer) for n, layer in x.items()} for x in (layers, standard))
     _check_tp_size(layers, tp_size)
-    return KVScales(layers, found.scheme, found.problems).shard(tp_rank, tp_size).to(device)
+    scales = KVScales(
+        layers, scheme, found.problems,
+        standard=None if found.biases else standard,
+        errors={} if found.own is None else found.own.errors,
+    )  # fmt: skip
+    return scales.shard(tp_rank, tp_size).to(device)
 
 
-def _layer(scales: dict[str, Tensor], factor: float) -> LayerScales:
+def _layer(scales: dict[str, Tensor]) -> LayerScales:
     q, k, v = (scales.get(letter) for letter in "qkv")
     if q is not None:
         kv = k if k is not None else v
         assert kv is not None
         q = reduce_query_scale(q, kv.numel())
-    return mapped(LayerScales(q, k, v), lambda scale: scale * factor)
+    return LayerScales(q, k, v)
+
+
+def _with_offsets(layer: LayerScales, biases: Mapping[str, Tensor | None]) -> LayerScales:
+    return replace(layer, k_offset=biases.get("k"), v_offset=biases.get("v"))
+
+
+def _own_layer(own: OwnLayer, q: Tensor | None) -> LayerScales:
+    tensors = {name.removesuffix("_scale"): x for name, x in own.tensors.items()}
+    return LayerScales(
+        q, tensors["k"], tensors["v"], tensors.get("k_offset"), tensors.get("v_offset"), own.dtype
+    )
+
+
+def _doubled(layer: LayerScales) -> LayerScales:
+    """The scales of FP8; those of INT8 and offsets are not for another type."""
+    q = None if layer.q is None else 2 * layer.q
+    if CACHE_DTYPES[layer.dtype] not in FP8_DTYPES:
+        return replace(layer, q=q)
+    k, v = (None if x is None else 2 * x for x in (layer.k, layer.v))
+    return replace(layer, q=q, k=k, v=v)
 
 
 def _check_tp_size(layers: dict[int, LayerScales], tp_size: int) -> None:
     for index, layer in layers.items():
-        for scale in (layer.k, layer.v):
+        for x in (layer.k, layer.v, layer.k_offset, layer.v_offset):
             try:
-                if scale is not None:
-                    kv_heads_of_rank(scale.numel(), 0, tp_size)
+                if x is not None:
+                    kv_heads_of_rank(len(x), 0, tp_size)
             except ValueError as error:
                 raise ValueError(f"load_kv_scales: layer {index}: {error}") from error
 
@@ -177,6 +220,9 @@ class Examined:
         heads: of the layers that have a KV cache, by index; None if unknown.
         entries: the scales and zero points among the tensors, including wrong ones.
         scales: by layer, then by letter: the usable scales, fp32 ``[1]`` or ``[heads]``, of all ranks.
+        biases: of ModelOpt's affine cache, by layer and letter.
+        own: the scales of the subfolder `fp8kv`, which count instead of `scales`; None if there are none, or
+            they can't be used.
         problems: all of them, errors first.
     """
 
@@ -185,6 +231,8 @@ class Examined:
     heads: dict[int, Heads] | None = None
     entries: dict[Key, list[Entry]] = field(default_factory=dict)
     scales: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    biases: Biases = field(default_factory=dict)
+    own: OwnScales | None = None
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -213,6 +261,8 @@ def examine(
         found.add([make_problem("several-models", str(error))])
     else:
         found.examine(name)
+        if name == _default_model(found.models):
+            found.examine_own_scales()
     result = found.result
     result.problems = [
         replace(problem, severity="warning") if problem.kind in accept else problem
@@ -260,6 +310,44 @@ class _Examination:
         if self.result.scheme is not None:
             self._examine_scales(self.result.scheme)
         self.add(presence.check_other_models(self.models, name))
+
+    def examine_own_scales(self) -> None:
+        """Those of the subfolder, which is about the language model."""
+        if not self.path.is_dir() or not has_own_scales(self.path) or self.result.scheme is None:
+            return
+        try:
+            own = read_own_scales(self.path)
+            self._check_own_layers(own)
+        except (OSError, ValueError) as error:
+            self.add([make_problem("fp8kv-damaged", str(error))])
+            self.result.scales = {}
+            return
+        if own.digest != digest_of(self.result.scales):
+            message = (
+                f"{self.path / FOLDER} must belong to the scales in the model's files, which have changed"
+            )
+            self.add([make_problem("fp8kv-outdated", message)])
+            return
+        self.result.own = own
+
+    def _check_own_layers(self, own: OwnScales) -> None:
+        """A `ValueError` unless they are those of the model's files, with as many heads."""
+        if own.layers.keys() != self.result.scales.keys():
+            numbers = sorted(own.layers.keys() ^ self.result.scales.keys())
+            raise ValueError(
+                f"{self.path / FOLDER} must have the layers that have scales in the files of the model, but "
+                f"they differ in layer {numbers[0]}"
+            )
+        for n, layer in own.layers.items():
+            heads = max(
+                (x.numel() for letter, x in self.result.scales[n].items() if letter != "q"), default=1
+            )
+            wrong = [name for name, x in layer.tensors.items() if heads > 1 and len(x) not in (1, heads)]
+            if wrong:
+                raise ValueError(
+                    f"{tensor_name(n, wrong[0])} in {FOLDER} must be for {heads} KV heads, as the scales in "
+                    f"the model's files are, got {len(layer.tensors[wrong[0]])}"
+                )
 
     def add(self, problems: Iterable[Problem]) -> None:
         """To those of the result."""
@@ -371,6 +459,12 @@ class _Examination:
             self.result.scales[layer] = {
                 letter: values for letter, values in usable.items() if values is not None
             }
+        self.result.biases, problems = read_biases(self.tensors.biases, heads)
+        self.add(problems)
+        for layer, biases in self.result.biases.items():
+            for letter, bias in biases.items():
+                if bias is None:
+                    self.result.scales.get(layer, {}).pop(letter, None)
         if self.complete:
             self._check_absent(stored, scheme)
 
@@ -415,6 +509,14 @@ class _Examination:
             return f"there are some of {', '.join(stacks)}"
         files = ", ".join(files_beside(self.path))
         return f"{files} may have some: give that file instead of the directory" if files else None
+
+
+def _default_model(models: Models) -> str | None:
+    """The model that is meant if none is named; None if that is ambiguous."""
+    try:
+        return choose_model(models, None)
+    except ValueError:
+        return None
 
 
 def _strategy(entries: Mapping[Key, list[Entry]]) -> Strategy:

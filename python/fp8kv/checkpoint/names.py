@@ -60,6 +60,9 @@ _FORMS = [
     )
 ]
 
+#: Of ModelOpt's affine cache, which are no biases of projections.
+_BIAS = re.compile(r"(?P<letter>[kv])_proj\.(?P=letter)_bias")
+
 # Names that look like scales but have none of these forms
 
 _SCALE_WORD = re.compile(r"scal(?:e|ing)|zero_?point|_amax", re.IGNORECASE)
@@ -171,6 +174,12 @@ def scale_at(place: Place) -> ScaleName | None:
             kind = "scale" if match["scale"] else "zero_point"
             return ScaleName(model_of_stack(place.stack), place.layer, place.module, match["letter"], kind)
     return None
+
+
+def bias_at(place: Place) -> str | None:
+    """The letter, "k" or "v", of a bias of ModelOpt's affine cache; None if it is something else."""
+    match = _BIAS.fullmatch(place.rest)
+    return None if match is None else match["letter"]
 
 
 def find_place(name: str) -> Place | None:

@@ -139,6 +139,20 @@ KINDS: dict[str, tuple[Severity, str]] = {
         'load_kv_scales(..., accept=["nvfp4-cache"]) takes the scales for an FP8 cache, which is right where '
         "they are amax / 448, as ModelOpt has them since January 2026.",
     ),
+    "fp8kv-damaged": (
+        "error",
+        "Copy the folder again, or remove it, so that the scales in the model's files are used; or calibrate "
+        "the model again.",
+    ),
+    "fp8kv-outdated": (
+        "error",
+        "Remove the folder, so that the scales in the model's files are used; or calibrate the model again "
+        "with fp8kv.",
+    ),
+    "affine": (
+        "warning",
+        "fp8kv loads them as offsets; for an engine that doesn't, calibrate the model again without biases.",
+    ),
     "sources-differ": (
         "warning",
         "The first of them counts; compare the scales with the model's keys and values.",

@@ -255,7 +255,17 @@ def inspect_(
 def calibrate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A language model: a directory or an id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The directory of the new checkpoint.")],
-    strategy: Annotated[str, typer.Option(help='"tensor" or "attn_head".')] = "tensor",
+    strategy: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help='"tensor" (the default), "attn_head" or "channel"; "auto" formats choose it.'),
+    ] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help='"fp8", "fp8_e5m2", "int8" or "auto".')] = "fp8",
+    offset: Annotated[
+        str, typer.Option(help='Offsets of channels: "none", "mean" or "mid" of what was seen.')
+    ] = "none",
+    headroom: Annotated[
+        float, typer.Option(help="How many times the range of what was seen the scales keep.")
+    ] = 1.0,
     observer: Annotated[str, typer.Option(help='"static_minmax", "percentile" or "mse".')] = "static_minmax",
     percentile: Annotated[
         float, typer.Option(help="Percentile of the magnitudes, for that observer.")
@@ -276,7 +286,7 @@ def calibrate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint at OUTPUT.")] = False,
     plot: Annotated[OptionalPath, typer.Option(help="Write a heat map (PNG) to this file.")] = None,
 ) -> None:
-    """Calibrates FP8 KV scales and writes a checkpoint with them; under torchrun, in several processes.
+    """Calibrates KV scales and writes a checkpoint with them; under torchrun, in several processes.
 
     MODEL's other files are copied unchanged.
     """
@@ -290,7 +300,7 @@ def calibrate(
     _check_file("--plot", plot)
     options = command.Options(
         model, output, strategy, observer, percentile, query, text, num_samples, seq_len, batch_size, device,
-        device_map, dtype, overwrite,
+        device_map, dtype, overwrite, kv_cache_dtype, offset, headroom,
     )  # fmt: skip
     try:
         found = command.run(options, console)

@@ -17,6 +17,8 @@ from torch import distributed as dist
 
 from fp8kv._checks import STRATEGIES
 from fp8kv.calibration import calibrate, share, text_batches
+from fp8kv.calibration._formats import AUTO, OFFSETS, Wanted, check_wanted
+from fp8kv.calibration._formats import DTYPES as KV_CACHE_DTYPES
 from fp8kv.calibration.observers import OBSERVERS
 from fp8kv.calibration.texts import reference_text
 from fp8kv.checkpoint._read.config import NESTED
@@ -41,7 +43,7 @@ class Options:
 
     model: str
     out: Path
-    strategy: str
+    strategy: str | None
     observer: str
     percentile: float
     query: bool
@@ -53,6 +55,15 @@ class Options:
     device_map: str | None
     dtype: str
     overwrite: bool
+    kv_cache_dtype: str = "fp8"
+    offset: str = "none"
+    headroom: float = 1.0
+
+    @property
+    def wanted(self) -> Wanted:
+        """The scales; per tensor unless something else is said."""
+        strategy = self.strategy or ("tensor" if self.kv_cache_dtype != AUTO else None)
+        return Wanted(cast("Strategy | None", strategy), self.kv_cache_dtype, self.offset, self.headroom)
 
 
 def run(options: Options, console: Console) -> Inspection:
@@ -143,8 +154,13 @@ def _number_of_processes() -> int:
 
 def _check_options(options: Options) -> None:
     """Checks everything that can be checked before loading."""
-    for name, choices in (("strategy", STRATEGIES), ("observer", OBSERVERS), ("dtype", DTYPES)):
+    if options.strategy is not None:
+        check_option("strategy", options.strategy, STRATEGIES)
+    check_option("kv-cache-dtype", options.kv_cache_dtype, KV_CACHE_DTYPES)
+    for name, choices in (("offset", OFFSETS), ("observer", OBSERVERS), ("dtype", DTYPES)):
         check_option(name, getattr(options, name), choices)
+    with reported("the options must fit together", (ValueError,), status=2):
+        check_wanted(options.wanted, options.observer)
     for name in ("num_samples", "seq_len", "batch_size"):
         check_count(name, getattr(options, name))
     check(0 < options.percentile <= 100, f"--percentile must be in (0, 100], got {options.percentile}")
@@ -249,7 +265,10 @@ def _calibrate(options: Options, model: Any, batches: Iterable[Tensor]) -> KVSca
         return calibrate(
             model,
             batches,
-            strategy=cast("Strategy", options.strategy),
+            strategy=options.wanted.strategy,
+            dtype=options.kv_cache_dtype,
+            offset=options.offset,
+            headroom=options.headroom,
             observer=options.observer,
             query=options.query,
             percentile=options.percentile,

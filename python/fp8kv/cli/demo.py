@@ -1,4 +1,4 @@
-"""`fp8kv demo`: from a language model to its FP8 KV cache, step by step, with the numbers.
+"""`fp8kv demo`: from a language model to its KV cache of 8 bits, step by step, with the numbers.
 
 Example:
     >>> from fp8kv.cli.demo import common_prefix
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 QUESTION = "What is the capital of France, and what is it known for?"
 ANSWER_TOKENS = 32
 TIMED_ROUNDS = 2
-_FOLDERS = {evaluation.PER_TENSOR: "per_tensor", evaluation.PER_HEAD: "per_head"}
+_FOLDERS = {evaluation.PER_TENSOR: "per_tensor", evaluation.PER_HEAD: "per_head", evaluation.AUTO: "auto"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def run(
 
     Args:
         options: those of `fp8kv eval`.
-        out: directory to keep the checkpoints in, as "per_tensor" and "per_head"; None: not kept.
+        out: directory to keep the checkpoints in, as "per_tensor", "per_head" and "auto"; None: not kept.
         plot: the file of the plot.
 
     Raises:
@@ -112,8 +112,8 @@ class _Story:
             for name, below in _FOLDERS.items():
                 made[name].save(self.out / below, source=folder)
                 self.say(f"{name}: {self.out / below}")
-        with self.step("What is in the one per head: fp8kv inspect"):
-            found = inspection.inspect_checkpoint(self.out / _FOLDERS[evaluation.PER_HEAD])
+        with self.step("What was chosen for each layer, and what other engines read: fp8kv inspect"):
+            found = inspection.inspect_checkpoint(self.out / _FOLDERS[evaluation.AUTO])
             for part in inspection.report(found):
                 self.console.print(part, highlight=False)
         with self.step("Loaded back, and evaluated beside other caches: fp8kv eval"):
@@ -123,7 +123,7 @@ class _Story:
             self.console.print(evaluation.table(result), highlight=False)
         with self.step("An answer with both caches"):
             self.answers(model, made, question)
-        with self.step("Decoding: 16 bits, and FP8 bytes that attention reads directly"):
+        with self.step("Decoding: 16 bits, and bytes that attention reads directly"):
             self.speed(model, made, tokens.evaluation[:1])
         if plot is not None:
             evaluation.plot(result, plot, found)
@@ -159,7 +159,9 @@ class _Story:
     def speed(self, model: Model, scales: dict[str, KVScales], prompt: Tensor) -> None:
         """Converts the model to the dtype of the checkpoint, in which Transformers' cache has 16 bits."""
         model.model.to(model.cache_dtype)
-        names = (evaluation.REFERENCE, evaluation.PER_HEAD, evaluation.PER_TOKEN_HEAD)
+        names = (
+            evaluation.REFERENCE, evaluation.PER_HEAD, evaluation.PER_TOKEN_HEAD, evaluation.PER_CHANNEL,
+        )  # fmt: skip
         caches = evaluation.caches(model.model.config, names, scales, model.cache_dtype, self.options.layout)
         times = evaluation.step_times(
             model.model, prompt, caches, evaluation.DECODED_TOKENS, rounds=TIMED_ROUNDS

@@ -1,4 +1,4 @@
-"""The effect of an FP8 KV cache on a language model: perplexity, divergence from 16 bits, memory, speed.
+"""The effect of a KV cache of 8 bits on a language model: perplexity, divergence from 16 bits, memory, speed.
 
 Described in docs/evaluation.md. Used by `fp8kv eval` and `fp8kv demo`.
 
@@ -22,18 +22,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fp8kv.calibration import calibrate
+from fp8kv.calibration import calibrate_several
+from fp8kv.calibration._formats import Choice
 from fp8kv.calibration._model_reader import cache_argument
 from fp8kv.calibration.texts import beginning, token_ids, windows_at
 from fp8kv.checkpoint import KVCacheScheme, KVScales, LayerScales
+from fp8kv.checkpoint.scales import mapped
 from fp8kv.evaluation._pictures import plot_evaluation as plot
 from fp8kv.evaluation._results import REFERENCE, Evaluation, Row, table
 from fp8kv.nn import AttentionScales
 
 __all__ = [
+    "AUTO",
     "CACHES",
+    "CHOICES",
     "DECODED_TOKENS",
+    "INT8_PER_TOKEN_HEAD",
     "ON_THE_FLY",
+    "PER_CHANNEL",
     "PER_HEAD",
     "PER_TENSOR",
     "PER_TOKEN_HEAD",
@@ -61,13 +67,24 @@ __all__ = [
 CacheFactory = Callable[[int], Any]
 
 PER_TENSOR, PER_HEAD, ON_THE_FLY = "e4m3 per tensor", "e4m3 per head", "e4m3 on the fly"
-PER_TOKEN_HEAD = "e4m3 per token-head"
+PER_TOKEN_HEAD, INT8_PER_TOKEN_HEAD = "e4m3 per token-head", "int8 per token-head"
+PER_CHANNEL, AUTO = "int8 per channel", "auto"
+#: What calibration finds for these rows in one pass; None: the best for each layer.
+CHOICES: dict[str, Choice | None] = {
+    PER_HEAD: Choice("fp8", "attn_head"),
+    "e4m3 per head, offset of K": Choice("fp8", "attn_head", "mean"),
+    "int8 per head": Choice("int8", "attn_head"),
+    PER_CHANNEL: Choice("int8", "channel"),
+    "int8 per channel, offset of K": Choice("int8", "channel", "mean"),
+    AUTO: None,
+}
 #: The row that there is with Transformers 5.21 or newer, and a model whose layers all have full attention.
 TRANSFORMERS_FP8 = "e4m3 of Transformers"
 #: The rows, with and without scales, in the order of the table.
 CACHES = (
-    REFERENCE, "e4m3 scale 1.0", PER_TENSOR, PER_HEAD, PER_TOKEN_HEAD, ON_THE_FLY, "e5m2 scale 1.0",
-    TRANSFORMERS_FP8,
+    REFERENCE, "e4m3 scale 1.0", PER_TENSOR, PER_HEAD, "e4m3 per head, offset of K", PER_TOKEN_HEAD,
+    ON_THE_FLY, "e5m2 scale 1.0", TRANSFORMERS_FP8, "int8 per head", PER_CHANNEL,
+    "int8 per channel, offset of K", INT8_PER_TOKEN_HEAD, AUTO,
 )  # fmt: skip
 DECODED_TOKENS = 16
 _CHUNK = 128  # positions whose logits are in float32 at a time
@@ -275,10 +292,12 @@ def calibrated(
         progress: whether to show bars.
     """
     scales = {}
-    if PER_TENSOR in names or PER_HEAD in names:
-        batches = torch.split(calibration, 1)
-        by_head = calibrate(model, batches, strategy="attn_head", progress=progress)
-        scales = {PER_TENSOR: per_tensor(by_head), PER_HEAD: by_head}
+    needed = {PER_HEAD if name == PER_TENSOR else name for name in names}
+    choices = {name: choice for name, choice in CHOICES.items() if name in needed}
+    if choices:
+        scales = calibrate_several(model, torch.split(calibration, 1), choices, progress=progress)
+    if PER_HEAD in scales:
+        scales[PER_TENSOR] = per_tensor(scales[PER_HEAD])
     if ON_THE_FLY in names:
         scales[ON_THE_FLY] = on_the_fly(model, first, cache_dtype)
     return scales
@@ -295,10 +314,7 @@ def per_tensor(by_head: KVScales) -> KVScales:
         >>> per_tensor(KVScales({0: layer}, KVCacheScheme("attn_head")))[0].k
         tensor([0.0300])
     """
-    layers = {
-        i: LayerScales(*(None if x is None else x.amax().view(1) for x in (layer.q, layer.k, layer.v)))
-        for i, layer in by_head.items()
-    }
+    layers = {i: mapped(layer, lambda x: x.amax().view(1)) for i, layer in by_head.items()}
     return KVScales(layers, replace(by_head.scheme, strategy="tensor"))
 
 
@@ -331,22 +347,23 @@ def caches(
         config: of the model.
         scales: by name.
         cache_dtype: dtype of the 16-bit cache.
-        layout: "NHD" or "HND", for the FP8 caches.
+        layout: "NHD" or "HND", for the caches of 8 bits.
     """
     from fp8kv.evaluation._caches import Cache8, Cache16, TransformersCache8
 
-    def fp8(scales: Any, dtype: str = "fp8") -> CacheFactory:
+    def quantized(scales: Any, dtype: str | None = None) -> CacheFactory:
         return lambda size: Cache8(
             config, cache_dtype, scales, dtype=dtype, layout=layout, max_cache_len=size
         )
 
     made: dict[str, CacheFactory] = {
         REFERENCE: lambda size: Cache16(config, cache_dtype),
-        "e4m3 scale 1.0": fp8(None),
-        PER_TOKEN_HEAD: fp8("dynamic"),
-        "e5m2 scale 1.0": fp8(None, "fp8_e5m2"),
+        "e4m3 scale 1.0": quantized(None),
+        PER_TOKEN_HEAD: quantized("dynamic"),
+        INT8_PER_TOKEN_HEAD: quantized("dynamic", "int8"),
+        "e5m2 scale 1.0": quantized(None, "fp8_e5m2"),
     }
-    made |= {name: fp8(of_name) for name, of_name in scales.items()}
+    made |= {name: quantized(of_name) for name, of_name in scales.items()}
     with suppress(ValueError):
         TransformersCache8(config, cache_dtype)
         made[TRANSFORMERS_FP8] = lambda size: TransformersCache8(config, cache_dtype)

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8kv._checks import is_scale, require
 from fp8kv.checkpoint._read.inventory import Entry, Key
+from fp8kv.checkpoint._read.own_scales import OwnScales
 from fp8kv.checkpoint._read.scales import read_numbers
 from fp8kv.checkpoint.load import examine
 from fp8kv.checkpoint.names import find_scale_name
 from fp8kv.checkpoint.problems import Problem
+from fp8kv.checkpoint.scales import ranges
 from fp8kv.checkpoint.scheme import KVCacheScheme
 from fp8kv.evaluation._pictures import plot_scales as plot
 
@@ -45,12 +47,28 @@ SEVERITIES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 
 @dataclass(frozen=True)
 class LayerRow:
-    """The scales of one layer as stored in the files, including bad ones; None: the checkpoint has none."""
+    """The scales of one layer as stored in the files, including bad ones; None: the checkpoint has none.
+
+    Attributes:
+        layer: its index.
+        q: the scales that every engine reads.
+        k: likewise.
+        v: likewise.
+        format: what fp8kv uses instead, if there is a subfolder ``fp8kv``, as in "int8 per channel".
+        error: of the attention output in that format, in calibration, relative.
+    """
 
     layer: int
     q: list[float] | None
     k: list[float] | None
     v: list[float] | None
+    format: str | None = None
+    error: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        own = {"format": self.format, "error": self.error} if self.format is not None else {}
+        return {"layer": self.layer, **{name: _jsonable(getattr(self, name)) for name in "qkv"}, **own}
 
 
 @dataclass(frozen=True)
@@ -96,10 +114,7 @@ class Inspection:
             "checkpoint": self.checkpoint,
             "ok": self.ok,
             "scheme": None if self.scheme is None else asdict(self.scheme),
-            "layers": [
-                {"layer": row.layer, **{name: _jsonable(getattr(row, name)) for name in "qkv"}}
-                for row in self.layers
-            ],
+            "layers": [row.as_dict() for row in self.layers],
             "problems": [problem.as_dict() for problem in self.problems],
         }
 
@@ -134,8 +149,14 @@ def inspect_checkpoint(checkpoint: str | Path, model: str | None = None) -> Insp
     made_up = {n: {letter: x.tolist() for letter, x in row.items()} for n, row in examined.scales.items()}
     raw = _raw_scales(examined.entries) or made_up
     layers = {*raw, *(examined.heads or ()), *(p.layer for p in examined.problems if p.layer is not None)}
-    rows = [LayerRow(n, *(raw.get(n, {}).get(name) for name in "qkv")) for n in sorted(layers)]
+    rows = [_row(n, raw.get(n, {}), examined.own) for n in sorted(layers)]
     return Inspection(str(checkpoint), examined.scheme, rows, examined.problems)
+
+
+def _row(layer: int, scales: dict[str, list[float]], own: OwnScales | None) -> LayerRow:
+    row = LayerRow(layer, scales.get("q"), scales.get("k"), scales.get("v"))
+    found = None if own is None else own.layers.get(layer)
+    return row if found is None else replace(row, format=found.format, error=found.error)
 
 
 def _raw_scales(entries: dict[Key, list[Entry]]) -> dict[int, dict[str, list[float]]]:
@@ -188,6 +209,10 @@ def table(inspection: Inspection) -> Table:
     for name in names:
         result.add_column(f"{name}_scale", justify="right")
     result.add_column("scales", justify="right", no_wrap=True)
+    with_formats = any(row.format is not None for row in inspection.layers)
+    if with_formats:
+        result.add_column("in fp8kv")
+        result.add_column("error", justify="right", no_wrap=True)
     with_problems = any(problem.layer is not None for problem in inspection.problems)
     if with_problems:
         result.add_column("problems")
@@ -199,6 +224,7 @@ def table(inspection: Inspection) -> Table:
             str(row.layer),
             *(_cell(getattr(row, name), inspection.problems_of(row.layer, name)) for name in names),
             _counts(row, names),
+            *([row.format or "", "" if row.error is None else f"{row.error:.2g}"] if with_formats else []),
             *([marks] if with_problems else []),
         )
     return result
@@ -238,22 +264,11 @@ def problem_lines(problems: Sequence[Problem]) -> Iterator[RenderableType]:
     for (severity, kind, remedy), group in groups.items():
         head = Text.assemble((severity, SEVERITIES[severity]), f" {kind}: ")
         if len(group) > 1:
-            where = _ranges({p.layer for p in group if p.layer is not None})
+            where = ranges({p.layer for p in group if p.layer is not None})
             head.append(f"{len(group)} times{where and f', in layers {where}'}. The first: ")
         head.append(group[0].message)
         yield head
         yield Padding(Text(f"remedy: {remedy}"), (0, 0, 0, 2))
-
-
-def _ranges(numbers: set[int]) -> str:
-    """As in "0-3, 7"."""
-    ranges: list[list[int]] = []
-    for number in sorted(numbers):
-        if ranges and number == ranges[-1][-1] + 1:
-            ranges[-1].append(number)
-        else:
-            ranges.append([number])
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in ranges)
 
 
 def verdict(inspection: Inspection) -> str:

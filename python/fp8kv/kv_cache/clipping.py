@@ -56,21 +56,33 @@ class ClipCounter:
             self.counts = torch.zeros(2, dtype=torch.int64, device=device)
         self.warned = False
 
-    def add(self, key: Tensor, value: Tensor, slot_mapping: Tensor, k_scale: Tensor, v_scale: Tensor) -> None:
-        """Counts tokens that are stored: elements with ``|x| > scale * limit``, infinite ones included.
+    def add(
+        self,
+        key: Tensor,
+        value: Tensor,
+        slot_mapping: Tensor,
+        k_scale: Tensor,
+        v_scale: Tensor,
+        k_offset: Tensor | None = None,
+        v_offset: Tensor | None = None,
+    ) -> None:
+        """Counts tokens that are stored: elements with ``|x - offset| > scale * limit``, infinite ones too.
 
         Args:
             key: ``[num_tokens, num_kv_heads, head_size]``; rows beyond the slots are not counted.
             value: likewise.
             slot_mapping: ``[num_tokens]``; tokens with a negative slot are not counted.
-            k_scale: float32 of 1 or num_kv_heads elements.
+            k_scale: float32 of 1 or num_kv_heads elements, or ``[num_kv_heads, head_size]``.
             v_scale: likewise.
+            k_offset: float32 ``[num_kv_heads, head_size]``; None: 0.
+            v_offset: likewise.
         """
         num_tokens = slot_mapping.shape[0]
-        for index, (x, scale) in enumerate(((key, k_scale), (value, v_scale))):
+        given = ((key, k_scale, k_offset), (value, v_scale, v_offset))
+        for index, (x, scale, offset) in enumerate(given):
             x = x.detach()[:num_tokens]
-            if not self._is_within(x, scale):
-                self.counts[index].add_(_num_beyond(x, scale * self.limit, slot_mapping))
+            if offset is not None or not self._is_within(x, scale):
+                self.counts[index].add_(_num_beyond(x, scale * self.limit, offset, slot_mapping))
 
     def _is_within(self, x: Tensor, scale: Tensor) -> bool:
         """Whether nothing is beyond the range, as one operation tells on the CPU; False: unknown."""
@@ -85,13 +97,17 @@ class ClipCounter:
         return Clipped(*self.counts.tolist())
 
 
-def _num_beyond(x: Tensor, bound: Tensor, slot_mapping: Tensor) -> Tensor:
-    """How many elements of stored tokens are beyond the bound of their head."""
+def _num_beyond(x: Tensor, bound: Tensor, offset: Tensor | None, slot_mapping: Tensor) -> Tensor:
+    """How many elements of stored tokens are beyond the bound of their head or channel."""
+    bound = bound if bound.shape == x.shape[1:] else bound.reshape(-1, 1)
     stored = (slot_mapping >= 0).view(-1, 1, 1)
     # Not in compiled code: it is fused, so that it needs no such memory, and its sizes are symbols.
     rows = len(x) if torch.compiler.is_compiling() else _CHUNK // max(1, x[:1].numel())
     parts = zip(torch.split(x, max(1, rows)), torch.split(stored, max(1, rows)), strict=True)
-    counts = [((part.abs() > bound.view(1, -1, 1)) & kept).sum() for part, kept in parts]
+    counts = [
+        (((part if offset is None else part.float() - offset).abs() > bound) & kept).sum()
+        for part, kept in parts
+    ]
     return torch.stack(counts).sum()
 
 

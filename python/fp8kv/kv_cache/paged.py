@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional
 from torch import Tensor
 
-from fp8kv._checks import LAYOUTS, check_choice, check_scale_values, quoted
-from fp8kv._dtypes import CACHE_DTYPES, CACHE_NAMES, FORMATS, dtype_name
+from fp8kv._checks import LAYOUTS, check_choice, check_offset_values, check_scale_values, placed, quoted
+from fp8kv._dtypes import CACHE_DTYPES, CACHE_NAMES, FORMATS, FP8_DTYPES, QUANTIZED_CACHE_NAMES, dtype_name
 from fp8kv.kv_cache import ops
 from fp8kv.kv_cache.attention import paged_attention
 from fp8kv.kv_cache.clipping import ClipCounter, Clipped, clipped_sentence
-from fp8kv.quantization import dequantize, quantize
 
 _INT32 = torch.iinfo(torch.int32)
 
@@ -28,12 +27,17 @@ class PagedKVCache:
         block_size: tokens of a block.
         num_kv_heads: heads of K, and of V.
         head_size: elements of a head.
-        dtype: "fp8" or "fp8_e4m3", "fp8_e5m2", "float16", "bfloat16", "float32", or the torch dtype.
+        dtype: "fp8" or "fp8_e4m3", "fp8_e5m2", "int8", "float16", "bfloat16", "float32", or the torch dtype.
         layout: "NHD" or "HND": whether the heads of a token, or the tokens of a head, lie together.
         device: None is PyTorch's default device.
         scales: None: 1.0, and what that clips is counted; see `clipped`. An object with ``.k`` and ``.v``:
-            floats, or tensors of 1 or num_kv_heads elements of any floating-point dtype; they are copied.
-            "dynamic": one scale for each token and head, which `append` computes. FP8 only.
+            floats, or tensors of any floating-point dtype, of 1 or num_kv_heads elements, or one for each
+            channel, ``[num_kv_heads, head_size]``; they are copied, as are its ``.k_offset`` and
+            ``.v_offset`` if it has them. "dynamic": one scale for each token and head, which `append`
+            computes. FP8 and int8 only.
+        k_offset: floating-point ``[num_kv_heads, head_size]``, which is subtracted from K before it is
+            quantized, and added again when it is read; None: that of `scales`, or 0.
+        v_offset: likewise, of V.
 
     Attributes:
         storage: the one tensor of K and V, 0 at first: NHD
@@ -41,9 +45,11 @@ class PagedKVCache:
             ``[num_blocks, 2, num_kv_heads, block_size, head_size]``. A block is contiguous in memory.
         key_cache: the view ``[num_blocks, block_size, num_kv_heads, head_size]`` of it.
         value_cache: likewise.
-        k_scale: float32 ``[1]`` or ``[num_kv_heads]``; of a dynamic cache
+        k_scale: float32 ``[1]``, ``[num_kv_heads]`` or ``[num_kv_heads, head_size]``; of a dynamic cache
             ``[num_blocks, block_size, num_kv_heads]``.
         v_scale: likewise.
+        k_offset: float32 ``[num_kv_heads, head_size]``; None: 0.
+        v_offset: likewise.
         kv_cache_dtype: the string for the operators.
         dtype: the dtype of `storage`.
         dynamic: whether there is a scale for each token and head.
@@ -52,7 +58,8 @@ class PagedKVCache:
         num_blocks, block_size, num_kv_heads, head_size, layout, device: as above.
 
     Raises:
-        ValueError: an argument can't be used, or a scale is not finite or not above 0.
+        ValueError: an argument can't be used, a scale is not finite or not above 0, an offset is not finite,
+            or the scales were made for a format of larger values than `dtype`.
 
     Example:
         >>> import torch, fp8kv
@@ -80,6 +87,8 @@ class PagedKVCache:
         layout: str = "NHD",
         device: torch.device | str | int | None = None,
         scales: Any = None,
+        k_offset: Tensor | None = None,
+        v_offset: Tensor | None = None,
     ) -> None:
         sizes = {"block_size": block_size, "num_kv_heads": num_kv_heads, "head_size": head_size}
         for name, size, least in (("num_blocks", num_blocks, 0), *((*item, 1) for item in sizes.items())):
@@ -92,6 +101,10 @@ class PagedKVCache:
         self.kv_cache_dtype, self.dtype = _cache_dtype(dtype)
         self.dynamic = isinstance(scales, str) and scales == "dynamic"
         given = self._checked_scales(scales)
+        offsets = [
+            self._checked_offset(name, offset, getattr(scales, name, None))
+            for name, offset in (("k_offset", k_offset), ("v_offset", v_offset))
+        ]
 
         inner = (block_size, num_kv_heads) if layout == "NHD" else (num_kv_heads, block_size)
         device = torch.get_default_device() if device is None else device
@@ -104,6 +117,9 @@ class PagedKVCache:
             else scale.to(self.device, copy=True)
             for scale in given
         )
+        self.k_offset, self.v_offset = (
+            None if offset is None else offset.to(self.device, copy=True) for offset in offsets
+        )
         counts = scales is None and self.dtype in FORMATS
         self.clip_counter = ClipCounter(FORMATS[self.dtype].max, self.device) if counts else None
 
@@ -113,7 +129,8 @@ class PagedKVCache:
             return self._checked_scale("scales.k", 1.0), self._checked_scale("scales.v", 1.0)
         if self.dtype not in FORMATS:
             raise ValueError(
-                f"PagedKVCache: scales must be None with dtype {self.kv_cache_dtype!r}, as only FP8 uses them"
+                f"PagedKVCache: scales must be None with dtype {self.kv_cache_dtype!r}, as only FP8 and int8 "
+                "use them"
             )
         if self.dynamic:
             return None, None
@@ -121,35 +138,80 @@ class PagedKVCache:
             raise ValueError(
                 f'PagedKVCache: scales must be None, "dynamic" or have .k and .v, got {scales!r}'
             )
+        check_format("PagedKVCache", self.kv_cache_dtype, getattr(scales, "dtype", None))
         return self._checked_scale("scales.k", scales.k), self._checked_scale("scales.v", scales.v)
 
     def _checked_scale(self, name: str, scale: Any) -> Tensor:
         if isinstance(scale, (int, float)):
             scale = torch.tensor(scale, dtype=torch.float64, device="cpu")
         if not (isinstance(scale, Tensor) and scale.is_floating_point()):
-            kind = dtype_name(scale.dtype) if isinstance(scale, Tensor) else type(scale).__name__
-            raise ValueError(f"PagedKVCache: {name} must be a float or a floating-point tensor, got {kind}")
-        if scale.numel() not in (1, self.num_kv_heads):
             raise ValueError(
-                f"PagedKVCache: {name} must have 1 or num_kv_heads={self.num_kv_heads} elements, "
-                f"got shape {list(scale.shape)}"
+                f"PagedKVCache: {name} must be a float or a floating-point tensor, got {_kind(scale)}"
             )
-        host = scale.detach().to("cpu", torch.float32, copy=True).reshape(-1)
+        if not self._is_scale_shape(scale):
+            raise ValueError(
+                f"PagedKVCache: {name} must have {self._shapes()}, got shape {list(scale.shape)}"
+            )
+        host = scale.detach().to("cpu", torch.float32, copy=True)
+        host = host.reshape(-1) if host.numel() in (1, self.num_kv_heads) else host
         check_scale_values(f"PagedKVCache: {name}", host)
         return host
 
-    def use_scales(self, k_scale: Tensor, v_scale: Tensor) -> None:
+    def _is_scale_shape(self, scale: Tensor) -> bool:
+        return scale.numel() in (1, self.num_kv_heads) or scale.shape == self._channels
+
+    def _shapes(self) -> str:
+        heads, channels = f"num_kv_heads={self.num_kv_heads}", list(self._channels)
+        return f"1 or {heads} elements, or the shape [num_kv_heads, head_size]={channels}"
+
+    @property
+    def _channels(self) -> tuple[int, int]:
+        return self.num_kv_heads, self.head_size
+
+    def _checked_offset(self, name: str, given: Any, of_scales: Any) -> Tensor | None:
+        """On the host."""
+        if given is not None and of_scales is not None:
+            raise ValueError(f"PagedKVCache: {name} must be None, as scales have one, got both")
+        name, offset = (name, given) if of_scales is None else (f"scales.{name}", of_scales)
+        if offset is None:
+            return None
+        if self.dtype not in FORMATS:
+            raise ValueError(
+                f"PagedKVCache: {name} must be None with dtype {self.kv_cache_dtype!r}, as only FP8 and int8 "
+                "use offsets"
+            )
+        if not (isinstance(offset, Tensor) and offset.is_floating_point()):
+            raise ValueError(f"PagedKVCache: {name} must be a floating-point tensor, got {_kind(offset)}")
+        if offset.shape != self._channels:
+            raise ValueError(
+                f"PagedKVCache: {name} must have the shape [num_kv_heads, head_size]="
+                f"{list(self._channels)}, got {list(offset.shape)}"
+            )
+        host = offset.detach().to("cpu", torch.float32, copy=True)
+        check_offset_values(f"PagedKVCache: {name}", host)
+        return host
+
+    def use_scales(
+        self,
+        k_scale: Tensor,
+        v_scale: Tensor,
+        k_offset: Tensor | None = None,
+        v_offset: Tensor | None = None,
+    ) -> None:
         """Uses these tensors as scales without a copy: later changes in place apply.
 
         What is in the cache is not touched; it means something else if the values differ. A cache that was
         given no scales counts no longer what it clips.
 
         Args:
-            k_scale: float32 of 1 or num_kv_heads elements, on the device of the cache.
+            k_scale: float32 of 1 or num_kv_heads elements, or ``[num_kv_heads, head_size]``, on the device of
+                the cache.
             v_scale: likewise.
+            k_offset: float32 ``[num_kv_heads, head_size]``, on this device; None: that of the cache stays.
+            v_offset: likewise.
 
         Raises:
-            ValueError: the cache is dynamic or not FP8, or a tensor doesn't fit.
+            ValueError: the cache is dynamic or not quantized, or a tensor doesn't fit.
 
         Example:
             >>> import torch, fp8kv
@@ -164,15 +226,22 @@ class PagedKVCache:
             what = "scales of its own" if self.dynamic else f"dtype {self.kv_cache_dtype!r} and no scales"
             raise ValueError(f"PagedKVCache.use_scales: the cache must take given scales, but has {what}")
         for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-            fits = scale.dtype == torch.float32 and scale.numel() in (1, self.num_kv_heads)
-            if not fits or scale.device != self.device:
-                raise ValueError(
-                    f"PagedKVCache.use_scales: {name} must be float32 with 1 or "
-                    f"num_kv_heads={self.num_kv_heads} elements on {self.device}, "
-                    f"got {dtype_name(scale.dtype)} of shape {list(scale.shape)} on {scale.device}"
-                )
+            self._check_in_use(name, scale, self._is_scale_shape(scale), f"with {self._shapes()}")
+        for name, offset in (("k_offset", k_offset), ("v_offset", v_offset)):
+            if offset is not None:
+                fits = offset.shape == self._channels
+                self._check_in_use(name, offset, fits, f"of shape {list(self._channels)}")
         self.k_scale, self.v_scale = k_scale, v_scale
+        self.k_offset = self.k_offset if k_offset is None else k_offset
+        self.v_offset = self.v_offset if v_offset is None else v_offset
         self.clip_counter = None
+
+    def _check_in_use(self, name: str, x: Tensor, fits: bool, expected: str) -> None:
+        if not fits or x.dtype != torch.float32 or x.device != self.device:
+            raise ValueError(
+                f"PagedKVCache.use_scales: {name} must be float32 {expected} on {self.device}, "
+                f"got {dtype_name(x.dtype)} of shape {list(x.shape)} on {x.device}"
+            )
 
     def append(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         """Stores tokens at their slots.
@@ -197,15 +266,17 @@ class PagedKVCache:
         if self.dynamic:
             ops.append_dynamic(
                 key, value, key_cache, value_cache, self.k_scale, self.v_scale, slot_mapping,
-                self.kv_cache_dtype,
+                self.kv_cache_dtype, self.k_offset, self.v_offset,
             )  # fmt: skip
         else:
             ops.append(
                 key, value, key_cache, value_cache, slot_mapping, self.kv_cache_dtype, self.k_scale,
-                self.v_scale,
+                self.v_scale, self.k_offset, self.v_offset,
             )  # fmt: skip
         if self.clip_counter is not None:
-            self.clip_counter.add(key, value, slot_mapping, self.k_scale, self.v_scale)
+            self.clip_counter.add(
+                key, value, slot_mapping, self.k_scale, self.v_scale, self.k_offset, self.v_offset
+            )
             # Looking at the count of a GPU would make every step wait, and traced tensors have no values.
             on_host = self.device.type == "cpu" and type(self.clip_counter.counts) is Tensor
             if on_host and not torch.compiler.is_compiling():
@@ -214,13 +285,13 @@ class PagedKVCache:
     def clipped(self) -> Clipped | None:
         """How many elements `append` has clipped in a cache that was given no scales.
 
-        Such a cache has the scale 1.0, which clips what is beyond 448, or 57344 in E5M2: silently, and at the
-        cost of the model's answers. It counts on the device, in CUDA graphs and compiled code too. A warning
-        tells once that something was clipped: on the CPU when it happens, else when this method is called,
-        which waits for the device.
+        Such a cache has the scale 1.0, which clips what is beyond 448, 57344 in E5M2 or 127 in int8:
+        silently, and at the cost of the model's answers. It counts on the device, in CUDA graphs and compiled
+        code too. A warning tells once that something was clipped: on the CPU when it happens, else when this
+        method is called, which waits for the device.
 
         Returns:
-            The numbers for K and V; None if the cache was given scales, computes them or is not FP8, as
+            The numbers for K and V; None if the cache was given scales, computes them or is not quantized, as
             nothing is counted then.
 
         Example:
@@ -342,7 +413,7 @@ class PagedKVCache:
             sliding_window: how many positions a query sees, its own included; None: all.
             softcap: bound of the logits; 0: none.
             sinks: ``[num_heads]``, a logit without a value for each head.
-            k_offset: ``[num_kv_heads, head_size]``, added to K.
+            k_offset: ``[num_kv_heads, head_size]``, added to K; None: that of the cache.
             v_offset: likewise, to V.
             lse: ``[num_tokens, num_heads]``, written.
             num_splits: parts of the keys; 0: as many as are best.
@@ -376,8 +447,10 @@ class PagedKVCache:
             k_scale=self.k_scale, v_scale=self.v_scale, softmax_scale=softmax_scale,
             cu_query_lens=indices("cu_query_lens", cu_query_lens), max_query_len=max_query_len,
             max_seq_len=max_seq_len, q_scale=q_scale, seq_starts=indices("seq_starts", seq_starts),
-            sliding_window=sliding_window, softcap=softcap, sinks=sinks, k_offset=k_offset,
-            v_offset=v_offset, lse=lse, num_splits=num_splits, out=out, workspace=workspace,
+            sliding_window=sliding_window, softcap=softcap, sinks=sinks,
+            k_offset=self.k_offset if k_offset is None else k_offset,
+            v_offset=self.v_offset if v_offset is None else v_offset,
+            lse=lse, num_splits=num_splits, out=out, workspace=workspace,
         )  # fmt: skip
 
     def _caches(self) -> tuple[Tensor, Tensor]:
@@ -449,19 +522,33 @@ class PagedKVCache:
                 raise ValueError(
                     f"PagedKVCache.copy_blocks: source must have {name}={ours} as this cache, got {theirs}"
                 )
-        if self.dynamic or self.dtype not in FORMATS:
+        if self.dtype not in FORMATS:
             return
-        for name in ("k_scale", "v_scale"):
+        for name in ("k_offset", "v_offset", *(() if self.dynamic else ("k_scale", "v_scale"))):
             ours, theirs = getattr(self, name), getattr(source, name)
             # As they are now on their devices: a copy on the host would not see changes in place.
-            if ours is not theirs and not torch.equal(self._of_heads(ours), self._of_heads(theirs)):
+            if ours is theirs:
+                continue
+            differ = self._of_channels(ours) != self._of_channels(theirs)
+            if differ.any():
                 raise ValueError(
                     f"PagedKVCache.copy_blocks: source must have the {name} of this cache, "
-                    f"{ours.flatten().tolist()}, got {theirs.flatten().tolist()}"
+                    f"{self._compared(differ, ours)}, got {self._compared(differ, theirs)}"
                 )
 
-    def _of_heads(self, scale: Tensor) -> Tensor:
-        return scale.flatten().expand(self.num_kv_heads).to(self.device)
+    def _of_channels(self, x: Tensor | None) -> Tensor:
+        """A scale or an offset for each channel."""
+        if x is None:
+            return torch.zeros(self._channels, dtype=torch.float32, device=self.device)
+        x = x if x.shape == self._channels else x.reshape(-1, 1)
+        return x.expand(self._channels).to(self.device)
+
+    def _compared(self, differ: Tensor, x: Tensor | None) -> str:
+        """What a sentence says of a scale or an offset: all of few elements, else the first that differs."""
+        if x is not None and x.numel() <= self.num_kv_heads:
+            return str(x.flatten().tolist())
+        place = tuple(differ.nonzero()[0].tolist())
+        return f"{self._of_channels(x)[place].item()} for {placed(place)}"
 
     def _checked_mapping(
         self, block_mapping: Sequence[tuple[int, int]] | Tensor, source: PagedKVCache
@@ -502,7 +589,8 @@ class PagedKVCache:
             float32 ``[num_seqs, num_kv_heads]`` for K and V: views, nothing is copied.
 
         Raises:
-            ValueError: the cache is dynamic; FlashAttention-3 takes no scales of single tokens.
+            ValueError: FlashAttention-3 can't read the cache: it is dynamic, has scales for each channel, or
+                is int8. Offsets are left to the caller.
 
         Example:
             >>> import fp8kv
@@ -510,12 +598,23 @@ class PagedKVCache:
             >>> k_descale.shape, k_descale.stride()
             (torch.Size([3, 2]), (0, 0))
         """
-        if self.dynamic:
+        if self.dynamic or self._per_channel:
+            kind = "dynamic=True" if self.dynamic else "one for each channel"
             raise ValueError(
-                "PagedKVCache.descales: the cache must have scales per tensor or per head, got dynamic=True"
+                f"PagedKVCache.descales: the cache must have scales per tensor or per head, got {kind}; "
+                "`attend` reads such a cache"
+            )
+        if self.dtype in FORMATS and self.dtype not in FP8_DTYPES:
+            raise ValueError(
+                f"PagedKVCache.descales: the cache must be FP8, as FlashAttention-3 reads no "
+                f"{self.kv_cache_dtype}; `attend` does"
             )
         shape = (num_seqs, self.num_kv_heads)
         return self.k_scale.expand(shape), self.v_scale.expand(shape)
+
+    @property
+    def _per_channel(self) -> bool:
+        return max(self.k_scale.numel(), self.v_scale.numel()) > self.num_kv_heads
 
     @property
     def nbytes(self) -> int:
@@ -529,22 +628,24 @@ class PagedKVCache:
         return self.storage.nbytes + (self.k_scale.nbytes + self.v_scale.nbytes if self.dynamic else 0)
 
     def __repr__(self) -> str:
-        per_head = self.k_scale.numel() > 1 or self.v_scale.numel() > 1
-        scales = (
-            "dynamic"
-            if self.dynamic
-            else "per head"
-            if per_head
-            else "per tensor"
-            if self.dtype in FORMATS
-            else None
-        )
+        scales = self._kind_of_scales()
+        if self.k_offset is not None or self.v_offset is not None:
+            scales = f"{scales} with offsets"
         return (
             f"PagedKVCache(num_blocks={self.num_blocks}, block_size={self.block_size}, "
             f"num_kv_heads={self.num_kv_heads}, head_size={self.head_size}, dtype={self.kv_cache_dtype!r}, "
             f"layout={self.layout!r}, scales={scales!r}, device='{self.device}', "
             f"{self.nbytes / 2**20:.4g} MiB)"
         )
+
+    def _kind_of_scales(self) -> str | None:
+        if self.dtype not in FORMATS:
+            return None
+        if self.dynamic:
+            return "dynamic"
+        if self._per_channel:
+            return "per channel"
+        return "per head" if max(self.k_scale.numel(), self.v_scale.numel()) > 1 else "per tensor"
 
 
 def gather_rows(
@@ -558,15 +659,15 @@ def gather_rows(
     """`PagedKVCache.gather` with the arguments of `gather_and_dequant_cache`, which are not converted."""
     ops.gather(
         *cache._caches(), key, value, block_table, cu_seq_lens, cache.kv_cache_dtype, cache.k_scale,
-        cache.v_scale, seq_starts,
+        cache.v_scale, seq_starts, cache.k_offset, cache.v_offset,
     )  # fmt: skip
 
 
 def as_stored(cache: PagedKVCache, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """What an FP8 cache would give back of tokens, of those too that it has no room for.
+    """What a quantized cache would give back of tokens, of those too that it has no room for.
 
     Args:
-        cache: whose scales and dtype count.
+        cache: whose scales, offsets and dtype count.
         key: float32, float16 or bfloat16 ``[num_seqs, num_kv_heads, num_tokens, head_size]``.
         value: likewise.
 
@@ -578,13 +679,47 @@ def as_stored(cache: PagedKVCache, key: Tensor, value: Tensor) -> tuple[Tensor, 
         >>> key.unique().tolist()
         [0.3125]
     """
-    group = (1, -1) if cache.dynamic else None
-    result = []
-    for x, own in ((key, cache.k_scale), (value, cache.v_scale)):
-        given = None if cache.dynamic else own.view(1, -1, 1, 1)
-        q, scale = quantize(x, given, group_shape=group, dtype=cache.dtype)
-        result.append(dequantize(q, scale, group_shape=group, dtype=x.dtype))
-    return result[0], result[1]
+    num_seqs, heads, num_tokens, head_size = key.shape
+    count = num_seqs * num_tokens
+    rows = [x.transpose(1, 2).flatten(0, 1) for x in (key, value)]
+    caches = torch.empty((2, 1, count, heads, head_size), dtype=cache.dtype, device=key.device)
+    slots, name = torch.arange(count, device=key.device), cache.kv_cache_dtype
+    offsets = cache.k_offset, cache.v_offset
+    scales = cache.k_scale, cache.v_scale
+    if cache.dynamic:
+        computed = torch.empty((2, 1, count, heads), dtype=torch.float32, device=key.device)
+        scales = computed[0], computed[1]
+        ops.append_dynamic(*rows, *caches, *scales, slots, name, *offsets)
+    else:
+        ops.append(*rows, *caches, slots, name, *scales, *offsets)
+    back = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in rows]
+    table = torch.zeros((1, 1), dtype=torch.int32, device=key.device)
+    sums = torch.arange(2, dtype=torch.int32, device=key.device) * count
+    ops.gather(*caches, *back, table, sums, name, *scales, None, *offsets)
+    k, v = (x.view(num_seqs, num_tokens, heads, head_size).transpose(1, 2) for x in back)
+    return k, v
+
+
+def check_format(caller: str, dtype: str, made_for: Any) -> None:
+    """A `ValueError` if a cache of this format clips what scales for another format keep.
+
+    Args:
+        caller: begins the sentence.
+        dtype: the format of the cache, a name of it.
+        made_for: that of the scales; anything else is not known.
+    """
+    if made_for not in QUANTIZED_CACHE_NAMES:
+        return
+    ours, theirs = FORMATS[CACHE_DTYPES[dtype]].max, FORMATS[CACHE_DTYPES[made_for]].max
+    if ours < theirs:
+        raise ValueError(
+            f"{caller}: scales must be for values up to {ours:g}, the largest of {quoted(dtype)}, "
+            f"got scales for {quoted(made_for)}, whose largest is {theirs:g}"
+        )
+
+
+def _kind(value: Any) -> str:
+    return dtype_name(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _cache_dtype(dtype: str | torch.dtype) -> tuple[str, torch.dtype]:

@@ -14,12 +14,15 @@ from fp8kv._checks import STRATEGIES, check_choice, listed
 from fp8kv._dtypes import CACHE_NAMES, FORMATS, FP8_DTYPES, REAL_DTYPES, dtype_name
 from fp8kv.checkpoint.scales import LayerScales
 from fp8kv.kv_cache import PagedKVCache, paged_attention, reshape_and_cache_flash, rope_quant_and_cache
+from fp8kv.kv_cache.paged import check_format
 from fp8kv.nn._loading import LayerShape, LayerState, name_below_owner, parse_relative_name
 from fp8kv.nn.statistics import Observations, Observed, observe_groups, reduced
 from fp8kv.quantization import scale_of_amax, static_scaled_fp8_quant
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+Offsets = tuple[Tensor | None, Tensor | None]
 
 #: The next fp32 value above the largest of each format. The quotient of amax and the scale from it can be
 #: this value by rounding alone, so only quotients above it count as clipped.
@@ -49,11 +52,13 @@ class AttentionScales(nn.Module):
         num_heads: heads of Q.
         num_kv_heads: heads of K, and of V.
         head_size: elements of a head.
-        strategy: "tensor" or "attn_head": one scale for all heads, or one per KV head. The query heads of a
-            KV head share a scale, as FlashAttention-3 requires.
+        strategy: "tensor", "attn_head" or "channel": one scale for all heads, one per KV head, or one for
+            each channel of K and V. The query heads of a KV head share a scale, as FlashAttention-3 requires.
         calculate_kv_scales: `quantize_query`, `update_cache` and `append_step` observe their inputs, until
             `freeze`.
-        dtype: float8_e4m3fn or float8_e5m2, of queries and cache.
+        dtype: float8_e4m3fn or float8_e5m2, of queries and cache; or int8, of the cache alone.
+        offsets: whether K and V have offsets, `k_offset` and `v_offset`, which are subtracted before they are
+            quantized or observed.
         first_kv_head: the index in the layer of this rank's first KV head, under tensor parallelism. With it,
             statistics of several ranks are merged head by head. None: ranks whose statistics are merged must
             have the same heads.
@@ -61,8 +66,10 @@ class AttentionScales(nn.Module):
 
     Attributes:
         q_scale: float32 ``[1]`` or ``[num_kv_heads]``, 1.0 at first.
-        k_scale: likewise.
+        k_scale: likewise; with "channel" ``[num_kv_heads, head_size]``.
         v_scale: likewise.
+        k_offset: float32 ``[num_kv_heads, head_size]``, 0 at first; None without offsets.
+        v_offset: likewise.
         q_amax, k_amax, v_amax: float32, the largest finite magnitudes observed; not in the state dict, as are
             the counts `q_clipped`, `k_clipped`, `v_clipped`, `q_observed`, `k_observed`, `v_observed`, int64.
         calculate_kv_scales: as above; `freeze` makes it False. It is a constant in compiled and captured
@@ -89,6 +96,8 @@ class AttentionScales(nn.Module):
     q_scale: Tensor
     k_scale: Tensor
     v_scale: Tensor
+    k_offset: Tensor | None
+    v_offset: Tensor | None
 
     def __init__(
         self,
@@ -99,6 +108,7 @@ class AttentionScales(nn.Module):
         strategy: str = "tensor",
         calculate_kv_scales: bool = False,
         dtype: torch.dtype = torch.float8_e4m3fn,
+        offsets: bool = False,
         first_kv_head: int | None = None,
         device: torch.device | str | int | None = None,
     ) -> None:
@@ -115,21 +125,28 @@ class AttentionScales(nn.Module):
         if first_kv_head is not None and first_kv_head < 0:
             raise ValueError(f"AttentionScales: first_kv_head must be at least 0, got {first_kv_head}")
         check_choice("AttentionScales: strategy", strategy, STRATEGIES)
-        if dtype not in FP8_DTYPES:
-            names = listed(map(dtype_name, FP8_DTYPES))
+        if dtype not in FORMATS:
+            names = listed(map(dtype_name, FORMATS))
             raise ValueError(f"AttentionScales: dtype must be {names}, got {dtype_name(dtype)}")
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
         self.strategy = strategy
         self.calculate_kv_scales = calculate_kv_scales
         self.dtype = dtype
         self.first_kv_head = first_kv_head
-        self._shape = LayerShape(num_heads, num_kv_heads, strategy)
-        count = self._shape.num_scales
+        self._shape = shape = LayerShape(num_heads, num_kv_heads, head_size, strategy)
+        count = shape.num_scales
+        shapes = {"q": (count,), "k": shape.of_scales, "v": shape.of_scales}
         for letter in "qkv":
-            self.register_buffer(f"{letter}_scale", torch.ones(count, dtype=torch.float32, device=device))
+            ones = torch.ones(shapes[letter], dtype=torch.float32, device=device)
+            self.register_buffer(f"{letter}_scale", ones)
+        for letter in "kv":
+            zeros = torch.zeros(shape.channels, dtype=torch.float32, device=device)
+            self.register_buffer(f"{letter}_offset", zeros if offsets else None)
         for letter in "qkv":
-            for kind, of in (("amax", torch.float32), ("clipped", torch.int64), ("observed", torch.int64)):
-                zeros = torch.zeros(count, dtype=of, device=device)
+            amax = torch.zeros(shapes[letter], dtype=torch.float32, device=device)
+            self.register_buffer(f"{letter}_amax", amax, persistent=False)
+            for kind in ("clipped", "observed"):
+                zeros = torch.zeros(count, dtype=torch.int64, device=device)
                 self.register_buffer(f"{letter}_{kind}", zeros, persistent=False)
 
     # Use
@@ -148,7 +165,8 @@ class AttentionScales(nn.Module):
             FP8, the shape of `query`.
 
         Raises:
-            ValueError: `query` or `out` has another shape, or `out` another dtype than this module.
+            ValueError: `query` or `out` has another shape, `out` has another dtype than this module, or that
+                is int8, beside which queries are not quantized.
             RuntimeError: as `fp8kv.quantize`.
 
         Example:
@@ -159,6 +177,11 @@ class AttentionScales(nn.Module):
             tensor([4.])
         """
         groups = self._grouped("quantize_query", "query", query, self.num_heads)
+        if self.dtype not in FP8_DTYPES:
+            raise ValueError(
+                f"AttentionScales.quantize_query: the module must be FP8, as queries beside {self._name} "
+                f"caches are not quantized, got dtype {dtype_name(self.dtype)}"
+            )
         if out is None:
             out = torch.empty(query.shape, dtype=self.dtype, device=query.device)
         elif out.shape != query.shape or out.dtype != self.dtype:
@@ -175,7 +198,7 @@ class AttentionScales(nn.Module):
     def update_cache(
         self, key: Tensor, value: Tensor, cache: PagedKVCache | tuple[Tensor, Tensor], slot_mapping: Tensor
     ) -> None:
-        """Stores tokens in a paged cache, quantized with `k_scale` and `v_scale`.
+        """Stores tokens in a paged cache, quantized with the scales and offsets of K and V.
 
         With `calculate_kv_scales`, tokens with a non-negative slot are observed too.
 
@@ -185,9 +208,10 @@ class AttentionScales(nn.Module):
                 slots; the others are ignored.
             value: likewise, of the dtype of `key`.
             cache: a `PagedKVCache`, whose `k_scale` and `v_scale` become the buffers of this module if it is
-                FP8, so that `gather` and `descales` use them; or K and V caches
-                ``[num_blocks, block_size, num_kv_heads, head_size]`` of this module's dtype or uint8. A cache
-                of a 16-bit type or float32 stores values directly, without scales.
+                quantized, so that `gather` and `descales` use them, as do its offsets if this module has
+                offsets; else its own are used. Or K and V caches
+                ``[num_blocks, block_size, num_kv_heads, head_size]`` of this module's dtype, or uint8 if that
+                is FP8. A cache of a 16-bit type or float32 stores values directly, without scales.
             slot_mapping: int32 or int64 ``[num_tokens]``; tokens with a negative slot are skipped.
 
         Raises:
@@ -206,14 +230,15 @@ class AttentionScales(nn.Module):
         keys = self._grouped("update_cache", "key", key, self.num_kv_heads)
         values = self._grouped("update_cache", "value", value, self.num_kv_heads)
         key_cache, value_cache, name = self._storage_of("update_cache", cache)
+        offsets = self._offsets(cache, name)
         reshape_and_cache_flash(
             keys.flatten(1, 2), values.flatten(1, 2), key_cache, value_cache, slot_mapping, name,
-            self.k_scale, self.v_scale,
+            self.k_scale, self.v_scale, *offsets,
         )  # fmt: skip
         self._take_over(cache, name)
         if self.calculate_kv_scales:
-            self._observe("k", keys, slot_mapping)
-            self._observe("v", values, slot_mapping)
+            for letter, x, offset in zip("kv", (keys, values), offsets, strict=True):
+                self._observe(letter, x, slot_mapping, offset)
 
     def append_step(
         self,
@@ -249,11 +274,12 @@ class AttentionScales(nn.Module):
             q_norm_weight: likewise.
             k_norm_weight: likewise.
             norm_eps: likewise.
-            out: receives the queries, ``[num_tokens, num_heads, head_size]`` or flat: of this module's dtype,
-                or, not quantized, of the dtype of `query`. None allocates the former.
+            out: receives the queries, ``[num_tokens, num_heads, head_size]`` or flat: of this module's dtype
+                if that is FP8, or, not quantized, of the dtype of `query`. None allocates the former, beside
+                int8 caches the latter.
 
         Returns:
-            The queries: `out`, or FP8 with the shape of `query` and a row for each slot.
+            The queries: `out`, or a tensor with the shape of `query` and a row for each slot.
 
         Raises:
             ValueError: as `update_cache`, or `query` or `out` has another shape.
@@ -280,13 +306,15 @@ class AttentionScales(nn.Module):
         key_cache, value_cache, name = self._storage_of("append_step", cache)
         if out is None:
             rows = slot_mapping.shape[:1]
-            out = torch.empty((*rows, *query.shape[1:]), dtype=self.dtype, device=query.device)
+            dtype = self.dtype if self.dtype in FP8_DTYPES else query.dtype
+            out = torch.empty((*rows, *query.shape[1:]), dtype=dtype, device=query.device)
         result = self._heads("append_step", "out", out, self.num_heads)
         rope = (positions, cos_sin_cache, is_neox)
+        offsets = self._offsets(cache, name)
         if not self.calculate_kv_scales:
             rope_quant_and_cache(
                 queries, keys, values, result, key_cache, value_cache, slot_mapping, name, self.q_scale,
-                self.k_scale, self.v_scale, *rope, q_norm_weight, k_norm_weight, norm_eps,
+                self.k_scale, self.v_scale, *rope, q_norm_weight, k_norm_weight, norm_eps, *offsets,
             )  # fmt: skip
             self._take_over(cache, name)
             return out
@@ -326,8 +354,6 @@ class AttentionScales(nn.Module):
         sliding_window: int | None = None,
         softcap: float = 0.0,
         sinks: Tensor | None = None,
-        k_offset: Tensor | None = None,
-        v_offset: Tensor | None = None,
         lse: Tensor | None = None,
         num_splits: int = 0,
         out: Tensor | None = None,
@@ -335,14 +361,15 @@ class AttentionScales(nn.Module):
     ) -> Tensor:
         """Attention of the queries of `append_step` to the cache, in one launch.
 
-        It is `fp8kv.paged_attention` with the scales of this module and the format of the cache. It reads
-        nothing on the host and allocates only the result and, on CUDA, the workspace if it is given neither.
+        It is `fp8kv.paged_attention` with the scales and offsets of this module and the format of the cache.
+        It reads nothing on the host and allocates only the result and, on CUDA, the workspace if it is given
+        neither.
 
         Args:
             query: the result of `append_step`, or queries of a real type, of shape
                 ``[num_tokens, num_heads, head_size]`` or ``[num_tokens, num_heads * head_size]``.
-            cache: as for `append_step`. A `PagedKVCache` is read with its own scales, which are this module's
-                scales once it has appended to the cache.
+            cache: as for `append_step`. A `PagedKVCache` is read with its own scales and offsets, which are
+                those of this module once it has appended to the cache.
             block_table: int32 ``[num_seqs, max_blocks]``, the blocks of each sequence.
             seq_lens: int32 ``[num_seqs]``, tokens of each sequence, including this step.
             softmax_scale: as for `fp8kv.paged_attention`, like the following arguments.
@@ -353,8 +380,6 @@ class AttentionScales(nn.Module):
             sliding_window: likewise.
             softcap: likewise.
             sinks: likewise.
-            k_offset: likewise.
-            v_offset: likewise.
             lse: likewise.
             num_splits: likewise.
             out: receives the result, of a real type, in one of the shapes of `query`. None: a new tensor with
@@ -386,6 +411,7 @@ class AttentionScales(nn.Module):
             dtype = query.dtype if query.dtype in REAL_DTYPES else torch.bfloat16
             out = torch.empty(query.shape, dtype=dtype, device=query.device)
         scales = cache if isinstance(cache, PagedKVCache) else self
+        k_offset, v_offset = (None, None) if name == "auto" else (scales.k_offset, scales.v_offset)
         paged_attention(
             queries, key_cache, value_cache, block_table, seq_lens, kv_cache_dtype=name,
             k_scale=scales.k_scale, v_scale=scales.v_scale, softmax_scale=softmax_scale,
@@ -404,7 +430,12 @@ class AttentionScales(nn.Module):
             num_seqs: sequences of the batch.
 
         Returns:
-            float32 ``[num_seqs, num_kv_heads]`` for Q, K and V, as views, without a copy.
+            float32 ``[num_seqs, num_kv_heads]`` for Q, K and V, as views, without a copy. Offsets are left to
+            the caller.
+
+        Raises:
+            ValueError: FlashAttention-3 can't read the cache: the scales are those of channels, or it is
+                int8.
 
         Example:
             >>> import fp8kv
@@ -412,6 +443,12 @@ class AttentionScales(nn.Module):
             >>> k_descale.shape, k_descale.stride()
             (torch.Size([3, 2]), (0, 0))
         """
+        if self.strategy == "channel" or self.dtype not in FP8_DTYPES:
+            kind = 'strategy "channel"' if self.strategy == "channel" else f"dtype {dtype_name(self.dtype)}"
+            raise ValueError(
+                "AttentionScales.descales: the module must be FP8 with scales per tensor or per head, as "
+                f"FlashAttention-3 reads no others, got {kind}; `attend_step` reads such a cache"
+            )
         shape = (num_seqs, self.num_kv_heads)
         return self.q_scale.expand(shape), self.k_scale.expand(shape), self.v_scale.expand(shape)
 
@@ -458,7 +495,7 @@ class AttentionScales(nn.Module):
             groups["q"] = self._grouped("observe", "query", query, self.num_heads)
         self._check_observed(groups, slot_mapping)
         for letter, x in groups.items():
-            self._observe(letter, x, slot_mapping)
+            self._observe(letter, x, slot_mapping, getattr(self, f"{letter}_offset", None))
 
     def discard_observations(self) -> None:
         """Discards all observations, for example after a warm-up. In place, without synchronization.
@@ -496,21 +533,32 @@ class AttentionScales(nn.Module):
             >>> scales.observations().k
             Observed(amax=(3.0, 5.0), clipped=(0, 0), observed=(64, 64))
         """
-        amax = torch.stack([self._buffer(letter, "amax") for letter in "qkv"])
+        return self._merged(group)[1]
+
+    def _merged(self, group: ProcessGroup | None) -> tuple[dict[str, Tensor], Observations]:
+        """The largest magnitudes of all ranks, in the shapes of the scales, on the host; and the report."""
+        buffers = {letter: self._buffer(letter, "amax") for letter in "qkv"}
+        width = self.head_size if self._shape.per_channel else 1
+        rows = [x.view(len(x), -1).expand(-1, width) for x in buffers.values()]
         counts = torch.stack(
             [self._buffer(letter, kind) for kind in ("clipped", "observed") for letter in "qkv"]
         )
-        first = self.first_kv_head if self.strategy == "attn_head" else None
-        amax, counts = reduced(amax, counts, group, first)
+        first = self.first_kv_head if self._shape.per_head else None
+        amax, counts = reduced(torch.stack(rows), counts, group, first)
         clipped, observed = counts.chunk(2)
-        rows = zip(amax.tolist(), clipped.tolist(), observed.tolist(), strict=True)
-        return Observations(*(Observed(*map(tuple, row)) for row in rows))
+        seen = zip(amax.amax(-1).tolist(), clipped.tolist(), observed.tolist(), strict=True)
+        by_letter = {
+            letter: x[:, : own[0].numel()].view(own.shape)
+            for (letter, own), x in zip(buffers.items(), amax, strict=True)
+        }
+        return by_letter, Observations(*(Observed(*map(tuple, row)) for row in seen))
 
     def freeze(self, group: ProcessGroup | None = None, margin: float = 1.0) -> Observations:
         """Sets the scales to ``max(amax * margin / max, 1 / (max * 512))`` and discards the observations.
 
-        From then on, `observe` counts what the new scales clip. `q_scale` is unchanged if no query was
-        observed. `calculate_kv_scales` becomes False. It synchronizes.
+        amax is that of K and V less their offsets, which stay as they are. From then on, `observe` counts
+        what the new scales clip. `q_scale` is unchanged if no query was observed. `calculate_kv_scales`
+        becomes False. It synchronizes.
 
         Args:
             group: all its ranks must call; the largest magnitudes of all become the same scales everywhere.
@@ -538,7 +586,7 @@ class AttentionScales(nn.Module):
         """
         if not 0 < margin < float("inf"):
             raise ValueError(f"AttentionScales.freeze: margin must be finite and above 0, got {margin}")
-        seen = self.observations(group)
+        largest, seen = self._merged(group)
         if not (sum(seen.k.observed) and sum(seen.v.observed)):
             raise RuntimeError(
                 "AttentionScales.freeze: keys and values must have been observed, got none; call observe, or "
@@ -546,9 +594,7 @@ class AttentionScales(nn.Module):
             )
         for letter, observed in (("q", seen.q), ("k", seen.k), ("v", seen.v)):
             if sum(observed.observed):
-                amax = (torch.tensor(observed.amax, device="cpu") * margin).clamp(
-                    max=torch.finfo(torch.float32).max
-                )
+                amax = (largest[letter] * margin).clamp(max=torch.finfo(torch.float32).max)
                 self._buffer(letter, "scale").copy_(scale_of_amax(amax, self.dtype))
         self.discard_observations()
         self.calculate_kv_scales = False
@@ -561,11 +607,12 @@ class AttentionScales(nn.Module):
 
         Args:
             scales: of this rank, on any device. Without `q`, `q_scale` is unchanged, and `quantize_query`
-                still quantizes; don't call it if queries should stay unquantized.
+                still quantizes; don't call it if queries should stay unquantized. A missing offset is 0.
 
         Raises:
-            ValueError: `k` or `v` is missing, or a scale is not finite, not above 0 or not of the right
-                number. Nothing is changed then.
+            ValueError: `k` or `v` is missing; a scale is not finite, not above 0 or not of the right number;
+                an offset is not finite, or this module has no offsets; or the scales are for a format of
+                larger values than this module's. Nothing is changed then.
 
         Example:
             >>> import torch, fp8kv
@@ -583,11 +630,19 @@ class AttentionScales(nn.Module):
             for letter, scale in given.items()
             if letter != "q" or scale is not None
         }
+        check_format("AttentionScales.load_scales", self._name, scales.dtype)
+        offsets = {}
+        for letter, offset in (("k", scales.k_offset), ("v", scales.v_offset)):
+            if offset is not None:
+                name = f"AttentionScales.load_scales: scales.{letter}_offset"
+                if self.k_offset is None:
+                    raise ValueError(f"{name} must be None without offsets=True, got an offset")
+                offsets[letter] = self._shape.fit_offset(name, offset)
         if self.k_scale.is_meta:
             raise ValueError(
                 "AttentionScales.load_scales: the module must be on a real device, got the meta device"
             )
-        self._copy(fitting)
+        self._copy(fitting, offsets)
 
     @staticmethod
     def accept_foreign_names(model: nn.Module) -> RemovableHandle:
@@ -631,7 +686,7 @@ class AttentionScales(nn.Module):
         """Replaces PyTorch's, which requires exact names and shapes and may replace the buffers."""
         for hook in self._load_state_dict_pre_hooks.values():
             hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        state = LayerState(state_dict, prefix, self._shape)
+        state = LayerState(state_dict, prefix, self._shape, self.k_offset is not None)
         if strict:
             unexpected_keys.extend(state.unknown)
         if state.errors:
@@ -648,11 +703,15 @@ class AttentionScales(nn.Module):
                 return
             device = next(x.device for key, x in state_dict.items() if key.startswith(prefix))
             self._apply(lambda buffer: torch.empty_like(buffer, device=device))
-        self._copy(state.scales)
+        self._copy(state.scales, state.offsets)
 
-    def _copy(self, scales: Mapping[str, Tensor]) -> None:
+    def _copy(self, scales: Mapping[str, Tensor], offsets: Mapping[str, Tensor]) -> None:
         for letter, scale in scales.items():
             self._buffer(letter, "scale").copy_(scale)
+        if self.k_offset is not None:
+            for letter in scales.keys() & {"k", "v"} | offsets.keys():
+                offset = self._buffer(letter, "offset")
+                offset.copy_(offsets[letter]) if letter in offsets else offset.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AttentionScales:
         """Moves the buffers, but keeps their dtypes: ``model.half()`` must not round scales."""
@@ -666,6 +725,9 @@ class AttentionScales(nn.Module):
         if not had_values and not self.k_scale.is_meta:
             for letter in "qkv":
                 self._buffer(letter, "scale").fill_(1.0)
+            for offset in (self.k_offset, self.v_offset):
+                if offset is not None:
+                    offset.zero_()
             self.discard_observations()
         return self
 
@@ -676,13 +738,29 @@ class AttentionScales(nn.Module):
         assert isinstance(buffer, Tensor)
         return buffer
 
-    def _observe(self, letter: str, groups: Tensor, slot_mapping: Tensor | None) -> None:
+    def _observe(
+        self, letter: str, groups: Tensor, slot_mapping: Tensor | None, offset: Tensor | None = None
+    ) -> None:
         observe_groups(
             groups if slot_mapping is None else groups[: slot_mapping.shape[0]],
             *(self._buffer(letter, kind) for kind in ("scale", "amax", "clipped", "observed")),
             _LIMITS[self.dtype],
             slot_mapping,
+            offset,
         )
+
+    @property
+    def _name(self) -> str:
+        """The operators' name of the format."""
+        return CACHE_NAMES[self.dtype]
+
+    def _offsets(self, cache: PagedKVCache | tuple[Tensor, Tensor], name: str) -> Offsets:
+        """Those of K and V in this step: of this module, or else of the cache."""
+        if name == "auto":
+            return None, None
+        if isinstance(cache, PagedKVCache) and self.k_offset is None:
+            return cache.k_offset, cache.v_offset
+        return self.k_offset, self.v_offset
 
     def _storage_of(
         self, method: str, cache: PagedKVCache | tuple[Tensor, Tensor]
@@ -695,13 +773,15 @@ class AttentionScales(nn.Module):
                     "PagedKVCache, which computes its own"
                 )
             cache = cache._caches()
-        return *cache, "auto" if cache[0].dtype in REAL_DTYPES else CACHE_NAMES[self.dtype]
+        return *cache, "auto" if cache[0].dtype in REAL_DTYPES else self._name
 
     def _take_over(self, cache: PagedKVCache | tuple[Tensor, Tensor], name: str) -> None:
         if not isinstance(cache, PagedKVCache) or name == "auto":
             return
-        if cache.k_scale is not self.k_scale or cache.v_scale is not self.v_scale:
-            cache.use_scales(self.k_scale, self.v_scale)
+        ours = (self.k_scale, self.v_scale, self.k_offset, self.v_offset)
+        theirs = (cache.k_scale, cache.v_scale, cache.k_offset, cache.v_offset)
+        if any(own is not None and own is not x for own, x in zip(ours, theirs, strict=True)):
+            cache.use_scales(*ours)
 
     def _heads(self, method: str, name: str, x: Tensor, num_heads: int) -> Tensor:
         """The view ``[num_tokens, num_heads, head_size]``."""
@@ -753,7 +833,8 @@ class AttentionScales(nn.Module):
         return (
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_size={self.head_size}, "
             f"strategy={self.strategy!r}, dtype={dtype_name(self.dtype)}, "
-            f"calculate_kv_scales={self.calculate_kv_scales}{first}"
+            f"calculate_kv_scales={self.calculate_kv_scales}{', offsets=True' * (self.k_offset is not None)}"
+            f"{first}"
         )
 
 

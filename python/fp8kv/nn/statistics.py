@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fp8kv._checks import listed
-from fp8kv.quantization import raise_head_amax
+from fp8kv.group_shape import GroupShape
+from fp8kv.quantization import group_amax, raise_head_amax
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -21,10 +22,10 @@ _CHUNK = 1 << 21
 
 @dataclass(frozen=True)
 class Observed:
-    """Observations of one of Q, K and V, per tensor or per KV head.
+    """Observations of one of Q, K and V, per tensor or per KV head, also where each channel has a scale.
 
     Attributes:
-        amax: the largest finite magnitude; 0 if there was none.
+        amax: the largest finite magnitude, after offsets are subtracted; 0 if there was none.
         clipped: number of elements beyond the range of the current scale, infinite ones included.
         observed: number of elements.
     """
@@ -107,24 +108,27 @@ def _observe_groups(
     observed: Tensor,
     limit: float,
     slots: Tensor | None,
+    offset: Tensor | None,
 ) -> None:
     """Adds the elements of `x` to the statistics, in place on the device, without synchronization.
 
     Args:
         x: float32, float16 or bfloat16 ``[num_tokens, num_scales, heads of a scale, head_size]``, any
             strides.
-        scale: float32 ``[num_scales]``, the current ones.
-        amax: likewise; raised to the largest finite magnitude of each group.
+        scale: float32 ``[num_scales]``, the current ones, or ``[num_scales, head_size]``.
+        amax: likewise; raised to the largest finite magnitude of each group or channel.
         clipped: int64 ``[num_scales]``; grows by the elements with ``|x / scale| > limit``.
         observed: int64 ``[num_scales]``; grows by the elements seen.
         limit: the largest quotient that is not clipped.
         slots: as many as tokens; those with a negative slot are not observed. None: all are.
+        offset: float32 ``[num_kv_heads, head_size]``, subtracted first. None: 0.
     """
     num_tokens, num_scales, *rest = x.shape
     if x.numel() == 0:
         return
     size = math.prod(rest)
-    divisor = scale.view(1, num_scales, 1, 1)
+    divisor = scale.view(num_scales, 1, -1)
+    shift = None if offset is None else offset.view(x.shape[1:])
     rows = max(1, _CHUNK // (num_scales * size))
     for start in range(0, num_tokens, rows):
         part = x[start : start + rows]
@@ -133,16 +137,25 @@ def _observe_groups(
             padding = slots[start : start + rows] < 0
             seen = padding.logical_not().sum()
             part = part.masked_fill(padding.view(-1, 1, 1, 1), math.nan)  # which neither amax nor > sees
-        raise_head_amax(amax, part)
+        if shift is not None:
+            part = part.float() - shift
+        _raise_amax(amax, part)
         clipped += ((part / divisor).abs_() > limit).sum((0, 2, 3))
         observed += seen * size
+
+
+def _raise_amax(amax: Tensor, x: Tensor) -> None:
+    if amax.dim() == 1:
+        raise_head_amax(amax, x)
+    else:
+        group_amax(amax.view(-1), x.reshape(len(x), -1), GroupShape.PER_CHANNEL)
 
 
 # An operator, so that compiled code takes any number of chunks, and divides exactly.
 _ops: Any = torch.library.Library("fp8kv", "FRAGMENT")  # type: ignore[no-untyped-call]
 _ops.define(
     "_observe_groups(Tensor x, Tensor scale, Tensor(a!) amax, Tensor(b!) clipped, Tensor(c!) observed, "
-    "float limit, Tensor? slots) -> ()"
+    "float limit, Tensor? slots, Tensor? offset) -> ()"
 )
 _ops.impl("_observe_groups", _observe_groups, "CompositeExplicitAutograd")
 torch.library.register_fake("fp8kv::_observe_groups", lambda *args: None, lib=_ops)
@@ -155,7 +168,7 @@ def reduced(
     """The largest `amax` and the sum of the `counts` over the ranks that have a head, on the host.
 
     Args:
-        amax: float32 ``[n, num_scales]`` of this rank.
+        amax: float32 ``[n, num_scales, ...]`` of this rank.
         counts: int64 ``[m, num_scales]``.
         group: None: this rank alone.
         first_head: the index of its first head in the layer; None: all ranks have the same heads.
@@ -185,7 +198,7 @@ def reduced(
     # All heads of the layer, those of other ranks empty.
     first, total = first_head or 0, max(heads + max(first, 0) for heads, first in places)
     mine = slice(first, first + num_heads)
-    all_amax, all_counts = (x.new_zeros(len(x), total) for x in (amax, counts))
+    all_amax, all_counts = (x.new_zeros(len(x), total, *x.shape[2:]) for x in (amax, counts))
     all_amax[:, mine], all_counts[:, mine] = amax, counts
     dist.all_reduce(all_amax, dist.ReduceOp.MAX, group=group)
     dist.all_reduce(all_counts, dist.ReduceOp.SUM, group=group)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from transformers.cache_utils import (
 )
 from transformers.configuration_utils import PreTrainedConfig
 
-from fp8kv._checks import LAYOUTS, check_choice, is_scale, quoted
-from fp8kv._dtypes import CACHE_NAMES, QUANTIZED_CACHE_NAMES
+from fp8kv._checks import LAYOUTS, check_choice, check_offset_values, check_scale_values, quoted
+from fp8kv._dtypes import CACHE_DTYPES, CACHE_NAMES, DEFAULT_FORMAT, QUANTIZED_CACHE_NAMES
 from fp8kv.checkpoint import KVScales, LayerScales, load_kv_scales
+from fp8kv.checkpoint.scales import mapped
 from fp8kv.kv_cache.clipping import Clipped
 from fp8kv.transformers import attention, layers
 from fp8kv.transformers.clipping import Clipping
@@ -44,11 +45,12 @@ _BOUNDED = {"sliding_window": "sliding_attention", "attention_chunk_size": "chun
 
 
 class Fp8Cache(Cache):
-    """A cache for Transformers that stores keys and values in FP8, in one `fp8kv.PagedKVCache` per layer.
+    """A cache for Transformers that stores keys and values in FP8 or INT8, a `fp8kv.PagedKVCache` per layer.
 
     `update` quantizes the new tokens and stores them. In steps of up to 8 tokens, the attention function
-    "fp8kv" then reads the FP8 bytes; for prompts, and where that is not possible, `update` returns all tokens
-    dequantized, including the new ones. Such tensors are temporary: between steps, only FP8 data is kept.
+    "fp8kv" then reads the stored bytes; for prompts, and where that is not possible, `update` returns all
+    tokens dequantized, including the new ones. Such tensors are temporary: between steps, only quantized data
+    is kept.
 
     Without `max_cache_len` the cache is dynamic: it accepts any number of sequences and grows with them, to
     at most one eighth and one block more than needed. With `max_cache_len` it is static: allocated once, at
@@ -60,19 +62,24 @@ class Fp8Cache(Cache):
     Args:
         config: of the model, which defines the layers and their windows.
         scales: None: 1.0; clipped elements are counted, with a warning. A `fp8kv.KVScales`, as
-            `fp8kv.load_kv_scales` and `fp8kv.calibrate` return it, or the folder of a checkpoint. "dynamic":
-            one per token and head, computed when the token is stored.
-        dtype: "fp8" or "fp8_e4m3", "fp8_e5m2", or the torch dtype.
+            `fp8kv.load_kv_scales` and `fp8kv.calibrate` return it, or the folder of a checkpoint; with the
+            format of each layer, scales per tensor, head or channel, and offsets. "dynamic": one per token
+            and head, computed when the token is stored.
+        dtype: "fp8" or "fp8_e4m3", "fp8_e5m2", "int8", or the torch dtype. None: the formats that `scales`
+            were made for, otherwise "fp8".
         layout: "NHD" or "HND"; see `fp8kv.PagedKVCache`.
         block_size: tokens per block.
         max_cache_len: makes the cache static: tokens per sequence, prompt and answer together.
         max_batch_size: static caches: maximum number of sequences; None: the number in the first call.
         device: static caches, with `max_batch_size`: allocates immediately, on this device. None: each layer
             allocates with its first key, on the key's device.
+        k_offset: what is subtracted from the keys of a layer before they are quantized, by its index, as
+            `fp8kv.PagedKVCache` takes it; beside "dynamic", or no scales. None: the offsets of `scales`.
+        v_offset: likewise, of values.
         skip_layers: layers that stay in the model's dtype, by index, or by type as in the config, such as
             "sliding_attention".
-        direct: whether attention may read the FP8 bytes. If the attention function of `config` is "sdpa", or
-            eager attention because the model has no other, it is set to "fp8kv", which does the same for
+        direct: whether attention may read the stored bytes. If the attention function of `config` is "sdpa",
+            or eager attention because the model has no other, it is set to "fp8kv", which does the same for
             every other cache.
 
     Attributes:
@@ -80,8 +87,8 @@ class Fp8Cache(Cache):
             that are not in FP8 are Transformers' own.
 
     Raises:
-        ValueError: an argument can't be used, scales are missing or don't fit, or the model has layers with
-            unknown states.
+        ValueError: an argument can't be used, scales are missing, don't fit or are for another format than
+            `dtype`, or the model has layers with unknown states.
 
     Example:
         >>> import torch
@@ -106,30 +113,35 @@ class Fp8Cache(Cache):
         config: PreTrainedConfig,
         scales: Any = None,
         *,
-        dtype: str | torch.dtype = "fp8",
+        dtype: str | torch.dtype | None = None,
         layout: str = "NHD",
         block_size: int = 16,
         max_cache_len: int | None = None,
         max_batch_size: int | None = None,
         device: torch.device | str | int | None = None,
+        k_offset: Mapping[int, Tensor] | None = None,
+        v_offset: Mapping[int, Tensor] | None = None,
         skip_layers: Sequence[int | str] = (),
         direct: bool = True,
     ) -> None:
         _check_sizes(layout, block_size, max_cache_len, max_batch_size, device)
-        storage = {"dtype": _checked_dtype(dtype), "layout": layout, "block_size": block_size}
+        name = None if dtype is None else _checked_dtype(dtype)
+        storage = {"layout": layout, "block_size": block_size}
         decoder = _decoder_config(config)
         plans = _plans(decoder, skip_layers)
         self._fp8 = [index for index, plan in enumerate(plans) if plan is not None]
         self._clipping, self._progress, steps = Clipping(), Progress(self._fp8), Steps()
         by_layer = _scales_of_layers(scales, self._fp8)
+        offsets = _offsets_of_layers({"k_offset": k_offset, "v_offset": v_offset}, by_layer)
         # For the layers that are not in FP8.
         own: Cache = StaticCache(decoder, max_cache_len) if max_cache_len else DynamicCache(config=decoder)
         for index in self._fp8:
             plan = plans[index]
             assert plan is not None
+            of_layer = {"dtype": _format(name, by_layer[index], index), "scales": by_layer[index]}
             options = LayerOptions(
-                index, storage | {"scales": by_layer[index]}, decoder, self._clipping, direct,
-                plan.is_shared, plan.window,
+                index, storage | of_layer | offsets[index], decoder, self._clipping, direct, plan.is_shared,
+                plan.window,
             )  # fmt: skip
             room = None if max_cache_len is None else (max_cache_len, max_batch_size)
             own.layers[index] = _layer(options, plan, steps, self._progress, room)
@@ -219,6 +231,28 @@ class Fp8Cache(Cache):
         kinds = Counter(type(layer).__name__ for layer in self.layers)
         layers = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         return f"Fp8Cache({layers}, {self.nbytes / 2**20:.4g} MiB)"
+
+
+class Int8Cache(Fp8Cache):
+    """`Fp8Cache` with ``dtype="int8"``: INT8, whose scales of channels come from calibration.
+
+    Args:
+        config: as for `Fp8Cache`.
+        scales: likewise; best from ``fp8kv.calibrate(..., strategy="channel", dtype="int8")``.
+        options: of `Fp8Cache`, by name.
+
+    Example:
+        >>> import torch
+        >>> from fp8kv.transformers import Int8Cache
+        >>> from transformers import LlamaConfig
+        >>> cache = Int8Cache(LlamaConfig(num_hidden_layers=1), "dynamic")
+        >>> _ = cache.update(torch.ones(1, 32, 5, 128), torch.ones(1, 32, 5, 128), 0)
+        >>> cache.layers[0].storage.dtype
+        torch.int8
+    """
+
+    def __init__(self, config: PreTrainedConfig, scales: Any = None, **options: Any) -> None:
+        super().__init__(config, scales, **{"dtype": "int8"} | options)
 
 
 def _checked_dtype(dtype: str | torch.dtype) -> str:
@@ -406,16 +440,54 @@ def _scales_of_layers(scales: Any, indices: Iterable[int]) -> dict[int, Any]:
 def _layer_scales(scales: KVScales, index: int) -> LayerScales:
     """The scales of K and V, checked and copied to the host, for every new storage."""
     layer = scales[index] if index in scales else LayerScales(q=None, k=None, v=None)
-    copies = []
-    for name, scale in (("k", layer.k), ("v", layer.v)):
+    host = replace(mapped(layer, lambda x: x.to("cpu", copy=True)), q=None)
+    for name, scale, offset in (("k", host.k, host.k_offset), ("v", host.v, host.v_offset)):
         if scale is None:
             raise ValueError(
                 f"Fp8Cache: scales must be there for every layer, got no {name} for layer {index}"
             )
-        copies.append(scale.to("cpu", copy=True))
-        if not all(map(is_scale, copies[-1].tolist())):
+        check_scale_values(f"Fp8Cache: scales of {name} in layer {index}", scale)
+        if offset is not None:
+            check_offset_values(f"Fp8Cache: {name}_offset of layer {index}", offset)
+    return host
+
+
+def _offsets_of_layers(
+    offsets: dict[str, Mapping[int, Tensor] | None], scales: dict[int, Any]
+) -> dict[int, dict[str, Tensor]]:
+    """The arguments of `PagedKVCache` of these names, for each layer."""
+    found: dict[int, dict[str, Tensor]] = {index: {} for index in scales}
+    for name, by_layer in offsets.items():
+        if by_layer is None:
+            continue
+        if not isinstance(by_layer, Mapping):
             raise ValueError(
-                "Fp8Cache: scales must be finite and above 0, "
-                f"got {scale.tolist()} for {name} of layer {index}"
+                f"Fp8Cache: {name} must be None or a mapping from layers to tensors, "
+                f"got {type(by_layer).__name__}"
             )
-    return LayerScales(None, *copies)
+        for index, of_layer in scales.items():
+            if getattr(of_layer, name, None) is not None:
+                raise ValueError(
+                    f"Fp8Cache: {name} must be None, as scales have one, got both for layer {index}"
+                )
+            if index not in by_layer:
+                raise ValueError(
+                    f"Fp8Cache: {name} must be there for every layer, got none for layer {index}"
+                )
+            found[index][name] = by_layer[index].detach().to("cpu", torch.float32, copy=True)
+            check_offset_values(f"Fp8Cache: {name} of layer {index}", found[index][name])
+    return found
+
+
+def _format(dtype: str | None, scales: Any, index: int) -> str:
+    """The format of a layer; FP8 scales are for E5M2 too, whose range is larger."""
+    made_for = scales.dtype if isinstance(scales, LayerScales) else None
+    if dtype is None or made_for is None:
+        return dtype or made_for or DEFAULT_FORMAT.cache_names[0]
+    ours, theirs = CACHE_DTYPES[dtype], CACHE_DTYPES[made_for]
+    if ours != theirs and (ours, theirs) != (torch.float8_e5m2, DEFAULT_FORMAT.dtype):
+        raise ValueError(
+            f'Fp8Cache: dtype must be None or "{made_for}", as the scales of layer {index} were made for it, '
+            f'got "{dtype}"'
+        )
+    return dtype

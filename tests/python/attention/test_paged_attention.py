@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -363,12 +364,17 @@ def test_the_usual_scale_of_the_logits(device: torch.device) -> None:
     assert_same_bytes(fp8kv.paged_attention(*tensors, **options | {"softmax_scale": None}), expected)
 
 
+CHANNELS = torch.linspace(0.01, 0.1, 128).view(2, 64)
+
+
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize("kind", [
     {}, {"scales": "dynamic"}, {"dtype": "fp8_e5m2", "scales": "dynamic"}, {"dtype": "bfloat16"},
     {"dtype": "float32"},
-], ids=str)  # fmt: skip
-def test_the_cache_supplies_what_is_its_own(device: torch.device, kind: dict[str, str], layout: str) -> None:
+    {"dtype": "int8", "scales": SimpleNamespace(k=CHANNELS, v=CHANNELS)},
+    {"scales": "dynamic", "k_offset": -CHANNELS, "v_offset": CHANNELS},
+], ids=["fp8", "dynamic", "e5m2 dynamic", "bfloat16", "float32", "int8 per channel", "offsets"])  # fmt: skip
+def test_the_cache_supplies_what_is_its_own(device: torch.device, kind: dict[str, Any], layout: str) -> None:
     cache = fp8kv.PagedKVCache(6, 4, 2, 64, layout=layout, device=device, **kind)
     key, value = torch.randn(2, 11, 2, 64, generator=torch.Generator().manual_seed(0)).to(device)
     cache.append(key, value, torch.arange(4, 15, device=device))
@@ -382,6 +388,7 @@ def test_the_cache_supplies_what_is_its_own(device: torch.device, kind: dict[str
         query.cpu(), cache.key_cache.cpu(), cache.value_cache.cpu(), table.int(), int32(11, 2),
         kv_cache_dtype=cache.kv_cache_dtype, k_scale=cache.k_scale.cpu(), v_scale=cache.v_scale.cpu(),
         cu_query_lens=int32(0, 3, 5), seq_starts=int32(1, 0), out=exact, lse=exact_lse, **options,
+        k_offset=kind.get("k_offset"), v_offset=kind.get("v_offset"),
     )  # fmt: skip
     torch.testing.assert_close(out.double().cpu(), exact, atol=4e-3, rtol=4e-3)
     torch.testing.assert_close(lse.double().cpu(), exact_lse, atol=3e-3, rtol=6e-4)

@@ -43,6 +43,29 @@ def test_the_elements_beyond_the_range_are_counted(
     assert cache.clipped() == (8, 2)
 
 
+def test_what_int8_clips(device: torch.device) -> None:
+    cache = PagedKVCache(2, 4, 1, 3, dtype="int8", device=device)
+    x = tokens([127.0, -127.5, 128.0], device=device)
+    quiet_append(cache, x, x / 2, [0])
+    assert cache.clipped() == (2, 0)
+
+
+def test_what_counts_is_the_difference_to_the_offset(device: torch.device) -> None:
+    k_offset = torch.tensor([[600.0, -600.0]])
+    cache = PagedKVCache(2, 4, 1, 2, device=device, k_offset=k_offset)
+    x = tokens([900.0, -900.0], [100.0, 100.0], [float("inf"), float("nan")], device=device)
+    quiet_append(cache, x, x, [0, 1, 2])
+    assert cache.clipped() == (3, 3)  # -600 of 100 - 600, 700, inf; 900, -900, inf
+
+
+def test_scales_of_channels_clip_each_its_own(device: torch.device) -> None:
+    counter = ClipCounter(448.0, device)
+    x = torch.tensor([[[900.0, 900.0], [900.0, 900.0]]], device=device)
+    scale = torch.tensor([[1.0, 3.0], [2.0, 3.0]], device=device)
+    counter.add(x, x, torch.tensor([0], device=device), scale, scale[:, :1])
+    assert counter.read() == (2, 4)
+
+
 def test_padding_is_not_counted(device: torch.device) -> None:
     cache = PagedKVCache(2, 4, 1, 2, device=device)
     x = tokens([900.0, 1.0], [900.0, 900.0], [900.0, 900.0], device=device)

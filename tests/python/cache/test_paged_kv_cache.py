@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fp8kv import PagedKVCache, reference
+from fp8kv.kv_cache.paged import as_stored
 from helpers import (
     assert_same_bytes,
     copy_bits,
@@ -22,6 +23,7 @@ from helpers import (
     random_slots,
     raw,
     sentinels,
+    values,
 )
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -35,26 +37,47 @@ class Scales:
 
     k: Any
     v: Any
+    k_offset: Any = None
+    v_offset: Any = None
+    dtype: Any = None
 
 
 PER_HEAD = Scales(random_scales((3,)), random_scales((3,), seed=2))
-#: What a cache of 3 heads may be made with.
+PER_CHANNEL = Scales(random_scales((3, 24)), random_scales((3, 24), seed=2))
+K_OFFSET, V_OFFSET = values((2, 3, 24), torch.float32, specials=False)
+#: What a cache of 3 heads of 24 may be made with.
 KINDS: dict[str, dict[str, Any]] = {
     "fp8": {},
     "fp8_e5m2 per tensor": {"dtype": "fp8_e5m2", "scales": Scales(0.3, 0.7)},
     "fp8_e4m3 per head": {"dtype": "fp8_e4m3", "scales": PER_HEAD},
     "fp8 dynamic": {"scales": "dynamic"},
     "e5m2 dynamic": {"dtype": E5M2, "scales": "dynamic"},
+    "fp8 per channel": {"scales": PER_CHANNEL},
+    "int8 per channel of k": {"dtype": "int8", "scales": Scales(PER_CHANNEL.k, PER_HEAD.v)},
+    "int8 dynamic": {"dtype": "int8", "scales": "dynamic"},
+    "fp8 with offsets": {"scales": PER_HEAD, "k_offset": K_OFFSET, "v_offset": V_OFFSET},
+    "int8 with offsets of scales": {
+        "dtype": "int8", "scales": Scales(PER_CHANNEL.k, PER_CHANNEL.v, K_OFFSET, V_OFFSET),
+    },
+    "fp8 dynamic with an offset": {"scales": "dynamic", "k_offset": K_OFFSET},
     "float16": {"dtype": "float16"},
     "bfloat16": {"dtype": torch.bfloat16},
     "float32": {"dtype": "float32"},
-}
+}  # fmt: skip
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def make(device: torch.device, kind: str = "fp8", layout: str = "NHD", num_blocks: int = 5) -> PagedKVCache:
     """Of 4 tokens a block and 3 heads of 24."""
     return PagedKVCache(num_blocks, 4, 3, 24, layout=layout, device=device, **KINDS[kind])
+
+
+def offsets_of(kind: str) -> dict[str, Tensor]:
+    """Those that it gives a cache, in either way."""
+    options = KINDS[kind]
+    names = ("k_offset", "v_offset")
+    found = {name: options.get(name, getattr(options.get("scales"), name, None)) for name in names}
+    return {name: offset for name, offset in found.items() if offset is not None}
 
 
 def contents(cache: PagedKVCache) -> list[Tensor]:
@@ -160,6 +183,39 @@ def test_scales_are_copied_as_fp32(device: torch.device, given: Any, expected: l
         assert_same_bytes(cache.k_scale, torch.tensor(expected))
 
 
+@pytest.mark.parametrize("in_scales", [False, True])
+def test_scales_per_channel_and_offsets_are_copied_as_fp32(device: torch.device, in_scales: bool) -> None:
+    scale, offset = random_scales((3, 24)).double(), torch.linspace(-9.0, 9.0, 72).view(3, 24).bfloat16()
+    given = [scale.to(device, copy=True), offset.to(device, copy=True)]
+    offsets = {"v_offset": given[1]}
+    cache = PagedKVCache(
+        2, 4, 3, 24, device=device, scales=Scales(given[0], 0.75, **(offsets if in_scales else {})),
+        **({} if in_scales else offsets),
+    )  # fmt: skip
+    for x in given:
+        x.fill_(777.0)
+    assert_same_bytes(cache.k_scale, scale.float())
+    assert_same_bytes(cache.v_scale, torch.tensor([0.75]))
+    assert cache.k_offset is None
+    assert cache.v_offset is not None
+    assert_same_bytes(cache.v_offset, offset.float())
+
+
+@pytest.mark.filterwarnings("ignore:PagedKVCache. .* were clipped")
+@each_kind
+@each_real
+def test_as_stored_is_what_gather_gives(device: torch.device, real: torch.dtype, kind: str) -> None:
+    cache = make(device, kind)
+    if cache.dtype.itemsize > 1:
+        return
+    key, value = (x.to(device) for x in key_and_value(9, 3, 24, real))
+    cache.append(key, value, torch.arange(9, device=device))
+    given = [x.transpose(0, 1)[None] for x in cache.gather(torch.arange(5)[None], [9], real)]
+    stored = as_stored(cache, key.transpose(0, 1)[None], value.transpose(0, 1)[None])
+    for actual, expected in zip(stored, given, strict=True):
+        assert_same_bytes(actual, expected)
+
+
 @pytest.mark.parametrize("kind", ["fp8", "bfloat16"])
 def test_without_scales_they_are_1(device: torch.device, kind: str) -> None:
     cache = make(device, kind)
@@ -181,19 +237,25 @@ def test_append_and_gather(device: torch.device, real: torch.dtype, kind: str, l
 
     expected = [torch.zeros(x.shape).to(x.dtype) for x in contents(cache)]
     scales = [x.cpu() for x in (cache.k_scale, cache.v_scale)]
+    offsets = offsets_of(kind)
     if cache.dynamic:
         scales = expected[2:]
-        reference.reshape_and_cache_flash_dynamic(key, value, *expected, slots, cache.kv_cache_dtype)
+        reference.reshape_and_cache_flash_dynamic(
+            key, value, *expected, slots, cache.kv_cache_dtype, **offsets
+        )
     else:
-        reference.reshape_and_cache_flash(key, value, *expected, slots, cache.kv_cache_dtype, *scales)
+        reference.reshape_and_cache_flash(
+            key, value, *expected, slots, cache.kv_cache_dtype, *scales, **offsets
+        )
     for a, e in zip(contents(cache), expected, strict=True):
         assert_same_bytes(a, e)
 
     table, sums = torch.tensor([[4, 1], [0, -1]], dtype=torch.int32), torch.tensor([0, 7, 10]).int()
     rows = torch.empty(2, 10, 3, 24, dtype=real)
     reference.gather_and_dequant_cache(
-        *expected[:2], *rows, table, sums, cache.kv_cache_dtype, *scales, torch.tensor([1, 0]).int()
-    )
+        *expected[:2], *rows, table, sums, cache.kv_cache_dtype, *scales, torch.tensor([1, 0]).int(),
+        **offsets,
+    )  # fmt: skip
     for actual, e in zip(cache.gather(table.to(device), [7, 3], real, seq_starts=[1, 0]), rows, strict=True):
         assert actual.device == cache.device
         assert_same_bytes(actual, e)
@@ -387,6 +449,8 @@ def test_descales_are_views(device: torch.device, num_seqs: int) -> None:
         ("fp8_e4m3 per head", "fp8_e4m3", "per head", "0.002747"),
         ("e5m2 dynamic", "fp8_e5m2", "dynamic", "0.003204"),
         ("bfloat16", "bfloat16", None, "0.005493"),
+        ("int8 per channel of k", "int8", "per channel", "0.002747"),
+        ("fp8 with offsets", "fp8", "per head with offsets", "0.002747"),
     ],
 )
 def test_a_cache_describes_itself(kind: str, dtype: str, scales: str | None, mebibytes: str) -> None:
@@ -407,6 +471,7 @@ def test_a_cache_without_blocks(device: torch.device) -> None:
 
 # What it refuses
 
+SHAPES = "1 or num_kv_heads=3 elements, or the shape [num_kv_heads, head_size]=[3, 24]"
 STRINGS = '"fp8", "fp8_e4m3", "fp8_e5m2", "int8", "float16", "bfloat16", "float32" or the torch dtype'
 
 
@@ -423,15 +488,17 @@ STRINGS = '"fp8", "fp8_e4m3", "fp8_e5m2", "int8", "float16", "bfloat16", "float3
         ({"dtype": "int16"}, f"dtype must be {STRINGS}, got 'int16'"),
         ({"dtype": torch.float8_e4m3fnuz}, f"dtype must be {STRINGS}, got torch.float8_e4m3fnuz"),
         ({"dtype": "float16", "scales": Scales(1.0, 1.0)},
-         "scales must be None with dtype 'float16', as only FP8 uses them"),
+         "scales must be None with dtype 'float16', as only FP8 and int8 use them"),
         ({"dtype": torch.bfloat16, "scales": "dynamic"},
-         "scales must be None with dtype 'bfloat16', as only FP8 uses them"),
+         "scales must be None with dtype 'bfloat16', as only FP8 and int8 use them"),
         ({"scales": "static"}, "scales must be None, \"dynamic\" or have .k and .v, got 'static'"),
         ({"scales": 0.5}, 'scales must be None, "dynamic" or have .k and .v, got 0.5'),
         ({"scales": Scales(torch.ones(2), 1.0)},
-         "scales.k must have 1 or num_kv_heads=3 elements, got shape [2]"),
+         f"scales.k must have {SHAPES}, got shape [2]"),
         ({"scales": Scales(1.0, torch.ones(0))},
-         "scales.v must have 1 or num_kv_heads=3 elements, got shape [0]"),
+         f"scales.v must have {SHAPES}, got shape [0]"),
+        ({"scales": Scales(1.0, torch.ones(72))}, f"scales.v must have {SHAPES}, got shape [72]"),
+        ({"scales": Scales(1.0, torch.ones(24, 3))}, f"scales.v must have {SHAPES}, got shape [24, 3]"),
         ({"scales": Scales(None, 1.0)}, "scales.k must be a float or a floating-point tensor, got NoneType"),
         ({"scales": Scales(1.0, torch.ones(3, dtype=torch.int64))},
          "scales.v must be a float or a floating-point tensor, got int64"),
@@ -444,6 +511,26 @@ STRINGS = '"fp8", "fp8_e4m3", "fp8_e5m2", "int8", "float16", "bfloat16", "float3
          "scales.k must be finite and above 0 in fp32, got 0.0 for head 2"),
         ({"scales": Scales(1.0, torch.tensor([1.0, -0.5, 0.0]))},
          "scales.v must be finite and above 0 in fp32, got -0.5 for head 1"),
+        ({"scales": Scales(1.0, torch.ones(3, 24).index_fill(1, torch.tensor([5]), math.inf))},
+         "scales.v must be finite and above 0 in fp32, got inf for head 0, channel 5"),
+        ({"k_offset": 0.5}, "k_offset must be a floating-point tensor, got float"),
+        ({"v_offset": torch.ones(3, 24).int()}, "v_offset must be a floating-point tensor, got int32"),
+        ({"v_offset": torch.ones(3)},
+         "v_offset must have the shape [num_kv_heads, head_size]=[3, 24], got [3]"),
+        ({"scales": "dynamic", "k_offset": torch.full((3, 24), math.nan)},
+         "k_offset must be finite in fp32, got nan for head 0, channel 0"),
+        ({"scales": Scales(1.0, 1.0, None, torch.ones(3, 1))},
+         "scales.v_offset must have the shape [num_kv_heads, head_size]=[3, 24], got [3, 1]"),
+        ({"scales": Scales(1.0, 1.0, torch.ones(3, 24)), "k_offset": torch.ones(3, 24)},
+         "k_offset must be None, as scales have one, got both"),
+        ({"dtype": "float16", "v_offset": torch.ones(3, 24)},
+         "v_offset must be None with dtype 'float16', as only FP8 and int8 use offsets"),
+        ({"dtype": "int8", "scales": Scales(1.0, 1.0, dtype="fp8")},
+         'scales must be for values up to 127, the largest of "int8", got scales for "fp8", '
+         "whose largest is 448"),
+        ({"scales": Scales(1.0, 1.0, dtype="fp8_e5m2")},
+         'scales must be for values up to 448, the largest of "fp8", got scales for "fp8_e5m2", '
+         "whose largest is 57344"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )  # fmt: skip
@@ -454,6 +541,7 @@ def test_what_can_not_be_made(device: torch.device, arguments: dict[str, Any], s
     assert str(error.value) == f"PagedKVCache: {sentence}"
 
 
+ONES = torch.ones(3, 24)
 LENGTHS = f"seq_lens must be at least 0 and sum to at most {(1 << 31) - 1}, got"
 
 
@@ -528,8 +616,13 @@ def test_mappings_that_are_refused(
         (PagedKVCache(5, 4, 3, 24, scales=Scales(0.5, 1.0)), "the k_scale of this cache, [1.0], got [0.5]"),
         (PagedKVCache(5, 4, 3, 24, scales=Scales(1.0, torch.tensor([1.0, 1.0, 2.0]))),
          "the v_scale of this cache, [1.0], got [1.0, 1.0, 2.0]"),
+        (PagedKVCache(5, 4, 3, 24, scales=Scales(1.0, ONES.index_fill(1, torch.tensor([7]), 2.0))),
+         "the v_scale of this cache, [1.0], got 2.0 for head 0, channel 7"),
+        (PagedKVCache(5, 4, 3, 24, scales=Scales(1.0, 1.0), k_offset=0.5 * ONES),
+         "the k_offset of this cache, 0.0 for head 0, channel 0, got 0.5 for head 0, channel 0"),
     ],
-    ids=["block_size", "num_kv_heads", "head_size", "dtype", "dynamic", "k_scale", "v_scale"],
+    ids=["block_size", "num_kv_heads", "head_size", "dtype", "dynamic", "k_scale", "v_scale", "channels",
+         "k_offset"],
 )  # fmt: skip
 def test_sources_that_do_not_fit(device: torch.device, source: PagedKVCache, sentence: str) -> None:
     with pytest.raises(ValueError) as error:
@@ -541,8 +634,31 @@ def test_a_dynamic_cache_has_no_descales(device: torch.device) -> None:
     with pytest.raises(ValueError) as error:
         make(device, "fp8 dynamic").descales(2)
     assert str(error.value) == (
-        "PagedKVCache.descales: the cache must have scales per tensor or per head, got dynamic=True"
+        "PagedKVCache.descales: the cache must have scales per tensor or per head, got dynamic=True; "
+        "`attend` reads such a cache"
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"scales": PER_CHANNEL},
+         "have scales per tensor or per head, got one for each channel; `attend` reads such a cache"),
+        ({"dtype": "int8"}, "be FP8, as FlashAttention-3 reads no int8; `attend` does"),
+    ],
+    ids=["per channel", "int8"],
+)  # fmt: skip
+def test_descales_of_what_flash_attention_can_not_read(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError) as error:
+        PagedKVCache(2, 4, 3, 24, device="cpu", **options).descales(2)
+    assert str(error.value) == f"PagedKVCache.descales: the cache must {sentence}"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "made_for"), [("fp8", "fp8_e4m3"), ("fp8_e4m3", "int8"), ("fp8_e5m2", "fp8"), ("int8", "int8")]
+)
+def test_scales_for_smaller_values_can_be_used(dtype: str, made_for: str) -> None:
+    assert PagedKVCache(2, 4, 3, 24, dtype=dtype, scales=Scales(0.5, 0.5, dtype=made_for)).k_scale == 0.5
 
 
 # Scales that belong to somebody else
@@ -624,7 +740,8 @@ def test_copies_of_16_bit_blocks_have_no_scales_to_compare() -> None:
         (
             {},
             torch.ones(3),
-            "k_scale must be float32 with 1 or num_kv_heads=2 elements on cpu, got float32 of shape [3]",
+            "k_scale must be float32 with 1 or num_kv_heads=2 elements, or the shape "
+            "[num_kv_heads, head_size]=[2, 8] on cpu, got float32 of shape [3]",
         ),
         ({}, torch.ones(2).half(), "got float16 of shape [2] on cpu"),
     ],
@@ -637,3 +754,23 @@ def test_scales_that_cannot_be_used(options: dict[str, Any], scale: torch.Tensor
         cache.use_scales(scale, torch.ones(2))
     assert sentence in str(error.value)
     assert cache.k_scale is before
+
+
+def test_offsets_in_use_are_the_same_tensors(device: torch.device) -> None:
+    cache = PagedKVCache(4, 16, 2, 8, device=device, v_offset=torch.ones(2, 8))
+    own = cache.v_offset
+    k_scale, k_offset = torch.ones(2, 8, device=device), torch.zeros(2, 8, device=device)
+    cache.use_scales(k_scale, k_scale, k_offset)
+    assert cache.v_offset is own
+    k_offset.fill_(3.0)
+    x = torch.full((1, 2, 8), 5.0, device=device)
+    cache.append(x, x, torch.tensor([3], device=device))
+    assert cache.key_cache[0, 3].float().unique().tolist() == [2.0]
+    assert cache.value_cache[0, 3].float().unique().tolist() == [4.0]
+    with pytest.raises(ValueError) as error:
+        cache.use_scales(k_scale, k_scale, v_offset=torch.ones(2, device=device))
+    assert str(error.value) == (
+        "PagedKVCache.use_scales: v_offset must be float32 of shape [2, 8] on "
+        f"{cache.device}, got float32 of shape [2] on {cache.device}"
+    )
+    assert cache.v_offset is own

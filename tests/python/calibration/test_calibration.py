@@ -605,12 +605,18 @@ def of_one_rank(rank: int, size: int, folder: Path) -> None:
     merged = fp8kv.calibrate(sharded, [IDS], strategy="tensor", query=True)[1]
     found["tensor parallel"] = {"q": merged.q, "k": merged.k, "v": merged.v}
     found["heads of tensor parallelism"] = attempt(sharded, [IDS])
+    found["channels of tensor parallelism"] = attempt(sharded, [IDS], offset="mid")
     other = make("Llama, one head") if rank == 0 else model
     groups = [distributed.new_group([member]) for member in range(size)]
     found["a rank fails"] = attempt(model, failing(rank))
     found["a rank has a wrong model"] = attempt(nn.Linear(1, 1) if rank == 1 else model, [IDS])
     found["no tokens"] = attempt(model, [])
     found["another model"] = attempt(other, [IDS])
+    channels = {"strategy": "channel", "dtype": "int8", "offset": "mid", "query": True}
+    for name, arguments in {"channels": channels, "auto": {"dtype": "auto"}}.items():
+        scales = fp8kv.calibrate(model, share(BATCHES, rank, size), **arguments)
+        found[name] = {n: vars(scales[n]) for n in scales}, {n: vars(x) for n, x in scales.standard.items()}
+        found[f"{name}, errors"] = scales.errors
     found["own group"] = fp8kv.calibrate(model, BATCHES[:1], strategy="tensor", group=groups[rank])[0].k
     found["group of others"] = attempt(model, [IDS], group=groups[rank - 1])
     torch.save(found, folder / f"{rank}.pt")
@@ -657,6 +663,38 @@ def test_all_ranks_have_the_scales_of_all_batches(ranks: list[dict[str, Any]], n
             assert (q is None) == (expected[layer].q is None)
             if q is not None:
                 assert_same_bytes(q, expected[layer].q)
+
+
+def assert_same_layers(found: dict[int, dict[str, Any]], expected: Any) -> None:
+    assert list(found) == list(expected)
+    for layer, fields in found.items():
+        for name, x in fields.items():
+            e = expected[layer][name] if isinstance(expected, dict) else getattr(expected[layer], name)
+            if isinstance(x, Tensor):
+                assert_same_bytes(x, e)
+            else:
+                assert x == e, (layer, name)
+
+
+def test_all_ranks_have_the_channels_of_all_batches(ranks: list[dict[str, Any]]) -> None:
+    with torch_threads(1):
+        expected = fp8kv.calibrate(
+            make(), BATCHES, strategy="channel", dtype="int8", offset="mid", query=True
+        )
+    assert expected.standard is not None
+    for found in ranks:
+        layers, standard = found["channels"]
+        assert_same_layers(layers, expected)
+        assert_same_layers(standard, {n: vars(x) for n, x in expected.standard.items()})
+
+
+def test_all_ranks_choose_the_same(ranks: list[dict[str, Any]]) -> None:
+    layers, standard = ranks[0]["auto"]
+    assert ranks[0]["auto, errors"].keys() == layers.keys()
+    for found in ranks[1:]:
+        assert_same_layers(found["auto"][0], layers)
+        assert_same_layers(found["auto"][1], standard)
+        assert found["auto, errors"] == ranks[0]["auto, errors"]
 
 
 @pytest.mark.parametrize(
@@ -714,10 +752,12 @@ def test_tensor_parallel_ranks_that_have_all_heads(ranks: list[dict[str, Any]]) 
 
 def test_heads_of_other_tensor_parallel_ranks_are_not_merged(ranks: list[dict[str, Any]]) -> None:
     sentence = (
-        'ValueError: calibrate: strategy must be "tensor" for a model whose heads are spread over '
-        'tensor-parallel ranks, got "attn_head"; load the model with device_map="auto" instead'
+        'ValueError: calibrate: strategy must be "tensor", and the scales plain FP8, for a model whose heads '
+        'are spread over tensor-parallel ranks, got {}; load the model with device_map="auto" instead'
     )
-    assert [found["heads of tensor parallelism"] for found in ranks] == [sentence] * len(ranks)
+    for case, got in (("heads", '"attn_head"'), ("channels", "other scales")):
+        expected = [sentence.format(got)] * len(ranks)
+        assert [found[f"{case} of tensor parallelism"] for found in ranks] == expected
 
 
 def test_a_group_of_one_rank_shares_nothing(ranks: list[dict[str, Any]]) -> None:
@@ -842,7 +882,7 @@ def test_an_empty_text(text: str | list[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"strategy": "channel"}, 'strategy must be "tensor" or "attn_head", got \'channel\''),
+        ({"strategy": "row"}, 'strategy must be "tensor", "attn_head" or "channel", got \'row\''),
         ({"observer": "max"}, 'observer must be one of "static_minmax", "percentile", "mse", got \'max\''),
         ({"percentile": 0}, "percentile must be above 0 and at most 100, got 0"),
         ({"percentile": 101}, "percentile must be above 0 and at most 100, got 101"),

@@ -579,18 +579,26 @@ def test_another_on_problem(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("v", "actual"),
+    ("changes", "sentence"),
     [
-        (torch.ones(2, dtype=torch.bfloat16), "bfloat16 of shape [2]"),
-        (torch.ones(2, 1), "float32 of shape [2, 1]"),
-        (torch.tensor(1.0), "float32 of shape []"),
+        ({"v": torch.ones(2, dtype=torch.bfloat16)},
+         "v must be float32 of one or two dimensions, got bfloat16 of shape [2]"),
+        ({"v": torch.ones(2, 1, 1)},
+         "v must be float32 of one or two dimensions, got float32 of shape [2, 1, 1]"),
+        ({"k": torch.tensor(1.0)}, "k must be float32 of one or two dimensions, got float32 of shape []"),
+        ({"q": torch.ones(2, 1)}, "q must be float32 of one dimension, got float32 of shape [2, 1]"),
+        ({"v_offset": torch.ones(2)}, "v_offset must be float32 of two dimensions, got float32 of shape [2]"),
+        ({"k_offset": torch.ones(3, 8)}, "k_offset must be for the heads of k, got shapes [3, 8] and [2]"),
+        ({"v": torch.ones(2, 4), "v_offset": torch.ones(2, 8)},
+         "v_offset must be for the heads of v, got shapes [2, 8] and [2, 4]"),
+        ({"dtype": "fp4"}, 'dtype must be "fp8", "fp8_e4m3", "fp8_e5m2" or "int8", got \'fp4\''),
     ],
-    ids=["dtype", "two dimensions", "no dimension"],
-)
-def test_scales_of_a_layer_are_float32_of_one_dimension(v: Tensor, actual: str) -> None:
+    ids=["dtype", "three dimensions", "no dimension", "query", "offset", "heads", "channels", "format"],
+)  # fmt: skip
+def test_scales_of_a_layer_that_are_refused(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError) as error:
-        LayerScales(q=None, k=torch.ones(2), v=v)
-    assert str(error.value) == f"LayerScales: v must be float32 of one dimension, got {actual}"
+        LayerScales(**{"q": None, "k": torch.ones(2), "v": torch.ones(2)} | changes)
+    assert str(error.value) == f"LayerScales: {sentence}"
 
 
 def test_query_heads_that_are_no_multiple_of_the_kv_heads() -> None:

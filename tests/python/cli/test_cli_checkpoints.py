@@ -435,6 +435,29 @@ def test_calibrate_writes_the_scales_of_what_a_cache_holds(
             assert_rounded_up(stored.flatten(), amax / 448)
 
 
+@pytest.mark.parametrize(
+    ("more", "formats"),
+    [
+        (["--kv-cache-dtype", "int8", "--strategy", "channel", "--headroom", "1.5"], {"int8 per channel"}),
+        (["--offset", "mean"], {"fp8 per tensor, offset of K and V"}),
+        (["--kv-cache-dtype", "auto"], None),
+    ],
+    ids=["int8", "offset", "auto"],
+)
+def test_calibrate_writes_other_formats_beside_what_every_engine_reads(
+    more: list[str], formats: set[str] | None, model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    output = invoke(*arguments(model_folder, tmp_path / "out", text_file, *more))
+    rows = inspection.inspect_checkpoint(tmp_path / "out").layers
+    if formats is None:
+        assert all(row.error is not None and 0 < row.error < 1 for row in rows)
+    else:
+        assert {row.format for row in rows} == formats
+    assert "in fp8kv" in output
+    assert "no problems" in output
+    assert len(scales_of(tmp_path / "out")) == 4
+
+
 def test_calibrate_copies_the_model(calibrated: Path, model_folder: Path) -> None:
     before, after = (load_file(folder / "model.safetensors") for folder in (model_folder, calibrated))
     for name, weight in before.items():
@@ -529,7 +552,13 @@ def test_calibrate_can_write_over_the_model(model_folder: Path, text_file: Path,
 
 
 USAGE = {
-    "strategy": (["--strategy", "channel"], "--strategy must be tensor or attn_head, got 'channel'"),
+    "strategy": (["--strategy", "row"], "--strategy must be tensor, attn_head or channel, got 'row'"),
+    "format": (["--kv-cache-dtype", "fp4"],
+               "--kv-cache-dtype must be fp8, fp8_e4m3, fp8_e5m2, int8 or auto, got 'fp4'"),
+    "offset": (["--offset", "max"], "--offset must be none, mean or mid, got 'max'"),
+    "headroom": (["--headroom", "0"], "headroom must be finite and above 0, got 0.0"),
+    "auto": (["--kv-cache-dtype", "auto", "--offset", "mid"], 'offset must be "none" with dtype "auto"'),
+    "two ways": (["--strategy", "channel", "--observer", "mse"], 'observer must be "static_minmax" with'),
     "observer": (["--observer", "max"], "--observer must be static_minmax, percentile or mse, got 'max'"),
     "dtype": (["--dtype", "int8"], "--dtype must be auto, bfloat16, float16 or float32, got 'int8'"),
     "device": (["--device", "abacus"], '--device must be "auto", "cpu", "cuda" or "cuda:N", got \'abacus\''),

@@ -66,7 +66,9 @@ def test_the_demo_leaves_a_picture(story: Story) -> None:
     assert f"picture: {story.out / 'demo.png'}" in story.output
 
 
-@pytest.mark.parametrize(("name", "strategy"), [("per_tensor", "tensor"), ("per_head", "attn_head")])
+@pytest.mark.parametrize(
+    ("name", "strategy"), [("per_tensor", "tensor"), ("per_head", "attn_head"), ("auto", "auto")]
+)
 def test_the_checkpoints_stay_where_the_user_wants_them(name: str, strategy: str, story: Story) -> None:
     scales = load_kv_scales(story.out / name)
     assert scales.scheme.strategy == strategy

@@ -91,13 +91,14 @@ class RoundTripCache(DynamicCache):
         return super().update(self.round_trip(key_states), self.round_trip(value_states), *args, **kwargs)
 
     def round_trip(self, x: Tensor) -> Tensor:
-        largest = torch.finfo(self.fp8).max
+        largest = 127 if self.fp8 == torch.int8 else torch.finfo(self.fp8).max
         x32 = x.bfloat16().float()
         if self.scale is None:
             scale = (x32.abs().amax(-1, keepdim=True) / largest).clamp_min(1 / (largest * 512))
         else:
             scale = torch.tensor(self.scale)
-        q = (x32 / scale).clamp(-largest, largest).to(self.fp8)
+        q = (x32 / scale).clamp(-largest, largest)
+        q = (q.round() if self.fp8 == torch.int8 else q).to(self.fp8)
         return (q.float() * scale).bfloat16().to(x.dtype)
 
 
@@ -138,8 +139,9 @@ def test_the_perplexity_is_that_of_the_16_bit_cache(model: Any, windows: Tensor)
         ("e4m3 scale 1.0", torch.float8_e4m3fn, 1.0),
         ("e5m2 scale 1.0", torch.float8_e5m2, 1.0),
         ("e4m3 per token-head", torch.float8_e4m3fn, None),
+        ("int8 per token-head", torch.int8, None),
     ],
-    ids=["e4m3", "e5m2", "dynamic"],
+    ids=["e4m3", "e5m2", "dynamic", "int8 dynamic"],
 )
 def test_the_row_of_an_fp8_cache(
     name: str, dtype: torch.dtype, scale: float | None, layout: str, model: Any, windows: Tensor
@@ -279,6 +281,28 @@ def test_scales_per_tensor_are_those_of_a_calibration_of_their_own(model: Any, w
     for index, layer in own.items():
         assert torch.equal(found[index].k, layer.k)
         assert torch.equal(found[index].v, layer.v)
+
+
+def test_scales_of_several_rows_are_those_of_calibrations_of_their_own(model: Any, windows: Tensor) -> None:
+    found = evaluation.calibrated(model, windows, windows, evaluation.CACHES)
+    batches = torch.split(windows, 1)
+
+    def assert_equal(name: str, k_from: KVScales, v_from: KVScales) -> None:
+        for index, layer in found[name].items():
+            for field, own in (("k", k_from), ("k_offset", k_from), ("v", v_from), ("v_offset", v_from)):
+                x, e = getattr(layer, field), getattr(own[index], field)
+                assert (x is None) == (e is None), (name, field)
+                assert x is None or torch.equal(x, e), (name, field)
+
+    for dtype, strategy in (("fp8", "attn_head"), ("int8", "channel")):
+        arguments: dict[str, Any] = {"strategy": strategy, "dtype": dtype}
+        plain, offset = (calibrate(model, batches, **arguments, offset=x) for x in ("none", "mean"))
+        name = "e4m3 per head" if dtype == "fp8" else "int8 per channel"
+        assert_equal(name, plain, plain)
+        assert_equal(f"{name}, offset of K", offset, plain)
+    auto = calibrate(model, batches, dtype="auto")
+    assert_equal("auto", auto, auto)
+    assert found["auto"].errors == auto.errors
 
 
 def test_scales_on_the_fly_are_those_of_the_first_tokens(model: Any, windows: Tensor) -> None:

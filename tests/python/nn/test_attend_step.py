@@ -112,8 +112,6 @@ def test_all_options_reach_the_operator() -> None:
         "sliding_window": 4,
         "softcap": 2.0,
         "sinks": torch.linspace(-1, 1, NUM_HEADS),
-        "k_offset": torch.linspace(-0.1, 0.1, SIZES[1]).view(NUM_KV_HEADS, HEAD_SIZE),
-        "v_offset": torch.linspace(-0.2, 0.2, SIZES[1]).view(NUM_KV_HEADS, HEAD_SIZE),
         "cu_query_lens": torch.tensor([0, 1, 2], dtype=torch.int32),
     }
     lse, out = torch.zeros(2, NUM_HEADS), torch.zeros(2, SIZES[0], dtype=torch.float32)

@@ -114,8 +114,8 @@ def test_the_default_device_and_dtype(device: torch.device) -> None:
         ({"first_kv_head": -1}, "first_kv_head must be at least 0, got -1"),
         ({"num_heads": 7}, "num_heads must be a multiple of num_kv_heads=2, got 7"),
         ({"num_heads": 1}, "num_heads must be a multiple of num_kv_heads=2, got 1"),
-        ({"strategy": "channel"}, 'strategy must be "tensor" or "attn_head", got \'channel\''),
-        ({"dtype": torch.bfloat16}, "dtype must be float8_e4m3fn or float8_e5m2, got bfloat16"),
+        ({"strategy": "auto"}, 'strategy must be "tensor", "attn_head" or "channel", got \'auto\''),
+        ({"dtype": torch.bfloat16}, "dtype must be float8_e4m3fn, float8_e5m2 or int8, got bfloat16"),
     ],
     ids=str,
 )
@@ -1107,14 +1107,17 @@ def test_observing_takes_little_memory(cuda: torch.device) -> None:
     assert torch.cuda.max_memory_allocated() - before < 40e6
 
 
+@pytest.mark.parametrize("per_channel", [False, True], ids=["", "per channel"])
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
-def test_opcheck_of_the_operator_that_observes(device: torch.device, padded: bool) -> None:
-    x = values((5, 2, 3, SIZE), torch.bfloat16, specials=False).to(device)
-    amax, scale = torch.zeros(2, device=device), torch.ones(2, device=device)
+def test_opcheck_of_the_operator_that_observes(device: torch.device, padded: bool, per_channel: bool) -> None:
+    x = values((5, 2, 1, SIZE), torch.bfloat16, specials=False).to(device)
+    shape = (2, SIZE) if per_channel else (2,)
+    amax, scale = torch.zeros(shape, device=device), torch.ones(shape, device=device)
+    offset = torch.ones(2, SIZE, device=device) if per_channel else None
     counts = [torch.zeros(2, dtype=torch.int64, device=device) for _ in range(2)]
     slots = SLOTS.to(device) if padded else None
     op = torch.ops.fp8kv._observe_groups.default
-    torch.library.opcheck(op, (x, scale, amax, *counts, 448.0, slots))
+    torch.library.opcheck(op, (x, scale, amax, *counts, 448.0, slots, offset))
 
 
 # discard_observations and observations

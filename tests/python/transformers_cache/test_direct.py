@@ -122,7 +122,9 @@ def test_logits_of_prompts_in_chunks(name: str, static: bool, steps: tuple[int, 
         actual = logits(model, cache, ids, mask, steps)
     assert_close(actual, logits(model, expected, ids, mask, steps))
     dequantized = sum(size > 8 or not number for number, size in enumerate(steps))
-    assert operators.gathers == LAYERS * dequantized
+    # A static window that such a chunk replaces gives the tokens before it and those of the chunk apart.
+    replaced = static and name == "Mistral" and steps[:2] == (9, 9)
+    assert operators.gathers == LAYERS * (dequantized + replaced)
     assert operators.attentions == LAYERS * (len(steps) - dequantized)
 
 

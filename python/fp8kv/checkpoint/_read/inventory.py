@@ -15,6 +15,7 @@ from fp8kv.checkpoint._read.layers import Attention
 from fp8kv.checkpoint._read.safetensors import StoredTensor, read_header
 from fp8kv.checkpoint.names import (
     Place,
+    bias_at,
     find_place,
     is_cross,
     is_side_model,
@@ -56,6 +57,7 @@ class ModelTensors:
         stack: the prefix before the layer number, such as "model.layers.".
         entries: the scales and zero points; several tensors if they define the same one, and `kv_scale`
             listed for K and for V.
+        biases: of ModelOpt's affine cache, by layer and letter.
         attention: the attention modules by layer.
         unknown: tensors that look like scales but have no known name.
         present: the layers with any tensor.
@@ -63,6 +65,7 @@ class ModelTensors:
 
     stack: str
     entries: dict[Key, list[Entry]] = field(default_factory=dict)
+    biases: dict[tuple[int, str], Entry] = field(default_factory=dict)
     attention: dict[int, Attention] = field(default_factory=dict)
     unknown: list[Unknown] = field(default_factory=list)
     present: set[int] = field(default_factory=set)
@@ -115,6 +118,9 @@ def sort_tensors(named: Mapping[str, list[StoredTensor]]) -> Models:
             attention = tensors.attention.setdefault(place.layer, Attention(module))
             if scale is None:
                 attention.shapes[place.rest] = named[name][0].shape
+                letter = bias_at(place)
+                if letter is not None:
+                    tensors.biases[place.layer, letter] = Entry(name, named[name][0])
         if scale is not None:
             entries = [Entry(name, stored) for stored in named[name]]
             for letter in scale.letters:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from fp8kv.checkpoint._read.config import CONFIG_FILE
+from fp8kv.checkpoint._read.own_scales import OwnScales, digest_of
 from fp8kv.checkpoint._read.safetensors import INDEX_FILE, StoredTensor
 from fp8kv.checkpoint._write.config import config_with_scales, without_quantization
+from fp8kv.checkpoint._write.own_scales import check_own_scales, write_own_scales
 from fp8kv.checkpoint._write.replace import replacing
 from fp8kv.checkpoint._write.safetensors import NewTensor, write_tensors
 from fp8kv.checkpoint._write.scales import Scales, scale_tensors
@@ -22,13 +24,28 @@ from fp8kv.checkpoint.scheme import KVCacheScheme
 
 
 def write_checkpoint(
-    scales: Scales, scheme: KVCacheScheme, destination: Path, source: Path | None, *, overwrite: bool
+    scales: Scales,
+    own: OwnScales | None,
+    scheme: KVCacheScheme,
+    destination: Path,
+    source: Path | None,
+    *,
+    overwrite: bool,
 ) -> None:
-    """The implementation of `KVScales.save`."""
+    """The implementation of `KVScales.save`.
+
+    Args:
+        scales: those that every engine reads.
+        own: those of the subfolder `fp8kv`; None: there is none.
+        scheme: of `scales`.
+        destination, source, overwrite: as there.
+    """
     destination = Path(os.path.realpath(destination))
     checkpoint = Source.read(destination if source is None else source)
     in_place = destination.is_dir() and destination.samefile(checkpoint.folder)
-    tensors, modules = scale_tensors(scales, scheme.strategy, checkpoint)
+    tensors, modules, stored = scale_tensors(scales, scheme.strategy, checkpoint, spread=own is not None)
+    if own is not None:
+        check_own_scales(own, checkpoint)
     config = config_with_scales(
         checkpoint.config,
         scheme,
@@ -45,6 +62,8 @@ def write_checkpoint(
             _copy(checkpoint.folder / path, folder / path, link=in_place)
         _write_files(tensors, checkpoint, folder)
         _write_json(config, folder / CONFIG_FILE)
+        if own is not None:
+            write_own_scales(own, digest_of(stored), folder)
 
 
 # Files

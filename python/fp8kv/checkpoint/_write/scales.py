@@ -17,9 +17,19 @@ Scales = Mapping[int, Mapping[str, Tensor | None]]
 
 
 def scale_tensors(
-    scales: Scales, strategy: Strategy, source: Source
-) -> tuple[dict[str, NewTensor], list[str]]:
-    """The tensors to write by name, after all checks, and the names of the attention modules."""
+    scales: Scales, strategy: Strategy, source: Source, *, spread: bool = False
+) -> tuple[dict[str, NewTensor], list[str], dict[int, dict[str, Tensor]]]:
+    """The tensors to write, after all checks.
+
+    Args:
+        scales: of all layers.
+        strategy: of the scales.
+        source: the model.
+        spread: whether a scale per tensor may be that of each head.
+
+    Returns:
+        The tensors by name, the names of the attention modules, and the scales as stored.
+    """
     modules = _modules_of_layers(scales, source)
     without_query = [index for index, layer in scales.items() if layer["q"] is None]
     query = len(without_query) < len(scales)
@@ -30,15 +40,17 @@ def scale_tensors(
         )
     dtype = source.dtype()
     tensors, zero_points = {}, {}
+    written: dict[int, dict[str, Tensor]] = {}
     for index, module in modules.items():
         for letter in "kqv" if query else "kv":
-            scale = _checked_scale(scales[index][letter], letter, index, strategy, source)
+            scale = _checked_scale(scales[index][letter], letter, index, strategy, source, spread)
             stored = _checked_round_up(scale, dtype, f"scales[{index}].{letter}")
+            written.setdefault(index, {})[letter] = stored
             tensors[f"{module}.{letter}_scale"] = NewTensor.of(stored)
             if query:
                 zero_point = torch.zeros(stored.shape).to(DEFAULT_FORMAT.dtype)
                 zero_points[f"{module}.{letter}_zero_point"] = NewTensor.of(zero_point)
-    return {**tensors, **zero_points}, list(modules.values())
+    return {**tensors, **zero_points}, list(modules.values()), written
 
 
 def _modules_of_layers(scales: Scales, source: Source) -> dict[int, str]:
@@ -59,7 +71,7 @@ def _modules_of_layers(scales: Scales, source: Source) -> dict[int, str]:
 
 
 def _checked_scale(
-    scale: Tensor | None, letter: str, layer: int, strategy: Strategy, source: Source
+    scale: Tensor | None, letter: str, layer: int, strategy: Strategy, source: Source, spread: bool
 ) -> Tensor:
     """On the CPU, shaped as it is stored: ``[1]``, or ``[number of heads, 1, 1]``."""
     what = f"KVScales.save: scales[{layer}].{letter}"
@@ -74,6 +86,8 @@ def _checked_scale(
             raise ValueError(f'{what} must have 1 element with strategy "tensor", got {host.numel()}')
         return host
     num_heads, num_kv_heads = source.num_heads(layer, host.numel())
+    if spread and host.numel() == 1:
+        host = host.expand(num_kv_heads)
     if host.numel() != num_kv_heads:
         hint = " (of one tensor-parallel rank?)" if 0 < host.numel() < num_kv_heads else ""
         raise ValueError(

@@ -15,6 +15,7 @@ from fp8kv._dtypes import REAL_DTYPES, dtype_name
 from fp8kv.checkpoint._read.config import CONFIG_FILE, MODELOPT_FILE, NESTED, section_of_model
 from fp8kv.checkpoint._read.inventory import Models, ModelTensors, sort_tensors
 from fp8kv.checkpoint._read.layers import Heads, layers_of_config, with_counts, with_tensors
+from fp8kv.checkpoint._read.own_scales import FOLDER, JSON_FILE, TENSOR_FILE
 from fp8kv.checkpoint._read.safetensors import DTYPES, INDEX_FILE, StoredTensor, read_header
 from fp8kv.checkpoint.names import parse_scale_name
 from fp8kv.checkpoint.problems import CheckpointError
@@ -87,7 +88,8 @@ class Source:
 
     def other_files(self) -> list[Path]:
         """Relative paths of the files that do not change when scales are replaced, tensor files included."""
-        replaced = {CONFIG_FILE, INDEX_FILE, self.file_for_scales, *self.with_scales}
+        own = {f"{FOLDER}/{name}" for name in (JSON_FILE, TENSOR_FILE)}
+        replaced = {CONFIG_FILE, INDEX_FILE, self.file_for_scales, *self.with_scales, *own}
         paths = (path.relative_to(self.folder) for path in _files(self.folder))
         return [path for path in paths if str(path) not in replaced]
 

@@ -23,7 +23,7 @@ class LayerOptions:
 
     Args:
         index: of the layer.
-        storage: dtype, layout, block_size and scales of the `PagedKVCache`.
+        storage: dtype, layout, block_size, scales and offsets of the `PagedKVCache`.
         config: of the language model, with its attention function.
         clipping: shared by all layers of the cache.
         direct: whether that function may read the storage.
@@ -80,18 +80,31 @@ class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         raise NotImplementedError
 
     def _new_storage(self, num_blocks: int, num_kv_heads: int, head_size: int, device: Any) -> PagedKVCache:
-        for name in ("k", "v"):
-            scale = getattr(self.options.storage["scales"], name, None)
-            if isinstance(scale, Tensor) and scale.numel() not in (1, num_kv_heads):
-                raise ValueError(
-                    f"Fp8Cache: scales of layer {self.index} must have 1 or {num_kv_heads} elements "
-                    f"for {name}, as its keys have {num_kv_heads} heads, got {scale.numel()}"
-                )
+        self._check_scales(num_kv_heads, head_size)
         storage = PagedKVCache(
             num_blocks, num_kv_heads=num_kv_heads, head_size=head_size, device=device, **self.options.storage
         )
         self.options.clipping.watch(storage)
         return storage
+
+    def _check_scales(self, num_kv_heads: int, head_size: int) -> None:
+        storage = self.options.storage
+        for name in ("k", "v"):
+            scale = getattr(storage["scales"], name, None)
+            if isinstance(scale, Tensor) and scale.dim() < 2 and scale.numel() not in (1, num_kv_heads):
+                raise ValueError(
+                    f"Fp8Cache: scales of layer {self.index} must have 1 or {num_kv_heads} elements "
+                    f"for {name}, as its keys have {num_kv_heads} heads, got {scale.numel()}"
+                )
+            offset = f"{name}_offset"
+            own = storage.get(offset, getattr(storage["scales"], offset, None))
+            for what, x in ((f"scales of {name}", scale), (offset, own)):
+                if isinstance(x, Tensor) and x.dim() == 2 and x.shape != (num_kv_heads, head_size):
+                    raise ValueError(
+                        f"Fp8Cache: {what} in layer {self.index} must have the shape "
+                        f"{[num_kv_heads, head_size]}, as its keys have {num_kv_heads} heads of {head_size}, "
+                        f"got {list(x.shape)}"
+                    )
 
     def _check(self, key: Tensor, value: Tensor) -> None:
         """Checks that the new tokens are consistent with each other and with the stored ones."""

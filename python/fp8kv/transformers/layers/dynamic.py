@@ -117,6 +117,7 @@ class DynamicFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
             counter = self.storage.clip_counter
             self.storage.use_scales(old.k_scale, old.v_scale)
             self.storage.clip_counter = counter
+        self.storage.k_offset, self.storage.v_offset = old.k_offset, old.v_offset
         self.storage.copy_blocks(torch.stack([blocks, torch.arange(len(blocks), device=old.device)], 1), old)
 
     def _select(self, sequences: Tensor) -> None:

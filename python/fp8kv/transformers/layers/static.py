@@ -59,7 +59,8 @@ class StaticFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
         blocks = torch.arange(num_blocks, dtype=torch.int32, device=storage.device)
         self.table = blocks.view(-1, num_rows).T.contiguous()
         counts = [] if storage.clip_counter is None else [storage.clip_counter.counts]
-        for tensor in (storage.storage, storage.k_scale, storage.v_scale, self.table, *counts):
+        offsets = [x for x in (storage.k_offset, storage.v_offset) if x is not None]
+        for tensor in (storage.storage, storage.k_scale, storage.v_scale, self.table, *offsets, *counts):
             torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
