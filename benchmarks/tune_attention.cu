@@ -174,9 +174,9 @@ int main(int argc, char** argv) {
     const double us = time_of(calls, [&](int i, cudaStream_t s) { launch(layouts[i % copies], chosen, workspace, s, false); });
     std::printf("  without the merging kernel: %.2f us\n", us);
   }
-  const auto with = [&](int heads, std::int64_t blocks_wanted, std::int64_t least, std::int64_t parts) {
+  const auto with = [&](int warps, int heads, std::int64_t blocks_wanted, std::int64_t least, std::int64_t parts) {
     AttentionPlan plan = chosen;
-    plan.cluster = 1;
+    plan.cluster = 1, plan.warps = warps;
     plan.heads = heads, plan.head_groups = KV / heads, plan.parts = parts, plan.least_units = least;
     plan.shared_memory =
         core::AttentionMemory(int(D), plan.column_tiles, per_token, plan.warps, plan.heads * plan.columns).size;
@@ -190,19 +190,20 @@ int main(int argc, char** argv) {
     return plan;
   };
   const std::int64_t sms = limits.multiprocessors;
-  for (int heads : {1, 2, 4, 8}) {
-    if (KV % heads || heads > chosen.warps || (heads > 1 && chosen.columns > 8)) continue;
-    const std::int64_t one_round = chosen.warps / heads, tiles = B * N / bs * (KV / heads);
-    for (std::int64_t n : {sms, 2 * sms})
-      for (std::int64_t least : {one_round, 2 * one_round, 4 * one_round}) {
-        if (least > one_round && tiles / n > least) continue;
-        run(with(heads, n, least, 0), "share");
+  for (int warps : {chosen.warps, chosen.warps / 2})
+    for (int heads : {1, 2, 4, 8}) {
+      if (KV % heads || heads > warps || (heads > 1 && chosen.columns > 8) || chosen.column_warps > warps) continue;
+      const std::int64_t one_round = warps / heads, tiles = B * N / bs * (KV / heads);
+      for (std::int64_t n : {sms, 2 * sms, 4 * sms})
+        for (std::int64_t least : {one_round, 4 * one_round}) {
+          if (least > one_round && tiles / n > least) continue;
+          run(with(warps, heads, n, least, 0), "share");
+        }
+      for (std::int64_t parts : {1, 2, 4, 8, 16, 32}) {
+        const AttentionPlan plan = with(warps, heads, 0, 1, parts);
+        if (plan.blocks > 6 * sms || plan.workspace_size > (256 << 20) || (parts > 1 && plan.blocks < sms / 4)) continue;
+        run(plan, "parts");
       }
-    for (std::int64_t parts : {1, 2, 4, 8, 16, 32}) {
-      const AttentionPlan plan = with(heads, 0, 1, parts);
-      if (plan.blocks > 6 * sms || plan.workspace_size > (256 << 20) || (parts > 1 && plan.blocks < sms / 4)) continue;
-      run(plan, "parts");
     }
-  }
   check(cudaDeviceSynchronize());
 }

@@ -207,7 +207,7 @@ enum class AttentionKernel : std::uint8_t {
 // and V with columns of their own: query heads of the KV head times query tokens, 8 to a column tile. The others take other
 // tiles. How the work is divided between blocks: csrc/cuda/attention/schedule.cuh.
 //
-// Plans of one sequence have clusters of `parts` blocks that share an item and merge it in their shared memory.
+// Plans of one short sequence have clusters of `parts` blocks that share an item and merge it in their shared memory.
 struct AttentionPlan {
   AttentionKernel kernel = AttentionKernel::Generic;
   int warps = 4;                    // per block
@@ -230,7 +230,7 @@ struct AttentionPlan {
 // Clusters of the tiled kernel that a device runs at once: of 2^i blocks with j + 1 column tiles per warp. All 0: none.
 struct AttentionClusters {
   static constexpr int kMaxColumnTiles = 2;
-  static constexpr int kMaxLog2Blocks = 4;
+  static constexpr int kMaxLog2Blocks = 3;
   int active[kMaxColumnTiles][kMaxLog2Blocks + 1] = {};
 };
 

@@ -101,7 +101,8 @@ void choose_heads(const AttentionLayout& l, bool many_items, AttentionPlan& plan
   if (many_items && l.num_kv_heads % 2 == 0) plan.heads = 2;
 }
 
-// Blocks per cluster where a device has room for all clusters at once, and each block for at least one round of its warps.
+// Blocks per cluster of one short sequence, which is no more than two rounds of tiles for the warps of each block, and no less than
+// one. Longer ones want more blocks than fit clusters well.
 int choose_cluster(const AttentionLayout& l, const DeviceLimits& limits, const AttentionClusters& clusters,
                    const AttentionPlan& plan) {
   const AttentionMemory memory(static_cast<int>(l.head_size), plan.column_tiles, scales_per_token(l), plan.warps, plan.columns);
@@ -112,7 +113,7 @@ int choose_cluster(const AttentionLayout& l, const DeviceLimits& limits, const A
   for (int log2 = AttentionClusters::kMaxLog2Blocks; log2 > 0; --log2) {
     const std::int64_t blocks = std::int64_t{1} << log2;
     if (items * blocks <= limits.multiprocessors && items <= clusters.active[plan.column_tiles - 1][log2] &&
-        max_tiles(l) >= blocks * plan.warps)
+        max_tiles(l) >= blocks * plan.warps && max_tiles(l) <= 2 * blocks * plan.warps)
       return static_cast<int>(blocks);
   }
   return 1;

@@ -197,24 +197,26 @@ AttentionClusters clusters_of(int blocks_at_once) {
   return clusters;
 }
 
-TEST(PlanAttention, OneSequenceIsMergedInClusters) {
+TEST(PlanAttention, OneShortSequenceIsMergedInClusters) {
   const auto plan_with = [](const Shape& s, int blocks_at_once) {
     return plan_attention(lower(problem_of(s)), kLimits, clusters_of(blocks_at_once));
   };
-  const AttentionPlan plan = plan_with({.seqs = 1, .max_len = 8192}, 132);
-  EXPECT_EQ(plan.cluster, 16);
-  EXPECT_EQ(plan.parts, 16);
-  EXPECT_EQ(plan.blocks, 8 * 16);
+  const AttentionPlan plan = plan_with({.seqs = 1, .max_len = 1024}, 132);
+  EXPECT_EQ(plan.cluster, 8);
+  EXPECT_EQ(plan.parts, 8);
+  EXPECT_EQ(plan.blocks, 8 * 8);
   EXPECT_EQ(plan.workspace_size, 0);
   EXPECT_EQ(plan.merges, 0);
-  EXPECT_EQ(plan_with({.seqs = 1, .max_len = 8192}, 64).cluster, 8) << "no room for more at once";
-  EXPECT_EQ(plan_with({.seqs = 1, .max_len = 8192}, 0).cluster, 1);
-  EXPECT_EQ(plan_with({.seqs = 1, .max_len = 1024}, 132).cluster, 8) << "a tile for each warp";
-  EXPECT_EQ(plan_with({.seqs = 1, .max_len = 8192, .heads = 32, .kv_heads = 32}, 132).cluster, 4);
-  EXPECT_EQ(plan_with({.seqs = 1, .max_len = 8192, .queries = 4}, 132).cluster, 16) << "two column tiles";
-  EXPECT_EQ(plan_with({.seqs = 1, .max_len = 8192, .queries = 8}, 132).cluster, 1);
-  EXPECT_EQ(plan_with({.seqs = 2, .max_len = 8192}, 132).cluster, 1);
-  EXPECT_EQ(plan_with({.seqs = 1, .max_len = 8192, .num_splits = 4}, 132).cluster, 1);
+  EXPECT_EQ(plan_with({.seqs = 1, .max_len = 1024}, 32).cluster, 4) << "no room for more at once";
+  EXPECT_EQ(plan_with({.seqs = 1, .max_len = 1024}, 0).cluster, 1);
+  EXPECT_EQ(plan_with({.seqs = 1, .max_len = 512}, 132).cluster, 4) << "a tile for each warp";
+  EXPECT_EQ(plan_with({.seqs = 1, .max_len = 2048}, 132).cluster, 8) << "two tiles";
+  EXPECT_EQ(plan_with({.seqs = 1, .max_len = 4096}, 132).cluster, 1) << "too long";
+  EXPECT_EQ(plan_with({.seqs = 1, .max_len = 1024, .heads = 32, .kv_heads = 32}, 132).cluster, 4);
+  EXPECT_EQ(plan_with({.seqs = 1, .max_len = 1024, .queries = 4}, 132).cluster, 8) << "two column tiles";
+  EXPECT_EQ(plan_with({.seqs = 1, .max_len = 1024, .queries = 8}, 132).cluster, 1);
+  EXPECT_EQ(plan_with({.seqs = 2, .max_len = 1024}, 132).cluster, 1);
+  EXPECT_EQ(plan_with({.seqs = 1, .max_len = 1024, .num_splits = 4}, 132).cluster, 1);
 }
 
 TEST(PlanAttention, WhatAClusterMergesFitsTheRings) {

@@ -159,6 +159,7 @@ class _Story:
     def speed(self, model: Model, scales: dict[str, KVScales], prompt: Tensor) -> None:
         """Converts the model to the dtype of the checkpoint, in which Transformers' cache has 16 bits."""
         model.model.to(model.cache_dtype)
+        prompt = prompt.to(model.model.device)
         names = (
             evaluation.REFERENCE, evaluation.PER_HEAD, evaluation.PER_TOKEN_HEAD, evaluation.PER_CHANNEL,
         )  # fmt: skip

@@ -166,7 +166,11 @@ def attention_workspace_size(
         >>> fp8kv.attention_workspace_size(torch.zeros(1, 8, 64), cache, table)
         0
     """
-    for name, tensor, dims in (("query", query, 3), ("key_cache", key_cache, 4), ("block_table", block_table, 2)):
+    for name, tensor, dims in (
+        ("query", query, 3),
+        ("key_cache", key_cache, 4),
+        ("block_table", block_table, 2),
+    ):
         if tensor.dim() != dims:
             raise ValueError(
                 f"attention_workspace_size: {name} must have {dims} dimensions, got {tensor.dim()}"

@@ -14,8 +14,10 @@ from fp8kv.kv_cache import reshape_and_cache_flash, reshape_and_cache_flash_dyna
 PER_TOKEN_HEAD = "fp8_per_token_head"
 #: Bytes of such a scale, which lies behind its head.
 SCALE_BYTES = 4
+#: The formats of caches that vLLM has names for, which INT8 is not among.
+FP8_NAMES = tuple(name for name in QUANTIZED_CACHE_NAMES if name != "int8")
 #: What `--kv-cache-dtype` may be for the backend.
-CACHE_NAMES = ("auto", "float16", "bfloat16", *QUANTIZED_CACHE_NAMES, PER_TOKEN_HEAD)
+CACHE_NAMES = ("auto", "float16", "bfloat16", *FP8_NAMES, PER_TOKEN_HEAD)
 
 
 def content_size(head_size: int, kv_cache_dtype: str) -> int:
