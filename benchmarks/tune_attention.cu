@@ -35,7 +35,8 @@ T* device_copy(const std::vector<T>& host) {
   return data;
 }
 
-void launch(const core::AttentionLayout& l, const AttentionPlan& plan, void* workspace, cudaStream_t stream, bool merge = true) {
+void launch(const core::AttentionLayout& l, const AttentionPlan& plan, void* workspace, cudaStream_t stream,
+            bool merge = true) {
   switch (l.head_size) {
     case 64: cuda::attention::launch_tiled<64>(l, plan, workspace, stream); break;
     case 96: cuda::attention::launch_tiled<96>(l, plan, workspace, stream); break;
@@ -165,9 +166,9 @@ int main(int argc, char** argv) {
   const AttentionPlan chosen = core::plan_attention(layouts[0], limits, clusters(D));
   const auto run = [&](const AttentionPlan& plan, const char* what) {
     const double us = time_of(calls, [&](int i, cudaStream_t s) { launch(layouts[i % copies], plan, workspace, s); });
-    std::printf("  %-8s cluster %d warps %d heads %d tiles %d cw %d parts %ld blocks %4ld least %3ld: %8.2f us  %5.1f%%\n", what,
-                plan.cluster, plan.warps, plan.heads, plan.column_tiles, plan.column_warps, long(plan.parts), long(plan.blocks),
-                long(plan.least_units), us, 100 * floor / us);
+    std::printf("  %-8s cluster %d warps %d heads %d tiles %d cw %d parts %ld blocks %4ld least %3ld: %8.2f us  %5.1f%%\n",
+                what, plan.cluster, plan.warps, plan.heads, plan.column_tiles, plan.column_warps, long(plan.parts),
+                long(plan.blocks), long(plan.least_units), us, 100 * floor / us);
   };
   run(chosen, "chosen");
   if (chosen.slots > 0) {

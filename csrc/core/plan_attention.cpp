@@ -20,7 +20,8 @@ bool chunks_aligned(const AttentionLayout& l, const PagedView& view) {
   // Strides count in 31 bits, as do positions of rows in a block.
   const auto counts = [&] {
     std::int64_t sum = 0;
-    for (const auto& [stride, size] : {std::pair{view.block, std::int64_t{1}}, {view.offset, l.block_size}, {view.head, l.num_kv_heads}}) {
+    for (const auto& [stride, size] :
+         {std::pair{view.block, std::int64_t{1}}, {view.offset, l.block_size}, {view.head, l.num_kv_heads}}) {
       if (std::abs(stride) >= kMaxChunk / size) return false;
       sum += std::abs(stride) * size;
     }
@@ -101,8 +102,8 @@ void choose_heads(const AttentionLayout& l, bool many_items, AttentionPlan& plan
   if (many_items && l.num_kv_heads % 2 == 0) plan.heads = 2;
 }
 
-// Blocks per cluster of one short sequence, which is no more than two rounds of tiles for the warps of each block, and no less than
-// one. Longer ones want more blocks than fit clusters well.
+// Blocks per cluster of one short sequence, which is no more than two rounds of tiles for the warps of each block, and no less
+// than one. Longer ones want more blocks than fit clusters well.
 int choose_cluster(const AttentionLayout& l, const DeviceLimits& limits, const AttentionClusters& clusters,
                    const AttentionPlan& plan) {
   const AttentionMemory memory(static_cast<int>(l.head_size), plan.column_tiles, scales_per_token(l), plan.warps, plan.columns);

@@ -6,8 +6,8 @@
 
 namespace fp8kv::device {
 
-// Two bytes of a quantized type, the lower or the upper ones of a word, to two fp16 values. Exact: every value of E4M3, E5M2 and
-// Int8 is one of fp16.
+// Two bytes of a quantized type, the lower or the upper ones of a word, to two fp16 values. Exact: every value of E4M3, E5M2
+// and Int8 is one of fp16.
 template <class Fp8, bool kUpper>
 __device__ __forceinline__ std::uint32_t halves_of(std::uint32_t word);
 

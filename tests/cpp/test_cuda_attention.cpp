@@ -96,7 +96,7 @@ struct Problem {
 
   Case c;
   std::int64_t rows = rows_of(c), seqs = static_cast<std::int64_t>(c.lengths.size()), max_blocks = max_blocks_of(c);
-  std::int64_t blocks = std::max<std::int64_t>(1, seqs * max_blocks);
+  std::int64_t blocks = std::max<std::int64_t>(1, seqs* max_blocks);
   Tensor query = heads(DType::BFloat16), key_cache = cache(), value_cache = cache(), out = heads(DType::Float32);
   Tensor lse = Tensor(DType::Float32, {rows, c.heads}, {c.heads, 1}, 0);
   Tensor table = indices(seqs, max_blocks), lengths = indices(1, seqs), sums = indices(1, seqs + 1);

@@ -49,8 +49,8 @@ void launch(const AttentionLayout& layout, const AttentionPlan& plan, void* work
 AttentionPlan plan_of(const AttentionLayout& layout) {
   const AttentionPlan plan = core::plan_attention(layout, device_limits());
   if (plan.kernel == AttentionKernel::Generic || layout.num_seqs != 1) return plan;
-  const auto& clusters = with_head_size(
-      layout.head_size, [](auto size) -> const core::AttentionClusters& { return attention::clusters<size>(); });
+  const auto& clusters =
+      with_head_size(layout.head_size, [](auto size) -> const core::AttentionClusters& { return attention::clusters<size>(); });
   return core::plan_attention(layout, device_limits(), clusters);
 }
 

@@ -88,9 +88,7 @@ void launch_merge(const AttentionLayout& layout, const AttentionPlan& plan, void
   const MergeArgs args{layout, plan, FastDiv(layout.heads_per_kv_head()), workspace};
   const auto sharers = static_cast<unsigned>(plan.merge_sharers), columns = kWarps / sharers;
   const dim3 grid(static_cast<unsigned>(plan.merges), (plan.heads * plan.columns + columns - 1) / columns);
-  const LaunchShape shape{.grid = grid,
-                          .threads = dim3(32, sharers, columns),
-                          .dependent = can_depend(grid.x * grid.y)};
+  const LaunchShape shape{.grid = grid, .threads = dim3(32, sharers, columns), .dependent = can_depend(grid.x * grid.y)};
   launch(merge_parts, shape, stream, args);
   check_launch("paged_attention");
 }

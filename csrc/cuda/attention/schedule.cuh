@@ -86,9 +86,9 @@ struct Item {
   int first_column;  // of those of the sequence and a KV head
   int num_columns;
   Positions tiles;
-  int slot;      // of the workspace, or one of these
+  int slot;                                           // of the workspace, or one of these
   static constexpr int kWhole = -1, kInCluster = -2;  // the block has all tiles; its cluster has them
-  bool nothing;  // the block has done all its work
+  bool nothing;                                       // the block has done all its work
 };
 
 // Partial results in the workspace. A slot has, for each column of an item, head_size weighted sums of V, and after all of
@@ -133,7 +133,7 @@ class Slots {
 
 // Where a block is in its work, and how all blocks share it. Units count in 31 bits: the plan sees to that.
 struct Cursor {
-  unsigned unit, end;  // of the block
+  unsigned unit, end;   // of the block
   unsigned first_unit;  // of the sequence
   int index;            // of the sequence
   unsigned units;       // parts == 0: of every block, or of every block of an item; the first `longer` ones have one more
@@ -273,7 +273,8 @@ class Schedule {
       }
       c.unit += to - from;
       if (from == 0 && to < units) {
-        const unsigned blocks = c.blocks_of_item > 0 ? c.blocks_of_item : block_of(c, c.unit + (units - to) - 1) - blockIdx.x + 1;
+        const unsigned blocks =
+            c.blocks_of_item > 0 ? c.blocks_of_item : block_of(c, c.unit + (units - to) - 1) - blockIdx.x + 1;
         store_header(item, min(blocks, static_cast<unsigned>(plan_.blocks) - blockIdx.x));
       }
     } else {

@@ -1,6 +1,6 @@
-// Attention on the tensor cores for FP8 caches: a warp takes tiles of 16 positions. K is the left operand of the first product
-// and V, transposed, of the second, so that a query token and head costs one of 8 columns; FP8 becomes fp16 in registers, which
-// is exact.
+// Attention on the tensor cores for FP8 and INT8 caches: a warp takes tiles of 16 positions. K is the left operand of the first
+// product and V, transposed, of the second, so that a query token and head costs one of 8 columns; bytes become fp16 in
+// registers, which is exact.
 //
 // Every warp copies its tiles into a ring of its own in shared memory while it works on earlier ones. Warps that share tiles
 // (column_warps) read each other's rings. At the end of an item the warps merge what they have.
@@ -201,8 +201,8 @@ class TiledAttention {
       const std::uint32_t to = ring_address_ + stage * Shape::kBytes.size;
       copy_rows<Shape::kBytes.key_pitch>(to, key_to(), l_.key_cache.data, key_from_, args_.keys, block, within, first, rows,
                                          [](int row) { return Shape::key_chunk(row, 0); });
-      copy_rows<Shape::kBytes.value_pitch>(to, value_to(), l_.value_cache.data, value_from_, args_.values, block, within,
-                                           first, rows, [](int row) { return Shape::value_chunk(row, 0); });
+      copy_rows<Shape::kBytes.value_pitch>(to, value_to(), l_.value_cache.data, value_from_, args_.values, block, within, first,
+                                           rows, [](int row) { return Shape::value_chunk(row, 0); });
       if constexpr (kPerToken) copy_scales(tile_memory(warp_, stage) + Shape::kBytes.scales, block, within, first, rows);
       if (lane_ == 0) *missing(warp_, stage) = block < 0;
     }
@@ -221,8 +221,8 @@ class TiledAttention {
 
   // `permutation`: what a row that the first lane copies adds to the chunks' permutation, which is linear in the bits of rows.
   template <int kPitch, class Permutation>
-  __device__ void copy_rows(std::uint32_t tile, std::uint32_t to, const void* data, int from, const CacheStrides& strides, int block, int within,
-                            int first, int rows, const Permutation& permutation) const {
+  __device__ void copy_rows(std::uint32_t tile, std::uint32_t to, const void* data, int from, const CacheStrides& strides,
+                            int block, int within, int first, int rows, const Permutation& permutation) const {
     if (Shape::kChunks * Shape::kRowsPerCopy < 32 && lane_ >= Shape::kChunks * Shape::kRowsPerCopy) return;
     const std::byte* source = static_cast<const std::byte*>(data) + (from + within * strides.offset);
     source += max(block, 0) * std::int64_t{strides.block};
@@ -780,8 +780,8 @@ class TiledAttention {
   int first_query_;
   bool one_query_;
   Positions any_, all_, tiles_;
-  int first_tile_, iterations_;         // of this warp
-  int key_from_, value_from_;   // the first bytes that this lane copies, in block 0 of the cache
+  int first_tile_, iterations_;  // of this warp
+  int key_from_, value_from_;    // the first bytes that this lane copies, in block 0 of the cache
   const int* table_;
   int blocks_, next_blocks_;  // of iterations, one per lane
   std::uint32_t query_[kColumnTiles == 1 ? kSteps : 1][2];

@@ -7,8 +7,8 @@
 
 namespace fp8kv::cuda::attention {
 
-// What the driver must allow of a kernel, to the most that any plan asks for: it can't fall below what another thread is about to
-// launch with.
+// What the driver must allow of a kernel, to the most that any plan asks for: it can't fall below what another thread is about
+// to launch with.
 template <class Kernel>
 void allow(Kernel kernel) {
   const DeviceLimits& limits = device_limits();

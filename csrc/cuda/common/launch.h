@@ -21,7 +21,8 @@ inline void check_launch(const char* op) {
 // Of the current device.
 const DeviceLimits& device_limits();
 
-// Whether a kernel of so many blocks that calls device::wait_then_release() can begin before its predecessor in the stream ends.
+// Whether a kernel of so many blocks that calls device::wait_then_release() can begin before its predecessor in the stream
+// ends.
 bool can_depend(unsigned blocks);
 // Whether it does so behind kernels that may be anybody's: with FP8KV_PDL=1.
 bool launches_dependent(unsigned blocks);
