@@ -64,7 +64,7 @@ def check_at_start(vllm_config: Any, layer_names: Sequence[str], *, letters: str
 
 
 def check_checkpoint(model: str, *, query: bool) -> None:
-    """Refuses what `fp8kv.audit_checkpoint` calls an error; a model that is no folder is not looked at.
+    """Refuses what `fp8kv.audit_checkpoint` calls an error in what vLLM reads, if the model is a folder.
 
     Args:
         model: as vLLM was given it.
@@ -76,7 +76,12 @@ def check_checkpoint(model: str, *, query: bool) -> None:
     if not Path(model).is_dir():
         return
     found = examine(model, "fp8kv.vllm", query=query)
-    errors = [problem for problem in found.problems if problem.severity == "error"]
+    errors = [
+        problem
+        for problem in found.problems
+        # vLLM doesn't read the subfolder "fp8kv".
+        if problem.severity == "error" and not problem.kind.startswith("fp8kv-")
+    ]
     if found.scheme is not None and errors:
         more = f" ({len(errors) - 1} more are found by fp8kv inspect {model})" if errors[1:] else ""
         raise ValueError(f"fp8kv.vllm: the scales of {model} can't be used: {errors[0]}{more}")

@@ -16,6 +16,7 @@ import torch
 import vllm_standins
 from vllm_layer import config
 
+import fp8kv
 from checkpoint_files import make_checkpoint
 from fp8kv.vllm.scales import check_at_start
 
@@ -217,6 +218,14 @@ def test_a_checkpoint_that_the_audit_refuses(tmp_path: Path) -> None:
     save_file(tensors, file)
     with pytest.raises(ValueError, match=rf"^fp8kv.vllm: the scales of {tmp_path} can't be used: "):
         start({"a.0": layer()}, model_config=SimpleNamespace(model=str(tmp_path)))
+
+
+def test_what_vllm_does_not_read_is_not_refused(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    (tmp_path / "fp8kv").mkdir()
+    (tmp_path / "fp8kv" / "scales.json").write_text("damaged")
+    assert "fp8kv-damaged" in [problem.kind for problem in fp8kv.audit_checkpoint(tmp_path)]
+    start({"a.0": layer()}, model_config=SimpleNamespace(model=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
