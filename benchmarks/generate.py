@@ -54,9 +54,7 @@ QUICK_SIZES = ((1, 32), (2, 48))
 ALL_LAYERS = 32  # of Llama-3.1-8B
 BATCH = 16  # of the context that fits
 #: Its name before Transformers 5.24.
-CACHE_ARGUMENT = (
-    "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
-)
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 WARM_UP, ROUNDS, STEPS = 3, 5, 10
 
 
@@ -154,9 +152,7 @@ def compiled(model: Any) -> Callable[..., Any]:
     return torch.compile(model.forward, fullgraph=True, **how)
 
 
-def time_steps(
-    step: Callable[..., Any], cache: Any, batch: int, device: torch.device
-) -> tuple[float, float | None]:
+def time_steps(step: Callable[..., Any], cache: Any, batch: int, device: torch.device) -> tuple[float, float | None]:
     """Milliseconds of a step, and GiB at the peak."""
     token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
 
@@ -218,9 +214,7 @@ def main() -> None:
     memory = options.memory or (torch.cuda.mem_get_info(device)[1] / 2**30 if on_gpu else 80)
     torch.manual_seed(0)
     layers = min(2, options.layers) if options.quick else options.layers
-    model = make_model(
-        LlamaConfig(**(QUICK_SHAPE if options.quick else SHAPE), num_hidden_layers=layers), device
-    )
+    model = make_model(LlamaConfig(**(QUICK_SHAPE if options.quick else SHAPE), num_hidden_layers=layers), device)
     rows = []
     for batch, context in QUICK_SIZES if options.quick else SIZES:
         for kind in kinds():

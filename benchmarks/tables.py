@@ -30,9 +30,7 @@ class Results:
         isa = report["rows"][-1]["isa"]
         self.host: dict[str, float] = report["host"]
         self.rows: dict[tuple[str, Shape], Row] = {
-            (row["work"], tuple(row["shape"])): row
-            for row in report["rows"]
-            if (row["isa"], row["threads"]) == (isa, threads)
+            (row["work"], tuple(row["shape"])): row for row in report["rows"] if (row["isa"], row["threads"]) == (isa, threads)
         }
 
     def works(self) -> list[str]:
@@ -80,10 +78,7 @@ def times(
             return ""
         return f"{_number(row['us'])}, {row['share']:.0%}"
 
-    copy = [
-        _number(next(row["floor_us"] for (_, s), row in results.rows.items() if s == shape))
-        for shape in shapes
-    ]
+    copy = [_number(next(row["floor_us"] for (_, s), row in results.rows.items() if s == shape)) for shape in shapes]
     return _matrix(results.works(), shapes, cell, ["copy", *copy])
 
 
@@ -101,9 +96,7 @@ def beside(names: Sequence[str], *geometry: int, shapes: Sequence[Shape] = ()) -
     """Microseconds of several runs: the first / the second / ..."""
     runs = [Results(name) for name in names]
     shapes = shapes or runs[-1].shapes(*geometry)
-    return _matrix(
-        runs[-1].works(), shapes, lambda work, shape: " / ".join(run.us(work, shape) or "-" for run in runs)
-    )
+    return _matrix(runs[-1].works(), shapes, lambda work, shape: " / ".join(run.us(work, shape) or "-" for run in runs))
 
 
 def peers(name: str, others: Sequence[str], *geometry: int, shapes: Sequence[Shape] = ()) -> str:
@@ -116,9 +109,7 @@ def peers(name: str, others: Sequence[str], *geometry: int, shapes: Sequence[Sha
             return ""
         return " / ".join([_number(row["us"]), *(_number(row["peers"][other]) for other in others)])
 
-    works = [
-        work for work in results.works() if any(cell(work, shape) for shape in results.shapes(*geometry))
-    ]
+    works = [work for work in results.works() if any(cell(work, shape) for shape in results.shapes(*geometry))]
     return _matrix(works, shapes or results.shapes(*geometry), cell)
 
 
@@ -148,9 +139,7 @@ def host(names: dict[str, str]) -> str:
                 key = f"`torch.zero_`, in the run of {what}" if call == "torch.zero_" else call
                 line = cells.setdefault(key, [""] * len(names))
                 line[position] = f"{us:.1f}, {us / costs['torch.zero_']:.2f}"
-    return _table(
-        "us, relative to `torch.zero_`", list(names), [[call, *line] for call, line in cells.items()]
-    )
+    return _table("us, relative to `torch.zero_`", list(names), [[call, *line] for call, line in cells.items()])
 
 
 def step_times() -> str:
@@ -198,9 +187,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantize h100": lambda: times("quantize_h100"),
     "quantize h200": lambda: times("quantize_h200"),
     "quantize cpu": lambda: times("quantize_cpu", threads=1),
-    "quantize small h100": lambda: beside(
-        ["quantize_h100", "quantize_h100_pdl", "quantize_h100_warm"], shapes=SMALL
-    ),
+    "quantize small h100": lambda: beside(["quantize_h100", "quantize_h100_pdl", "quantize_h100_warm"], shapes=SMALL),
     "quantize peers h100": lambda: peers(
         "quantize_h100_peers", ["torch.compile", "torch eager"], shapes=[*SMALL, (8192, 4096)]
     ),
@@ -217,9 +204,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode h200": lambda: times("decode_h200", 32, 8, 128),
     "decode cpu": lambda: times("decode_cpu", 32, 8, 128, threads=1),
     "decode small h100": lambda: beside(["decode_h100", "decode_h100_pdl", "decode_h100_warm"], 32, 8, 128),
-    "decode peers h100": lambda: peers(
-        "decode_h100_peers", ["separate ops", "torch.compile", "torch eager"], 32, 8, 128
-    ),
+    "decode peers h100": lambda: peers("decode_h100_peers", ["separate ops", "torch.compile", "torch eager"], 32, 8, 128),
     "attention cpu": lambda: attention("attention_cpu", threads=1),
     "host": lambda: host({"H100": "h100", "H200": "h200", "CPU": "cpu"}),
 }

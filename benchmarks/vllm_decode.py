@@ -71,9 +71,7 @@ LIKE_THE_REFERENCE = ("fp8kv-eager", "fp8kv", "fp8kv-compiled", "fp8kv-paged-pre
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 256])
     parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 8192, 32768])
@@ -83,9 +81,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory", type=float, default=80.0, help="GiB of the caches of a GPU, at most")
     parser.add_argument("--no-tokens", action="store_true", help="leaves the comparison of tokens out")
     parser.add_argument("--no-steps", action="store_true", help="leaves the times out")
-    parser.add_argument(
-        "--quick", action="store_true", help="three settings, one batch and context, 2 layers"
-    )
+    parser.add_argument("--quick", action="store_true", help="three settings, one batch and context, 2 layers")
     parser.add_argument("--out", type=Path, help="where the JSON goes; default: none")
     parser.add_argument("--one", choices=SETTINGS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -309,8 +305,7 @@ def greedy_tokens(engine: Any) -> list[dict[str, Any]]:
     for output in engine.generate(prompts, parameters, use_tqdm=False):
         best = output.outputs[0]
         top = [
-            sorted(((token, x.logprob) for token, x in step.items()), key=lambda pair: -pair[1])[:2]
-            for step in best.logprobs
+            sorted(((token, x.logprob) for token, x in step.items()), key=lambda pair: -pair[1])[:2] for step in best.logprobs
         ]
         result.append({"tokens": list(best.token_ids), "top": top})
     return result
@@ -370,8 +365,7 @@ def measure(engine: Any, batch: int, context: int) -> dict[str, Any]:
     wanted = WARM_UP + 2 * STEPS
     parameters = SamplingParams(max_tokens=wanted + 8, temperature=0.0, ignore_eos=True, detokenize=False)
     prompts: list[Any] = [
-        {"prompt_token_ids": [(7 * i + j) % (VOCABULARY - 10) + 3 for j in range(context)]}
-        for i in range(batch)
+        {"prompt_token_ids": [(7 * i + j) % (VOCABULARY - 10) + 3 for j in range(context)]} for i in range(batch)
     ]
     begin = time.monotonic()
     one = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)
@@ -419,9 +413,7 @@ def by_kind(kernels: dict[str, float]) -> dict[str, float]:
     """The times of `KINDS`."""
     result = dict.fromkeys(KINDS, 0.0)
     for name, us in kernels.items():
-        kind = next(
-            (kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), None
-        )
+        kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), None)
         if kind is not None:
             result[kind] += us
     return result

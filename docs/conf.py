@@ -84,9 +84,7 @@ class LinkSource(SphinxTransform):
                 node.replace_self(node.children)
             else:
                 node.replace_self(
-                    addnodes.download_reference(
-                        "", "", *node.children, **node.attributes | {"reftarget": "/../" + name}
-                    )
+                    addnodes.download_reference("", "", *node.children, **node.attributes | {"reftarget": "/../" + name})
                 )
 
 

@@ -52,11 +52,7 @@ def attend_to_all(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return torch.stack([attend_to(*part) for part in parts])
 
 
-out = (
-    cache.attend(query, block_table, seq_lens)
-    if device == "cpu"
-    else attend_to_all(*cache.gather(block_table, seq_lens))
-)
+out = cache.attend(query, block_table, seq_lens) if device == "cpu" else attend_to_all(*cache.gather(block_table, seq_lens))
 
 # What FP8 costs: the same attention to the keys and values that were never quantized.
 expected = attend_to_all(key, value)

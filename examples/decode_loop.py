@@ -39,9 +39,7 @@ class Engine:
         self.x = torch.randn(NUM_SEQS, HIDDEN, device=device).bfloat16()
         # What a gather writes: all blocks of every sequence, so that the sizes are the same in every step.
         self.whole = torch.full((NUM_SEQS,), MAX_LEN, dtype=torch.int32, device=device)
-        self.gathered = torch.zeros(
-            2, NUM_SEQS * MAX_LEN, NUM_KV_HEADS, HEAD_SIZE, dtype=torch.bfloat16, device=device
-        )
+        self.gathered = torch.zeros(2, NUM_SEQS * MAX_LEN, NUM_KV_HEADS, HEAD_SIZE, dtype=torch.bfloat16, device=device)
 
     def step(self) -> None:
         """Appends one token to every sequence. Only kernels are launched: nothing is read back."""
@@ -55,9 +53,7 @@ class Engine:
             query, key, value = (part.unflatten(1, (-1, HEAD_SIZE)) for part in (x @ weight).split(sizes, 1))
             cache.append(key, value, slots)  # slices of one tensor: no copy is needed
             x = self.attend(query, cache).flatten(1)
-        self.x.copy_(
-            x / x.float().std().bfloat16()
-        )  # the input of the next step; a model would sample a token
+        self.x.copy_(x / x.float().std().bfloat16())  # the input of the next step; a model would sample a token
 
     def attend(self, query: torch.Tensor, cache: fp8kv.PagedKVCache) -> torch.Tensor:
         """One query [num_heads, head_size] per sequence."""
@@ -66,9 +62,7 @@ class Engine:
         cache.gather(self.block_table, self.whole, out=tuple(self.gathered))
         key, value = self.gathered.unflatten(1, (NUM_SEQS, MAX_LEN)).transpose(2, 3)
         seen = torch.arange(MAX_LEN, device=self.device) < self.seq_lens[:, None]
-        out = scaled_dot_product_attention(
-            query[:, :, None], key, value, attn_mask=seen[:, None, None], enable_gqa=True
-        )
+        out = scaled_dot_product_attention(query[:, :, None], key, value, attn_mask=seen[:, None, None], enable_gqa=True)
         return out[:, :, 0]
 
     def captured_step(self) -> Callable[[], None]:

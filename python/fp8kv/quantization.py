@@ -74,9 +74,7 @@ def quantize(
     extents = None if group_shape is None else list(group_shape)
     if scale is not None:
         if scale_ub is not None:
-            raise ValueError(
-                "fp8kv.quantize: scale_ub must be None when a scale is given, as it bounds computed scales"
-            )
+            raise ValueError("fp8kv.quantize: scale_ub must be None when a scale is given, as it bounds computed scales")
         _static(out, x, scale, extents)
         return out, scale
     scale = torch.empty(_scale_shape(x, extents), dtype=torch.float32, device=x.device)
@@ -139,9 +137,7 @@ def dequantize(
     return out
 
 
-def static_scaled_fp8_quant(
-    result: Tensor, input: Tensor, scale: Tensor, group_shape: Sequence[int] | None = None
-) -> None:
+def static_scaled_fp8_quant(result: Tensor, input: Tensor, scale: Tensor, group_shape: Sequence[int] | None = None) -> None:
     """Writes ``input / scale``, quantized, into `result`: the operator behind ``quantize(x, scale)``.
 
     Args:
@@ -193,9 +189,7 @@ def dynamic_scaled_fp8_quant(
     _dynamic(result, input, scale, scale_ub, group_shape)
 
 
-def scaled_fp8_dequant(
-    result: Tensor, input: Tensor, scale: Tensor, group_shape: Sequence[int] | None = None
-) -> None:
+def scaled_fp8_dequant(result: Tensor, input: Tensor, scale: Tensor, group_shape: Sequence[int] | None = None) -> None:
     """Writes ``input * scale`` into `result`: the operator behind `dequantize`.
 
     Args:

@@ -125,16 +125,12 @@ def make(problem: Problem) -> Inputs:
     # Blocks for what is seen, garbage for the rest
     width = -(-max(problem.lengths, default=0) // block_size) + 2
     table = GARBAGE[torch.randint(0, 4, (len(problem.lengths), width), generator=generator)]
-    used = sorted(
-        {(s, p // block_size) for s, each in enumerate(seen) for positions in each for p in positions}
-    )
+    used = sorted({(s, p // block_size) for s, each in enumerate(seen) for positions in each for p in positions})
     num_blocks = len(used) + 2
     order = torch.randperm(num_blocks, generator=generator)
     for block, (s, entry) in zip(order, used, strict=False):
         table[s, entry] = block
-    slots = [
-        sorted({p for positions in each for p in positions}) for each in seen
-    ]  # of each sequence, as positions
+    slots = [sorted({p for positions in each for p in positions}) for each in seen]  # of each sequence, as positions
     is_seen = torch.zeros(num_blocks * block_size, dtype=torch.bool)
     for s, positions in enumerate(slots):
         p = torch.tensor(positions, dtype=torch.int64)
@@ -215,26 +211,18 @@ def check(device: torch.device, problem: Problem | None = None, **changes: Any) 
     num_tokens, num_heads = inputs.largest_v.shape
     indices = ("seq_lens", "cu_query_lens", "seq_starts")
     kwargs = {
-        k: placed(x, problem.index_layout if k in indices else problem.scale_layout, device)
-        if isinstance(x, Tensor)
-        else x
+        k: placed(x, problem.index_layout if k in indices else problem.scale_layout, device) if isinstance(x, Tensor) else x
         for k, x in inputs.options.items()
     }
     table = placed(inputs.table, problem.index_layout, device)
-    key_cache, value_cache, _ = empty_caches(
-        inputs.caches[0].shape, inputs.caches[0].dtype, problem.cache_layout, device
-    )
+    key_cache, value_cache, _ = empty_caches(inputs.caches[0].shape, inputs.caches[0].dtype, problem.cache_layout, device)
     copy_bits(key_cache, inputs.caches[0])
     copy_bits(value_cache, inputs.caches[1])
     query = placed(inputs.query, problem.layouts[0], device)
     chosen = problem.out or (query.dtype if problem.query else torch.bfloat16)
     shape = (num_heads, problem.head_size)
-    out, out_buffer = empty_view(
-        (num_tokens + problem.spare_rows[1], *shape), chosen, problem.layouts[1], device
-    )
-    lse, lse_buffer = empty_view(
-        (num_tokens + problem.spare_rows[2], num_heads), torch.float32, problem.layouts[2], device
-    )
+    out, out_buffer = empty_view((num_tokens + problem.spare_rows[1], *shape), chosen, problem.layouts[1], device)
+    lse, lse_buffer = empty_view((num_tokens + problem.spare_rows[2], num_heads), torch.float32, problem.layouts[2], device)
     result = fp8kv.paged_attention(query, key_cache, value_cache, table, **kwargs, out=out, lse=lse)
     assert result is out
     for view, buffer in ((out, out_buffer), (lse, lse_buffer)):
@@ -242,9 +230,7 @@ def check(device: torch.device, problem: Problem | None = None, **changes: Any) 
 
     exact = torch.full((num_tokens + problem.spare_rows[1], *shape), math.nan, dtype=torch.float64)
     exact_lse = torch.full((num_tokens + problem.spare_rows[2], num_heads), math.nan, dtype=torch.float64)
-    reference.paged_attention(
-        inputs.query, *inputs.caches, inputs.table, **inputs.options, out=exact, lse=exact_lse
-    )
+    reference.paged_attention(inputs.query, *inputs.caches, inputs.table, **inputs.options, out=exact, lse=exact_lse)
     actual, actual_lse = out[:num_tokens].cpu(), lse[:num_tokens].cpu()
     assert_near(actual, exact[:num_tokens], inputs.largest_v)
     assert_near_lse(actual_lse, exact_lse[:num_tokens], rounded=problem.query == torch.float32)

@@ -43,11 +43,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                           "num_experts_per_tok": 2}),  # with sinks
 }  # fmt: skip
 #: The name of the cache argument of models: `cache` in newer releases.
-CACHE = next(
-    x
-    for x in inspect.signature(transformers.LlamaForCausalLM.forward).parameters
-    if "cache" in x or "past" in x
-)
+CACHE = next(x for x in inspect.signature(transformers.LlamaForCausalLM.forward).parameters if "cache" in x or "past" in x)
 each_model = pytest.mark.parametrize("name", MODELS)
 each_mode = pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 full_and_sliding = pytest.mark.parametrize("name", ["Llama", "Mistral"])
@@ -96,9 +92,7 @@ def offsets_of(config: Any, seed: int = 0) -> dict[int, Tensor]:
     return {index: torch.randn(shape, generator=generator) for index in range(LAYERS)}
 
 
-def there_and_back(
-    x: Tensor, scale: Tensor | None, dtype: torch.dtype, offset: Tensor | None = None
-) -> Tensor:
+def there_and_back(x: Tensor, scale: Tensor | None, dtype: torch.dtype, offset: Tensor | None = None) -> Tensor:
     """[batch, heads, tokens, head_size] quantized and dequantized by the reference, in the layout of memory
     that is natural for a cache; None computes a scale for each token and head."""
     if offset is not None:
@@ -121,20 +115,14 @@ def by_tokens(x: Tensor) -> Tensor:
 class _ThereAndBack:
     """Makes a Transformers cache store FP8 or INT8 values in the model's dtype."""
 
-    def rounds(
-        self, scales: Any, dtype: torch.dtype = E4M3, offsets: Sequence[dict[int, Tensor]] = ({}, {})
-    ) -> Any:
+    def rounds(self, scales: Any, dtype: torch.dtype = E4M3, offsets: Sequence[dict[int, Tensor]] = ({}, {})) -> Any:
         """`offsets` of K and V, beside those of the scales; `dtype` is not for layers of INT8."""
         self.scales, self.dtype, self.offsets = scales, dtype, offsets
         return self
 
-    def update(
-        self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         one = LayerScales(None, torch.ones(1), torch.ones(1))
-        own = (
-            LayerScales(None, None, None) if self.scales == "dynamic" else (self.scales or {}).get(layer, one)
-        )
+        own = LayerScales(None, None, None) if self.scales == "dynamic" else (self.scales or {}).get(layer, one)
         dtype = torch.int8 if own.dtype == "int8" else self.dtype
         k_offset, v_offset = (x.get(layer) for x in self.offsets)
         key = there_and_back(key, own.k, dtype, own.k_offset if k_offset is None else k_offset)

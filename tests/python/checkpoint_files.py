@@ -77,10 +77,7 @@ def weights(seed: int = 1) -> dict[str, Tensor]:
     """Some tensors that are no scales."""
     generator = torch.Generator().manual_seed(seed)
     names = [f"{ATTENTION.format(layer=n)}.k_proj.weight" for n in range(SIZES["num_hidden_layers"])]
-    return {
-        name: torch.randn(64, 16, generator=generator).to(torch.bfloat16)
-        for name in ["model.embed_tokens.weight", *names]
-    }
+    return {name: torch.randn(64, 16, generator=generator).to(torch.bfloat16) for name in ["model.embed_tokens.weight", *names]}
 
 
 def write_checkpoint(
@@ -105,9 +102,7 @@ def write_checkpoint(
     return folder
 
 
-def make_checkpoint(
-    folder: Path, strategy: str = "attn_head", *, query: bool = False, shards: int = 1
-) -> Path:
+def make_checkpoint(folder: Path, strategy: str = "attn_head", *, query: bool = False, shards: int = 1) -> Path:
     """A whole and healthy one."""
     tensors = weights() | scales(strategy, query=query)
     return write_checkpoint(folder, tensors, config(strategy, query=query), shards=shards)

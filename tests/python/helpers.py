@@ -57,9 +57,7 @@ def assert_same_bytes(actual: Tensor, expected: Tensor) -> None:
 def from_bits(bits: int | Sequence[int]) -> Tensor:
     """fp32 with these bit patterns."""
     unsigned = torch.tensor(bits, dtype=torch.int64)
-    return (
-        torch.where(unsigned >= 1 << 31, unsigned - (1 << 32), unsigned).to(torch.int32).view(torch.float32)
-    )
+    return torch.where(unsigned >= 1 << 31, unsigned - (1 << 32), unsigned).to(torch.int32).view(torch.float32)
 
 
 def all_patterns(dtype: torch.dtype) -> Tensor:
@@ -105,10 +103,7 @@ def _trap_scale_bits() -> list[int]:
     ]  # fmt: skip
     # A product with the reciprocal goes wrong where the significand is just below a multiple of 2^20.
     below = [
-        (exponent << 23) + multiple * (1 << 20) - k
-        for exponent in (118, 127)
-        for multiple in range(1, 9)
-        for k in range(6)
+        (exponent << 23) + multiple * (1 << 20) - k for exponent in (118, 127) for multiple in range(1, 9) for k in range(6)
     ]
     # The split reciprocal gives a wrong byte of INT8 for these.
     split = [
@@ -163,9 +158,7 @@ def sentinels(shape: Sequence[int], dtype: torch.dtype, device: torch.device) ->
     return pattern.view(dtype).squeeze(-1)
 
 
-def empty_view(
-    shape: Sequence[int], dtype: torch.dtype, layout: str, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def empty_view(shape: Sequence[int], dtype: torch.dtype, layout: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """A view of this shape and layout, and the buffer it lies in, filled with a pattern of bytes."""
     shape = tuple(shape)
 

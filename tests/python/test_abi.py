@@ -13,17 +13,13 @@ from fp8kv import _introspect
 
 FOLDER = Path(_introspect.__file__).parent
 LIBRARIES = [
-    pytest.param(FOLDER / name, id=name)
-    for name in ("_ops_cpu.so", "_ops_cuda.so", "libfp8kv.so")
-    if (FOLDER / name).exists()
+    pytest.param(FOLDER / name, id=name) for name in ("_ops_cpu.so", "_ops_cuda.so", "libfp8kv.so") if (FOLDER / name).exists()
 ]
 each_library = pytest.mark.parametrize("library", LIBRARIES)
 
 #: Beginnings of mangled names of at:: and c10::, as functions, const methods, typeinfo, vtables and guards.
 UNSTABLE = tuple(
-    f"_Z{prefix}{namespace}"
-    for namespace in ("2at", "3c10")
-    for prefix in ("N", "NK", "TIN", "TSN", "TVN", "GVN", "NSt", "NO")
+    f"_Z{prefix}{namespace}" for namespace in ("2at", "3c10") for prefix in ("N", "NK", "TIN", "TSN", "TVN", "GVN", "NSt", "NO")
 )
 
 

@@ -66,14 +66,10 @@ def test_nothing_is_said_where_all_cases_were_run(session: pytest.Pytester) -> N
     result.stdout.no_fnmatch_line("*CUDA*")
 
 
-def test_cases_for_larger_machines_are_counted(
-    session: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cases_for_larger_machines_are_counted(session: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU of this machine, real or not, has 8 GB."""
     session.makepyfile(test_large=LARGE)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: type("Properties", (), {"total_memory": 8e9})
-    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("Properties", (), {"total_memory": 8e9}))
     result = session.runpytest_inprocess("-m", "not large", "test_large.py")
     assert last_lines(result)[0] == "CUDA: 1 case was not run: needs 2 GPUs"
     result = session.runpytest_inprocess("test_large.py")

@@ -38,9 +38,7 @@ def test_docstring_examples(name: str) -> None:
     skip_without_cache_keyword(name)
     module = importlib.import_module(name)
     result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
-    assert result.failed == 0, (
-        f"{result.failed} of {result.attempted} examples fail; they are in the captured output"
-    )
+    assert result.failed == 0, f"{result.failed} of {result.attempted} examples fail; they are in the captured output"
 
 
 @pytest.mark.parametrize("name", [name for name in fp8kv.__all__ if callable(getattr(fp8kv, name))])
@@ -63,9 +61,7 @@ def test_python_blocks_of_a_page(page: Path, tmp_path: Path, monkeypatch: pytest
         exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
 
 
-@pytest.mark.parametrize(
-    "page", [ROOT / "README.md", ROOT / "docs" / "performance.md"], ids=lambda page: page.name
-)
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "performance.md"], ids=lambda page: page.name)
 def test_the_tables_of_a_page_hold_the_numbers_of_the_results(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     render = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))["render"]
@@ -101,9 +97,7 @@ def test_every_public_name_is_on_a_page_of_the_reference(module: str) -> None:
     pages = "".join(page.read_text(encoding="utf-8") for page in folder.glob("*.md"))
     shown = set(re.findall(r"^\.\. auto(?!module)\w+:: (\S+)", pages, re.MULTILINE))
     for of_module, members in re.findall(r"^\.\. automodule:: (\S+)\n   :members:(.*)", pages, re.MULTILINE):
-        names = members.replace(",", " ").split() or getattr(
-            importlib.import_module(of_module), "__all__", ()
-        )
+        names = members.replace(",", " ").split() or getattr(importlib.import_module(of_module), "__all__", ())
         shown |= {of_module, *(f"{of_module}.{name}" for name in names)}
     public = importlib.import_module(module).__all__
     assert [name for name in public if not {f"{module}.{name}", f"fp8kv.{name}"} & shown] == []

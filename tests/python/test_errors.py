@@ -151,10 +151,7 @@ def wrong_scales(name: str) -> list[Case]:
 
 
 def wrong_scales_without_group(name: str) -> list[Case]:
-    divide = (
-        f"{name} must have 1 element, or come with a group_shape, "
-        "or have sizes that divide those of the input, [4, 6]"
-    )
+    divide = f"{name} must have 1 element, or come with a group_shape, or have sizes that divide those of the input, [4, 6]"
     return [
         Case(
             f"{name}-one dimension",
@@ -293,9 +290,7 @@ def contradictions(*, quantized_only: bool) -> list[Case]:
     unknown = ["fp8e4m3", "int16", "fp8_e4m3fnuz", "", "FP8"]
     unknown += ["auto", "float16", "bfloat16", "float32"] if quantized_only else []
     cases = [
-        Case(
-            f"kv_cache_dtype {s!r}", f'kv_cache_dtype must be {known}, got "{s}"', {"kv_cache_dtype": text(s)}
-        )
+        Case(f"kv_cache_dtype {s!r}", f'kv_cache_dtype must be {known}, got "{s}"', {"kv_cache_dtype": text(s)})
         for s in unknown
     ]
     e4m3, e5m2 = "float8_e4m3fn or uint8", "float8_e5m2 or uint8"
@@ -342,8 +337,7 @@ def wrong_attention() -> list[Case]:
     """What no other operator has: rows of query and out, sequences, scales, options."""
     rows, heads = "the shape [num_tokens, num_heads, head_size]", "num_heads=8 and head_size=6"
     scales = (
-        "1 or num_kv_heads=4 elements, or the shape [num_kv_heads, head_size=6] or "
-        "[num_blocks=2, block_size=5, num_kv_heads]"
+        "1 or num_kv_heads=4 elements, or the shape [num_kv_heads, head_size=6] or [num_blocks=2, block_size=5, num_kv_heads]"
     )
     fits = "num_seqs=2 elements, as block_table has rows"
     formats = f"float8_e4m3fn or uint8 as the caches are, or {REAL}"
@@ -831,9 +825,7 @@ def test_devices_that_differ(cuda: torch.device, op: str, argument: str, other: 
     arguments[argument] = (USUAL[op] | optional)[argument](torch.device(stray))
     with pytest.raises(RuntimeError) as error:
         getattr(fp8kv, op)(**arguments)
-    assert (
-        str(error.value) == f"fp8kv::{op}: {argument} must be on the device of {other}, {home}, got {stray}"
-    )
+    assert str(error.value) == f"fp8kv::{op}: {argument} must be on the device of {other}, {home}, got {stray}"
 
 
 @pytest.mark.parametrize("op", ["static_scaled_fp8_quant", "dynamic_scaled_fp8_quant", "scaled_fp8_dequant"])
@@ -876,9 +868,7 @@ def test_what_quantize_refuses_itself(device: torch.device) -> None:
     ],
     ids=["dtype", "one extent", "extent 0", "input", "dequantize input", "dequantize dtype"],
 )  # fmt: skip
-def test_the_functions_pass_on_what_the_ops_say(
-    device: torch.device, call: Callable[[Tensor], object], sentence: str
-) -> None:
+def test_the_functions_pass_on_what_the_ops_say(device: torch.device, call: Callable[[Tensor], object], sentence: str) -> None:
     with pytest.raises(RuntimeError) as error:
         call(torch.ones(4, 6, device=device))
     assert str(error.value) == f"fp8kv::{sentence}"

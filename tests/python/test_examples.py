@@ -56,9 +56,7 @@ def test_decode_loop(python: Callable[..., str]) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_calibrate_evaluate(
-    python: Callable[..., str], tiny_model: Path, tiny_text: Path, tmp_path: Path
-) -> None:
+def test_calibrate_evaluate(python: Callable[..., str], tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     output = python("calibrate_evaluate.py", tiny_model, tiny_text, out, "--window", "32", "--windows", "2")
     rows = [line.split("  ")[0] for line in output.splitlines()]

@@ -37,9 +37,7 @@ def test_every_cache_is_measured_at_every_size(generate: Any, tmp_path: Path) ->
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "x.json").read_text())["rows"]
     assert [row["note"] for row in rows] == [""] * len(rows)
-    expected = [
-        (*size, kind.name, kind.compiled) for size in generate.QUICK_SIZES for kind in generate.kinds()
-    ]
+    expected = [(*size, kind.name, kind.compiled) for size in generate.QUICK_SIZES for kind in generate.kinds()]
     assert [(row["batch"], row["context"], row["cache"], row["compiled"]) for row in rows] == expected
     assert {"16-bit dynamic", "16-bit static", "Fp8Cache, dequantized, static"} <= {x["cache"] for x in rows}
     for row in rows:
@@ -49,9 +47,7 @@ def test_every_cache_is_measured_at_every_size(generate: Any, tmp_path: Path) ->
 
 @pytest.mark.parametrize("layers", [2, 32])
 def test_the_context_that_fits_beside_the_weights_of_llama_3_1_8b(layers: int, generate: Any) -> None:
-    model = generate.make_model(
-        transformers.LlamaConfig(**generate.SHAPE, num_hidden_layers=layers), torch.device("meta")
-    )
+    model = generate.make_model(transformers.LlamaConfig(**generate.SHAPE, num_hidden_layers=layers), torch.device("meta"))
     room = 80 * 2**30 - 2 * 8_030_261_248
     for kind in generate.kinds():
         token = 2 * 8 * 128 * (2 * 32 if "16-bit" in kind.name else 32)

@@ -139,9 +139,7 @@ def cache_shapes(draw: st.DrawFn) -> tuple[int, int, int, int]:
     return draw(st.integers(0, 6)), draw(st.integers(0, 9)), heads, head_size
 
 
-def draw_slots(
-    data: st.DataObject, device: torch.device, num_slots: int, generator: torch.Generator
-) -> Tensor:
+def draw_slots(data: st.DataObject, device: torch.device, num_slots: int, generator: torch.Generator) -> Tensor:
     """Of one dimension, any steps; on the CPU the same slot more than once."""
     tokens = data.draw(st.integers(0, 25), "tokens")
     dtype = data.draw(st.sampled_from([torch.int32, torch.int64]), "slots")
@@ -153,9 +151,7 @@ def draw_slots(
     return slots.to(dtype)
 
 
-def draw_scales(
-    data: st.DataObject, generator: torch.Generator, forms: list[tuple[int, ...]]
-) -> tuple[Tensor, Tensor]:
+def draw_scales(data: st.DataObject, generator: torch.Generator, forms: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
     """Of K and V, each in one of the forms."""
     k, v = (data.draw(st.sampled_from(forms), name) for name in ("k_scale", "v_scale"))
     ordinary = data.draw(st.booleans(), "ordinary scales")
@@ -182,9 +178,7 @@ def draw_offsets(
     names = data.draw(st.sets(st.sampled_from(["k_offset", "v_offset"])), "offsets")
     ordinary = data.draw(st.booleans(), "ordinary offsets")
     return {
-        name: placed(
-            random_reals([*shape[2:]], torch.float32, generator, ordinary), data.draw(layouts, name), CPU
-        )
+        name: placed(random_reals([*shape[2:]], torch.float32, generator, ordinary), data.draw(layouts, name), CPU)
         for name in sorted(names)
     }
 
@@ -198,10 +192,7 @@ def draw_heads(data: st.DataObject, tokens: int, shape: tuple[int, ...], generat
     real = data.draw(st.sampled_from([*REAL.values()]), "type")
     ordinary = data.draw(st.booleans(), "ordinary values")
     sides = [
-        random_reals(
-            [tokens + data.draw(st.integers(0, 2), "spare rows"), *shape[2:]], real, generator, ordinary
-        )
-        for _ in "kv"
+        random_reals([tokens + data.draw(st.integers(0, 2), "spare rows"), *shape[2:]], real, generator, ordinary) for _ in "kv"
     ]
     return sides, [data.draw(layouts, name) for name in ("key", "value")]
 
@@ -210,9 +201,7 @@ def draw_heads(data: st.DataObject, tokens: int, shape: tuple[int, ...], generat
 @given(st.data())
 def test_append(device: torch.device, data: st.DataObject) -> None:
     shape = data.draw(cache_shapes(), "cache")
-    name, dtype, _ = data.draw(
-        st.sampled_from([*QUANTIZED_CACHES.values(), *PLAIN_CACHES.values()]), "elements"
-    )
+    name, dtype, _ = data.draw(st.sampled_from([*QUANTIZED_CACHES.values(), *PLAIN_CACHES.values()]), "elements")
     cache_layout = data.draw(st.sampled_from(CACHE_LAYOUTS), "layout")
     generator = torch.Generator().manual_seed(data.draw(seeds, "seed"))
     slots = draw_slots(data, device, shape[0] * shape[1], generator)
@@ -266,9 +255,7 @@ def test_step(device: torch.device, data: st.DataObject) -> None:
     shape = data.draw(cache_shapes(), "cache")
     kv_heads, head_size = shape[2:]
     num_heads = kv_heads * data.draw(st.integers(0, 4), "query heads for one of K")
-    name, dtype, _ = data.draw(
-        st.sampled_from([*QUANTIZED_CACHES.values(), *PLAIN_CACHES.values()]), "elements"
-    )
+    name, dtype, _ = data.draw(st.sampled_from([*QUANTIZED_CACHES.values(), *PLAIN_CACHES.values()]), "elements")
     out_dtypes = [*REAL.values()] if dtype == torch.int8 else [dtype, *REAL.values()]
     out_dtype = data.draw(st.sampled_from(out_dtypes), "query_out")
     cache_layout = data.draw(st.sampled_from(CACHE_LAYOUTS), "layout")
@@ -276,9 +263,7 @@ def test_step(device: torch.device, data: st.DataObject) -> None:
     slots = draw_slots(data, device, shape[0] * shape[1], generator)
     heads, places = draw_heads(data, len(slots), shape, generator)
     query = random_reals([len(slots), num_heads, head_size], heads[0].dtype, generator, False)
-    q_scale = scale_values(
-        data.draw(st.sampled_from([(1,), (kv_heads,), (num_heads,)]), "q_scale"), generator, False
-    )
+    q_scale = scale_values(data.draw(st.sampled_from([(1,), (kv_heads,), (num_heads,)]), "q_scale"), generator, False)
     scales = draw_scales(data, generator, forms_of(device, shape))
     offsets = draw_offsets(data, device, shape, dtype, generator)
     rope: list[Any] = [None, None, True]
@@ -313,9 +298,7 @@ def test_step(device: torch.device, data: st.DataObject) -> None:
 def test_gather(device: torch.device, data: st.DataObject) -> None:
     shape = data.draw(cache_shapes(), "cache")
     blocks, block_size = shape[:2]
-    name, dtype, _ = data.draw(
-        st.sampled_from([*QUANTIZED_CACHES.values(), *PLAIN_CACHES.values()]), "elements"
-    )
+    name, dtype, _ = data.draw(st.sampled_from([*QUANTIZED_CACHES.values(), *PLAIN_CACHES.values()]), "elements")
     real = data.draw(st.sampled_from([*REAL.values()]), "type")
     cache_layout = data.draw(st.sampled_from(CACHE_LAYOUTS), "layout")
     places = [data.draw(layouts, name) for name in ("key", "value")]

@@ -104,9 +104,7 @@ def test_the_product_does_not_import_the_reference(name: str) -> None:
 
 
 def test_no_module_of_the_product_brings_the_reference_along() -> None:
-    product = [
-        name for name in MODULES if not name.startswith((*OF_THE_REFERENCE, "fp8kv.__main__", *OF_ENGINES))
-    ]
+    product = [name for name in MODULES if not name.startswith((*OF_THE_REFERENCE, "fp8kv.__main__", *OF_ENGINES))]
     code = f"import importlib, sys\nfor name in {product}: importlib.import_module(name)\n"
     assert python(code + "print('fp8kv.reference' in sys.modules)") == "False"
 
@@ -206,9 +204,7 @@ def test_the_library_works_with_pytorch_alone(tmp_path: Path) -> None:
     make_checkpoint(tmp_path)
     result = interpreter(without(*OPTIONAL, "fp8kv._introspect") + PYTORCH_ALONE, str(tmp_path))
     assert result.stdout.splitlines() == ["[-1.0, 1.0]", "3 torch.Size([4])"], result.stderr
-    assert result.stderr == (
-        "error: fp8kv: rich must be installed, for example with pip install 'fp8kv[cli]'\n"
-    )
+    assert result.stderr == ("error: fp8kv: rich must be installed, for example with pip install 'fp8kv[cli]'\n")
     assert result.returncode == 1
 
 
@@ -270,9 +266,7 @@ def test_what_needs_a_missing_package_says_what_to_install(
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises((ImportError, SystemExit)) as caught:
         action()
-    assert str(caught.value) == (
-        f"{what}: {missing} must be installed, for example with pip install 'fp8kv[{extra}]'"
-    )
+    assert str(caught.value) == (f"{what}: {missing} must be installed, for example with pip install 'fp8kv[{extra}]'")
 
 
 # Old names
@@ -290,9 +284,7 @@ MOVED = {
 
 
 @pytest.mark.parametrize(("old", "new"), MOVED.items())
-def test_an_old_name_is_the_module_of_the_new_name(
-    old: str, new: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_old_name_is_the_module_of_the_new_name(old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, f"fp8kv.{old}", raising=False)
     monkeypatch.delitem(vars(fp8kv), old, raising=False)
     expected = importlib.import_module(f"fp8kv.{new}")

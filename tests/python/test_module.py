@@ -32,9 +32,7 @@ def test_a_group_shape_is_a_named_tuple() -> None:
 
 @pytest.mark.parametrize("head_size", [0, -1])
 def test_a_head_has_at_least_one_element(head_size: int) -> None:
-    with pytest.raises(
-        ValueError, match=f"GroupShape.per_head: head_size must be at least 1, got {head_size}"
-    ):
+    with pytest.raises(ValueError, match=f"GroupShape.per_head: head_size must be at least 1, got {head_size}"):
         GroupShape.per_head(head_size)
 
 
@@ -108,9 +106,7 @@ def test_quantize_into_a_given_tensor(device: torch.device) -> None:
     q, _ = fp8kv.quantize(x, group_shape=(1, -1), out=out[:, :40])
     assert q.data_ptr() == out.data_ptr()
     assert q.dtype == torch.float8_e5m2, "out decides the format"
-    assert_same_bytes(
-        out[:, :40], reference.quantize(x.cpu(), group_shape=(1, -1), dtype=torch.float8_e5m2)[0]
-    )
+    assert_same_bytes(out[:, :40], reference.quantize(x.cpu(), group_shape=(1, -1), dtype=torch.float8_e5m2)[0])
     assert not raw(out)[:, 40:].any()
 
 
@@ -173,9 +169,7 @@ def test_dynamic_layer_with_a_bound(device: torch.device) -> None:
     assert_same_bytes(q, expected)
 
 
-@pytest.mark.parametrize(
-    ("rows", "padding", "padded"), [(5, 17, 17), (5, 5, 5), (5, 3, 5), (0, 4, 4), (5, 0, 5)], ids=str
-)
+@pytest.mark.parametrize(("rows", "padding", "padded"), [(5, 17, 17), (5, 5, 5), (5, 3, 5), (0, 4, 4), (5, 0, 5)], ids=str)
 def test_padding_adds_rows_of_zeros(device: torch.device, rows: int, padding: int, padded: int) -> None:
     x = values((rows, 40), torch.bfloat16)
     layer = QuantFP8(static=False, group_shape=GroupShape.PER_TOKEN, num_token_padding=padding)

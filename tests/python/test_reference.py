@@ -352,9 +352,7 @@ def test_append_is_an_indexed_division(fp8: torch.dtype, real: torch.dtype, per_
     slots = torch.tensor([13, 2, 19, 0, 8, 5, 11])
     scales = [torch.tensor([0.3, 1.0, 7.0, 0.01][: 4 if per_head else 1]), torch.tensor([2.5])]
     caches = torch.zeros(2, 5, 4, 4, 10, dtype=torch.uint8).view(fp8).transpose(2, 3)
-    reference.reshape_and_cache_flash(
-        key, value, *caches, slots, "fp8_e5m2" if fp8 == FP8["e5m2"] else "fp8", *scales
-    )
+    reference.reshape_and_cache_flash(key, value, *caches, slots, "fp8_e5m2" if fp8 == FP8["e5m2"] else "fp8", *scales)
     limit = torch.finfo(fp8).max
     for x, cache, scale in zip((key, value), caches, scales, strict=True):
         expected = torch.zeros(20, 4, 10, dtype=torch.uint8)
@@ -391,9 +389,7 @@ def test_positions_are_found_by_way_of_the_table() -> None:
 @each_fp8
 @each_real
 @pytest.mark.parametrize("scale_shape", [(1,), (4, 1, 1), (6, 3, 4)], ids=["tensor", "head", "slot"])
-def test_gather_is_an_indexed_product(
-    fp8: torch.dtype, real: torch.dtype, scale_shape: tuple[int, ...]
-) -> None:
+def test_gather_is_an_indexed_product(fp8: torch.dtype, real: torch.dtype, scale_shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     q = torch.randint(0, 0x78, (2, 6, 3, 4, 10), generator=generator, dtype=torch.uint8).view(fp8)  # finite
     scales = torch.rand((2, *scale_shape), generator=generator) + 0.1
@@ -559,9 +555,7 @@ def test_an_append_that_does_not_fit_is_refused(arguments: dict[str, object], se
     ((2, 2), (4,)),
      ((0, 1), (4,)), ((-2, 1), (4,)), ((-1, -1), (2,))],
 )  # fmt: skip
-def test_a_scale_that_does_not_fit_is_refused(
-    group: tuple[int, int] | None, scale_shape: tuple[int, ...]
-) -> None:
+def test_a_scale_that_does_not_fit_is_refused(group: tuple[int, int] | None, scale_shape: tuple[int, ...]) -> None:
     with pytest.raises(RuntimeError, match=r"fp8kv\.reference\.static_scaled_fp8_quant"):
         reference.quantize(torch.ones(3, 4), torch.ones(scale_shape), group_shape=group)
 

@@ -42,14 +42,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, block_size: int = 4, **opt
     name = {FP8["e4m3"]: "fp8", FP8["e5m2"]: "fp8_e5m2"}.get(key.dtype, "auto")
     out = torch.empty(query.shape, dtype=torch.float64)
     options = {"k_scale": ONE, "v_scale": ONE, "cu_query_lens": int32(0, len(query)), "out": out} | options
-    return reference.paged_attention(
-        query, key_cache, value_cache, table, int32(len(key)), kv_cache_dtype=name, **options
-    )
+    return reference.paged_attention(query, key_cache, value_cache, table, int32(len(key)), kv_cache_dtype=name, **options)
 
 
-def dense(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None
-) -> Tensor:
+def dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
     """PyTorch's attention of tokens [length, heads, head_size], in fp64."""
     q, k, v = (x.double().transpose(0, 1)[None] for x in (query, key, value))
     return scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)[0].transpose(0, 1)
@@ -71,8 +67,7 @@ def assert_near(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("head_size", [1, 7, 64])
 def test_one_query_sees_everything(heads: tuple[int, int], head_size: int) -> None:
     query, key, value = (
-        random(n, h, head_size, seed=n)
-        for n, h in zip((1, 13, 13), (heads[0], heads[1], heads[1]), strict=True)
+        random(n, h, head_size, seed=n) for n, h in zip((1, 13, 13), (heads[0], heads[1], heads[1]), strict=True)
     )
     value = value.flip(0)
     assert_near(attend(query, key, value), dense(query, key, value))

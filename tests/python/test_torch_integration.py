@@ -78,11 +78,7 @@ def _allclose_knows_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     of_torch = torch.allclose
 
     def allclose(a: Tensor, b: Tensor, **kwargs: bool) -> bool:
-        return (
-            torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-            if a.dtype == E4M3
-            else of_torch(a, b, **kwargs)
-        )
+        return torch.equal(a.view(torch.uint8), b.view(torch.uint8)) if a.dtype == E4M3 else of_torch(a, b, **kwargs)
 
     monkeypatch.setattr(torch, "allclose", allclose)
 
@@ -109,9 +105,7 @@ def test_opcheck_with_scales_per_channel_and_offsets(device: torch.device, op: s
 def test_opcheck_of_attention_with_defaults(device: torch.device) -> None:
     all_arguments = arguments(device)["paged_attention"]
     query = torch.ones(2, 4, 24, dtype=torch.bfloat16, device=device)
-    torch.library.opcheck(
-        ops.paged_attention.default, (query, *all_arguments[1:3], query.clone(), *all_arguments[4:10])
-    )
+    torch.library.opcheck(ops.paged_attention.default, (query, *all_arguments[1:3], query.clone(), *all_arguments[4:10]))
 
 
 @pytest.mark.usefixtures("_allclose_knows_fp8")
@@ -195,9 +189,7 @@ def through_a_cache(x: Tensor) -> tuple[Tensor, ...]:
     out = torch.zeros(2, x.shape[0], *key.shape[1:], dtype=x.dtype, device=x.device)
     table = torch.arange(x.shape[0], dtype=torch.int32, device=x.device).view(1, -1)
     sums = torch.tensor([0, x.shape[0]], dtype=torch.int32, device=x.device)
-    fp8kv.gather_and_dequant_cache(
-        *storage.unbind(), *out.unbind(), table, sums, "fp8", *scales.unbind(), seq_starts=sums[:1]
-    )
+    fp8kv.gather_and_dequant_cache(*storage.unbind(), *out.unbind(), table, sums, "fp8", *scales.unbind(), seq_starts=sums[:1])
     one = torch.ones(1, device=x.device)
     fp8kv.reshape_and_cache_flash(key, key, *storage.unbind(), slots + 1, "fp8", one, one)
     return storage.view(torch.uint8), scales, out * 2
@@ -240,13 +232,9 @@ def test_compile_of_the_module(device: torch.device) -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize("kind", [{}, {"scales": "dynamic"}, {"dtype": "bfloat16"}], ids=str)
-def test_compile_of_append_to_a_cache(
-    device: torch.device, kind: dict[str, str], layout: str, backend: str
-) -> None:
+def test_compile_of_append_to_a_cache(device: torch.device, kind: dict[str, str], layout: str, backend: str) -> None:
     """The cache belongs to the caller: what the graph writes into its views must be in its storage."""
-    cache, expected = (
-        fp8kv.PagedKVCache(3, 4, 2, 24, layout=layout, device=device, **kind) for _ in range(2)
-    )
+    cache, expected = (fp8kv.PagedKVCache(3, 4, 2, 24, layout=layout, device=device, **kind) for _ in range(2))
 
     def step(x: Tensor, slots: Tensor) -> Tensor:
         key = x.view(-1, 2, 24)
@@ -343,9 +331,7 @@ def test_the_number_of_threads_does_not_show(threads: int) -> None:
 
 def test_flushing_denormals_for_pytorch_does_not_change_bytes() -> None:
     """FP8 of a quotient is exact arithmetic here, whatever mode of the processor another library set."""
-    x = torch.cat(
-        [torch.arange(1, 2000, dtype=torch.int32).view(torch.float32), torch.tensor([1e-39, -3e-40])]
-    )
+    x = torch.cat([torch.arange(1, 2000, dtype=torch.int32).view(torch.float32), torch.tensor([1e-39, -3e-40])])
     tiny = torch.tensor(1e-42)
     expected, _ = reference.quantize(x, tiny)
     expected_dynamic, expected_scale = reference.quantize(x)
@@ -423,9 +409,7 @@ def test_capture_in_a_cuda_graph_and_replay_with_new_data(
 def test_capture_of_a_cache_in_a_cuda_graph_and_replay_with_new_slots(
     cuda: torch.device, tokens: int, scales: str | None
 ) -> None:
-    cache, expected = (
-        fp8kv.PagedKVCache(60, 16, 2, 64, layout="HND", device=at, scales=scales) for at in (cuda, "cpu")
-    )
+    cache, expected = (fp8kv.PagedKVCache(60, 16, 2, 64, layout="HND", device=at, scales=scales) for at in (cuda, "cpu"))
     key, value = (torch.zeros(tokens, 2, 64, dtype=torch.bfloat16, device=cuda) for _ in "kv")
     slots = torch.full((tokens,), -1, device=cuda)
     table = torch.zeros(2, 50, dtype=torch.int32, device=cuda)
@@ -481,9 +465,7 @@ def test_work_runs_on_the_current_stream(cuda: torch.device, group: tuple[int, i
 
 def test_cache_work_runs_on_the_current_stream(cuda: torch.device) -> None:
     """Key and slots are written late on a side stream: a launch elsewhere would read what was before."""
-    cache, expected = (
-        fp8kv.PagedKVCache(70, 16, 8, 128, device=at, scales="dynamic") for at in (cuda, "cpu")
-    )
+    cache, expected = (fp8kv.PagedKVCache(70, 16, 8, 128, device=at, scales="dynamic") for at in (cuda, "cpu"))
     data = key_and_value(1024, 8, 128, torch.bfloat16)
     places = torch.arange(1024).flip(0)
     sources = [x.to(cuda) for x in (*data, places)]

@@ -207,9 +207,7 @@ class AttentionCase(Case[Buffers]):
         }
         if self.how.queries > 1:
             options |= {"cu_query_lens": b.cu_query_lens, "max_query_len": self.how.queries}
-        return lambda: fp8kv.paged_attention(
-            b.query, b.key_cache, b.value_cache, b.table, b.lengths, **options
-        )
+        return lambda: fp8kv.paged_attention(b.query, b.key_cache, b.value_cache, b.table, b.lengths, **options)
 
     def peer(self, name: str) -> Callable[[Buffers], Call] | None:
         """In one layout only."""

@@ -84,9 +84,7 @@ def _fits_sdpa(case: AttentionCase) -> bool:
 def _rows(case: AttentionCase, dtype: torch.dtype, window: bool = True) -> Tensor:
     """For K and V of all sequences, of the sliding window only: [2, tokens, num_kv_heads, head_size]"""
     seen = min(case.context, case.how.window or case.context) if window else case.context
-    return torch.empty(
-        2, case.batch * seen, case.num_kv_heads, case.head_size, dtype=dtype, device=case.device
-    )
+    return torch.empty(2, case.batch * seen, case.num_kv_heads, case.head_size, dtype=dtype, device=case.device)
 
 
 def _gather(case: AttentionCase, b: Buffers, rows: Tensor) -> Call:
@@ -122,9 +120,7 @@ def _attend(case: AttentionCase, b: Buffers, dense: list[Tensor], grouped: bool)
     if queries > 1:
         mask = torch.ones(queries, seen, dtype=torch.bool, device=case.device).tril(seen - queries)
     gqa = case.num_heads > case.num_kv_heads
-    return lambda: (
-        scaled_dot_product_attention(q, key, value, mask, enable_gqa=gqa).transpose(1, 2).flatten(0, 1)
-    )
+    return lambda: scaled_dot_product_attention(q, key, value, mask, enable_gqa=gqa).transpose(1, 2).flatten(0, 1)
 
 
 # Pages

@@ -98,12 +98,7 @@ class StepCase(Case[tuple[Any, ...]]):
             function: Callable[..., object] = separate(torch_peer("torch.compile", transformed))
         elif name.startswith("torch"):
             function = torch_peer(name, step)
-        elif (
-            self.rope
-            and not self.norm
-            and self.device.type == "cuda"
-            and (rope := flashinfer_rope()) is not None
-        ):
+        elif self.rope and not self.norm and self.device.type == "cuda" and (rope := flashinfer_rope()) is not None:
             return lambda b: flashinfer_call(rope, b, self.layout, name.endswith("PDL"))
         else:
             return None
@@ -120,9 +115,7 @@ def rope_table(max_position: int, rotary_dim: int, device: torch.device) -> Tens
 # The operator in plain PyTorch
 
 
-def transformed(
-    x: Tensor, positions: Tensor | None, table: Tensor | None, weight: Tensor | None, eps: float
-) -> Tensor:
+def transformed(x: Tensor, positions: Tensor | None, table: Tensor | None, weight: Tensor | None, eps: float) -> Tensor:
     """Norm and RoPE, as neox pairs."""
     y = x.float()
     if weight is not None:
@@ -176,9 +169,7 @@ def separate(transform: Callable[..., object]) -> Callable[..., None]:
             k = transform(k, positions, table, k_weight, eps)
         kv_heads = k.shape[1]
         grouped = (kv_heads, q.shape[1] // kv_heads)
-        fp8kv.static_scaled_fp8_quant(
-            out.unflatten(1, grouped), q.unflatten(1, grouped), q_scale.view(1, kv_heads, 1, 1)
-        )
+        fp8kv.static_scaled_fp8_quant(out.unflatten(1, grouped), q.unflatten(1, grouped), q_scale.view(1, kv_heads, 1, 1))
         fp8kv.reshape_and_cache_flash(k, v, k_cache, v_cache, slots, format, k_scale, v_scale)
 
     return call
@@ -197,9 +188,7 @@ def flashinfer_call(rope: Any, b: tuple[Any, ...], layout: str, pdl: bool) -> Ca
     q, k, v, out, k_cache, v_cache, slots, *_ = b
     positions, table = b[11].int(), b[12]
     tokens = len(slots)
-    caches = tuple(
-        (cache if layout == "NHD" else cache.transpose(1, 2)).view(FP8) for cache in (k_cache, v_cache)
-    )
+    caches = tuple((cache if layout == "NHD" else cache.transpose(1, 2)).view(FP8) for cache in (k_cache, v_cache))
     numbers = torch.arange(tokens + 1, dtype=torch.int32, device=slots.device)
     pages, offsets = (slots // BLOCK_SIZE).int(), (slots % BLOCK_SIZE).int()
     nothing = [torch.empty(*x.shape[:2], 0, dtype=x.dtype, device=x.device) for x in (q, k, out)]

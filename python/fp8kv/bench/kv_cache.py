@@ -115,19 +115,13 @@ class CacheCase(Case[tuple[Any, ...]]):
             blocks = draws(len(caches[0]), num_seqs * max_blocks, count, generator)
             tables = [drawn.int().view(num_seqs, max_blocks) for drawn in blocks]
             return [
-                (*caches, *pair, table, cu_seq_lens, KV_CACHE_DTYPE, *scales)
-                for pair, table in zip(rows, tables, strict=True)
+                (*caches, *pair, table, cu_seq_lens, KV_CACHE_DTYPE, *scales) for pair, table in zip(rows, tables, strict=True)
             ]
         slots = draws(len(caches[0]) * BLOCK_SIZE, tokens, count, generator)
         if self.op == APPEND_DYNAMIC:
             scale_caches = [torch.zeros(cache.shape[:3], device=self.device) for cache in caches]
-            return [
-                (*pair, *caches, *scale_caches, drawn, KV_CACHE_DTYPE)
-                for pair, drawn in zip(rows, slots, strict=True)
-            ]
-        return [
-            (*pair, *caches, drawn, KV_CACHE_DTYPE, *scales) for pair, drawn in zip(rows, slots, strict=True)
-        ]
+            return [(*pair, *caches, *scale_caches, drawn, KV_CACHE_DTYPE) for pair, drawn in zip(rows, slots, strict=True)]
+        return [(*pair, *caches, drawn, KV_CACHE_DTYPE, *scales) for pair, drawn in zip(rows, slots, strict=True)]
 
     def ours(self, b: tuple[Any, ...]) -> Call:
         op = getattr(fp8kv, self.op)
@@ -230,9 +224,7 @@ def host_calls(device: torch.device) -> dict[str, Call]:
     table = torch.zeros(1, 1, dtype=torch.int32, device=device)
     cu_seq_lens = torch.tensor([0, tokens], dtype=torch.int32, device=device)
     return {
-        APPEND: lambda: fp8kv.reshape_and_cache_flash(
-            key, value, k_cache, v_cache, slots, KV_CACHE_DTYPE, scale, scale
-        ),
+        APPEND: lambda: fp8kv.reshape_and_cache_flash(key, value, k_cache, v_cache, slots, KV_CACHE_DTYPE, scale, scale),
         f"{APPEND}, per head": lambda: fp8kv.reshape_and_cache_flash(
             key, value, k_cache, v_cache, slots, KV_CACHE_DTYPE, scales, scales
         ),

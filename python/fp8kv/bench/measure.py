@@ -350,9 +350,7 @@ _CPU_FLOORS = {
 }
 
 
-def _cpu_rows(
-    case: Case[Any], threads: int, samples: int, settings: Settings, report: Report
-) -> Iterator[Row]:
+def _cpu_rows(case: Case[Any], threads: int, samples: int, settings: Settings, report: Report) -> Iterator[Row]:
     def time_of(calls: Sequence[Call]) -> float:
         return cpu_time(calls, samples)
 

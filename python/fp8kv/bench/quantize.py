@@ -72,9 +72,7 @@ class QuantizeCase(Case[Buffers]):
         made = []
         generator = torch.Generator(self.device).manual_seed(0)
         for _ in range(count):
-            x = torch.randn(self.shape, generator=generator, device=self.device, dtype=torch.float32).to(
-                INPUT
-            )
+            x = torch.randn(self.shape, generator=generator, device=self.device, dtype=torch.float32).to(INPUT)
             q, scale = fp8kv.quantize(x, group_shape=self.group, dtype=FP8)
             if self.kind == "dequant":
                 made.append(Buffers(q, torch.empty_like(x), scale))
@@ -101,10 +99,7 @@ class QuantizeCase(Case[Buffers]):
     def expression(self) -> Callable[[Tensor, Tensor], Tensor] | None:
         """The case in plain PyTorch; None if the groups don't divide the shape."""
         shape = self.shape
-        rows, cols = (
-            size if extent == -1 else min(extent, size)
-            for size, extent in zip(shape, self.group, strict=True)
-        )
+        rows, cols = (size if extent == -1 else min(extent, size) for size, extent in zip(shape, self.group, strict=True))
         if shape[0] % rows or shape[1] % cols:
             return None
         limit = torch.finfo(FP8).max
@@ -130,17 +125,11 @@ class QuantizeCase(Case[Buffers]):
             return None
         if self.kind == "dynamic" and group in (GroupShape.PER_TOKEN, GroupShape.PER_TENSOR):
             per_token = group == GroupShape.PER_TOKEN
-            return lambda b: (
-                lambda: ops.scaled_fp8_quant(b.input, use_per_token_if_dynamic=per_token, output=b.result)
-            )
+            return lambda b: lambda: ops.scaled_fp8_quant(b.input, use_per_token_if_dynamic=per_token, output=b.result)
         if self.kind == "static" and group == GroupShape.PER_TENSOR:
             return lambda b: lambda: ops.scaled_fp8_quant(b.input, b.scale, output=b.result)
         if self.kind == "static" and group.rows == -1:
-            return lambda b: (
-                lambda: ops.scaled_fp8_quant(
-                    b.input, b.scale.view(-1), output=b.result, group_shape=tuple(group)
-                )
-            )
+            return lambda b: lambda: ops.scaled_fp8_quant(b.input, b.scale.view(-1), output=b.result, group_shape=tuple(group))
         return None
 
 
@@ -152,9 +141,7 @@ def host_calls(device: torch.device) -> dict[str, Call]:
     return {
         "static_scaled_fp8_quant": lambda: fp8kv.static_scaled_fp8_quant(q, x, scale),
         "static_scaled_fp8_quant, group_shape": lambda: fp8kv.static_scaled_fp8_quant(q, x, scale, (-1, -1)),
-        "dynamic_scaled_fp8_quant, per token": lambda: fp8kv.dynamic_scaled_fp8_quant(
-            q, x, token_scale, None, (1, -1)
-        ),
+        "dynamic_scaled_fp8_quant, per token": lambda: fp8kv.dynamic_scaled_fp8_quant(q, x, token_scale, None, (1, -1)),
         "scaled_fp8_dequant": lambda: fp8kv.scaled_fp8_dequant(x, q, scale),
         "fp8kv.quantize (allocates)": lambda: fp8kv.quantize(x, scale),
     }

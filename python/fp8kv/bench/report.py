@@ -296,9 +296,7 @@ def _draw_lines(panels: Panels, rows: Sequence[Row]) -> list[Line2D]:
         _line(" ".join((_times(geometry), ", ".join(models))), color=colors[geometry])
         for geometry, models in geometries.items()
     ]
-    return legend + [
-        _line(f"threads: {n}", color="gray", linestyle=style) for n, style in styles.items() if n
-    ]
+    return legend + [_line(f"threads: {n}", color="gray", linestyle=style) for n, style in styles.items() if n]
 
 
 def _draw_peers(panels: Panels, rows: Sequence[Row]) -> list[Line2D]:
@@ -333,9 +331,7 @@ def _draw_peers(panels: Panels, rows: Sequence[Row]) -> list[Line2D]:
         _mark(axes.axhline)
         axes.set_ylim(0, 110 if highest > 50 else 1.1 * highest)
     legend = [_line(name, color=color) for name, color in colors.items()]
-    return legend + [
-        _line(f"threads: {n}", color="gray", linestyle=style) for n, style in styles.items() if n
-    ]
+    return legend + [_line(f"threads: {n}", color="gray", linestyle=style) for n, style in styles.items() if n]
 
 
 def _geometry(row: Row) -> str:

@@ -161,9 +161,7 @@ def calibrate_several(
         lambda letter, *sizes: ChannelObserver(*sizes), per_head="kv", holds_out=holds_out
     )  # fmt: skip
     auto = Wanted(None, AUTO, "none", 1.0)
-    _check_arguments(
-        model, auto if holds_out else Wanted("attn_head", "fp8", "none", 1.0), _MINMAX, 100, False
-    )
+    _check_arguments(model, auto if holds_out else Wanted("attn_head", "fp8", "none", 1.0), _MINMAX, 100, False)
     kept = _observe(model, recorder, batches, None, progress)
     _check_what_was_seen(recorder, model, False)
     found = {}
@@ -308,9 +306,7 @@ def _check_arguments(model: nn.Module, wanted: Wanted, observer: str, percentile
     config = getattr(model, "config", None)
     decodes = config is not None and not getattr(config, "is_encoder_decoder", False)
     if not decodes or not hasattr(model, "get_input_embeddings"):
-        raise ValueError(
-            f"calibrate: model must be a causal language model of transformers, got {type(model).__name__}"
-        )
+        raise ValueError(f"calibrate: model must be a causal language model of transformers, got {type(model).__name__}")
     if wanted.dtype == AUTO and latent_sizes(config) is not None:
         raise ValueError(
             f'calibrate: dtype must not be "{AUTO}" for {type(model).__name__}, as its attention expands the '

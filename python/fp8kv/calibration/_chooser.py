@@ -77,9 +77,7 @@ class Chooser:
     def wrap(self, attention: Callable[..., Any]) -> Callable[..., Any]:
         """The attention function, which is called for each candidate as well."""
 
-        def compared(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
-        ) -> Any:
+        def compared(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
             result = attention(module, query, key, value, *args, **kwargs)
             if self._attending is None or key.shape != self._attending[1]:
                 return result
@@ -88,9 +86,7 @@ class Chooser:
             squares = []
             for cache in self._caches[layer]:
                 stored = as_stored(cache, key, value)
-                squares.append(
-                    self._square(attention(module, query, *stored, *args, **kwargs)[0] - result[0])
-                )
+                squares.append(self._square(attention(module, query, *stored, *args, **kwargs)[0] - result[0]))
             squares.append(self._square(result[0]))
             self.errors[layer] += torch.stack(squares).to(self.errors[layer].device)
             return result

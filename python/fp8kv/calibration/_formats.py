@@ -72,11 +72,7 @@ class Wanted(NamedTuple):
             return [Choice(self.dtype, self.strategy, self.offset, self.offset)]
         offsets = [("none", "none")] + [(k, v) for k in ("mean", "mid") for v in ("none", k)]
         formats: tuple[tuple[str, Strategy], ...] = ((_DEFAULT, "attn_head"), ("int8", "channel"))
-        return [
-            Choice(dtype, self.strategy or strategy, *offset)
-            for dtype, strategy in formats
-            for offset in offsets
-        ]
+        return [Choice(dtype, self.strategy or strategy, *offset) for dtype, strategy in formats for offset in offsets]
 
 
 def check_wanted(wanted: Wanted, observer: str) -> None:
@@ -93,9 +89,7 @@ def check_wanted(wanted: Wanted, observer: str) -> None:
         check_choice("calibrate: strategy", strategy, STRATEGIES)
     check_choice("calibrate: offset", offset, OFFSETS)
     if dtype == AUTO and offset != "none":
-        raise ValueError(
-            f'calibrate: offset must be "none" with dtype "{AUTO}", which chooses it, got {offset!r}'
-        )
+        raise ValueError(f'calibrate: offset must be "none" with dtype "{AUTO}", which chooses it, got {offset!r}')
     if not 0 < headroom < math.inf:
         raise ValueError(f"calibrate: headroom must be finite and above 0, got {headroom!r}")
     if observer != "static_minmax" and not wanted.is_plain:
@@ -132,8 +126,7 @@ def layer_scales(
     """The scales of a layer, on the CPU, as `choice` has them."""
     offsets = [x.offset(kind) for x, kind in ((k, choice.k_offset), (v, choice.v_offset))]
     k_scale, v_scale = (
-        scale_of(x.amax(offset), choice.strategy, choice.dtype, headroom)
-        for x, offset in zip((k, v), offsets, strict=True)
+        scale_of(x.amax(offset), choice.strategy, choice.dtype, headroom) for x, offset in zip((k, v), offsets, strict=True)
     )
     k_offset, v_offset = (None if offset is None else offset.cpu() for offset in offsets)
     return LayerScales(q, k_scale, v_scale, k_offset, v_offset, choice.dtype)

@@ -37,9 +37,7 @@ class Reader(Protocol):
 
 
 @contextmanager
-def reading(
-    model: Any, recorder: Reader, attention: Wrapper | None = None
-) -> Iterator[Callable[[Batch], int]]:
+def reading(model: Any, recorder: Reader, attention: Wrapper | None = None) -> Iterator[Callable[[Batch], int]]:
     """A function that runs the model on a batch and returns the number of tokens that are not padding.
 
     Args:
@@ -103,8 +101,7 @@ def _tokens(batch: Batch, num_embeddings: int | None) -> tuple[Tensor, Tensor]:
     mask = torch.ones_like(ids) if mask is None else _integers("attention_mask", mask).to(ids.device)
     if mask.shape != ids.shape:
         raise ValueError(
-            f"calibrate: attention_mask must have the shape {list(ids.shape)} of input_ids, "
-            f"got {list(mask.shape)}"
+            f"calibrate: attention_mask must have the shape {list(ids.shape)} of input_ids, got {list(mask.shape)}"
         )
     # On a GPU, an id out of range would abort the process.
     limit = torch.iinfo(ids.dtype).max if num_embeddings is None else num_embeddings
@@ -121,8 +118,7 @@ def _integers(name: str, values: Any) -> Tensor:
         tensor = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"calibrate: {name} must be tensors or lists of one length, got {type(values).__name__} "
-            f"{str(values)[:40]!r}"
+            f"calibrate: {name} must be tensors or lists of one length, got {type(values).__name__} {str(values)[:40]!r}"
         ) from error
     if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex()):
         raise ValueError(f"calibrate: {name} must be integers, got {dtype_name(tensor.dtype)}")

@@ -166,11 +166,7 @@ class Recorder:
             observers[name].reduce(group)
 
     def _all(self) -> dict[tuple[int, str], Observer]:
-        return {
-            (layer, name): observer
-            for layer, observers in self.observers.items()
-            for name, observer in observers.items()
-        }
+        return {(layer, name): observer for layer, observers in self.observers.items() for name, observer in observers.items()}
 
 
 class Statistics(Protocol):
@@ -225,9 +221,7 @@ def all_ranks(recorder: Statistics, group: ProcessGroup | None) -> Iterator[None
     recorder.num_tokens = sum(num_tokens for _, _, num_tokens in told)
 
 
-def _exchange(
-    failure: str | None, recorder: Statistics, group: ProcessGroup | None
-) -> list[tuple[str | None, Sizes, int]]:
+def _exchange(failure: str | None, recorder: Statistics, group: ProcessGroup | None) -> list[tuple[str | None, Sizes, int]]:
     """How each rank failed, its sizes, and its number of tokens."""
     told: list[Any] = [None] * distributed.get_world_size(group)
     distributed.all_gather_object(told, (failure, recorder.sizes, recorder.num_tokens), group=group)

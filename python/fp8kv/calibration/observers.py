@@ -56,9 +56,7 @@ class Observer(Protocol):
         """float32 ``[num_heads]``."""
 
 
-def make_observer(
-    name: str, num_heads: int, *, percentile: float = 99.99, device: torch.device | str = "cpu"
-) -> Observer:
+def make_observer(name: str, num_heads: int, *, percentile: float = 99.99, device: torch.device | str = "cpu") -> Observer:
     """The observer of that name: "static_minmax", "percentile" or "mse".
 
     Raises:
@@ -231,9 +229,7 @@ class _HistogramObserver(MinMaxObserver):
             # Positive floats are ordered like their bits, and the upper 16 bits are the bits in bf16.
             bf16 = (magnitude.view(torch.int32) + 0xFFFF) >> 16
             bins = (bf16 - (127 + self.LOWEST) * 128 + 1).clamp(0, self.NUM_BINS - 1)
-            self.histogram.view(-1).scatter_add_(
-                0, (bins + self._first_bin).flatten(), finite.to(torch.int64).flatten()
-            )
+            self.histogram.view(-1).scatter_add_(0, (bins + self._first_bin).flatten(), finite.to(torch.int64).flatten())
 
     def reduce(self, group: ProcessGroup | None) -> None:
         from torch.distributed import ReduceOp
@@ -274,9 +270,7 @@ class PercentileObserver(_HistogramObserver):
 
     def __init__(self, num_heads: int, percentile: float = 99.99, device: torch.device | str = "cpu") -> None:
         if not 0 < percentile <= 100:
-            raise ValueError(
-                f"PercentileObserver: percentile must be above 0 and at most 100, got {percentile!r}"
-            )
+            raise ValueError(f"PercentileObserver: percentile must be above 0 and at most 100, got {percentile!r}")
         super().__init__(num_heads, device)
         self.percentile = percentile
 

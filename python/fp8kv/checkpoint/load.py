@@ -125,9 +125,7 @@ def load_kv_scales(
         raise CheckpointError(_message(checkpoint, errors), errors)
     if on_problem == "warn":
         _warn(found.problems)
-    standard = {
-        layer: _layer(by_letter) for layer, by_letter in found.scales.items() if by_letter.keys() & {"k", "v"}
-    }
+    standard = {layer: _layer(by_letter) for layer, by_letter in found.scales.items() if by_letter.keys() & {"k", "v"}}
     layers = {n: _with_offsets(layer, found.biases.get(n, {})) for n, layer in standard.items()}
     scheme = found.scheme
     if found.own is not None:
@@ -159,9 +157,7 @@ def _with_offsets(layer: LayerScales, biases: Mapping[str, Tensor | None]) -> La
 
 def _own_layer(own: OwnLayer, q: Tensor | None) -> LayerScales:
     tensors = {name.removesuffix("_scale"): x for name, x in own.tensors.items()}
-    return LayerScales(
-        q, tensors["k"], tensors["v"], tensors.get("k_offset"), tensors.get("v_offset"), own.dtype
-    )
+    return LayerScales(q, tensors["k"], tensors["v"], tensors.get("k_offset"), tensors.get("v_offset"), own.dtype)
 
 
 def _doubled(layer: LayerScales) -> LayerScales:
@@ -265,8 +261,7 @@ def examine(
             found.examine_own_scales()
     result = found.result
     result.problems = [
-        replace(problem, severity="warning") if problem.kind in accept else problem
-        for problem in result.problems
+        replace(problem, severity="warning") if problem.kind in accept else problem for problem in result.problems
     ]
     if any(problem.kind == "before-rope" and problem.severity == "error" for problem in result.problems):
         # RoPE does not apply to values.
@@ -323,9 +318,7 @@ class _Examination:
             self.result.scales = {}
             return
         if own.digest != digest_of(self.result.scales):
-            message = (
-                f"{self.path / FOLDER} must belong to the scales in the model's files, which have changed"
-            )
+            message = f"{self.path / FOLDER} must belong to the scales in the model's files, which have changed"
             self.add([make_problem("fp8kv-outdated", message)])
             return
         self.result.own = own
@@ -339,9 +332,7 @@ class _Examination:
                 f"they differ in layer {numbers[0]}"
             )
         for n, layer in own.layers.items():
-            heads = max(
-                (x.numel() for letter, x in self.result.scales[n].items() if letter != "q"), default=1
-            )
+            heads = max((x.numel() for letter, x in self.result.scales[n].items() if letter != "q"), default=1)
             wrong = [name for name, x in layer.tensors.items() if heads > 1 and len(x) not in (1, heads)]
             if wrong:
                 raise ValueError(
@@ -384,9 +375,7 @@ class _Examination:
             self.add(problems)
             return
         try:
-            self.models, model_type = read_json_scales(
-                self.path, layers_of_config(section_of_model(self.config))
-            )
+            self.models, model_type = read_json_scales(self.path, layers_of_config(section_of_model(self.config)))
         except (OSError, ValueError) as error:
             self.add([make_problem("json-unreadable", str(error))])
             self.complete = False
@@ -402,16 +391,12 @@ class _Examination:
         self.config = section_of_model(self.config, name, side=self.tensors.is_side and not alone)
         tensors = self.tensors
         with_scales = tensors.layers_with_scales | {x.layer for x in tensors.unknown if x.layer is not None}
-        self.layers = with_tensors(
-            layers_of_config(self.config), self.config, tensors.attention, tensors.present, with_scales
-        )
+        self.layers = with_tensors(layers_of_config(self.config), self.config, tensors.attention, tensors.present, with_scales)
         self.result.heads = None if self.layers is None else self.layers.heads
 
     def _find_scheme(self) -> None:
         """Fills in from the tensors what the config leaves open."""
-        scales = [
-            entry for key, copies in self.result.entries.items() if key.kind == "scale" for entry in copies
-        ]
+        scales = [entry for key, copies in self.result.entries.items() if key.kind == "scale" for entry in copies]
         has_query = any(key.letter == "q" for key in self.result.entries)
         by_tensors = _strategy(self.result.entries)
         if self.producer is not None and scales:
@@ -453,12 +438,8 @@ class _Examination:
             self.add(presence.check_rope(entries, self.statement))
             self.add(presence.check_formats(stored, self.statement, self._module))
         for layer, by_letter in stored.items():
-            usable = {
-                letter: scale.values for letter, scale in by_letter.items() if (layer, letter) not in bad
-            }
-            self.result.scales[layer] = {
-                letter: values for letter, values in usable.items() if values is not None
-            }
+            usable = {letter: scale.values for letter, scale in by_letter.items() if (layer, letter) not in bad}
+            self.result.scales[layer] = {letter: values for letter, values in usable.items() if values is not None}
         self.result.biases, problems = read_biases(self.tensors.biases, heads)
         self.add(problems)
         for layer, biases in self.result.biases.items():
@@ -489,9 +470,7 @@ class _Examination:
                 "(fp8_cast): all are 1.0, so that magnitudes above 448 are clipped"
             )
             self.add([make_problem("unit-scales", message, value=len(units))])
-            self.result.scales = {
-                n: {letter: torch.ones(1) for letter in found} for n, found in units.items()
-            }
+            self.result.scales = {n: {letter: torch.ones(1) for letter in found} for n, found in units.items()}
             self.result.scheme = replace(scheme, strategy="tensor", quantizes_query=False)
             return
         reasons = presence.reasons_to_be_absent(self.tensors, self.layers, self.statement, self._module)
@@ -522,13 +501,9 @@ def _default_model(models: Models) -> str | None:
 def _strategy(entries: Mapping[Key, list[Entry]]) -> Strategy:
     """Per head if a layer has several scales of K, and the same number for V."""
     counts = {
-        (key.layer, key.letter): math.prod(copies[0].stored.shape)
-        for key, copies in entries.items()
-        if key.kind == "scale"
+        (key.layer, key.letter): math.prod(copies[0].stored.shape) for key, copies in entries.items() if key.kind == "scale"
     }
-    per_head = any(
-        n > 1 and n == counts.get((layer, "v")) for (layer, letter), n in counts.items() if letter == "k"
-    )
+    per_head = any(n > 1 and n == counts.get((layer, "v")) for (layer, letter), n in counts.items() if letter == "k")
     return "attn_head" if per_head else "tensor"
 
 

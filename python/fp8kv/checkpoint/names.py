@@ -80,9 +80,7 @@ _OTHER_SCALE = re.compile(
 # Models
 
 #: Parts of a name that do not identify a model.
-_TRIVIAL = re.compile(
-    r"model|module|base_model|transformer|backbone|language_model|text_model|llm|layers?|h|blocks?"
-)
+_TRIVIAL = re.compile(r"model|module|base_model|transformer|backbone|language_model|text_model|llm|layers?|h|blocks?")
 #: Models that fill no KV cache while a text is generated.
 _TOWERS = re.compile(
     r"vision|visual|image|audio|speech|vit(?![a-z])|siglip|(?<!transformer\.)encoder|qformer|resampler|"
@@ -91,9 +89,7 @@ _TOWERS = re.compile(
 #: Their encoder may still be a language model.
 _LANGUAGE_MODEL = re.compile(r"(?:^|\.)(?:language_model|text_model|llm)(?=\.|$)")
 #: Models with a KV cache that the language model does not need: drafts, and speech generation.
-_COMPANIONS = re.compile(
-    r"mtp|nextn|midlayer|eagle|draft|medusa|speculat|assistant|talker|code_predictor|depth_decoder"
-)
+_COMPANIONS = re.compile(r"mtp|nextn|midlayer|eagle|draft|medusa|speculat|assistant|talker|code_predictor|depth_decoder")
 
 
 class ScaleName(NamedTuple):

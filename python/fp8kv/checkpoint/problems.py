@@ -76,8 +76,7 @@ class CheckpointError(ValueError):
 _RECALIBRATE = "Calibrate the model again, for example with fp8kv calibrate."
 _DOWNLOAD = "Download or copy the file again."
 _IGNORE_QUERY = (
-    "Ignore the query scales and leave queries unquantized (load_kv_scales(..., query=False)), "
-    "or calibrate the model again."
+    "Ignore the query scales and leave queries unquantized (load_kv_scales(..., query=False)), or calibrate the model again."
 )
 
 #: Kinds of errors that `load_kv_scales` accepts on request.
@@ -121,8 +120,7 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "conflicting-scales": ("error", "Remove the scales that are out of date, or calibrate the model again."),
     "unknown-scale": (
         "error",
-        "If it is a scale of K, V or Q, give it one of the names in docs/checkpoints.md, or calibrate the "
-        "model again.",
+        "If it is a scale of K, V or Q, give it one of the names in docs/checkpoints.md, or calibrate the model again.",
     ),
     "several-models": (
         "error",
@@ -141,13 +139,11 @@ KINDS: dict[str, tuple[Severity, str]] = {
     ),
     "fp8kv-damaged": (
         "error",
-        "Copy the folder again, or remove it, so that the scales in the model's files are used; or calibrate "
-        "the model again.",
+        "Copy the folder again, or remove it, so that the scales in the model's files are used; or calibrate the model again.",
     ),
     "fp8kv-outdated": (
         "error",
-        "Remove the folder, so that the scales in the model's files are used; or calibrate the model again "
-        "with fp8kv.",
+        "Remove the folder, so that the scales in the model's files are used; or calibrate the model again with fp8kv.",
     ),
     "affine": (
         "warning",
@@ -163,8 +159,7 @@ KINDS: dict[str, tuple[Severity, str]] = {
     ),
     "rope-unsaid": (
         "warning",
-        "Compare the model's accuracy with that of a 16-bit cache, above all if it has a norm of keys; or "
-        "calibrate it again.",
+        "Compare the model's accuracy with that of a 16-bit cache, above all if it has a norm of keys; or calibrate it again.",
     ),
     "unexpected-scale": ("warning", "It is loaded; leave it out if the cache of this layer is in 16 bits."),
     "observer": (

@@ -193,8 +193,7 @@ class KVScales(Mapping[int, LayerScales]):
 
     def _each(self, function: Callable[[LayerScales], LayerScales]) -> KVScales:
         layers, standard = (
-            None if x is None else {index: function(layer) for index, layer in x.items()}
-            for x in (self._layers, self.standard)
+            None if x is None else {index: function(layer) for index, layer in x.items()} for x in (self._layers, self.standard)
         )
         return KVScales(layers or {}, self.scheme, self.problems, standard=standard, errors=self.errors)
 
@@ -243,9 +242,7 @@ class KVScales(Mapping[int, LayerScales]):
         lines = []
         for name, layers in groups.items():
             errors = [self.errors[index] for index in layers if index in self.errors]
-            ends = (
-                " to ".join(f"{x:.2g}" for x in dict.fromkeys((min(errors), max(errors)))) if errors else ""
-            )
+            ends = " to ".join(f"{x:.2g}" for x in dict.fromkeys((min(errors), max(errors)))) if errors else ""
             noun = "layer" if len(layers) == 1 else "layers"
             lines.append(f"{noun} {ranges(layers)}: {name}{ends and f', error {ends}'}")
         return lines
@@ -267,8 +264,7 @@ class KVScales(Mapping[int, LayerScales]):
             return {index: by_letter(layer) for index, layer in self.items()}, strategy
         given = self.standard or {}
         return {
-            index: by_letter(given[index] if index in given else layer.standard(strategy))
-            for index, layer in self.items()
+            index: by_letter(given[index] if index in given else layer.standard(strategy)) for index, layer in self.items()
         }, strategy
 
     def _heads(self) -> str:
@@ -355,9 +351,7 @@ def kv_heads_of_rank(num_kv_heads: int, tp_rank: int, tp_size: int) -> slice:
     """
     check_rank(tp_rank, tp_size)
     if num_kv_heads % tp_size and tp_size % num_kv_heads:
-        raise ValueError(
-            f"tp_size must divide the {num_kv_heads} KV heads or be a multiple of their number, got {tp_size}"
-        )
+        raise ValueError(f"tp_size must divide the {num_kv_heads} KV heads or be a multiple of their number, got {tp_size}")
     count = max(1, num_kv_heads // tp_size)
     first = tp_rank * num_kv_heads // tp_size
     return slice(first, first + count)
@@ -376,9 +370,7 @@ def reduce_query_scale(scale: Tensor, num_kv_heads: int) -> Tensor:
         tensor([3., 2.])
     """
     if scale.numel() % num_kv_heads:
-        raise ValueError(
-            f"query scales must be a multiple of the {num_kv_heads} KV heads, got {scale.numel()}"
-        )
+        raise ValueError(f"query scales must be a multiple of the {num_kv_heads} KV heads, got {scale.numel()}")
     return scale.reshape(num_kv_heads, -1).amax(1)
 
 

@@ -104,9 +104,7 @@ def declared(configs: Mapping[str, Mapping[str, Any]]) -> Declared:
     if first is None:
         return Declared()
     pairs = ((first, other) for other in found if other is not first)
-    return Declared(
-        first[1], [_contradiction(*one, *two) for one, two in pairs if contradicts(one[1], two[1])]
-    )
+    return Declared(first[1], [_contradiction(*one, *two) for one, two in pairs if contradicts(one[1], two[1])])
 
 
 def _statements(name: str, config: Mapping[str, Any]) -> list[Statement]:
@@ -119,15 +117,11 @@ def _statements(name: str, config: Mapping[str, Any]) -> list[Statement]:
 
 def scheme_of(statement: Statement) -> KVCacheScheme:
     """The part of a statement about all layers; "tensor" if no strategy is specified."""
-    return KVCacheScheme(
-        statement.strategy or "tensor", statement.quantizes_query, statement.observer, statement.producer
-    )
+    return KVCacheScheme(statement.strategy or "tensor", statement.quantizes_query, statement.observer, statement.producer)
 
 
 def _contradiction(name: str, one: Statement, other_name: str, other: Statement) -> str:
-    places = [
-        f"{field} in {file or 'the config'}" for file, field in ((name, one.field), (other_name, other.field))
-    ]
+    places = [f"{field} in {file or 'the config'}" for file, field in ((name, one.field), (other_name, other.field))]
     return f"{places[0]} must say the same as {places[1]}, got {_text(one)} and {_text(other)}"
 
 

@@ -24,15 +24,10 @@ app = typer.Typer(
     add_completion=False,
 )
 
-Device = Annotated[
-    str, typer.Option(help='"auto", "cpu", "cuda" or "cuda:N"; auto uses the GPU if there is one.')
-]
+Device = Annotated[str, typer.Option(help='"auto", "cpu", "cuda" or "cuda:N"; auto uses the GPU if there is one.')]
 # typer evaluates annotations, and Python 3.10 with older versions of it does not accept `Path | None` there.
 OptionalPath = Optional[Path]  # noqa: UP045
-MODEL_DTYPE = (
-    'Dtype of the arithmetic: "auto", "bfloat16", "float16" or "float32"; auto: the model\'s own, on the CPU '
-    "float32."
-)
+MODEL_DTYPE = 'Dtype of the arithmetic: "auto", "bfloat16", "float16" or "float32"; auto: the model\'s own, on the CPU float32.'
 CacheDir = Annotated[
     OptionalPath,
     typer.Option(help="Where the small model is stored. Default: FP8KV_CACHE, or ~/.cache/fp8kv."),
@@ -92,17 +87,11 @@ def _show_check(console: Console, mark: str, check: Check) -> None:
 
 @app.command()
 def bench(
-    what: Annotated[
-        str, typer.Argument(metavar="WHAT", help='"quantize", "cache", "decode" or "attention".')
-    ] = "quantize",
+    what: Annotated[str, typer.Argument(metavar="WHAT", help='"quantize", "cache", "decode" or "attention".')] = "quantize",
     device: Device = "auto",
     quick: Annotated[bool, typer.Option(help="Fewer shapes and repetitions.")] = False,
-    only: Annotated[
-        str, typer.Option(help='Only cases whose "name SHAPE models" matches this regular expression.')
-    ] = "",
-    peers: Annotated[
-        bool, typer.Option(help="Also measure PyTorch and, if installed, vLLM and FlashInfer.")
-    ] = False,
+    only: Annotated[str, typer.Option(help='Only cases whose "name SHAPE models" matches this regular expression.')] = "",
+    peers: Annotated[bool, typer.Option(help="Also measure PyTorch and, if installed, vLLM and FlashInfer.")] = False,
     warm: Annotated[bool, typer.Option(help="Keep all buffers in the GPU's L2 cache.")] = False,
     json: Json = None,
     plot: Annotated[OptionalPath, typer.Option(help="Write a chart (PNG) to this file.")] = None,
@@ -118,9 +107,7 @@ def bench(
     try:
         place = device_of(device)
         with console.status("...") as status:
-            report = benchmarks.run(
-                place, what, quick=quick, only=only, peers=peers, warm=warm, progress=status.update
-            )
+            report = benchmarks.run(place, what, quick=quick, only=only, peers=peers, warm=warm, progress=status.update)
     except CommandError as error:
         _fail(error.sentence, error.status)
     except ValueError as error:
@@ -188,9 +175,7 @@ def eval_(
         Optional[int],  # noqa: UP045
         typer.Option(help="Tokens for the scales on the fly. Default: the first window."),
     ] = None,
-    scales: Annotated[
-        OptionalPath, typer.Option(help="Add a row with the scales of this checkpoint.")
-    ] = None,
+    scales: Annotated[OptionalPath, typer.Option(help="Add a row with the scales of this checkpoint.")] = None,
     only: Annotated[str, typer.Option(help="Only caches whose name contains this.")] = "",
     layout: Annotated[str, typer.Option(help='"NHD" or "HND".')] = "NHD",
     device: Device = "auto",
@@ -260,16 +245,10 @@ def calibrate(
         typer.Option(help='"tensor" (the default), "attn_head" or "channel"; "auto" formats choose it.'),
     ] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help='"fp8", "fp8_e5m2", "int8" or "auto".')] = "fp8",
-    offset: Annotated[
-        str, typer.Option(help='Offsets of channels: "none", "mean" or "mid" of what was seen.')
-    ] = "none",
-    headroom: Annotated[
-        float, typer.Option(help="How many times the range of what was seen the scales keep.")
-    ] = 1.0,
+    offset: Annotated[str, typer.Option(help='Offsets of channels: "none", "mean" or "mid" of what was seen.')] = "none",
+    headroom: Annotated[float, typer.Option(help="How many times the range of what was seen the scales keep.")] = 1.0,
     observer: Annotated[str, typer.Option(help='"static_minmax", "percentile" or "mse".')] = "static_minmax",
-    percentile: Annotated[
-        float, typer.Option(help="Percentile of the magnitudes, for that observer.")
-    ] = 99.99,
+    percentile: Annotated[float, typer.Option(help="Percentile of the magnitudes, for that observer.")] = 99.99,
     query: Annotated[bool, typer.Option("--query", help="Also find scales for queries.")] = False,
     text: Annotated[OptionalPath, typer.Option(help="A text instead of CPython's reference.")] = None,
     num_samples: Annotated[int, typer.Option(help="Windows of the text.")] = 128,
@@ -280,9 +259,7 @@ def calibrate(
         Optional[str],  # noqa: UP045
         typer.Option(help='"auto" distributes the model over all GPUs, the CPU and the disk.'),
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help='Dtype of the model: "auto", "bfloat16", "float16" or "float32".')
-    ] = "auto",
+    dtype: Annotated[str, typer.Option(help='Dtype of the model: "auto", "bfloat16", "float16" or "float32".')] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint at OUTPUT.")] = False,
     plot: Annotated[OptionalPath, typer.Option(help="Write a heat map (PNG) to this file.")] = None,
 ) -> None:

@@ -33,9 +33,7 @@ def check_count(name: str, value: int, least: int = 1) -> None:
 
 
 @contextmanager
-def reported(
-    what: str, errors: tuple[type[Exception], ...] = (Exception,), status: int = 1
-) -> Iterator[None]:
+def reported(what: str, errors: tuple[type[Exception], ...] = (Exception,), status: int = 1) -> Iterator[None]:
     """Turns expected errors into one sentence; a `CommandError` passes through."""
     try:
         yield

@@ -96,9 +96,7 @@ def load_model(folder: Path, dtype: str, device_map: str | None = None) -> tuple
         config = AutoConfig.from_pretrained(folder)
         stored = config.get_text_config(decoder=True).dtype or config.dtype
         forget_kv_cache_scheme(config)
-        model = _class_of_models(config).from_pretrained(
-            folder, config=config, dtype=dtype, device_map=device_map
-        )
+        model = _class_of_models(config).from_pretrained(folder, config=config, dtype=dtype, device_map=device_map)
         return model, stored
 
 

@@ -191,9 +191,7 @@ def _check_device(options: Options) -> None:
 def _check_out(options: Options) -> None:
     out = options.out
     if out.is_dir() and any(out.iterdir()):
-        check(
-            options.overwrite, f"--output must be a new or an empty directory without --overwrite, got {out}"
-        )
+        check(options.overwrite, f"--output must be a new or an empty directory without --overwrite, got {out}")
         # It is replaced as a whole: refuse anything that is not a checkpoint.
         check((out / "config.json").is_file(), f"--output must be a checkpoint to be overwritten, got {out}")
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
@@ -237,10 +235,7 @@ def _prepare(options: Options) -> tuple[Path, list[Tensor]]:
         _check_model(folder, options)
     with reported(f"the tokenizer of {options.model} cannot be loaded"):
         tokenizer = load_tokenizer(folder)
-    if options.text is None:
-        text = reference_text()
-    else:
-        text = options.text.read_text(encoding="utf-8", errors="replace")
+    text = reference_text() if options.text is None else options.text.read_text(encoding="utf-8", errors="replace")
     with reported("--text cannot be read", (ValueError,), status=2):
         batches = text_batches(
             tokenizer,

@@ -164,9 +164,7 @@ class _Story:
             evaluation.REFERENCE, evaluation.PER_HEAD, evaluation.PER_TOKEN_HEAD, evaluation.PER_CHANNEL,
         )  # fmt: skip
         caches = evaluation.caches(model.model.config, names, scales, model.cache_dtype, self.options.layout)
-        times = evaluation.step_times(
-            model.model, prompt, caches, evaluation.DECODED_TOKENS, rounds=TIMED_ROUNDS
-        )
+        times = evaluation.step_times(model.model, prompt, caches, evaluation.DECODED_TOKENS, rounds=TIMED_ROUNDS)
         self.console.print(_times_table(times), highlight=False)
         device = model.model.device
         machine = (
@@ -175,8 +173,7 @@ class _Story:
             else f"{torch.get_num_threads()} threads"
         )
         self.say(
-            f"{dtype_name(model.cache_dtype)} arithmetic, {prompt.shape[1]} tokens before, {machine}, "
-            "the caches in turns."
+            f"{dtype_name(model.cache_dtype)} arithmetic, {prompt.shape[1]} tokens before, {machine}, the caches in turns."
         )
 
 

@@ -192,15 +192,11 @@ def _quantization_failures(device: str | torch.device, input_type: torch.dtype) 
             actual, scale = fp8kv.quantize(x.to(device), group_shape=group, dtype=dtype)
             if not (_same(actual, expected) and _same(scale, expected_scale)):
                 yield f"dynamic_scaled_fp8_quant ({what})"
-            actual, _ = fp8kv.quantize(
-                x.to(device), expected_scale.to(device), group_shape=group, dtype=dtype
-            )
+            actual, _ = fp8kv.quantize(x.to(device), expected_scale.to(device), group_shape=group, dtype=dtype)
             if not _same(actual, expected):
                 yield f"static_scaled_fp8_quant ({what})"
             value = reference.dequantize(expected, expected_scale, group_shape=group, dtype=input_type)
-            back = fp8kv.dequantize(
-                expected.to(device), expected_scale.to(device), group_shape=group, dtype=input_type
-            )
+            back = fp8kv.dequantize(expected.to(device), expected_scale.to(device), group_shape=group, dtype=input_type)
             if not _same(back, value):
                 yield f"scaled_fp8_dequant ({what})"
         amax = torch.zeros_like(expected_scale)
@@ -229,10 +225,7 @@ def _cache_failures(device: str | torch.device, input_type: torch.dtype) -> Iter
                 op = "reshape_and_cache_flash_dynamic" if scale.dim() == 3 else "reshape_and_cache_flash"
                 yield f"{op} {what}"
             if scale.dim() == 1:
-                steps = [
-                    _step(ops, at, input_type, dtype, scale)
-                    for ops, at in ((fp8kv, device), (reference, "cpu"))
-                ]
+                steps = [_step(ops, at, input_type, dtype, scale) for ops, at in ((fp8kv, device), (reference, "cpu"))]
                 if not all(map(_same, *steps)):
                     yield f"rope_quant_and_cache {what}"
             rows = _gather(fp8kv, device, input_type, expected)
@@ -284,20 +277,15 @@ def _append(
     return [*arguments[2:], *scales]
 
 
-def _gather(
-    ops: ModuleType, device: str | torch.device, output_type: torch.dtype, stored: list[Tensor]
-) -> list[Tensor]:
+def _gather(ops: ModuleType, device: str | torch.device, output_type: torch.dtype, stored: list[Tensor]) -> list[Tensor]:
     """K and V of two sequences."""
     key_cache, value_cache, k_scale, v_scale = (x.to(device) for x in stored)
     table, sums, starts = (
-        torch.tensor(x, dtype=torch.int32, device=device)
-        for x in ([[4, 0, 3], [1, 2, -1]], [0, 45, 66], [3, 10])
+        torch.tensor(x, dtype=torch.int32, device=device) for x in ([[4, 0, 3], [1, 2, -1]], [0, 45, 66], [3, 10])
     )
     key, value = torch.zeros(2, 70, 4, 50, dtype=output_type, device=device)
     name = CACHE_NAMES[key_cache.dtype]
-    ops.gather_and_dequant_cache(
-        key_cache, value_cache, key, value, table, sums, name, k_scale, v_scale, starts
-    )
+    ops.gather_and_dequant_cache(key_cache, value_cache, key, value, table, sums, name, k_scale, v_scale, starts)
     return [key, value]
 
 
@@ -337,8 +325,7 @@ def _attend(
     stored = torch.randn(6, 16, 2, 128, generator=generator)
     stored = stored.clamp(-_LARGEST, _LARGEST).to(dtype).to(device)
     table, lengths, sums = (
-        torch.tensor(x, dtype=torch.int32, device=device)
-        for x in ([[5, 0, 3], [1, 4, -1]], [45, 20], [0, 3, 4])
+        torch.tensor(x, dtype=torch.int32, device=device) for x in ([[5, 0, 3], [1, 4, -1]], [45, 20], [0, 3, 4])
     )
     result: Tensor = ops.paged_attention(
         query.to(device, input_type),

@@ -70,9 +70,7 @@ def run(options: Options, console: Console) -> evaluation.Evaluation:
     tokens = texts(options, model)
     first = tokens.evaluation[:1, : options.first_tokens]
     with reported():
-        scales |= evaluation.calibrated(
-            model.model, tokens.calibration, first, names, model.cache_dtype, progress=True
-        )
+        scales |= evaluation.calibrated(model.model, tokens.calibration, first, names, model.cache_dtype, progress=True)
     return measure(options, model, names, scales, tokens)
 
 

@@ -352,9 +352,7 @@ def caches(
     from fp8kv.evaluation._caches import Cache8, Cache16, TransformersCache8
 
     def quantized(scales: Any, dtype: str | None = None) -> CacheFactory:
-        return lambda size: Cache8(
-            config, cache_dtype, scales, dtype=dtype, layout=layout, max_cache_len=size
-        )
+        return lambda size: Cache8(config, cache_dtype, scales, dtype=dtype, layout=layout, max_cache_len=size)
 
     made: dict[str, CacheFactory] = {
         REFERENCE: lambda size: Cache16(config, cache_dtype),

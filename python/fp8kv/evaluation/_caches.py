@@ -102,14 +102,10 @@ class ObservingCache(Cache16):
         super().__init__(config, rounded_to)
         self.attention = attention
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> Any:
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         _, heads, _, size = key_states.shape
         if layer_idx not in self.attention:
-            self.attention[layer_idx] = AttentionScales(
-                heads, heads, size, calculate_kv_scales=True, device=key_states.device
-            )
+            self.attention[layer_idx] = AttentionScales(heads, heads, size, calculate_kv_scales=True, device=key_states.device)
         key, value = (x.to(self.rounded_to).transpose(1, 2).flatten(0, 1) for x in (key_states, value_states))
         self.attention[layer_idx].observe(None, key, value)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)

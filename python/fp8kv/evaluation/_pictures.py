@@ -127,16 +127,10 @@ def plot_scales(inspection: Inspection, path: Path) -> None:
     for axes, name in zip(grid.flat, names, strict=True):
         seen |= draw(axes, inspection, name, heads[name], colors, norm)
     grid[0, 0].set_ylabel("layer")
-    bar = figure.colorbar(
-        ScalarMappable(norm, colors), ax=list(grid.flat), label="scale", fraction=0.1, aspect=30
-    )
+    bar = figure.colorbar(ScalarMappable(norm, colors), ax=list(grid.flat), label="scale", fraction=0.1, aspect=30)
     bar.ax.yaxis.set_major_formatter(LogFormatter())
     bar.ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
-    patches = [
-        Patch(facecolor=color, edgecolor="black", label=label)
-        for color, label in _SPECIAL.items()
-        if color in seen
-    ]
+    patches = [Patch(facecolor=color, edgecolor="black", label=label) for color, label in _SPECIAL.items() if color in seen]
     if patches:
         figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=8)
     figure.suptitle(f"Scales of {inspection.name}", parse_math=False)
@@ -164,9 +158,7 @@ def color_range(inspection: Inspection) -> tuple[float, float]:
     return (low, high) if low < high else (low / 2, high * 2)  # a range needs two values
 
 
-def draw(
-    axes: Axes, inspection: Inspection, name: str, num_heads: int, colors: Colormap, norm: LogNorm
-) -> set[str]:
+def draw(axes: Axes, inspection: Inspection, name: str, num_heads: int, colors: Colormap, norm: LogNorm) -> set[str]:
     """Draws one panel; returns the special colors it uses."""
     from matplotlib.colors import to_rgba
     from matplotlib.ticker import MaxNLocator
@@ -177,9 +169,7 @@ def draw(
     for values in rows:
         special = [_special_color(values, head, norm) for head in range(num_heads)]
         seen.update(color for color in special if color is not None)
-        image.append(
-            [colors(norm(values[head])) if c is None else to_rgba(c) for head, c in enumerate(special)]
-        )
+        image.append([colors(norm(values[head])) if c is None else to_rgba(c) for head, c in enumerate(special)])
     if not image:
         axes.set_axis_off()
         return seen

@@ -143,9 +143,7 @@ def inspect_checkpoint(checkpoint: str | Path, model: str | None = None) -> Insp
     examined = examine(checkpoint, "inspect", model=model)
     path = examined.path
     if path.is_dir() and not ((path / "config.json").exists() or any(path.glob("*.safetensors*"))):
-        raise ValueError(
-            f"inspect: checkpoint must have a config.json or .safetensors files or be such a file, got {path}"
-        )
+        raise ValueError(f"inspect: checkpoint must have a config.json or .safetensors files or be such a file, got {path}")
     made_up = {n: {letter: x.tolist() for letter, x in row.items()} for n, row in examined.scales.items()}
     raw = _raw_scales(examined.entries) or made_up
     layers = {*raw, *(examined.heads or ()), *(p.layer for p in examined.problems if p.layer is not None)}
@@ -275,9 +273,7 @@ def verdict(inspection: Inspection) -> str:
     """One line: the number of problems, and whether the scales can be used."""
     if not inspection.problems:
         return "[green]no problems[/]"
-    counts = [
-        (sum(p.severity == s for p in inspection.problems), s, style) for s, style in SEVERITIES.items()
-    ]
+    counts = [(sum(p.severity == s for p in inspection.problems), s, style) for s, style in SEVERITIES.items()]
     text = ", ".join(f"[{style}]{n} {s}{'s' if n > 1 else ''}[/]" for n, s, style in counts if n)
     use = "the scales can be used" if inspection.ok else "the scales must not be used as they are"
     return f"{text}: {use}"

@@ -127,9 +127,7 @@ def paged_attention(
         dtype = query.dtype if query.dtype in REAL_DTYPES else torch.bfloat16
         out = torch.empty(query.shape, dtype=dtype, device=query.device)
     if workspace is None and query.is_cuda and (query.dim(), key_cache.dim(), block_table.dim()) == (3, 4, 2):
-        size = attention_workspace_size(
-            query, key_cache, block_table, max_query_len=max_query_len, num_splits=num_splits
-        )
+        size = attention_workspace_size(query, key_cache, block_table, max_query_len=max_query_len, num_splits=num_splits)
         workspace = torch.empty(size, dtype=torch.uint8, device=query.device) if size > 0 else None
     attention(
         query, key_cache, value_cache, out, block_table, seq_lens, kv_cache_dtype, k_scale, v_scale,
@@ -172,9 +170,7 @@ def attention_workspace_size(
         ("block_table", block_table, 2),
     ):
         if tensor.dim() != dims:
-            raise ValueError(
-                f"attention_workspace_size: {name} must have {dims} dimensions, got {tensor.dim()}"
-            )
+            raise ValueError(f"attention_workspace_size: {name} must have {dims} dimensions, got {tensor.dim()}")
     if not query.is_cuda or num_splits == 1:
         return 0
     num_tokens, num_heads, head_size = query.shape

@@ -104,10 +104,7 @@ def _num_beyond(x: Tensor, bound: Tensor, offset: Tensor | None, slot_mapping: T
     # Not in compiled code: it is fused, so that it needs no such memory, and its sizes are symbols.
     rows = len(x) if torch.compiler.is_compiling() else _CHUNK // max(1, x[:1].numel())
     parts = zip(torch.split(x, max(1, rows)), torch.split(stored, max(1, rows)), strict=True)
-    counts = [
-        (((part if offset is None else part.float() - offset).abs() > bound) & kept).sum()
-        for part, kept in parts
-    ]
+    counts = [(((part if offset is None else part.float() - offset).abs() > bound) & kept).sum() for part, kept in parts]
     return torch.stack(counts).sum()
 
 

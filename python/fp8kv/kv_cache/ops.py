@@ -65,9 +65,7 @@ def reshape_and_cache_flash(
         >>> key_cache[1, 1, 0, 0].item(), value_cache[3, 15, 7, 63].item()
         (4.0, 6.0)
     """
-    append(
-        key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale, k_offset, v_offset
-    )
+    append(key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale, k_offset, v_offset)
 
 
 def reshape_and_cache_flash_dynamic(

@@ -117,9 +117,7 @@ class PagedKVCache:
             else scale.to(self.device, copy=True)
             for scale in given
         )
-        self.k_offset, self.v_offset = (
-            None if offset is None else offset.to(self.device, copy=True) for offset in offsets
-        )
+        self.k_offset, self.v_offset = (None if offset is None else offset.to(self.device, copy=True) for offset in offsets)
         counts = scales is None and self.dtype in FORMATS
         self.clip_counter = ClipCounter(FORMATS[self.dtype].max, self.device) if counts else None
 
@@ -129,15 +127,12 @@ class PagedKVCache:
             return self._checked_scale("scales.k", 1.0), self._checked_scale("scales.v", 1.0)
         if self.dtype not in FORMATS:
             raise ValueError(
-                f"PagedKVCache: scales must be None with dtype {self.kv_cache_dtype!r}, as only FP8 and int8 "
-                "use them"
+                f"PagedKVCache: scales must be None with dtype {self.kv_cache_dtype!r}, as only FP8 and int8 use them"
             )
         if self.dynamic:
             return None, None
         if not (hasattr(scales, "k") and hasattr(scales, "v")):
-            raise ValueError(
-                f'PagedKVCache: scales must be None, "dynamic" or have .k and .v, got {scales!r}'
-            )
+            raise ValueError(f'PagedKVCache: scales must be None, "dynamic" or have .k and .v, got {scales!r}')
         check_format("PagedKVCache", self.kv_cache_dtype, getattr(scales, "dtype", None))
         return self._checked_scale("scales.k", scales.k), self._checked_scale("scales.v", scales.v)
 
@@ -145,13 +140,9 @@ class PagedKVCache:
         if isinstance(scale, (int, float)):
             scale = torch.tensor(scale, dtype=torch.float64, device="cpu")
         if not (isinstance(scale, Tensor) and scale.is_floating_point()):
-            raise ValueError(
-                f"PagedKVCache: {name} must be a float or a floating-point tensor, got {_kind(scale)}"
-            )
+            raise ValueError(f"PagedKVCache: {name} must be a float or a floating-point tensor, got {_kind(scale)}")
         if not self._is_scale_shape(scale):
-            raise ValueError(
-                f"PagedKVCache: {name} must have {self._shapes()}, got shape {list(scale.shape)}"
-            )
+            raise ValueError(f"PagedKVCache: {name} must have {self._shapes()}, got shape {list(scale.shape)}")
         host = scale.detach().to("cpu", torch.float32, copy=True)
         host = host.reshape(-1) if host.numel() in (1, self.num_kv_heads) else host
         check_scale_values(f"PagedKVCache: {name}", host)
@@ -177,8 +168,7 @@ class PagedKVCache:
             return None
         if self.dtype not in FORMATS:
             raise ValueError(
-                f"PagedKVCache: {name} must be None with dtype {self.kv_cache_dtype!r}, as only FP8 and int8 "
-                "use offsets"
+                f"PagedKVCache: {name} must be None with dtype {self.kv_cache_dtype!r}, as only FP8 and int8 use offsets"
             )
         if not (isinstance(offset, Tensor) and offset.is_floating_point()):
             raise ValueError(f"PagedKVCache: {name} must be a floating-point tensor, got {_kind(offset)}")
@@ -274,9 +264,7 @@ class PagedKVCache:
                 self.v_scale, self.k_offset, self.v_offset,
             )  # fmt: skip
         if self.clip_counter is not None:
-            self.clip_counter.add(
-                key, value, slot_mapping, self.k_scale, self.v_scale, self.k_offset, self.v_offset
-            )
+            self.clip_counter.add(key, value, slot_mapping, self.k_scale, self.v_scale, self.k_offset, self.v_offset)
             # Looking at the count of a GPU would make every step wait, and traced tensors have no values.
             on_host = self.device.type == "cpu" and type(self.clip_counter.counts) is Tensor
             if on_host and not torch.compiler.is_compiling():
@@ -471,9 +459,7 @@ class PagedKVCache:
             return values.to(self.device)
         return _integers(name, values, method).clamp(_INT32.min, _INT32.max).to(self.device, torch.int32)
 
-    def copy_blocks(
-        self, block_mapping: Sequence[tuple[int, int]] | Tensor, source: PagedKVCache | None = None
-    ) -> None:
+    def copy_blocks(self, block_mapping: Sequence[tuple[int, int]] | Tensor, source: PagedKVCache | None = None) -> None:
         """Copies blocks of this cache, or of another one, byte by byte and with the scales of dynamic caches.
 
         All source blocks are read before any block is written. They are copied once in between, on their
@@ -519,9 +505,7 @@ class PagedKVCache:
         for name in ("block_size", "num_kv_heads", "head_size", "dtype", "dynamic"):
             ours, theirs = getattr(self, name), getattr(source, name)
             if ours != theirs:
-                raise ValueError(
-                    f"PagedKVCache.copy_blocks: source must have {name}={ours} as this cache, got {theirs}"
-                )
+                raise ValueError(f"PagedKVCache.copy_blocks: source must have {name}={ours} as this cache, got {theirs}")
         if self.dtype not in FORMATS:
             return
         for name in ("k_offset", "v_offset", *(() if self.dynamic else ("k_scale", "v_scale"))):
@@ -550,15 +534,12 @@ class PagedKVCache:
         place = tuple(differ.nonzero()[0].tolist())
         return f"{self._of_channels(x)[place].item()} for {placed(place)}"
 
-    def _checked_mapping(
-        self, block_mapping: Sequence[tuple[int, int]] | Tensor, source: PagedKVCache
-    ) -> Tensor:
+    def _checked_mapping(self, block_mapping: Sequence[tuple[int, int]] | Tensor, source: PagedKVCache) -> Tensor:
         mapping = _integers("block_mapping", block_mapping, "copy_blocks")
         mapping = mapping.reshape(0, 2) if mapping.numel() == 0 else mapping
         if mapping.dim() != 2 or mapping.shape[1] != 2:
             raise ValueError(
-                "PagedKVCache.copy_blocks: block_mapping must have rows of two blocks, "
-                f"got shape {list(mapping.shape)}"
+                f"PagedKVCache.copy_blocks: block_mapping must have rows of two blocks, got shape {list(mapping.shape)}"
             )
         if mapping.device.type == "cpu":
             for column, cache, name in ((0, source, "source"), (1, self, "destination")):
@@ -574,10 +555,7 @@ class PagedKVCache:
         """All that belongs to blocks, as the widest integers that divide a row."""
         parts = [self.storage, self.k_scale, self.v_scale] if self.dynamic else [self.storage]
         types = (torch.int64, torch.int32, torch.int16, torch.uint8)
-        return [
-            part.view(next(t for t in types if part.shape[-1] * part.itemsize % t.itemsize == 0))
-            for part in parts
-        ]
+        return [part.view(next(t for t in types if part.shape[-1] * part.itemsize % t.itemsize == 0)) for part in parts]
 
     def descales(self, num_seqs: int) -> tuple[Tensor, Tensor]:
         """The scales of K and V in the form FlashAttention-3 takes: k_descale and v_descale.
@@ -727,8 +705,7 @@ def _cache_dtype(dtype: str | torch.dtype) -> tuple[str, torch.dtype]:
     name = CACHE_NAMES.get(dtype) if isinstance(dtype, torch.dtype) else dtype
     if name == "auto":
         raise ValueError(
-            'PagedKVCache: dtype must say what the elements are, such as "bfloat16" or the dtype of the '
-            'model, got "auto"'
+            'PagedKVCache: dtype must say what the elements are, such as "bfloat16" or the dtype of the model, got "auto"'
         )
     if name not in CACHE_DTYPES:
         names = ", ".join(map(quoted, CACHE_DTYPES))

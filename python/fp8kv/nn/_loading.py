@@ -98,9 +98,7 @@ class LayerState:
             be used.
     """
 
-    def __init__(
-        self, state_dict: Mapping[str, Any], prefix: str, shape: LayerShape, offsets: bool = False
-    ) -> None:
+    def __init__(self, state_dict: Mapping[str, Any], prefix: str, shape: LayerShape, offsets: bool = False) -> None:
         self.scales: dict[str, Tensor] = {}
         self.offsets: dict[str, Tensor] = {}
         self.unknown: list[str] = []
@@ -129,9 +127,7 @@ class LayerState:
                 self.errors.append(f"AttentionScales: {error}")
         if len(layers) > 1:
             numbers = ", ".join(str(layer) for layer in sorted(layers))
-            self.errors = [
-                f"AttentionScales: state_dict must hold the scales of one layer, got layers {numbers}"
-            ]
+            self.errors = [f"AttentionScales: state_dict must hold the scales of one layer, got layers {numbers}"]
 
     def _add(self, key: str, letters: str, tensor: Any, shape: LayerShape) -> None:
         scale = shape.fit(key, tensor, query=letters == "q")
@@ -181,9 +177,7 @@ def _check_zero_point(key: str, tensor: Any) -> None:
         raise ValueError(f"{key} must be a tensor, got {_kind(tensor)}")
     values = tensor.detach().to("cpu", torch.float32).flatten()
     if values.ne(0).any():
-        raise ValueError(
-            f"{key} must be 0, as FP8 caches are symmetric, got {values[values != 0][0].item():g}"
-        )
+        raise ValueError(f"{key} must be 0, as FP8 caches are symmetric, got {values[values != 0][0].item():g}")
 
 
 def _on_host(name: str, x: Any) -> Tensor:

@@ -118,10 +118,7 @@ class AttentionScales(nn.Module):
             if size < 1:
                 raise ValueError(f"AttentionScales: {name} must be at least 1, got {size}")
         if num_heads % num_kv_heads:
-            raise ValueError(
-                f"AttentionScales: num_heads must be a multiple of num_kv_heads={num_kv_heads}, "
-                f"got {num_heads}"
-            )
+            raise ValueError(f"AttentionScales: num_heads must be a multiple of num_kv_heads={num_kv_heads}, got {num_heads}")
         if first_kv_head is not None and first_kv_head < 0:
             raise ValueError(f"AttentionScales: first_kv_head must be at least 0, got {first_kv_head}")
         check_choice("AttentionScales: strategy", strategy, STRATEGIES)
@@ -454,9 +451,7 @@ class AttentionScales(nn.Module):
 
     # Calibration
 
-    def observe(
-        self, query: Tensor | None, key: Tensor, value: Tensor, slot_mapping: Tensor | None = None
-    ) -> None:
+    def observe(self, query: Tensor | None, key: Tensor, value: Tensor, slot_mapping: Tensor | None = None) -> None:
         """Observes tokens: the largest magnitudes, and the elements that the current scales would clip.
 
         An element is clipped if it is beyond the range by more than rounding, so a scale computed from the
@@ -540,16 +535,13 @@ class AttentionScales(nn.Module):
         buffers = {letter: self._buffer(letter, "amax") for letter in "qkv"}
         width = self.head_size if self._shape.per_channel else 1
         rows = [x.view(len(x), -1).expand(-1, width) for x in buffers.values()]
-        counts = torch.stack(
-            [self._buffer(letter, kind) for kind in ("clipped", "observed") for letter in "qkv"]
-        )
+        counts = torch.stack([self._buffer(letter, kind) for kind in ("clipped", "observed") for letter in "qkv"])
         first = self.first_kv_head if self._shape.per_head else None
         amax, counts = reduced(torch.stack(rows), counts, group, first)
         clipped, observed = counts.chunk(2)
         seen = zip(amax.amax(-1).tolist(), clipped.tolist(), observed.tolist(), strict=True)
         by_letter = {
-            letter: x[:, : own[0].numel()].view(own.shape)
-            for (letter, own), x in zip(buffers.items(), amax, strict=True)
+            letter: x[:, : own[0].numel()].view(own.shape) for (letter, own), x in zip(buffers.items(), amax, strict=True)
         }
         return by_letter, Observations(*(Observed(*map(tuple, row)) for row in seen))
 
@@ -624,9 +616,7 @@ class AttentionScales(nn.Module):
         """
         given = {"q": scales.q, "k": scales.k, "v": scales.v}
         fitting = {
-            letter: self._shape.fit(
-                f"AttentionScales.load_scales: scales.{letter}", scale, query=letter == "q"
-            )
+            letter: self._shape.fit(f"AttentionScales.load_scales: scales.{letter}", scale, query=letter == "q")
             for letter, scale in given.items()
             if letter != "q" or scale is not None
         }
@@ -639,9 +629,7 @@ class AttentionScales(nn.Module):
                     raise ValueError(f"{name} must be None without offsets=True, got an offset")
                 offsets[letter] = self._shape.fit_offset(name, offset)
         if self.k_scale.is_meta:
-            raise ValueError(
-                "AttentionScales.load_scales: the module must be on a real device, got the meta device"
-            )
+            raise ValueError("AttentionScales.load_scales: the module must be on a real device, got the meta device")
         self._copy(fitting, offsets)
 
     @staticmethod
@@ -738,9 +726,7 @@ class AttentionScales(nn.Module):
         assert isinstance(buffer, Tensor)
         return buffer
 
-    def _observe(
-        self, letter: str, groups: Tensor, slot_mapping: Tensor | None, offset: Tensor | None = None
-    ) -> None:
+    def _observe(self, letter: str, groups: Tensor, slot_mapping: Tensor | None, offset: Tensor | None = None) -> None:
         observe_groups(
             groups if slot_mapping is None else groups[: slot_mapping.shape[0]],
             *(self._buffer(letter, kind) for kind in ("scale", "amax", "clipped", "observed")),
@@ -762,9 +748,7 @@ class AttentionScales(nn.Module):
             return cache.k_offset, cache.v_offset
         return self.k_offset, self.v_offset
 
-    def _storage_of(
-        self, method: str, cache: PagedKVCache | tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, str]:
+    def _storage_of(self, method: str, cache: PagedKVCache | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, str]:
         """K cache, V cache, and the operators' name of their format."""
         if isinstance(cache, PagedKVCache):
             if cache.dynamic:
@@ -805,9 +789,7 @@ class AttentionScales(nn.Module):
     def _check_observed(self, groups: dict[str, Tensor], slot_mapping: Tensor | None) -> None:
         device = self.k_scale.device
         if slot_mapping is not None and (
-            slot_mapping.dtype not in (torch.int32, torch.int64)
-            or slot_mapping.dim() != 1
-            or slot_mapping.device != device
+            slot_mapping.dtype not in (torch.int32, torch.int64) or slot_mapping.dim() != 1 or slot_mapping.device != device
         ):
             raise ValueError(
                 f"AttentionScales.observe: slot_mapping must be int32 or int64 of one dimension on {device}, "

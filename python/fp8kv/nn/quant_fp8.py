@@ -42,9 +42,7 @@ class QuantFP8(nn.Module):
         self.dtype = dtype
         self.num_token_padding = num_token_padding
 
-    def forward(
-        self, x: Tensor, scale: Tensor | None = None, scale_ub: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, scale: Tensor | None = None, scale_ub: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Quantizes `x`; see `fp8kv.quantize` for shapes and dtypes.
 
         Args:
@@ -80,14 +78,9 @@ class QuantFP8(nn.Module):
 
     def _padded_result(self, x: Tensor) -> Tensor:
         if x.dim() < 2:
-            raise ValueError(
-                "QuantFP8: x must have at least 2 dimensions with num_token_padding, "
-                f"got shape {list(x.shape)}"
-            )
+            raise ValueError(f"QuantFP8: x must have at least 2 dimensions with num_token_padding, got shape {list(x.shape)}")
         num_tokens = x.shape[0]
-        padded = torch.empty(
-            (max(num_tokens, self.num_token_padding or 0), *x.shape[1:]), dtype=self.dtype, device=x.device
-        )
+        padded = torch.empty((max(num_tokens, self.num_token_padding or 0), *x.shape[1:]), dtype=self.dtype, device=x.device)
         padded[num_tokens:].view(torch.uint8).zero_()
         return padded
 

@@ -85,9 +85,7 @@ class Observations:
             if sum(x.clipped)
         ]
         verdict = (
-            f"Warning: the scales in force clip {listed(clipped, 'and')}."
-            if clipped
-            else "The scales in force clip none."
+            f"Warning: the scales in force clip {listed(clipped, 'and')}." if clipped else "The scales in force clip none."
         )
         return f"Observed {listed(parts, 'and')}. {verdict}"
 
@@ -162,9 +160,7 @@ torch.library.register_fake("fp8kv::_observe_groups", lambda *args: None, lib=_o
 observe_groups = torch.ops.fp8kv._observe_groups.default
 
 
-def reduced(
-    amax: Tensor, counts: Tensor, group: ProcessGroup | None, first_head: int | None
-) -> tuple[Tensor, Tensor]:
+def reduced(amax: Tensor, counts: Tensor, group: ProcessGroup | None, first_head: int | None) -> tuple[Tensor, Tensor]:
     """The largest `amax` and the sum of the `counts` over the ranks that have a head, on the host.
 
     Args:
@@ -182,9 +178,7 @@ def reduced(
     import torch.distributed as dist
 
     if not isinstance(group, dist.ProcessGroup):
-        raise ValueError(
-            f"AttentionScales: group must be a process group that this rank belongs to, got {group!r}"
-        )
+        raise ValueError(f"AttentionScales: group must be a process group that this rank belongs to, got {group!r}")
     num_heads = amax.shape[1]
     own = torch.tensor([num_heads, -1 if first_head is None else first_head], device=amax.device)
     ranks = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]

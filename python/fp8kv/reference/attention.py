@@ -73,9 +73,7 @@ def paged_attention(
     rows_of = _rows(cu_query_lens, block_table, seq_lens, seq_starts, num_rows)
     starts = [0] * len(rows_of) if seq_starts is None else seq_starts.tolist()
     lengths = seq_lens.tolist()
-    seen = [
-        _seen_positions(lengths[s], starts[s], len(rows), sliding_window) for s, rows in enumerate(rows_of)
-    ]
+    seen = [_seen_positions(lengths[s], starts[s], len(rows), sliding_window) for s, rows in enumerate(rows_of)]
     # Every block is looked up before anything is written.
     found = [_look_up(s, ranges, block_table, key_cache) for s, ranges in enumerate(seen)]
 
@@ -109,9 +107,7 @@ def _seen_positions(length: int, start: int, num_queries: int, sliding_window: i
     return ranges
 
 
-def _look_up(
-    sequence: int, seen: list[range], block_table: Tensor, cache: Tensor
-) -> tuple[list[int], tuple[Tensor, Tensor]]:
+def _look_up(sequence: int, seen: list[range], block_table: Tensor, cache: Tensor) -> tuple[list[int], tuple[Tensor, Tensor]]:
     """The positions of a sequence that any query sees, ascending, with their blocks and offsets."""
     num_blocks, block_size = cache.shape[:2]
     table = block_table[sequence].tolist()
@@ -155,9 +151,7 @@ def _rows(
     return [range(max(first, 0), min(end, num_rows)) for first, end in pairwise(sums)]
 
 
-def _dequantized(
-    cache: Tensor, place: tuple[Tensor, Tensor], scale: Tensor | None, offset: Tensor | None
-) -> Tensor:
+def _dequantized(cache: Tensor, place: tuple[Tensor, Tensor], scale: Tensor | None, offset: Tensor | None) -> Tensor:
     """[positions, num_kv_heads, head_size]"""
     integers = cache.view(torch.uint8) if cache.dtype in FORMATS else cache
     x = integers[place].view(cache.dtype).double()

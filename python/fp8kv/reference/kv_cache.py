@@ -40,10 +40,7 @@ def reshape_and_cache_flash(
     tokens, place = _appended(op, key, value, caches[0], slot_mapping)
     for heads, cache, scale, offset in zip((key, value), caches, scales, offsets, strict=True):
         x = heads[tokens]
-        if cache.dtype in FORMATS:
-            q = encode(_less(x, offset) / scale, cache.dtype)
-        else:
-            q = _converted(x, cache.dtype)
+        q = encode(_less(x, offset) / scale, cache.dtype) if cache.dtype in FORMATS else _converted(x, cache.dtype)
         bits(cache)[place] = bits(q)
 
 
@@ -204,9 +201,7 @@ def rope_quant_and_cache(
 
     key = _transformed(key[:num_tokens], k_norm_weight, norm_eps, cos_sin, is_neox)
     query = _transformed(query[:num_tokens], q_norm_weight, norm_eps, cos_sin, is_neox)[rows]
-    reshape_and_cache_flash(
-        key, value, key_cache, value_cache, slots, kv_cache_dtype, k_scale, v_scale, k_offset, v_offset
-    )
+    reshape_and_cache_flash(key, value, key_cache, value_cache, slots, kv_cache_dtype, k_scale, v_scale, k_offset, v_offset)
     if out.dtype in FORMATS:
         scale = q_scale.reshape(-1, 1).repeat_interleave(num_heads // max(1, q_scale.numel()), 0)
         bits(out)[rows] = bits(encode(query.float() / scale, out.dtype))
@@ -214,9 +209,7 @@ def rope_quant_and_cache(
         bits(out)[rows] = bits(_converted(query, out.dtype))
 
 
-def _transformed(
-    x: Tensor, weight: Tensor | None, norm_eps: float, cos_sin: Tensor | None, is_neox: bool
-) -> Tensor:
+def _transformed(x: Tensor, weight: Tensor | None, norm_eps: float, cos_sin: Tensor | None, is_neox: bool) -> Tensor:
     """RMSNorm of each head, then RoPE, in fp32 with one rounding."""
     if weight is None and cos_sin is None:
         return x
@@ -257,16 +250,12 @@ def _scale_of_channels(op: str, scale: Tensor, cache: Tensor) -> Tensor:
 
 
 def _offset_of_channels(op: str, offset: Tensor | None, cache: Tensor) -> Tensor | None:
-    if offset is not None and (
-        offset.dtype != torch.float32 or offset.shape != cache.shape[2:] or cache.dtype not in FORMATS
-    ):
+    if offset is not None and (offset.dtype != torch.float32 or offset.shape != cache.shape[2:] or cache.dtype not in FORMATS):
         fail(op, f"offsets can't be {offset.dtype} of shape {list(offset.shape)} with {cache.dtype} caches")
     return offset
 
 
-def _appended(
-    op: str, key: Tensor, value: Tensor, cache: Tensor, slot_mapping: Tensor
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _appended(op: str, key: Tensor, value: Tensor, cache: Tensor, slot_mapping: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The tokens that stay in the cache, and their places."""
     slots = slot_mapping.tolist()
     num_slots = cache.shape[0] * cache.shape[1]

@@ -15,9 +15,7 @@ from fp8kv.reference.rules import bits, dynamic_scale, encode, fail, finite_magn
 
 
 @torch.no_grad()
-def static_scaled_fp8_quant(
-    result: Tensor, input: Tensor, scale: Tensor, group_shape: Sequence[int] | None = None
-) -> None:
+def static_scaled_fp8_quant(result: Tensor, input: Tensor, scale: Tensor, group_shape: Sequence[int] | None = None) -> None:
     """See `fp8kv.static_scaled_fp8_quant`.
 
     Example:
@@ -56,18 +54,14 @@ def dynamic_scaled_fp8_quant(
     op = "dynamic_scaled_fp8_quant"
     _check(op, input=input, result=result, scale=scale, quantizes=True)
     if scale_ub is not None and (scale_ub.numel() != 1 or scale_ub.dtype != torch.float32):
-        fail(
-            op, f"scale_ub must be float32 with 1 element, got {scale_ub.dtype}, shape {list(scale_ub.shape)}"
-        )
+        fail(op, f"scale_ub must be float32 with 1 element, got {scale_ub.dtype}, shape {list(scale_ub.shape)}")
     grid = _grid(op, "scale", scale, input, group_shape)
     scale.copy_(dynamic_scale(grid.amax(input), result.dtype, scale_ub).reshape(scale.shape))
     _write(result, encode(input.float() / grid.spread(scale), result.dtype))
 
 
 @torch.no_grad()
-def scaled_fp8_dequant(
-    result: Tensor, input: Tensor, scale: Tensor, group_shape: Sequence[int] | None = None
-) -> None:
+def scaled_fp8_dequant(result: Tensor, input: Tensor, scale: Tensor, group_shape: Sequence[int] | None = None) -> None:
     """See `fp8kv.scaled_fp8_dequant`.
 
     Example:
@@ -131,9 +125,7 @@ def quantize(
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if scale is not None:
         if scale_ub is not None:
-            raise ValueError(
-                "fp8kv.quantize: scale_ub must be None when a scale is given, as it bounds computed scales"
-            )
+            raise ValueError("fp8kv.quantize: scale_ub must be None when a scale is given, as it bounds computed scales")
         static_scaled_fp8_quant(out, x, scale, group_shape)
         return out, scale
     scale = torch.empty(_computed_scale_shape(x, group_shape), dtype=torch.float32, device=x.device)
@@ -146,9 +138,7 @@ def _computed_scale_shape(x: Tensor, group_shape: Sequence[int] | None) -> tuple
         return (1,)
     leading = tuple(x.shape[:-1])
     sizes = (math.prod(leading), x.shape[-1] if x.dim() else 1)
-    rows, cols = (
-        1 if extent < 1 else math.ceil(size / extent) for size, extent in zip(sizes, group_shape, strict=True)
-    )
+    rows, cols = (1 if extent < 1 else math.ceil(size / extent) for size, extent in zip(sizes, group_shape, strict=True))
     return (*leading, cols) if group_shape[0] == 1 else (rows, cols)
 
 
@@ -192,9 +182,7 @@ class _Grid:
         values = scale.reshape(self.counts)
         if math.prod(self.counts) == 1:
             return values.reshape(())
-        for dim, (size, block, count) in enumerate(
-            zip(self.view_shape, self.blocks, self.counts, strict=True)
-        ):
+        for dim, (size, block, count) in enumerate(zip(self.view_shape, self.blocks, self.counts, strict=True)):
             if count != 1:
                 values = values.repeat_interleave(block, dim).narrow(dim, 0, size)
         return values.expand(self.view_shape).reshape(self.shape)
@@ -221,33 +209,25 @@ def _grid(op: str, name: str, scale: Tensor, input: Tensor, group_shape: Sequenc
             return _Grid(shape, matrix, tuple(max(1, size) for size in matrix), (1, 1))
         counts = tuple(scale.shape)
         divides = scale.dim() > 1 and len(counts) == len(shape)
-        if not divides or any(
-            size % count if count else size for size, count in zip(shape, counts, strict=True)
-        ):
-            fail(
-                op, f"{name} of shape {list(counts)} needs a group_shape for an input of shape {list(shape)}"
-            )
+        if not divides or any(size % count if count else size for size, count in zip(shape, counts, strict=True)):
+            fail(op, f"{name} of shape {list(counts)} needs a group_shape for an input of shape {list(shape)}")
         blocks = tuple(max(1, size // max(1, count)) for size, count in zip(shape, counts, strict=True))
         return _Grid(shape, shape, blocks, counts)
 
     if len(group_shape) != 2 or any(extent != -1 and extent < 1 for extent in group_shape):
         fail(op, f"group_shape must have two extents, each -1 or at least 1, got {tuple(group_shape)}")
     blocks = tuple(
-        max(1, size if extent == -1 else min(extent, size))
-        for size, extent in zip(matrix, group_shape, strict=True)
+        max(1, size if extent == -1 else min(extent, size)) for size, extent in zip(matrix, group_shape, strict=True)
     )
     counts = tuple(
-        1 if extent == -1 else -(-size // block)
-        for size, extent, block in zip(matrix, group_shape, blocks, strict=True)
+        1 if extent == -1 else -(-size // block) for size, extent, block in zip(matrix, group_shape, blocks, strict=True)
     )
     if not _fits(tuple(scale.shape), shape, counts, one_row=group_shape[0] == 1):
         fail(op, f"{name} must have the shape {list(counts)} or an equivalent one, got {list(scale.shape)}")
     return _Grid(shape, matrix, blocks, counts)
 
 
-def _fits(
-    scale_shape: tuple[int, ...], shape: tuple[int, ...], counts: tuple[int, ...], one_row: bool
-) -> bool:
+def _fits(scale_shape: tuple[int, ...], shape: tuple[int, ...], counts: tuple[int, ...], one_row: bool) -> bool:
     """Whether a scale of this shape is a form of the [rows, cols] = `counts` matrix of scales."""
     rows, cols = counts
     if rows == 1 and cols == 1:

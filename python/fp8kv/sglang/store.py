@@ -43,14 +43,10 @@ def set_kv_buffer(
         dcp_kv_mask: of tokens that another rank stores.
     """
     if dcp_kv_mask is not None or not _is_ours(pool, cache_k, k_scale, v_scale):
-        return original(
-            pool, layer, loc_info, cache_k, cache_v, k_scale, v_scale, layer_id_override, dcp_kv_mask
-        )
+        return original(pool, layer, loc_info, cache_k, cache_v, k_scale, v_scale, layer_id_override, dcp_kv_mask)
     pool._check_physical_write_loc(loc_info, "set_kv_buffer (fp8kv)")
     index = (layer.layer_id if layer_id_override is None else layer_id_override) - pool.start_layer
-    key_cache, value_cache = (
-        _blocks(buffer[index], pool.use_hnd) for buffer in (pool.k_buffer, pool.v_buffer)
-    )
+    key_cache, value_cache = (_blocks(buffer[index], pool.use_hnd) for buffer in (pool.k_buffer, pool.v_buffer))
     reshape_and_cache_flash(
         cache_k,
         cache_v,

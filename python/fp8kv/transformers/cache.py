@@ -263,9 +263,7 @@ def _checked_dtype(dtype: str | torch.dtype) -> str:
     return name
 
 
-def _check_sizes(
-    layout: str, block_size: int, max_cache_len: int | None, max_batch_size: int | None, device: Any
-) -> None:
+def _check_sizes(layout: str, block_size: int, max_cache_len: int | None, max_batch_size: int | None, device: Any) -> None:
     check_choice("Fp8Cache: layout", layout, LAYOUTS)
     sizes = {"block_size": block_size, "max_cache_len": max_cache_len, "max_batch_size": max_batch_size}
     for name, size in sizes.items():
@@ -273,8 +271,7 @@ def _check_sizes(
             raise ValueError(f"Fp8Cache: {name} must be at least 1, got {size}")
     if max_batch_size is not None and max_cache_len is None:
         raise ValueError(
-            "Fp8Cache: max_batch_size must be None without max_cache_len, as a dynamic cache grows, "
-            f"got {max_batch_size}"
+            f"Fp8Cache: max_batch_size must be None without max_cache_len, as a dynamic cache grows, got {max_batch_size}"
         )
     if device is not None and (max_cache_len is None or max_batch_size is None):
         raise ValueError(
@@ -321,13 +318,10 @@ def _plans(config: PreTrainedConfig, skip_layers: Sequence[int | str]) -> list[_
         own = DynamicCache(config=config).layers
     except KeyError as error:
         raise ValueError(
-            "Fp8Cache: config must have layers that Transformers has a cache for, "
-            f"got layers of the type {error}"
+            f"Fp8Cache: config must have layers that Transformers has a cache for, got layers of the type {error}"
         ) from None
     skipped = _skipped(skip_layers, types)
-    plans = [
-        None if index in skipped else _plan(config, types, index, layer) for index, layer in enumerate(own)
-    ]
+    plans = [None if index in skipped else _plan(config, types, index, layer) for index, layer in enumerate(own)]
     if not any(plans):
         raise ValueError(
             "Fp8Cache: config must be of a model with keys and values to store in FP8, "
@@ -361,8 +355,7 @@ def _skipped(skip_layers: Sequence[int | str], types: list[str]) -> set[int]:
         if not named:
             known = ", ".join(map(quoted, sorted(set(types))))
             raise ValueError(
-                f"Fp8Cache: skip_layers must have numbers from 0 to {len(types) - 1} or the types {known}, "
-                f"got {one!r}"
+                f"Fp8Cache: skip_layers must have numbers from 0 to {len(types) - 1} or the types {known}, got {one!r}"
             )
         skipped |= named
     return skipped
@@ -431,8 +424,7 @@ def _scales_of_layers(scales: Any, indices: Iterable[int]) -> dict[int, Any]:
         scales = load_kv_scales(scales, query=False)
     if not isinstance(scales, KVScales):
         raise ValueError(
-            'Fp8Cache: scales must be None, "dynamic", KVScales or the folder of a checkpoint, '
-            f"got {type(scales).__name__}"
+            f'Fp8Cache: scales must be None, "dynamic", KVScales or the folder of a checkpoint, got {type(scales).__name__}'
         )
     return {index: _layer_scales(scales, index) for index in indices}
 
@@ -443,18 +435,14 @@ def _layer_scales(scales: KVScales, index: int) -> LayerScales:
     host = replace(mapped(layer, lambda x: x.to("cpu", copy=True)), q=None)
     for name, scale, offset in (("k", host.k, host.k_offset), ("v", host.v, host.v_offset)):
         if scale is None:
-            raise ValueError(
-                f"Fp8Cache: scales must be there for every layer, got no {name} for layer {index}"
-            )
+            raise ValueError(f"Fp8Cache: scales must be there for every layer, got no {name} for layer {index}")
         check_scale_values(f"Fp8Cache: scales of {name} in layer {index}", scale)
         if offset is not None:
             check_offset_values(f"Fp8Cache: {name}_offset of layer {index}", offset)
     return host
 
 
-def _offsets_of_layers(
-    offsets: dict[str, Mapping[int, Tensor] | None], scales: dict[int, Any]
-) -> dict[int, dict[str, Tensor]]:
+def _offsets_of_layers(offsets: dict[str, Mapping[int, Tensor] | None], scales: dict[int, Any]) -> dict[int, dict[str, Tensor]]:
     """The arguments of `PagedKVCache` of these names, for each layer."""
     found: dict[int, dict[str, Tensor]] = {index: {} for index in scales}
     for name, by_layer in offsets.items():
@@ -462,18 +450,13 @@ def _offsets_of_layers(
             continue
         if not isinstance(by_layer, Mapping):
             raise ValueError(
-                f"Fp8Cache: {name} must be None or a mapping from layers to tensors, "
-                f"got {type(by_layer).__name__}"
+                f"Fp8Cache: {name} must be None or a mapping from layers to tensors, got {type(by_layer).__name__}"
             )
         for index, of_layer in scales.items():
             if getattr(of_layer, name, None) is not None:
-                raise ValueError(
-                    f"Fp8Cache: {name} must be None, as scales have one, got both for layer {index}"
-                )
+                raise ValueError(f"Fp8Cache: {name} must be None, as scales have one, got both for layer {index}")
             if index not in by_layer:
-                raise ValueError(
-                    f"Fp8Cache: {name} must be there for every layer, got none for layer {index}"
-                )
+                raise ValueError(f"Fp8Cache: {name} must be there for every layer, got none for layer {index}")
             found[index][name] = by_layer[index].detach().to("cpu", torch.float32, copy=True)
             check_offset_values(f"Fp8Cache: {name} of layer {index}", found[index][name])
     return found
@@ -487,7 +470,6 @@ def _format(dtype: str | None, scales: Any, index: int) -> str:
     ours, theirs = CACHE_DTYPES[dtype], CACHE_DTYPES[made_for]
     if ours != theirs and (ours, theirs) != (torch.float8_e5m2, DEFAULT_FORMAT.dtype):
         raise ValueError(
-            f'Fp8Cache: dtype must be None or "{made_for}", as the scales of layer {index} were made for it, '
-            f'got "{dtype}"'
+            f'Fp8Cache: dtype must be None or "{made_for}", as the scales of layer {index} were made for it, got "{dtype}"'
         )
     return dtype

@@ -52,8 +52,7 @@ class Progress:
             self._finish()
         if layer in self._behind or (self._done and num_tokens != self._num_tokens):
             raise ValueError(
-                "Fp8Cache: all layers of a static cache must get the tokens of every step, "
-                f"but layer {layer} has missed some"
+                f"Fp8Cache: all layers of a static cache must get the tokens of every step, but layer {layer} has missed some"
             )
         self._num_tokens = num_tokens
 

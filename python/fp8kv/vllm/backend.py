@@ -115,9 +115,7 @@ class Fp8KVMetadataBuilder(AttentionMetadataBuilder[Fp8KVMetadata]):
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
     supports_update_block_table = True
 
-    def __init__(
-        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
-    ) -> None:
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self._copy_tokens = copy_tokens(vllm_config)
@@ -132,8 +130,7 @@ class Fp8KVMetadataBuilder(AttentionMetadataBuilder[Fp8KVMetadata]):
         batch = common_attn_metadata
         if batch.causal is not True or getattr(batch, "rswa_prefix_lens", None) is not None:
             raise NotImplementedError(
-                "fp8kv.vllm: attention must be causal, with a sliding window or none; use another backend "
-                f"than {BACKEND_NAME}"
+                f"fp8kv.vllm: attention must be causal, with a sliding window or none; use another backend than {BACKEND_NAME}"
             )
         threshold = self.reorder_batch_threshold or 1
         short, long, short_rows, _ = split_decodes_and_prefills(batch, decode_threshold=threshold)
@@ -155,9 +152,7 @@ class Fp8KVMetadataBuilder(AttentionMetadataBuilder[Fp8KVMetadata]):
             parts=parts,
         )
 
-    def update_block_table(
-        self, metadata: Fp8KVMetadata, blk_table: Tensor, slot_mapping: Tensor
-    ) -> Fp8KVMetadata:
+    def update_block_table(self, metadata: Fp8KVMetadata, blk_table: Tensor, slot_mapping: Tensor) -> Fp8KVMetadata:
         return replace(metadata, block_table=blk_table, slot_mapping=slot_mapping)
 
 
@@ -183,9 +178,7 @@ class Fp8KVImpl(AttentionImpl[Fp8KVMetadata]):
     ) -> None:
         if alibi_slopes is not None or attn_type != AttentionType.DECODER:
             what = "ALiBi slopes" if alibi_slopes is not None else f"attention of the type {attn_type}"
-            raise NotImplementedError(
-                f"fp8kv.vllm: {what} can't be served; use another backend than {BACKEND_NAME}"
-            )
+            raise NotImplementedError(f"fp8kv.vllm: {what} can't be served; use another backend than {BACKEND_NAME}")
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
@@ -258,9 +251,7 @@ class Fp8KVImpl(AttentionImpl[Fp8KVMetadata]):
             )
         return output
 
-    def do_kv_cache_update(
-        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
+    def do_kv_cache_update(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
         """Stores the tokens of a step; rows of `key` and `value` beyond the slots are padding."""
         cache = self._layer_cache(kv_cache)
         if self._serving_scales is not None:

@@ -84,14 +84,10 @@ class LayerCache(NamedTuple):
             return k_scale, v_scale
         return self.k_scales, self.v_scales
 
-    def append(
-        self, key: Tensor, value: Tensor, slot_mapping: Tensor, k_scale: Tensor, v_scale: Tensor
-    ) -> None:
+    def append(self, key: Tensor, value: Tensor, slot_mapping: Tensor, k_scale: Tensor, v_scale: Tensor) -> None:
         """Stores tokens; rows of `key` beyond the slots are padding, as `fp8kv.reshape_and_cache_flash`."""
         if self.k_scales is None or self.v_scales is None:
-            reshape_and_cache_flash(
-                key, value, self.key_cache, self.value_cache, slot_mapping, self.dtype, k_scale, v_scale
-            )
+            reshape_and_cache_flash(key, value, self.key_cache, self.value_cache, slot_mapping, self.dtype, k_scale, v_scale)
         else:
             reshape_and_cache_flash_dynamic(
                 key, value, self.key_cache, self.value_cache, self.k_scales, self.v_scales, slot_mapping,

@@ -28,8 +28,7 @@ def replace_quantization() -> None:
         ours.name = vars(QuantFP8)["name"]  # by which custom_ops turns it on and off
     elif present is not Fp8KVQuantFP8:
         raise ValueError(
-            f"fp8kv.vllm: {_NAME} must be vLLM's own with FP8KV_VLLM_WRITES=1, got {present.__qualname__} of "
-            "another plug-in"
+            f"fp8kv.vllm: {_NAME} must be vLLM's own with FP8KV_VLLM_WRITES=1, got {present.__qualname__} of another plug-in"
         )
 
 

@@ -24,9 +24,7 @@ MARGIN = 2.0
 #: Elements of a cache that `requantize` converts in one go, which bounds its temporary memory.
 _CHUNK = 1 << 24
 
-_WAY_OUT = (
-    "calibrate the model anew, for example with fp8kv calibrate, or serve it with --kv-cache-dtype auto"
-)
+_WAY_OUT = "calibrate the model anew, for example with fp8kv calibrate, or serve it with --kv-cache-dtype auto"
 
 
 # At start-up
@@ -53,8 +51,7 @@ def check_at_start(vllm_config: Any, layer_names: Sequence[str], *, letters: str
     if observe and (shared or vllm_config.kv_transfer_config is not None):
         what = f"{shared[0]}, which reads the cache of another layer" if shared else "a KV connector"
         raise ValueError(
-            f"fp8kv.vllm: FP8KV_VLLM_OBSERVE must be 0 with {what}, as all that share a cache must have the "
-            "same scales"
+            f"fp8kv.vllm: FP8KV_VLLM_OBSERVE must be 0 with {what}, as all that share a cache must have the same scales"
         )
     static = {name: layer for name, layer in layers.items() if layer.kv_cache_dtype in QUANTIZED_CACHE_NAMES}
     if not static or vllm_config.load_config.load_format == "dummy":
@@ -131,8 +128,7 @@ def _check_shared(name: str, layer: Any, layers: Mapping[str, Any]) -> None:
     for scale in ("_k_scale", "_v_scale"):
         if bool((getattr(layer, scale) != getattr(target, scale)).any()):
             raise ValueError(
-                f"fp8kv.vllm: {name} reads the cache of another layer and must have its scales, got others; "
-                f"{_WAY_OUT}"
+                f"fp8kv.vllm: {name} reads the cache of another layer and must have its scales, got others; {_WAY_OUT}"
             )
 
 
@@ -164,9 +160,7 @@ class ServingScales:
         self._scales: AttentionScales | None = None
         self._at_most = 0  # observed, as far as the host knows: padding may be among it
 
-    def before_append(
-        self, layer: Any, key: Tensor, value: Tensor, slot_mapping: Tensor, cache: LayerCache
-    ) -> None:
+    def before_append(self, layer: Any, key: Tensor, value: Tensor, slot_mapping: Tensor, cache: LayerCache) -> None:
         """Observes what is about to be stored; with the last of it the scales change.
 
         Args:
@@ -191,9 +185,7 @@ class ServingScales:
     def _make(layer: Any, key: Tensor, cache: LayerCache) -> AttentionScales:
         heads, head_size = key.shape[1:]
         strategy = "attn_head" if layer._k_scale.numel() > 1 else "tensor"
-        scales = AttentionScales(
-            heads, heads, head_size, strategy=strategy, dtype=cache.torch_dtype, device=key.device
-        )
+        scales = AttentionScales(heads, heads, head_size, strategy=strategy, dtype=cache.torch_dtype, device=key.device)
         scales.k_scale.copy_(layer._k_scale.detach().reshape(-1))
         scales.v_scale.copy_(layer._v_scale.detach().reshape(-1))
         return scales

@@ -23,8 +23,7 @@ try:
     from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 except ImportError as error:
     raise ImportError(
-        "fp8kv.vllm: vLLM must be installed, in a version with the attention backends of 0.26 or newer "
-        f"({error})",
+        f"fp8kv.vllm: vLLM must be installed, in a version with the attention backends of 0.26 or newer ({error})",
         name=error.name,
     ) from error
 
@@ -62,9 +61,7 @@ def register_backends() -> None:
     elif not backends.CUSTOM.is_overridden():
         register(backends.CUSTOM, BACKEND)
     elif backends.CUSTOM.get_path() != BACKEND:
-        logger.warning(
-            "fp8kv.vllm: CUSTOM is %s already, so its own backend is not there", backends.CUSTOM.get_path()
-        )
+        logger.warning("fp8kv.vllm: CUSTOM is %s already, so its own backend is not there", backends.CUSTOM.get_path())
 
 
 def replace_backend(name: str, path: str) -> None:
@@ -76,8 +73,7 @@ def replace_backend(name: str, path: str) -> None:
     backend: Any = registry.AttentionBackendEnum[name]
     if backend.get_path() not in (backend.value, path):
         raise ValueError(
-            f"fp8kv.vllm: {name} must be vLLM's own with FP8KV_VLLM_WRITES=1, got {backend.get_path()} of "
-            "another plug-in"
+            f"fp8kv.vllm: {name} must be vLLM's own with FP8KV_VLLM_WRITES=1, got {backend.get_path()} of another plug-in"
         )
     registry.register_backend(backend, path)
 

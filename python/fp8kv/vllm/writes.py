@@ -30,17 +30,13 @@ class WritesBackend(flash_attn.FlashAttentionBackend):
 class WritesBuilder(flash_attn.FlashAttentionMetadataBuilder):
     """Checks scales when all is loaded."""
 
-    def __init__(
-        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
-    ) -> None:
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         check_at_start(vllm_config, layer_names, letters="qkv", observe=0)
 
 
 class WritesImpl(flash_attn.FlashAttentionImpl):
-    def do_kv_cache_update(
-        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
+    def do_kv_cache_update(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
         ours = self.kv_cache_dtype in ("auto", *CACHE_DTYPES)
         if not ours or self.attn_type in (AttentionType.ENCODER_ONLY, AttentionType.ENCODER):
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)

@@ -31,9 +31,7 @@ def problem(num_keys: int, size: float = 3.0) -> tuple[Tensor, Tensor]:
 @each_real
 @pytest.mark.parametrize("cuts", [(1,), (20,), (39,), (10, 11, 30)], ids=str)
 @pytest.mark.parametrize("size", [0.0, 3.0, 1000.0])
-def test_parts_become_the_whole(
-    device: torch.device, size: float, cuts: tuple[int, ...], real: torch.dtype
-) -> None:
+def test_parts_become_the_whole(device: torch.device, size: float, cuts: tuple[int, ...], real: torch.dtype) -> None:
     logits, values = problem(40, size)
     expected, expected_lse = attention(logits, values)
     parts = [
@@ -107,8 +105,7 @@ def test_compiled(device: torch.device) -> None:
         ),
         (
             {"out_b": torch.ones(5, 3, 16).bfloat16()},
-            "out_b must be float32 of shape [5, 3, 16] on cpu as out_a is, got bfloat16 of shape "
-            "[5, 3, 16] on cpu",
+            "out_b must be float32 of shape [5, 3, 16] on cpu as out_a is, got bfloat16 of shape [5, 3, 16] on cpu",
         ),
         (
             {"lse_b": torch.ones(5, 3, device="meta")},

@@ -63,9 +63,7 @@ def geometry_of(numbers: tuple[int, int, int, int]) -> dict[str, Any]:
 
 @each_mode
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_every_geometry(
-    device: torch.device, geometry: tuple[int, int, int, int], mode: dict[str, Any]
-) -> None:
+def test_every_geometry(device: torch.device, geometry: tuple[int, int, int, int], mode: dict[str, Any]) -> None:
     check(device, **geometry_of(geometry), **mode)
 
 
@@ -199,13 +197,9 @@ def test_more_queries_than_tokens(device: torch.device, count: int) -> None:
 @each_fp8
 @pytest.mark.parametrize("num_splits", [0, 3])
 @pytest.mark.parametrize("which", [0, 1], ids=["key", "value"])
-def test_a_nan_that_is_seen_gives_nan(
-    device: torch.device, which: int, num_splits: int, fp8: torch.dtype
-) -> None:
+def test_a_nan_that_is_seen_gives_nan(device: torch.device, which: int, num_splits: int, fp8: torch.dtype) -> None:
     """Of K to all elements, of V to its own; to those queries that see it and to no other."""
-    problem = Problem(
-        lengths=(60, 60), queries=(4, 1), cache="e4m3" if fp8 == E4M3 else "e5m2", num_splits=num_splits
-    )
+    problem = Problem(lengths=(60, 60), queries=(4, 1), cache="e4m3" if fp8 == E4M3 else "e5m2", num_splits=num_splits)
     inputs = make(problem)
     block, offset = inputs.table[0, 58 // 16], 58 % 16
     inputs.caches[which].view(torch.uint8)[block, offset, 1, 5] = 0xFF
@@ -298,9 +292,7 @@ def test_bounds_change_nothing(device: torch.device, mode: dict[str, Any]) -> No
 @each_mode
 @each_real
 @pytest.mark.parametrize("size", [1e30, 1e4, 1e-4, 1e-30])
-def test_queries_of_any_size(
-    device: torch.device, size: float, real: torch.dtype, mode: dict[str, Any]
-) -> None:
+def test_queries_of_any_size(device: torch.device, size: float, real: torch.dtype, mode: dict[str, Any]) -> None:
     if real == torch.float16 and size in (1e30, 1e-30):
         size = {1e30: 1e4, 1e-30: 1e-3}[size]
     check(device, query=real, size=size, out=torch.float32, **mode)
@@ -448,9 +440,7 @@ def test_indices_out_of_range(device: torch.device, changes: dict[str, Any]) -> 
     tensors = [x.to(device) for x in (inputs.query, *inputs.caches, inputs.table)]
     at = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in options.items()}
     if device.type == "cpu":
-        with pytest.raises(
-            RuntimeError, match=r"^fp8kv::paged_attention: (block_table|seq_|cu_query_lens|query|out)"
-        ):
+        with pytest.raises(RuntimeError, match=r"^fp8kv::paged_attention: (block_table|seq_|cu_query_lens|query|out)"):
             fp8kv.paged_attention(*tensors, **at, out=out)
         assert out.unique().tolist() == [7.0]
         return

@@ -137,9 +137,7 @@ def check_gather(
         key_cache, value_cache, _ = empty_caches(shape, dtype, cache_layout, at)
         copy_bits(key_cache, contents[0])
         copy_bits(value_cache, contents[1])
-        (key, around_key), (value, around_value) = (
-            empty_view((count + 2, *shape[2:]), real, layout, at) for _ in "kv"
-        )
+        (key, around_key), (value, around_value) = (empty_view((count + 2, *shape[2:]), real, layout, at) for _ in "kv")
         ops.gather_and_dequant_cache(
             key_cache, value_cache, key, value, table.to(at),
             torch.tensor([0, count], dtype=torch.int32, device=at), name,

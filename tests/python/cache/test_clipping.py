@@ -30,9 +30,7 @@ def quiet_append(cache: PagedKVCache, key: Tensor, value: Tensor, slots: list[in
 
 @each_fp8
 @each_real
-def test_the_elements_beyond_the_range_are_counted(
-    device: torch.device, real: torch.dtype, fp8: torch.dtype
-) -> None:
+def test_the_elements_beyond_the_range_are_counted(device: torch.device, real: torch.dtype, fp8: torch.dtype) -> None:
     top, inf, nan = MAX[fp8], float("inf"), float("nan")
     cache = PagedKVCache(2, 4, 1, 4, dtype=fp8, device=device)
     key = tokens([top, -top, 1.125 * top, 0.0], [inf, -inf, nan, -1.125 * top], dtype=real, device=device)

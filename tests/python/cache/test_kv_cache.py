@@ -205,13 +205,9 @@ def test_forms_of_scales_per_head(device: torch.device, head_size: int) -> None:
     slots = random_slots(20, 32)
     for form in scale_forms(k):
 
-        def store(
-            ops: ModuleType, key_cache: Tensor, value_cache: Tensor, at: torch.device, form: str = form
-        ) -> None:
+        def store(ops: ModuleType, key_cache: Tensor, value_cache: Tensor, at: torch.device, form: str = form) -> None:
             scales = (k, v) if ops is reference else (scale_forms(x.to(at))[form] for x in (k, v))
-            ops.reshape_and_cache_flash(
-                key.to(at), value.to(at), key_cache, value_cache, slots.to(at), "fp8", *scales
-            )
+            ops.reshape_and_cache_flash(key.to(at), value.to(at), key_cache, value_cache, slots.to(at), "fp8", *scales)
 
         compare_caches(device, (2, 16, 8, head_size), E4M3, "NHD", store)
 
@@ -295,9 +291,7 @@ def test_slices_of_a_fused_qkv_tensor(
     qkv, slots = values((21, sum(widths)), torch.bfloat16), random_slots(21, 64)
     for scales in per_tensor_and_head(kv_heads):
 
-        def store(
-            ops: ModuleType, key_cache: Tensor, value_cache: Tensor, at: torch.device, scales: Any = scales
-        ) -> None:
+        def store(ops: ModuleType, key_cache: Tensor, value_cache: Tensor, at: torch.device, scales: Any = scales) -> None:
             ops.reshape_and_cache_flash(
                 *slices(qkv.to(at)), key_cache, value_cache, slots.to(at), "fp8", *(s.to(at) for s in scales)
             )
@@ -313,9 +307,7 @@ def test_permuted_keys(device: torch.device, order: tuple[int, int, int]) -> Non
 
     def store(ops: ModuleType, key_cache: Tensor, value_cache: Tensor, at: torch.device) -> None:
         key = x.to(at).permute(order)
-        ops.reshape_and_cache_flash(
-            key, key.neg(), key_cache, value_cache, slots.to(at), "fp8", scale.to(at), ONE.to(at)
-        )
+        ops.reshape_and_cache_flash(key, key.neg(), key_cache, value_cache, slots.to(at), "fp8", scale.to(at), ONE.to(at))
 
     compare_caches(device, (5, 4, num_heads, head_size), E4M3, "HND", store)
 
@@ -326,9 +318,7 @@ def test_expanded_keys(device: torch.device, source: tuple[int, int, int]) -> No
 
     def store(ops: ModuleType, key_cache: Tensor, value_cache: Tensor, at: torch.device) -> None:
         key = x.to(at).expand(9, 3, 32)
-        ops.reshape_and_cache_flash(
-            key, key, key_cache, value_cache, slots.to(at), "fp8", scale.to(at), ONE.to(at)
-        )
+        ops.reshape_and_cache_flash(key, key, key_cache, value_cache, slots.to(at), "fp8", scale.to(at), ONE.to(at))
 
     compare_caches(device, (3, 4, 3, 32), E4M3, "NHD", store)
 
@@ -377,9 +367,7 @@ def test_types_and_strides_of_slots(device: torch.device, dtype: torch.dtype) ->
         columns = torch.full((23, 3), 5, dtype=dtype, device=at)
         columns[:, 1] = slots
         one = ONE.to(at)
-        ops.reshape_and_cache_flash(
-            key.to(at), value.to(at), key_cache, value_cache, columns[:, 1], "fp8", one, one
-        )
+        ops.reshape_and_cache_flash(key.to(at), value.to(at), key_cache, value_cache, columns[:, 1], "fp8", one, one)
 
     compare_caches(device, (4, 16, 2, 24), E4M3, "NHD", store)
 
@@ -406,9 +394,7 @@ def test_negative_slots_are_skipped(device: torch.device, dtype: torch.dtype) ->
 @pytest.mark.parametrize("cache", ["e4m3", "bf16"])
 @pytest.mark.parametrize("cache_layout", ["NHD", "HND", "[nb, 2] HND"])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
-def test_a_slot_beyond_the_cache(
-    device: torch.device, dtype: torch.dtype, cache_layout: str, cache: str
-) -> None:
+def test_a_slot_beyond_the_cache(device: torch.device, dtype: torch.dtype, cache_layout: str, cache: str) -> None:
     """On the CPU the op raises and writes nothing; on CUDA the token is skipped."""
     name, stored, _ = CACHES[cache]
     key, value = key_and_value(3, 2, 24, torch.bfloat16)
@@ -425,9 +411,7 @@ def test_a_slot_beyond_the_cache(
             ) -> None:
                 skipped = torch.tensor([1, -1, 7]) if ops is reference else slots.to(at)
                 one = ONE.to(at)
-                ops.reshape_and_cache_flash(
-                    key.to(at), value.to(at), key_cache, value_cache, skipped, name, one, one
-                )
+                ops.reshape_and_cache_flash(key.to(at), value.to(at), key_cache, value_cache, skipped, name, one, one)
 
             compare_caches(device, (3, 4, 2, 24), stored, cache_layout, store)
             continue
@@ -461,9 +445,7 @@ assert not caches.view(torch.uint8).any() and not scales.any()
 fp8kv.reshape_and_cache_flash(key, key, *caches, slots.clamp(max=11), "fp8", one, one)
 assert caches.view(torch.uint8).any()
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"FP8KV_DEBUG": "1"}, capture_output=True, text=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], env=os.environ | {"FP8KV_DEBUG": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     sentence = "slot_mapping must have slots below num_blocks * block_size = 12, got 12 for token 1"
     assert result.stdout.splitlines() == [
@@ -474,9 +456,7 @@ assert caches.view(torch.uint8).any()
 
 @pytest.mark.parametrize("threads", [1, 2, 8])
 @pytest.mark.parametrize(("num_heads", "head_size"), [(8, 16), (1, 576), (1, 1), (3, 37)])
-def test_of_several_tokens_for_a_slot_the_last_stays_on_the_cpu(
-    num_heads: int, head_size: int, threads: int
-) -> None:
+def test_of_several_tokens_for_a_slot_the_last_stays_on_the_cpu(num_heads: int, head_size: int, threads: int) -> None:
     generator = torch.Generator().manual_seed(0)
     key, value = key_and_value(20_000 if head_size < 100 else 3000, num_heads, head_size, torch.bfloat16)
     slots = torch.randint(0, 48, (len(key),), generator=generator)
@@ -494,9 +474,7 @@ def test_of_several_tokens_for_a_slot_each_byte_is_of_one_of_them_on_cuda(
     slots = torch.arange(1000) % 7
     one = ONE.to(cuda)
     key_cache, value_cache, buffers = empty_caches((2, 4, num_heads, head_size), E4M3, "NHD", cuda)
-    reshape_and_cache_flash(
-        key.to(cuda), value.to(cuda), key_cache, value_cache, slots.to(cuda), "fp8", one, one
-    )
+    reshape_and_cache_flash(key.to(cuda), value.to(cuda), key_cache, value_cache, slots.to(cuda), "fp8", one, one)
     for buffer, x in zip(buffers, (key, value), strict=True):
         stored = buffer.view(torch.uint8).cpu().flatten(0, 1)
         q = reference.quantize(x, ONE)[0].view(torch.uint8)
@@ -516,9 +494,7 @@ def test_of_several_tokens_for_a_slot_each_byte_is_of_one_of_them_on_cuda(
         (0, (0, 0), 0, 0),
     ],
 )  # fmt: skip
-def test_empty(
-    device: torch.device, tokens: int, blocks: tuple[int, int], num_heads: int, head_size: int, cache: str
-) -> None:
+def test_empty(device: torch.device, tokens: int, blocks: tuple[int, int], num_heads: int, head_size: int, cache: str) -> None:
     key = torch.ones(tokens, num_heads, head_size)
     for scale in (ONE, torch.ones(num_heads)):
         check(device, key, key, torch.arange(tokens), blocks, cache, (scale, scale))
@@ -540,13 +516,9 @@ def test_a_long_head(device: torch.device, real: torch.dtype) -> None:
 
 @pytest.mark.large
 @each_large_cache
-def test_the_far_end_of_a_large_cache(
-    cuda: torch.device, blocks: tuple[int, int], num_heads: int, head_size: int
-) -> None:
+def test_the_far_end_of_a_large_cache(cuda: torch.device, blocks: tuple[int, int], num_heads: int, head_size: int) -> None:
     require_gpu_memory(cuda, 24)
-    caches = [
-        torch.zeros(*blocks, num_heads, head_size, dtype=torch.uint8, device=cuda).view(E4M3) for _ in "kv"
-    ]
+    caches = [torch.zeros(*blocks, num_heads, head_size, dtype=torch.uint8, device=cuda).view(E4M3) for _ in "kv"]
     first = (blocks[0] - 2) * blocks[1]
     key, value = key_and_value(20, num_heads, head_size, torch.bfloat16)
     slots = random_slots(20, 2 * blocks[1])

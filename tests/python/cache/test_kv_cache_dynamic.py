@@ -63,9 +63,7 @@ def check(
     buffers: list[Tensor] = []
 
     def store(ops: ModuleType, key_cache: Tensor, value_cache: Tensor, at: torch.device) -> None:
-        (k, k_buffer), (v, v_buffer) = (
-            empty_view(shape[:3], torch.float32, layout, at) for layout in scale_layouts
-        )
+        (k, k_buffer), (v, v_buffer) = (empty_view(shape[:3], torch.float32, layout, at) for layout in scale_layouts)
         buffers.extend((k_buffer, v_buffer))
         ops.reshape_and_cache_flash_dynamic(
             placed(key, layouts[0], at), placed(value, layouts[1], at), key_cache, value_cache, k, v,
@@ -127,9 +125,7 @@ def test_one_element_that_is_not_finite(device: torch.device, special: float, re
 
 @each_quantized_cache
 @each_real
-def test_heads_without_a_finite_element_and_heads_of_zeros(
-    device: torch.device, real: torch.dtype, cache: str
-) -> None:
+def test_heads_without_a_finite_element_and_heads_of_zeros(device: torch.device, real: torch.dtype, cache: str) -> None:
     specials = torch.tensor([math.nan, math.inf, -math.inf])
     nothing_finite = specials[torch.arange(5 * 2 * 40) % 3].view(5, 2, 40).to(real)
     zeros = torch.zeros(5, 2, 40, dtype=real)
@@ -155,9 +151,7 @@ def test_subnormal_fp32_elements_count(device: torch.device, cache: str) -> None
 
 @each_quantized_cache
 @pytest.mark.parametrize("real", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_every_16_bit_value_alone_and_as_the_largest(
-    device: torch.device, real: torch.dtype, cache: str
-) -> None:
+def test_every_16_bit_value_alone_and_as_the_largest(device: torch.device, real: torch.dtype, cache: str) -> None:
     x = all_patterns(real)
     alone = x.view(-1, 8, 1)
     check(device, alone, alone.flip(0), torch.arange(len(alone)), (len(alone), 1), cache)
@@ -297,9 +291,7 @@ def test_a_slot_beyond_the_cache(device: torch.device, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("threads", [1, 2, 8])
 @pytest.mark.parametrize(("num_heads", "head_size"), [(8, 16), (1, 576), (1, 1), (3, 37)])
-def test_of_several_tokens_for_a_slot_the_last_stays_on_the_cpu(
-    num_heads: int, head_size: int, threads: int
-) -> None:
+def test_of_several_tokens_for_a_slot_the_last_stays_on_the_cpu(num_heads: int, head_size: int, threads: int) -> None:
     key, value = key_and_value(20_000 if head_size < 100 else 3000, num_heads, head_size, torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     with torch_threads(threads):
@@ -311,9 +303,7 @@ def test_of_several_tokens_for_a_slot_each_byte_is_of_one_of_them_on_cuda(cuda: 
     slots = torch.arange(1000) % 7
     key_cache, value_cache, buffers = empty_caches((2, 4, 8, 128), E4M3, "NHD", cuda)
     scales = [sentinels((2, 4, 8), torch.float32, cuda) for _ in "kv"]
-    reshape_and_cache_flash_dynamic(
-        key.to(cuda), value.to(cuda), key_cache, value_cache, *scales, slots.to(cuda), "fp8"
-    )
+    reshape_and_cache_flash_dynamic(key.to(cuda), value.to(cuda), key_cache, value_cache, *scales, slots.to(cuda), "fp8")
     for buffer, scale_cache, x in zip(buffers, scales, (key, value), strict=True):
         q, scale = reference.quantize(x, group_shape=(1, -1))
         for expected, stored in (
@@ -336,9 +326,7 @@ def test_of_several_tokens_for_a_slot_each_byte_is_of_one_of_them_on_cuda(cuda: 
         (0, (0, 0), 0, 0),
     ],
 )  # fmt: skip
-def test_empty(
-    device: torch.device, tokens: int, blocks: tuple[int, int], num_heads: int, head_size: int
-) -> None:
+def test_empty(device: torch.device, tokens: int, blocks: tuple[int, int], num_heads: int, head_size: int) -> None:
     """A head without elements has no scale: its place in the scale cache stays."""
     key = torch.ones(tokens, num_heads, head_size)
     check(device, key, key, torch.arange(tokens), blocks)
@@ -353,9 +341,7 @@ def test_a_long_head(device: torch.device, real: torch.dtype) -> None:
 
 @pytest.mark.large
 @each_large_cache
-def test_the_far_end_of_a_large_cache(
-    cuda: torch.device, blocks: tuple[int, int], num_heads: int, head_size: int
-) -> None:
+def test_the_far_end_of_a_large_cache(cuda: torch.device, blocks: tuple[int, int], num_heads: int, head_size: int) -> None:
     require_gpu_memory(cuda, 30)
     caches = torch.zeros(2, *blocks, num_heads, head_size, dtype=torch.uint8, device=cuda)
     scales = torch.zeros(2, *blocks, num_heads, device=cuda)

@@ -64,9 +64,7 @@ def sums_of(lengths: Sequence[int]) -> Tensor:
     return int32(0, *accumulate(lengths))
 
 
-def table_of(
-    lengths: Sequence[int], blocks: tuple[int, int], starts: Sequence[int] | None = None, spare: int = 2
-) -> Tensor:
+def table_of(lengths: Sequence[int], blocks: tuple[int, int], starts: Sequence[int] | None = None, spare: int = 2) -> Tensor:
     """Random blocks where positions are wanted, and garbage everywhere else."""
     generator = torch.Generator().manual_seed(sum(lengths))
     starts = starts or [0] * len(lengths)
@@ -101,9 +99,7 @@ def check(
         key_cache, value_cache, _ = empty_caches(shape, contents[0].dtype, cache_layout, at)
         copy_bits(key_cache, contents[0])
         copy_bits(value_cache, contents[1])
-        outputs = [
-            empty_view((int(sums[-1]) + spare_rows, *shape[2:]), real, layout, at) for layout in layouts
-        ]
+        outputs = [empty_view((int(sums[-1]) + spare_rows, *shape[2:]), real, layout, at) for layout in layouts]
         ops.gather_and_dequant_cache(
             key_cache, value_cache, outputs[0][0], outputs[1][0], table.to(at), sums.to(at), name,
             placed(scales[0], scale_layout, at), placed(scales[1], scale_layout, at),
@@ -115,9 +111,7 @@ def check(
         assert_same_bytes(actual, expected)
 
 
-def any_contents(
-    blocks: tuple[int, int], num_heads: int, head_size: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def any_contents(blocks: tuple[int, int], num_heads: int, head_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """K and V caches of any bits."""
     key, value = random_bits((2, *blocks, num_heads, head_size), dtype)
     return key, value
@@ -220,9 +214,7 @@ SCALES = torch.cat(
 @each_quantized_cache
 @each_real
 @pytest.mark.parametrize("scales", ["head", "slot"])
-def test_every_byte_with_trap_scales(
-    device: torch.device, scales: str, real: torch.dtype, cache: str
-) -> None:
+def test_every_byte_with_trap_scales(device: torch.device, scales: str, real: torch.dtype, cache: str) -> None:
     name, dtype, _ = QUANTIZED_CACHES[cache]
     if scales == "head":
         q = all_fp8(dtype).expand(1, 1, len(SCALES), -1)
@@ -326,9 +318,7 @@ def test_layouts_of_scale_caches(device: torch.device, layout: str) -> None:
     ids=["tensor and head", "head and slot", "slot and tensor", "other shapes"],
 )
 def test_scales_of_k_and_v_are_independent(device: torch.device, k: Tensor, v: Tensor) -> None:
-    check(
-        device, any_contents((5, 4), 8, 24, E4M3), table_of(LENGTHS, (5, 4)), sums_of(LENGTHS), scales=(k, v)
-    )
+    check(device, any_contents((5, 4), 8, 24, E4M3), table_of(LENGTHS, (5, 4)), sums_of(LENGTHS), scales=(k, v))
 
 
 def test_key_and_value_are_slices_of_one_buffer(device: torch.device) -> None:
@@ -542,17 +532,14 @@ def test_sums_that_fall(device: torch.device, sums: list[int]) -> None:
     one = ONE.to(device)
 
     def run() -> None:
-        gather_and_dequant_cache(
-            *contents, outputs[0][0], outputs[1][0], table, int32(*sums).to(device), "fp8", one, one
-        )
+        gather_and_dequant_cache(*contents, outputs[0][0], outputs[1][0], table, int32(*sums).to(device), "fp8", one, one)
 
     if device.type == "cpu":
         with pytest.raises(RuntimeError) as error:
             run()
         fall = next(i for i in range(3) if sums[i + 1] < sums[i])
         assert str(error.value) == (
-            "fp8kv::gather_and_dequant_cache: cu_seq_lens must never fall, "
-            f"got {sums[fall + 1]} after {sums[fall]}"
+            f"fp8kv::gather_and_dequant_cache: cu_seq_lens must never fall, got {sums[fall + 1]} after {sums[fall]}"
         )
     else:
         run()
@@ -584,14 +571,11 @@ assert not key.any() and not value.any()
 attempt([[0, 1]], [0, 6])
 assert key[:6].all() and value[:6].all()
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"FP8KV_DEBUG": "1"}, capture_output=True, text=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], env=os.environ | {"FP8KV_DEBUG": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
         "block_table must have blocks from 0 to num_blocks - 1 = 4, got 5 at 1 in sequence 0",
-        "block_table must have blocks for all positions, max_blocks * block_size = 4, "
-        "got a last position of 5 in sequence 0",
+        "block_table must have blocks for all positions, max_blocks * block_size = 4, got a last position of 5 in sequence 0",
         "key must have at least cu_seq_lens[-1]=12 rows, got shape [10, 2, 8]",
         "cu_seq_lens must begin with 0, got 1",
         "seq_starts must be at least 0, got -1 in sequence 0",
@@ -608,9 +592,7 @@ assert key[:6].all() and value[:6].all()
         ([], (3, 4), 2, 24), ([], (0, 1), 0, 0),
     ],
 )  # fmt: skip
-def test_empty(
-    device: torch.device, lengths: list[int], blocks: tuple[int, int], num_heads: int, head_size: int
-) -> None:
+def test_empty(device: torch.device, lengths: list[int], blocks: tuple[int, int], num_heads: int, head_size: int) -> None:
     for cache in ("e4m3", "bf16"):
         name, dtype, _ = CACHES[cache]
         contents = any_contents(blocks, num_heads, head_size, dtype)
@@ -642,9 +624,7 @@ def test_the_number_of_threads_does_not_show(threads: int) -> None:
 
 @pytest.mark.large
 @each_large_cache
-def test_the_far_end_of_a_large_cache(
-    cuda: torch.device, blocks: tuple[int, int], num_heads: int, head_size: int
-) -> None:
+def test_the_far_end_of_a_large_cache(cuda: torch.device, blocks: tuple[int, int], num_heads: int, head_size: int) -> None:
     require_gpu_memory(cuda, 40)
     caches = torch.zeros(2, *blocks, num_heads, head_size, dtype=torch.uint8, device=cuda)
     scales = torch.ones(2, *blocks, num_heads, device=cuda)
@@ -656,9 +636,7 @@ def test_the_far_end_of_a_large_cache(
     expected = torch.empty(2, int(sums[-1]), num_heads, head_size, dtype=torch.bfloat16)
     reference.gather_and_dequant_cache(*tail, *expected, table, sums, "fp8", *tail_scales)
     actual = torch.empty_like(expected, device=cuda)
-    gather_and_dequant_cache(
-        *caches, *actual, (table + blocks[0] - 2).to(cuda), sums.to(cuda), "fp8", *scales
-    )
+    gather_and_dequant_cache(*caches, *actual, (table + blocks[0] - 2).to(cuda), sums.to(cuda), "fp8", *scales)
     assert_same_bytes(actual, expected)
 
 
@@ -675,9 +653,7 @@ def test_more_than_2_to_the_31_elements_of_key_and_value(cuda: torch.device) -> 
         "fp8", one, one,
     )  # fmt: skip
     tail = [torch.empty(200, 8, 128, dtype=torch.bfloat16) for _ in "kv"]
-    reference.gather_and_dequant_cache(
-        *contents, *tail, table, sums_of([200]), "fp8", ONE, ONE, int32(rows - 200)
-    )
+    reference.gather_and_dequant_cache(*contents, *tail, table, sums_of([200]), "fp8", ONE, ONE, int32(rows - 200))
     for x, expected in zip(outputs, tail, strict=True):
         assert_same_bytes(x[-200:], expected)
 
@@ -687,9 +663,7 @@ def test_more_than_2_to_the_31_elements_of_key_and_value(cuda: torch.device) -> 
 
 @each_real
 @each_geometry
-def test_what_was_stored_comes_back(
-    device: torch.device, geometry: tuple[int, int, int], real: torch.dtype
-) -> None:
+def test_what_was_stored_comes_back(device: torch.device, geometry: tuple[int, int, int], real: torch.dtype) -> None:
     """As dequantize(quantize(x)) of each token, whichever way the scales are made."""
     block_size, num_heads, head_size = geometry
     tokens = 37

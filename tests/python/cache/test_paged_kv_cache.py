@@ -118,9 +118,7 @@ def test_dtypes(device: torch.device, given: str | torch.dtype, name: str, dtype
 
 
 @pytest.mark.parametrize(("layout", "inner"), [("NHD", (4, 3)), ("HND", (3, 4))])
-def test_blocks_are_pieces_of_one_tensor_of_zeros(
-    device: torch.device, layout: str, inner: tuple[int, int]
-) -> None:
+def test_blocks_are_pieces_of_one_tensor_of_zeros(device: torch.device, layout: str, inner: tuple[int, int]) -> None:
     cache = make(device, layout=layout)
     assert (cache.num_blocks, cache.block_size, cache.num_kv_heads, cache.head_size) == (5, 4, 3, 24)
     assert cache.layout == layout
@@ -240,13 +238,9 @@ def test_append_and_gather(device: torch.device, real: torch.dtype, kind: str, l
     offsets = offsets_of(kind)
     if cache.dynamic:
         scales = expected[2:]
-        reference.reshape_and_cache_flash_dynamic(
-            key, value, *expected, slots, cache.kv_cache_dtype, **offsets
-        )
+        reference.reshape_and_cache_flash_dynamic(key, value, *expected, slots, cache.kv_cache_dtype, **offsets)
     else:
-        reference.reshape_and_cache_flash(
-            key, value, *expected, slots, cache.kv_cache_dtype, *scales, **offsets
-        )
+        reference.reshape_and_cache_flash(key, value, *expected, slots, cache.kv_cache_dtype, *scales, **offsets)
     for a, e in zip(contents(cache), expected, strict=True):
         assert_same_bytes(a, e)
 
@@ -267,9 +261,7 @@ def test_gather_gives_bfloat16(device: torch.device) -> None:
     assert key.shape == value.shape == (2, 3, 24)
 
 
-def gathered(
-    cache: PagedKVCache, table: list[list[int]], lengths: list[int], starts: list[int]
-) -> list[Tensor]:
+def gathered(cache: PagedKVCache, table: list[list[int]], lengths: list[int], starts: list[int]) -> list[Tensor]:
     """By the reference, as fp32."""
     rows = [torch.empty(sum(lengths), 3, 24) for _ in "kv"]
     sums = [sum(lengths[:s]) for s in range(len(lengths) + 1)]
@@ -378,9 +370,7 @@ def test_copy_blocks_within_a_cache(device: torch.device, kind: str, layout: str
 
 @pytest.mark.parametrize("layouts", [("NHD", "NHD"), ("HND", "HND"), ("NHD", "HND"), ("HND", "NHD")], ids=str)
 @each_kind
-def test_swapping_to_a_cache_on_the_cpu_and_back(
-    device: torch.device, kind: str, layouts: tuple[str, str]
-) -> None:
+def test_swapping_to_a_cache_on_the_cpu_and_back(device: torch.device, kind: str, layouts: tuple[str, str]) -> None:
     """Of another number of blocks."""
     cache, swap = make(device, kind, layouts[0]), make(CPU, kind, layouts[1], num_blocks=3)
     before, in_swap = fill(cache), fill(swap, seed=1)
@@ -396,10 +386,7 @@ def test_swapping_to_a_cache_on_the_cpu_and_back(
 @pytest.mark.parametrize("head_size", [1, 2, 3, 4, 7, 12, 64])
 @pytest.mark.parametrize("dtype", ["fp8", "bfloat16", "float32"])
 def test_copy_blocks_of_heads_of_any_size(device: torch.device, dtype: str, head_size: int) -> None:
-    source, target = (
-        PagedKVCache(3, 2, 5, head_size, dtype=dtype, layout=layout, device=device)
-        for layout in ("NHD", "HND")
-    )
+    source, target = (PagedKVCache(3, 2, 5, head_size, dtype=dtype, layout=layout, device=device) for layout in ("NHD", "HND"))
     bits = fill(source)
     target.copy_blocks([(2, 0), (0, 1)], source)
     for actual, x in zip(contents(target), bits, strict=True):
@@ -407,9 +394,7 @@ def test_copy_blocks_of_heads_of_any_size(device: torch.device, dtype: str, head
     assert not raw(target.storage[2]).any()
 
 
-@pytest.mark.parametrize(
-    "mapping", [[], torch.empty(0, 2, dtype=torch.int64), torch.empty(0).int()], ids=repr
-)
+@pytest.mark.parametrize("mapping", [[], torch.empty(0, 2, dtype=torch.int64), torch.empty(0).int()], ids=repr)
 def test_copy_no_blocks(device: torch.device, mapping: Any) -> None:
     cache = make(device)
     before = fill(cache)
@@ -557,9 +542,7 @@ LENGTHS = f"seq_lens must be at least 0 and sum to at most {(1 << 31) - 1}, got"
     ],
     ids=["float table", "bool table", "float lengths", "half starts", "negative length", "too many"],
 )
-def test_what_gather_refuses(
-    device: torch.device, table: Tensor, lengths: Any, starts: Tensor | None, sentence: str
-) -> None:
+def test_what_gather_refuses(device: torch.device, table: Tensor, lengths: Any, starts: Tensor | None, sentence: str) -> None:
     with pytest.raises(ValueError) as error:
         make(device).gather(table, lengths, seq_starts=starts)
     assert str(error.value) == f"PagedKVCache.gather: {sentence}"
@@ -592,9 +575,7 @@ def test_append_and_gather_pass_on_what_the_ops_say(device: torch.device) -> Non
     ],
     ids=["destination", "negative", "source", "far", "triples", "no pairs", "floats"],
 )
-def test_mappings_that_are_refused(
-    device: torch.device, mapping: Sequence[Any] | Tensor, sentence: str
-) -> None:
+def test_mappings_that_are_refused(device: torch.device, mapping: Sequence[Any] | Tensor, sentence: str) -> None:
     cache, source = make(device), make(CPU, num_blocks=3)
     before = fill(cache)
     with pytest.raises(ValueError) as error:
@@ -679,9 +660,7 @@ def test_scales_in_use_are_the_same_tensors(device: torch.device) -> None:
 def test_copies_of_blocks_look_at_the_scales_in_use(device: torch.device) -> None:
     first, second = PagedKVCache(4, 16, 2, 8, device=device), PagedKVCache(4, 16, 2, 8, device=device)
     first.use_scales(torch.full((2,), 0.5, device=device), torch.ones(2, device=device))
-    with pytest.raises(
-        ValueError, match=r"source must have the k_scale of this cache, \[1.0\], got \[0.5, 0.5\]"
-    ):
+    with pytest.raises(ValueError, match=r"source must have the k_scale of this cache, \[1.0\], got \[0.5, 0.5\]"):
         second.copy_blocks([(0, 1)], source=first)
     second.use_scales(torch.full((1,), 0.5, device=device), torch.ones(1, device=device))
     second.copy_blocks([(0, 1)], source=first)

@@ -109,9 +109,7 @@ class Step:
             device,
         )
         shape = (*self.blocks, self.num_kv_heads, self.head_size)
-        key_cache, value_cache, buffers = empty_caches(
-            shape, CACHES[self.cache][1], self.cache_layout, device
-        )
+        key_cache, value_cache, buffers = empty_caches(shape, CACHES[self.cache][1], self.cache_layout, device)
         ops.rope_quant_and_cache(query_out=out, key_cache=key_cache, value_cache=value_cache, **arguments)
         return [out_buffer, *buffers]
 
@@ -146,9 +144,7 @@ def assert_within_one_step(actual: Tensor, expected: Tensor) -> None:
 @each_rope
 @each_real
 @pytest.mark.parametrize("cache", QUANTIZED_CACHES)
-def test_every_combination(
-    device: torch.device, cache: str, real: torch.dtype, rope: str, norm: bool
-) -> None:
+def test_every_combination(device: torch.device, cache: str, real: torch.dtype, rope: str, norm: bool) -> None:
     for query_out in (None,) if cache == "int8" else (CACHES[cache][1], None):
         for scales in ((1, 1, 1), (2, 2, 2), (8, 1, 2)):
             Step(cache=cache, real=real, rope=rope, norm=norm, query_out=query_out, scales=scales,
@@ -158,9 +154,7 @@ def test_every_combination(
 @each_rope
 @each_real
 @pytest.mark.parametrize("cache", PLAIN_CACHES)
-def test_caches_that_are_not_quantized(
-    device: torch.device, cache: str, real: torch.dtype, rope: str
-) -> None:
+def test_caches_that_are_not_quantized(device: torch.device, cache: str, real: torch.dtype, rope: str) -> None:
     for query_out in REAL.values():
         Step(cache=cache, real=real, rope=rope, query_out=query_out).check(device)
 
@@ -173,9 +167,7 @@ def test_caches_that_are_not_quantized(
      (4, 2, 33), (2, 1, 264), (2, 2, 576), (1, 1, 577), (2, 2, 8), (40, 8, 16)],
     ids=str,
 )  # fmt: skip
-def test_every_geometry(
-    device: torch.device, num_heads: int, num_kv_heads: int, head_size: int, rope: str, norm: bool
-) -> None:
+def test_every_geometry(device: torch.device, num_heads: int, num_kv_heads: int, head_size: int, rope: str, norm: bool) -> None:
     Step(
         tokens=19, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size, rope=rope, norm=norm,
         rotary_dim=head_size // 2 * 2, scales=(num_heads, num_kv_heads, num_kv_heads), specials=not norm,
@@ -270,9 +262,7 @@ def test_equal_to_the_separate_operators(device: torch.device) -> None:
         first, second = x.float().chunk(2, -1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
-    q, _ = fp8kv.quantize(
-        rotated(a["query"]).flatten(1), a["q_scale"], group_shape=fp8kv.GroupShape.per_head(4 * 64)
-    )
+    q, _ = fp8kv.quantize(rotated(a["query"]).flatten(1), a["q_scale"], group_shape=fp8kv.GroupShape.per_head(4 * 64))
     expected = empty_caches((4, 16, 2, 64), q.dtype, "NHD", device)
     fp8kv.reshape_and_cache_flash(
         rotated(a["key"]), a["value"], *expected[:2], a["slot_mapping"], "fp8", a["k_scale"], a["v_scale"]
@@ -357,9 +347,7 @@ def test_positions_outside_the_table_raise_on_cpu(position: int) -> None:
     positions = step.arguments()["positions"]
     positions[11] = position
     step.changes = {"positions": positions}
-    with pytest.raises(
-        RuntimeError, match=rf"positions must be from 0 to max_position - 1 = 199, .*{position} for token 11"
-    ):
+    with pytest.raises(RuntimeError, match=rf"positions must be from 0 to max_position - 1 = 199, .*{position} for token 11"):
         step.run(fp8kv, CPU)
 
 
@@ -415,10 +403,7 @@ except RuntimeError as error:
         text=True,
         check=True,
     )
-    assert (
-        "positions must be from 0 to max_position - 1 = 8, rows of cos_sin_cache, got 9 for token 1"
-        in result.stdout
-    )
+    assert "positions must be from 0 to max_position - 1 = 8, rows of cos_sin_cache, got 9 for token 1" in result.stdout
 
 
 # Sentences
@@ -467,9 +452,7 @@ SENTENCES: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("changes", "sentence"), SENTENCES, ids=[s[1][:60] for s in SENTENCES])
 def test_sentences(device: torch.device, changes: dict[str, Any], sentence: str) -> None:
     step = Step(layouts={})
-    arguments = {
-        name: x.to(device) if isinstance(x, Tensor) else x for name, x in (step.arguments() | changes).items()
-    }
+    arguments = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in (step.arguments() | changes).items()}
     num_heads = 7 if "num_heads=7" in sentence else 8
     out, _ = empty_view((37, num_heads, 64), torch.float8_e4m3fn, "contiguous", device)
     key_cache, value_cache, buffers = empty_caches((4, 16, 2, 64), torch.float8_e4m3fn, "NHD", device)
@@ -492,9 +475,7 @@ def test_sentences(device: torch.device, changes: dict[str, Any], sentence: str)
     ],
     ids=["another format", "caches of 16 bits", "an integer"],
 )  # fmt: skip
-def test_query_out_that_does_not_fit(
-    device: torch.device, dtype: torch.dtype, cache: str, sentence: str
-) -> None:
+def test_query_out_that_does_not_fit(device: torch.device, dtype: torch.dtype, cache: str, sentence: str) -> None:
     with pytest.raises(RuntimeError) as error:
         Step(query_out=dtype, cache=cache).run(fp8kv, device)
     assert sentence in str(error.value)
@@ -505,9 +486,7 @@ def test_overlaps_are_refused(device: torch.device) -> None:
     arguments = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in step.arguments().items()}
     key_cache, value_cache, _ = empty_caches((4, 16, 2, 64), torch.float8_e4m3fn, "NHD", device)
     with pytest.raises(RuntimeError, match="query_out must not overlap query"):
-        fp8kv.rope_quant_and_cache(
-            query_out=arguments["query"], key_cache=key_cache, value_cache=value_cache, **arguments
-        )
+        fp8kv.rope_quant_and_cache(query_out=arguments["query"], key_cache=key_cache, value_cache=value_cache, **arguments)
     with pytest.raises(RuntimeError, match="key_cache must not overlap value_cache"):
         fp8kv.rope_quant_and_cache(
             query_out=torch.empty_like(arguments["query"]),

@@ -89,9 +89,7 @@ def scale(states: list[Tensor], strategy: str) -> Tensor:
     return amax / torch.full_like(amax, 448.0)
 
 
-def assert_scales(
-    scales: fp8kv.KVScales, seen: list[list[tuple[Tensor, Tensor]]], strategy: str = "attn_head"
-) -> None:
+def assert_scales(scales: fp8kv.KVScales, seen: list[list[tuple[Tensor, Tensor]]], strategy: str = "attn_head") -> None:
     """Compares with the min-max scales of K and V over several batches."""
     assert list(scales) == list(range(len(seen[0])))
     for layer in scales:
@@ -141,9 +139,7 @@ def queries_after_rope(model: Any, ids: Tensor) -> list[Tensor]:
         query = getattr(module, "q_norm", nn.Identity())(query).transpose(1, 2)
         found.append(apply_rotary_pos_emb(query, query, *inputs["position_embeddings"])[0])
 
-    hooks = [
-        layer.self_attn.register_forward_pre_hook(observe, with_kwargs=True) for layer in model.model.layers
-    ]
+    hooks = [layer.self_attn.register_forward_pre_hook(observe, with_kwargs=True) for layer in model.model.layers]
     with torch.no_grad():
         model(ids)
     for hook in hooks:
@@ -162,9 +158,7 @@ def test_queries_are_those_after_norm_and_rope(name: str, strategy: Any, impleme
     assert_scales(scales, [cached(model, ids)], strategy)
     num_kv_heads = model.config.num_key_value_heads
     for layer, query in enumerate(queries_after_rope(model, ids)):
-        of_groups = [
-            query.unflatten(1, (num_kv_heads, -1))[:, :, member] for member in range(6 // num_kv_heads)
-        ]
+        of_groups = [query.unflatten(1, (num_kv_heads, -1))[:, :, member] for member in range(6 // num_kv_heads)]
         assert_same_bytes(scales[layer].q, scale(of_groups, strategy))
 
 
@@ -172,9 +166,7 @@ def test_queries_are_those_after_norm_and_rope(name: str, strategy: Any, impleme
 @pytest.mark.parametrize("query", [False, True], ids=["", "query"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
-def test_the_model_computes_what_it_does_without_a_cache(
-    name: str, query: bool, implementation: str, padded: bool
-) -> None:
+def test_the_model_computes_what_it_does_without_a_cache(name: str, query: bool, implementation: str, padded: bool) -> None:
     model = make(name, implementation)
     ids = tokens(2, 20)
     mask = torch.ones_like(ids)
@@ -215,9 +207,7 @@ def latent_config(model_type: str = "deepseek_v3", **fields: Any) -> Any:
 @each_strategy
 @each_observer
 @pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3", "minicpm3"])
-def test_the_two_scales_of_a_latent_cache_are_those_of_its_row(
-    model_type: str, observer: str, strategy: Any
-) -> None:
+def test_the_two_scales_of_a_latent_cache_are_those_of_its_row(model_type: str, observer: str, strategy: Any) -> None:
     """Whichever of its parts is larger."""
     model = make(config=latent_config(model_type))
     for layer, factor in enumerate((1, 200, 0.01)):
@@ -408,9 +398,7 @@ each_side = pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_has_no_influence(name: str, side: str) -> None:
     model = make(name)
     ids, mask = padded(side, filler=0)
-    scales = fp8kv.calibrate(
-        model, [{"input_ids": ids, "attention_mask": mask}], strategy="attn_head", query=True
-    )
+    scales = fp8kv.calibrate(model, [{"input_ids": ids, "attention_mask": mask}], strategy="attn_head", query=True)
     alone = fp8kv.calibrate(
         model, [tokens(length, seed=row) for row, length in enumerate((12, 7, 0, 3))], strategy="attn_head",
         query=True,
@@ -527,9 +515,7 @@ def test_models_placed_by_accelerate(kind: str, tmp_path: Path) -> None:
             del places["model.layers"]
             places |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
         places["model.rotary_emb"] = "cpu"
-        accelerate.dispatch_model(
-            model, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True
-        )
+        accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
     on_meta = any(parameter.device.type == "meta" for parameter in model.parameters())
     assert on_meta == (kind != "dispatched")
     assert_same_scales(fp8kv.calibrate(model, [IDS], strategy="attn_head", query=True), expected)
@@ -579,9 +565,7 @@ def tensor_parallel(model: Any, size: int, module: str, columns: str, row: str) 
 def of_one_rank(rank: int, size: int, folder: Path) -> None:
     """Everything that needs several processes, in a single launch; results are written to a file."""
     torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=size
-    )
+    distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=size)
     found: dict[str, Any] = {}
     model = make()
     for name, arguments in RUNS.items():
@@ -595,13 +579,9 @@ def of_one_rank(rank: int, size: int, folder: Path) -> None:
             return f"{type(error).__name__}: {error}"
         return "no error"
 
-    whole_heads = tensor_parallel(
-        make(config=sharded_config()), size, "mlp", "gate_proj up_proj", "down_proj"
-    )
+    whole_heads = tensor_parallel(make(config=sharded_config()), size, "mlp", "gate_proj up_proj", "down_proj")
     found["tensor parallel, whole heads"] = fp8kv.calibrate(whole_heads, [IDS], strategy="attn_head")[1].k
-    sharded = tensor_parallel(
-        make(config=sharded_config()), size, "self_attn", "q_proj k_proj v_proj", "o_proj"
-    )
+    sharded = tensor_parallel(make(config=sharded_config()), size, "self_attn", "q_proj k_proj v_proj", "o_proj")
     merged = fp8kv.calibrate(sharded, [IDS], strategy="tensor", query=True)[1]
     found["tensor parallel"] = {"q": merged.q, "k": merged.k, "v": merged.v}
     found["heads of tensor parallelism"] = attempt(sharded, [IDS])
@@ -628,13 +608,8 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """The results of each rank."""
     folder = tmp_path_factory.mktemp("ranks")
     context = get_context("forkserver")
-    context.set_forkserver_preload(
-        ["fp8kv", "torch.distributed.tensor.parallel", "transformers.models.llama.modeling_llama"]
-    )
-    processes = [
-        context.Process(target=of_one_rank, args=(rank, request.param, folder))
-        for rank in range(request.param)
-    ]
+    context.set_forkserver_preload(["fp8kv", "torch.distributed.tensor.parallel", "transformers.models.llama.modeling_llama"])
+    processes = [context.Process(target=of_one_rank, args=(rank, request.param, folder)) for rank in range(request.param)]
     for process in processes:
         process.start()
     for process in processes:
@@ -678,9 +653,7 @@ def assert_same_layers(found: dict[int, dict[str, Any]], expected: Any) -> None:
 
 def test_all_ranks_have_the_channels_of_all_batches(ranks: list[dict[str, Any]]) -> None:
     with torch_threads(1):
-        expected = fp8kv.calibrate(
-            make(), BATCHES, strategy="channel", dtype="int8", offset="mid", query=True
-        )
+        expected = fp8kv.calibrate(make(), BATCHES, strategy="channel", dtype="int8", offset="mid", query=True)
     assert expected.standard is not None
     for found in ranks:
         layers, standard = found["channels"]
@@ -709,9 +682,7 @@ def test_all_ranks_choose_the_same(ranks: list[dict[str, Any]]) -> None:
         ),
     ],
 )
-def test_a_failure_of_one_rank_is_one_of_all(
-    ranks: list[dict[str, Any]], case: str, own: str, told: str
-) -> None:
+def test_a_failure_of_one_rank_is_one_of_all(ranks: list[dict[str, Any]], case: str, own: str, told: str) -> None:
     for rank, found in enumerate(ranks):
         assert found[case] == (own if rank == 1 else f"RuntimeError: {told}")
 
@@ -813,17 +784,13 @@ class Bytes:
     def __init__(self, bos_token_id: int | None = 300) -> None:
         self.bos_token_id = bos_token_id
 
-    def __call__(
-        self, text: str, add_special_tokens: bool = True, verbose: bool = True
-    ) -> dict[str, list[int]]:
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
         bos = [self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []
         return {"input_ids": bos + list(text.encode())}
 
 
 def texts_of(batches: list[Tensor]) -> list[list[str]]:
-    return [
-        ["".join("<s>" if i == 300 else chr(i) for i in row) for row in batch.tolist()] for batch in batches
-    ]
+    return [["".join("<s>" if i == 300 else chr(i) for i in row) for row in batch.tolist()] for batch in batches]
 
 
 @pytest.mark.parametrize(
@@ -870,9 +837,7 @@ def test_numbers_of_windows_that_are_too_small(name: str) -> None:
 
 @pytest.mark.parametrize("text", ["", [], ["", ""]])
 def test_an_empty_text(text: str | list[str]) -> None:
-    with pytest.raises(
-        ValueError, match=r"^text_batches: text must have at least one token, got an empty text$"
-    ):
+    with pytest.raises(ValueError, match=r"^text_batches: text must have at least one token, got an empty text$"):
         text_batches(Bytes(), text)
 
 
@@ -926,12 +891,8 @@ def test_a_model_with_an_encoder() -> None:
 
 
 def test_a_model_whose_layers_have_no_keys() -> None:
-    model = make(
-        config=MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1), implementation="eager"
-    )
-    with pytest.raises(
-        RuntimeError, match=r"^calibrate: the layers of MambaForCausalLM must use a cache, but"
-    ):
+    model = make(config=MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1), implementation="eager")
+    with pytest.raises(RuntimeError, match=r"^calibrate: the layers of MambaForCausalLM must use a cache, but"):
         fp8kv.calibrate(model, [IDS], strategy="tensor")
 
 
@@ -947,18 +908,14 @@ def test_a_model_whose_queries_cannot_be_seen(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(modeling_llama, "ALL_ATTENTION_FUNCTIONS", Own())
     model = make(implementation="eager")
     fp8kv.calibrate(model, [IDS], strategy="tensor")
-    with pytest.raises(
-        RuntimeError, match=r"^calibrate: LlamaForCausalLM must take its attention function from"
-    ):
+    with pytest.raises(RuntimeError, match=r"^calibrate: LlamaForCausalLM must take its attention function from"):
         fp8kv.calibrate(model, [IDS], strategy="tensor", query=True)
 
 
 def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(
-        ImportError, match=r"^calibrate: transformers must be installed, .*fp8kv\[transformers\]"
-    ):
+    with pytest.raises(ImportError, match=r"^calibrate: transformers must be installed, .*fp8kv\[transformers\]"):
         fp8kv.calibrate(model, [IDS], strategy="tensor")
 
 

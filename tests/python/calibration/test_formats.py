@@ -96,9 +96,7 @@ def scale_of(x: Tensor, offset: Tensor | None, strategy: str, dtype: str, headro
 @pytest.mark.parametrize("offset", ["none", "mean", "mid"])
 @pytest.mark.parametrize("dtype", ["fp8", "fp8_e5m2", "int8"])
 @pytest.mark.parametrize("strategy", ["tensor", "attn_head", "channel"])
-def test_scales_and_offsets_are_those_of_what_the_cache_receives(
-    strategy: Any, dtype: str, offset: str
-) -> None:
+def test_scales_and_offsets_are_those_of_what_the_cache_receives(strategy: Any, dtype: str, offset: str) -> None:
     model = llama()
     scales = fp8kv.calibrate(model, BATCHES, strategy=strategy, dtype=dtype, offset=offset)
     assert scales.scheme.strategy == strategy
@@ -184,9 +182,7 @@ class StoredCache(DynamicCache):
         super().__init__()
         self.quantized, self.scales = layer, scales
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> Any:
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if layer_idx == self.quantized:
             own = self.scales
             key_states = self.stored(key_states, own.k, own.k_offset)
@@ -303,10 +299,7 @@ def test_the_summary_and_the_files_have_the_choice_and_its_error(tmp_path: Any) 
 def mean_errors(model: Any, kinds: dict[str, KVScales | dict[int, LayerScales]]) -> dict[str, float]:
     """Of the attention output, relative, mean over the layers, on another text."""
     text = [tokens(2, 40, seed=9)]
-    return {
-        name: sum(error_of(model, layer, x[layer], text) for layer in range(2)) / 2
-        for name, x in kinds.items()
-    }
+    return {name: sum(error_of(model, layer, x[layer], text) for layer in range(2)) / 2 for name, x in kinds.items()}
 
 
 def errors_of_formats(model: Any) -> dict[str, float]:

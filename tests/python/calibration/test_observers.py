@@ -23,9 +23,7 @@ def finite(x: Tensor) -> Tensor:
 
 
 def over_448(magnitudes: list[Tensor]) -> Tensor:
-    return torch.maximum(
-        torch.stack(magnitudes) / torch.full((len(magnitudes),), 448.0), torch.tensor(MIN_SCALE)
-    )
+    return torch.maximum(torch.stack(magnitudes) / torch.full((len(magnitudes),), 448.0), torch.tensor(MIN_SCALE))
 
 
 def percentile_of(x: Tensor, percentile: str) -> Tensor:
@@ -139,9 +137,7 @@ def test_a_large_batch_goes_in_pieces(monkeypatch: pytest.MonkeyPatch, name: str
 
 
 def test_unknown_observer() -> None:
-    with pytest.raises(
-        ValueError, match=r'^make_observer: name must be one of "static_minmax", .*, got \'max\''
-    ):
+    with pytest.raises(ValueError, match=r'^make_observer: name must be one of "static_minmax", .*, got \'max\''):
         make_observer("max", 1)
 
 
@@ -164,9 +160,7 @@ def test_percentile_of_bf16_is_exact(device: torch.device, percentile: str) -> N
     x = heads()
     observer = PercentileObserver(5, float(percentile), device)
     observer.update(x.to(device))
-    assert_same_bytes(
-        observer.scales(), over_448([percentile_of(x[:, head], percentile) for head in range(5)])
-    )
+    assert_same_bytes(observer.scales(), over_448([percentile_of(x[:, head], percentile) for head in range(5)]))
 
 
 @pytest.mark.parametrize(
@@ -212,9 +206,7 @@ def test_beyond_the_bins_a_percentile_is_amax(largest: float) -> None:
 
 @pytest.mark.parametrize("percentile", [0, -1, 100.1, math.nan, math.inf])
 def test_a_percentile_out_of_range(percentile: float) -> None:
-    with pytest.raises(
-        ValueError, match=r"^PercentileObserver: percentile must be above 0 and at most 100, got"
-    ):
+    with pytest.raises(ValueError, match=r"^PercentileObserver: percentile must be above 0 and at most 100, got"):
         PercentileObserver(1, percentile)
 
 

@@ -58,9 +58,7 @@ def kinds(problems: list[Problem]) -> list[str]:
 @pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
 @pytest.mark.parametrize("query", [False, True], ids=["kv", "qkv"])
 @pytest.mark.parametrize("shards", [1, 3])
-def test_nothing_is_wrong_with_a_healthy_checkpoint(
-    tmp_path: Path, strategy: str, query: bool, shards: int
-) -> None:
+def test_nothing_is_wrong_with_a_healthy_checkpoint(tmp_path: Path, strategy: str, query: bool, shards: int) -> None:
     assert audit_checkpoint(make_checkpoint(tmp_path, strategy, query=query, shards=shards)) == []
 
 
@@ -129,9 +127,7 @@ def test_different_defects_of_a_tensor_are_different_problems(tmp_path: Path) ->
     ],
     ids=["k-heads-1e3", "v-heads-1e-3", "k-tensor-1e-3", "v-tensor-1e3", "k-heads-1e30", "v-tensor-1e-30"],
 )
-def test_scales_far_from_those_of_other_layers(
-    tmp_path: Path, name: str, strategy: str, factor: float
-) -> None:
+def test_scales_far_from_those_of_other_layers(tmp_path: Path, name: str, strategy: str, factor: float) -> None:
     healthy = scales(strategy, dtype=torch.float32)[name]
     (problem,) = audit(tmp_path, {name: healthy * factor}, strategy=strategy)
     assert (problem.kind, problem.severity, problem.layer) == ("implausible", "error", 1)
@@ -289,9 +285,7 @@ def test_a_layer_that_the_config_does_not_have(tmp_path: Path) -> None:
         (Q, 8, "tensor", "must have 1 element, as the strategy is tensor, got 8"),
     ],
 )
-def test_a_number_of_heads_that_is_not_the_model_s(
-    tmp_path: Path, name: str, count: int, strategy: str, sentence: str
-) -> None:
+def test_a_number_of_heads_that_is_not_the_model_s(tmp_path: Path, name: str, count: int, strategy: str, sentence: str) -> None:
     (problem,) = audit(tmp_path, {name: per_head(*[0.05] * count)}, strategy=strategy, query=True)
     assert (problem.kind, problem.severity, problem.layer) == ("head-count", "error", 1)
     assert problem.message == f"Layer 1: {name} {sentence}."
@@ -378,9 +372,7 @@ def test_the_same_scale_under_two_names(tmp_path: Path) -> None:
     assert problem.tensor == K
 
 
-@pytest.mark.parametrize(
-    "other", [per_head(0.05, 0.06, 0.07, 0.08), torch.tensor([0.05])], ids=["values", "size"]
-)
+@pytest.mark.parametrize("other", [per_head(0.05, 0.06, 0.07, 0.08), torch.tensor([0.05])], ids=["values", "size"])
 def test_different_scales_under_two_names(tmp_path: Path, other: Tensor) -> None:
     again = f"{STEM}.k_proj.k_scale"
     (problem,) = audit(tmp_path, {again: other})
@@ -453,9 +445,7 @@ def test_a_corrupt_file(tmp_path: Path, damage: Damage) -> None:
 
 
 def test_a_scale_with_fewer_bytes_than_its_shape_needs(tmp_path: Path) -> None:
-    entries = {
-        f"{STEM}.{letter}_scale": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]} for letter in "kv"
-    }
+    entries = {f"{STEM}.{letter}_scale": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]} for letter in "kv"}
     (tmp_path / "model.safetensors").write_bytes(header(entries) + b"\0" * 8)
     sizes = SIZES | {"layer_types": ["conv", "full_attention", "conv"]}
     (tmp_path / "config.json").write_text(json.dumps(config() | sizes))
@@ -492,9 +482,7 @@ def test_tensors_that_the_index_names_and_their_shard_lacks(tmp_path: Path) -> N
     assert str(tmp_path / shard) in problem.message
 
 
-@pytest.mark.parametrize(
-    "contents", [b"", b"[]", b'{"weight_map": 3}', b'{"weight_map": {"a": 3}}', b"\xff"], ids=str
-)
+@pytest.mark.parametrize("contents", [b"", b"[]", b'{"weight_map": 3}', b'{"weight_map": {"a": 3}}', b"\xff"], ids=str)
 def test_a_corrupt_index(tmp_path: Path, contents: bytes) -> None:
     make_checkpoint(tmp_path, shards=2)
     (tmp_path / "model.safetensors.index.json").write_bytes(contents)
@@ -565,12 +553,8 @@ def test_neither_a_scheme_nor_scales(tmp_path: Path) -> None:
         ("memoryless_minmax", 'The observer is "memoryless_minmax", which keeps only the last batch.'),
     ],
 )
-def test_observers_that_may_have_seen_the_last_batch_only(
-    tmp_path: Path, observer: str | None, sentence: str
-) -> None:
-    (problem,) = audit_checkpoint(
-        write_checkpoint(tmp_path, scales(), config(kv_cache_scheme=scheme(observer=observer)))
-    )
+def test_observers_that_may_have_seen_the_last_batch_only(tmp_path: Path, observer: str | None, sentence: str) -> None:
+    (problem,) = audit_checkpoint(write_checkpoint(tmp_path, scales(), config(kv_cache_scheme=scheme(observer=observer))))
     assert (problem.kind, problem.severity, problem.layer) == ("observer", "warning", None)
     assert problem.message == sentence
     assert problem.value == (observer or "null")
@@ -635,8 +619,7 @@ def test_a_missing_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as error:
         audit_checkpoint(tmp_path / "nowhere")
     assert str(error.value) == (
-        "audit_checkpoint: checkpoint must be a directory or a .safetensors file, but "
-        f"{tmp_path / 'nowhere'} is not there"
+        f"audit_checkpoint: checkpoint must be a directory or a .safetensors file, but {tmp_path / 'nowhere'} is not there"
     )
 
 

@@ -53,11 +53,7 @@ def test_a_file_of_the_package_is_read_as_the_package_reads_it(
 
 
 @settings(deadline=None, max_examples=40)
-@given(
-    st.dictionaries(
-        names, st.tuples(st.sampled_from(sorted(DTYPES)), shapes.filter(lambda x: len(x) > 0)), max_size=6
-    )
-)
+@given(st.dictionaries(names, st.tuples(st.sampled_from(sorted(DTYPES)), shapes.filter(lambda x: len(x) > 0)), max_size=6))
 def test_the_package_reads_a_file_that_is_written_here(
     tmp_path_factory: pytest.TempPathFactory, entries: dict[str, tuple[str, tuple[int, ...]]]
 ) -> None:
@@ -96,9 +92,7 @@ def test_a_header_longer_than_the_format_allows_is_not_read(tmp_path: Path) -> N
     with pytest.raises(CheckpointError) as error:
         read_header(path)
     assert time.perf_counter() - start < 0.1
-    assert str(error.value) == (
-        f"{path} is no whole safetensors file: the header cannot have 100000001 of 200000000 bytes"
-    )
+    assert str(error.value) == (f"{path} is no whole safetensors file: the header cannot have 100000001 of 200000000 bytes")
 
 
 @pytest.mark.parametrize(

@@ -95,9 +95,7 @@ def mutated(value: Any, rng: random.Random) -> Any:
         if isinstance(parent, dict) and rng.random() < 0.3:
             moved = parent.pop(last)
             if rng.random() < 0.5:
-                parent[
-                    rng.choice(["num_hidden_layers", "layer_types", ATTENTION, "kv_cache_scheme", "0"])
-                ] = moved
+                parent[rng.choice(["num_hidden_layers", "layer_types", ATTENTION, "kv_cache_scheme", "0"])] = moved
         else:
             parent[last] = json.loads(json.dumps(rng.choice(ODD)))
     return value

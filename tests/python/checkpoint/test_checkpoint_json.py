@@ -32,11 +32,7 @@ def of_ranks(*ranks: dict[str, Any], **fields: Any) -> dict[str, Any]:
 
 
 def numbers(loaded: KVScales) -> list[tuple[list[float], list[float]]]:
-    return [
-        (layer.k.tolist(), layer.v.tolist())
-        for layer in loaded.values()
-        if layer.k is not None and layer.v is not None
-    ]
+    return [(layer.k.tolist(), layer.v.tolist()) for layer in loaded.values() if layer.k is not None and layer.v is not None]
 
 
 PAIRS = [([k], [v]) for k, v in zip(K, V, strict=True)]
@@ -178,8 +174,7 @@ def test_files_of_other_kinds(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError) as error:
         load_kv_scales(tmp_path / name)
     assert str(error.value) == (
-        "load_kv_scales: checkpoint must be a directory, a .safetensors file or a .json file of scales, "
-        f"got {tmp_path / name}"
+        f"load_kv_scales: checkpoint must be a directory, a .safetensors file or a .json file of scales, got {tmp_path / name}"
     )
 
 

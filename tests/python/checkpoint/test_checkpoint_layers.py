@@ -70,9 +70,7 @@ def kinds(folder: Path) -> list[tuple[str, int | None]]:
          "Hunyuan"],
 )  # fmt: skip
 def test_layers_with_attention(tmp_path: Path, changes: dict[str, Any], layers: list[int]) -> None:
-    loaded = load_kv_scales(
-        write_checkpoint(tmp_path, scales(dict.fromkeys(layers, 4)), fields(5, **changes))
-    )
+    loaded = load_kv_scales(write_checkpoint(tmp_path, scales(dict.fromkeys(layers, 4)), fields(5, **changes)))
     assert (list(loaded), loaded.problems) == (layers, [])
 
 
@@ -147,9 +145,7 @@ def test_layers_that_the_config_names_need_scales_whatever_their_build(tmp_path:
     ],
     ids=str,
 )  # fmt: skip
-def test_a_convention_that_is_not_known_explains_layers_without_scales(
-    tmp_path: Path, convention: dict[str, Any]
-) -> None:
+def test_a_convention_that_is_not_known_explains_layers_without_scales(tmp_path: Path, convention: dict[str, Any]) -> None:
     loaded = load_kv_scales(write_checkpoint(tmp_path, scales({1: 4, 3: 4}), fields(4, **convention)))
     assert list(loaded) == [1, 3]
     assert [(p.kind, p.severity) for p in loaded.problems] == [("layers-inferred", "note")]
@@ -219,12 +215,8 @@ def test_numbers_of_heads_by_layer_are_saved_and_loaded(tmp_path: Path, changes:
     shapes = {0: {"q_proj": 128, "k_proj": 64}, 1: {"q_proj": 128, "k_proj": 32}}
     plain = {key: value for key, value in fields(2, **changes).items() if key != "quantization_config"}
     write_checkpoint(tmp_path / "model", weights(shapes), plain)
-    layers = {
-        n: LayerScales(q=None, k=torch.full((h,), 0.5), v=torch.full((h,), 2.0)) for n, h in ((0, 4), (1, 2))
-    }
-    KVScales(layers, KVCacheScheme("attn_head", observer="static_minmax")).save(
-        tmp_path / "out", tmp_path / "model"
-    )
+    layers = {n: LayerScales(q=None, k=torch.full((h,), 0.5), v=torch.full((h,), 2.0)) for n, h in ((0, 4), (1, 2))}
+    KVScales(layers, KVCacheScheme("attn_head", observer="static_minmax")).save(tmp_path / "out", tmp_path / "model")
     loaded = load_kv_scales(tmp_path / "out")
     assert (heads(loaded), loaded.problems) == ({0: 4, 1: 2}, [])
 
@@ -234,9 +226,7 @@ def test_the_share_of_a_rank_is_not_taken_for_other_heads(tmp_path: Path) -> Non
     plain = {key: value for key, value in fields(2).items() if key != "quantization_config"}
     write_checkpoint(tmp_path / "model", weights(shapes), plain | {"big_head_dim": 32})
     layers = {n: LayerScales(q=None, k=torch.ones(2), v=torch.ones(2)) for n in range(2)}
-    with pytest.raises(
-        ValueError, match=r"each of the 4 KV heads of .* got 2 \(of one tensor-parallel rank\?\)"
-    ):
+    with pytest.raises(ValueError, match=r"each of the 4 KV heads of .* got 2 \(of one tensor-parallel rank\?\)"):
         KVScales(layers, KVCacheScheme("attn_head")).save(tmp_path / "out", tmp_path / "model")
 
 

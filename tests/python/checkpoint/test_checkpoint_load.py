@@ -134,9 +134,7 @@ def test_query_scales_of_producers_whose_configs_do_not_mention_them(
 ) -> None:
     tensors = scales("tensor", query=True)
     foreign = {name.replace("q_scale", q): x for name, x in tensors.items()}
-    loaded = load_kv_scales(
-        write_checkpoint(tmp_path, foreign, SIZES | {"quantization_config": quantization})
-    )
+    loaded = load_kv_scales(write_checkpoint(tmp_path, foreign, SIZES | {"quantization_config": quantization}))
     assert loaded.scheme.quantizes_query
     assert same(loaded[1].q, flat(tensors, 1, "q"))
 
@@ -194,9 +192,7 @@ def test_fnuz_doubles_every_scale(tmp_path: Path, strategy: str) -> None:
 
 def test_the_device(tmp_path: Path, device: torch.device) -> None:
     loaded = load_kv_scales(make_checkpoint(tmp_path, query=True), device=device)
-    assert {
-        x.device.type for layer in loaded.values() for x in (layer.q, layer.k, layer.v) if x is not None
-    } == {device.type}
+    assert {x.device.type for layer in loaded.values() for x in (layer.q, layer.k, layer.v) if x is not None} == {device.type}
 
 
 # Heads
@@ -322,8 +318,7 @@ def test_a_size_that_does_not_fit(tmp_path: Path, size: int) -> None:
     with pytest.raises(ValueError) as error:
         load_kv_scales(tmp_path, tp_size=size)
     assert str(error.value) == (
-        "load_kv_scales: layer 0: tp_size must divide the 4 KV heads or be a multiple of their number, "
-        f"got {size}"
+        f"load_kv_scales: layer 0: tp_size must divide the 4 KV heads or be a multiple of their number, got {size}"
     )
 
 
@@ -331,9 +326,7 @@ def test_a_size_that_does_not_fit(tmp_path: Path, size: int) -> None:
 def test_a_rank_that_is_none(tmp_path: Path, rank: int, size: int) -> None:
     with pytest.raises(ValueError) as error:
         load_kv_scales(tmp_path, tp_rank=rank, tp_size=size)
-    assert str(error.value) == (
-        f"load_kv_scales: tp_rank must be from 0 to tp_size - 1, got {rank} with tp_size={size}"
-    )
+    assert str(error.value) == (f"load_kv_scales: tp_rank must be from 0 to tp_size - 1, got {rank} with tp_size={size}")
 
 
 @st.composite
@@ -450,16 +443,12 @@ def test_an_error_names_layer_tensor_value_and_remedy(tmp_path: Path) -> None:
         f"load_kv_scales: {tmp_path} has 1 problem: Layer 1: {K} must be finite, got nan for head 0 "
         "(4 of 4 heads). Calibrate the model again, for example with fp8kv calibrate."
     )
-    assert [(p.kind, p.layer, p.tensor, p.value) for p in error.value.problems] == [
-        ("not-finite", 1, K, "nan")
-    ]
+    assert [(p.kind, p.layer, p.tensor, p.value) for p in error.value.problems] == [("not-finite", 1, K, "nan")]
 
 
 def test_many_errors_are_listed_up_to_a_handful(tmp_path: Path) -> None:
     names = [f"{ATTENTION.format(layer=layer)}.{letter}_scale" for layer in range(12) for letter in "kv"]
-    write_checkpoint(
-        tmp_path, {name: torch.zeros(4, 1, 1) for name in names}, config() | {"num_hidden_layers": 12}
-    )
+    write_checkpoint(tmp_path, {name: torch.zeros(4, 1, 1) for name in names}, config() | {"num_hidden_layers": 12})
     with pytest.raises(CheckpointError) as error:
         load_kv_scales(tmp_path)
     first, *others, last = str(error.value).split("\n")
@@ -524,9 +513,7 @@ def test_warnings_of_one_kind_are_put_together(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="not-finite") as caught:
         load_kv_scales(tmp_path, on_problem="warn")
     assert len(caught) == 1
-    assert str(caught[0].message).startswith(
-        "load_kv_scales: 6 findings of kind not-finite, the first of them: "
-    )
+    assert str(caught[0].message).startswith("load_kv_scales: 6 findings of kind not-finite, the first of them: ")
 
 
 def test_without_a_scheme_warnings_take_that_of_the_tensors(tmp_path: Path) -> None:
@@ -564,8 +551,7 @@ def test_a_missing_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as error:
         load_kv_scales(tmp_path / "nowhere")
     assert str(error.value) == (
-        "load_kv_scales: checkpoint must be a directory or a .safetensors file, but "
-        f"{tmp_path / 'nowhere'} is not there"
+        f"load_kv_scales: checkpoint must be a directory or a .safetensors file, but {tmp_path / 'nowhere'} is not there"
     )
 
 

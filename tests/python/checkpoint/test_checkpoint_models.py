@@ -96,9 +96,7 @@ def test_the_choice_of_a_model(tmp_path: Path, model: str | None, keys: dict[int
     assert keys_of(load_kv_scales(tmp_path, model=model)) == keys
 
 
-@pytest.mark.parametrize(
-    ("model", "key"), [("talker", 1.0), ("talker.code_predictor", 2.0), ("thinker", 4.0)]
-)
+@pytest.mark.parametrize(("model", "key"), [("talker", 1.0), ("talker.code_predictor", 2.0), ("thinker", 4.0)])
 def test_models_that_make_speech(tmp_path: Path, model: str, key: float) -> None:
     tensors = layers("thinker.model.layers.{}.self_attn", 4.0, 4.0, 4.0)
     tensors |= pair("talker.model.layers.0.self_attn", 1.0)
@@ -109,15 +107,11 @@ def test_models_that_make_speech(tmp_path: Path, model: str, key: float) -> None
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
-    write_checkpoint(
-        tmp_path, layers(MAIN, 1.0, 1.0, 1.0) | pair("talker.layers.0.self_attn", 1.0), config("tensor")
-    )
+    write_checkpoint(tmp_path, layers(MAIN, 1.0, 1.0, 1.0) | pair("talker.layers.0.self_attn", 1.0), config("tensor"))
     for call in (load_kv_scales, audit_checkpoint):
         with pytest.raises(ValueError) as error:
             call(tmp_path, model="vocoder")
-        assert (
-            str(error.value) == f'{call.__name__}: model must be "model.layers" or "talker", got \'vocoder\''
-        )
+        assert str(error.value) == f'{call.__name__}: model must be "model.layers" or "talker", got \'vocoder\''
 
 
 def test_two_models_that_nothing_tells_apart_need_a_choice(tmp_path: Path) -> None:
@@ -129,9 +123,7 @@ def test_two_models_that_nothing_tells_apart_need_a_choice(tmp_path: Path) -> No
     assert keys_of(load_kv_scales(tmp_path, model="b")) == {0: 2.0, 1: 2.0, 2: 2.0}
 
 
-@pytest.mark.parametrize(
-    "stem", ["midlayer.self_attn", "draft_model.layers.0.self_attn", "mtp.layers.0.self_attn"]
-)
+@pytest.mark.parametrize("stem", ["midlayer.self_attn", "draft_model.layers.0.self_attn", "mtp.layers.0.self_attn"])
 def test_a_checkpoint_of_a_draft_alone(tmp_path: Path, stem: str) -> None:
     fields = config("tensor") | {"num_hidden_layers": 1}
     loaded = load_kv_scales(write_checkpoint(tmp_path, pair(stem, 0.125), fields))
@@ -140,9 +132,7 @@ def test_a_checkpoint_of_a_draft_alone(tmp_path: Path, stem: str) -> None:
 
 def test_a_vision_tower_is_never_taken_for_the_language_model(tmp_path: Path) -> None:
     tensors = layers("vision_tower.encoder.layers.{}.self_attn", 1.0, 1.0, 1.0)
-    with pytest.raises(
-        CheckpointError, match=r"No layer has scales.*there are some of vision_tower\.encoder\.layers"
-    ):
+    with pytest.raises(CheckpointError, match=r"No layer has scales.*there are some of vision_tower\.encoder\.layers"):
         load_kv_scales(write_checkpoint(tmp_path, tensors, config("tensor")))
 
 
@@ -239,11 +229,7 @@ def quark(**fields: Any) -> dict[str, Any]:
 
 
 def quark_scales() -> dict[str, Tensor]:
-    return {
-        f"model.layers.{n}.self_attn.{x}_proj.output_scale": torch.tensor(0.25)
-        for n in range(3)
-        for x in "kv"
-    }
+    return {f"model.layers.{n}.self_attn.{x}_proj.output_scale": torch.tensor(0.25) for n in range(3) for x in "kv"}
 
 
 def test_scales_from_before_rope_need_consent(tmp_path: Path) -> None:
@@ -279,6 +265,4 @@ def test_scales_from_after_rope(tmp_path: Path, post: bool | None, kinds: list[t
 def test_what_cannot_be_accepted(tmp_path: Path, accept: Any) -> None:
     with pytest.raises(ValueError) as error:
         load_kv_scales(tmp_path, accept=accept)
-    assert str(error.value) == (
-        f'load_kv_scales: accept must be a list of "before-rope" and "nvfp4-cache", got {accept!r}'
-    )
+    assert str(error.value) == (f'load_kv_scales: accept must be a list of "before-rope" and "nvfp4-cache", got {accept!r}')

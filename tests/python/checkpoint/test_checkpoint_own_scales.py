@@ -35,13 +35,9 @@ def own_scales(query: bool = False, **options: Any) -> KVScales:
     layers = {
         0: LayerScales(q, channels, 2 * channels, dtype="int8"),
         1: LayerScales(q, random(HEADS), random(HEADS, seed=3), shift, -shift),
-        2: LayerScales(
-            q, torch.tensor([2.0**-10]), torch.tensor([2.0**-11]), k_offset=shift, dtype="fp8_e5m2"
-        ),
+        2: LayerScales(q, torch.tensor([2.0**-10]), torch.tensor([2.0**-11]), k_offset=shift, dtype="fp8_e5m2"),
     }
-    return KVScales(
-        layers, KVCacheScheme("auto", query, "static_minmax"), errors={0: 0.01, 1: 0.25}, **options
-    )
+    return KVScales(layers, KVCacheScheme("auto", query, "static_minmax"), errors={0: 0.01, 1: 0.25}, **options)
 
 
 @pytest.fixture
@@ -268,10 +264,7 @@ def test_scales_that_were_found_later_make_it_outdated(saved: Path) -> None:
     recalibrated(saved)
     problem, *_ = fp8kv.audit_checkpoint(saved)
     assert (problem.kind, problem.severity) == ("fp8kv-outdated", "error")
-    assert (
-        problem.message
-        == f"{saved / 'fp8kv'} must belong to the scales in the model's files, which have changed."
-    )
+    assert problem.message == f"{saved / 'fp8kv'} must belong to the scales in the model's files, which have changed."
     with pytest.raises(CheckpointError, match="must belong to the scales in the model's files"):
         fp8kv.load_kv_scales(saved)
     with pytest.warns(UserWarning, match="must belong to"):

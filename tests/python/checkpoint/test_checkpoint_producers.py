@@ -132,9 +132,7 @@ def test_other_producers_without_scales_mean_a_fault(tmp_path: Path, method: str
 # Mixed precision and NVFP4
 
 
-@pytest.mark.parametrize(
-    "key", [MODULE, "language_model.model.layers.{}.self_attn", "*layers.{}.*", "{}", "re:.*s\\.{}\\..*"]
-)
+@pytest.mark.parametrize("key", [MODULE, "language_model.model.layers.{}.self_attn", "*layers.{}.*", "{}", "re:.*s\\.{}\\..*"])
 def test_layers_in_16_bits_on_purpose(tmp_path: Path, key: str) -> None:
     layers = {key.format(n): {"quant_algo": "FP8"} for n in (0, 2)}
     quantization = {"kv_cache_quant_algo": "MIXED_PRECISION", "kv_cache_quantized_layers": layers}
@@ -146,9 +144,7 @@ def test_layers_in_16_bits_on_purpose(tmp_path: Path, key: str) -> None:
 def test_names_count_before_patterns(tmp_path: Path) -> None:
     layers = {"*": "FP8", "*.layers.1.*": "NVFP4", MODULE.format(1): "NONE"}
     quantization = {"kv_cache_quant_algo": "MIXED_PRECISION", "kv_cache_quantized_layers": layers}
-    assert findings(load_kv_scales(checkpoint(tmp_path, quantization, 0, 2))) == [
-        ("layer-unquantized", "note", 1)
-    ]
+    assert findings(load_kv_scales(checkpoint(tmp_path, quantization, 0, 2))) == [("layer-unquantized", "note", 1)]
 
 
 def test_a_map_of_another_model_is_of_no_concern(tmp_path: Path) -> None:
@@ -158,13 +154,9 @@ def test_a_map_of_another_model_is_of_no_concern(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("field", ["ignore", "exclude_modules"])
-@pytest.mark.parametrize(
-    "pattern", [MODULE.format(1), "re:.*layers\\.1\\.self_attn$", "*.layers.1.self_attn"]
-)
+@pytest.mark.parametrize("pattern", [MODULE.format(1), "re:.*layers\\.1\\.self_attn$", "*.layers.1.self_attn"])
 def test_modules_that_are_left_out_on_purpose(tmp_path: Path, field: str, pattern: str) -> None:
-    loaded = load_kv_scales(
-        checkpoint(tmp_path, {"kv_cache_quant_algo": "FP8", field: ["lm_head", pattern]}, 0, 2)
-    )
+    loaded = load_kv_scales(checkpoint(tmp_path, {"kv_cache_quant_algo": "FP8", field: ["lm_head", pattern]}, 0, 2))
     assert findings(loaded) == [("layer-unquantized", "note", 1)]
 
 
@@ -184,9 +176,7 @@ def test_scales_of_a_layer_that_the_config_leaves_in_16_bits(tmp_path: Path) -> 
     ],
     ids=["all", "an object", "V", "some"],
 )
-def test_scales_of_nvfp4_need_consent(
-    tmp_path: Path, quantization: dict[str, Any], layers: list[int | None]
-) -> None:
+def test_scales_of_nvfp4_need_consent(tmp_path: Path, quantization: dict[str, Any], layers: list[int | None]) -> None:
     checkpoint(tmp_path, quantization, 0, 1, 2)
     assert [(p.kind, p.layer) for p in audit_checkpoint(tmp_path)] == [("nvfp4-cache", n) for n in layers]
     with pytest.raises(CheckpointError, match=r"for a cache in NVFP4. load_kv_scales\(..., accept="):
@@ -217,9 +207,7 @@ def test_nvfp4_without_scales_is_no_fp8(tmp_path: Path) -> None:
     ],
     ids=["NVFP4", "16 bits", "one file", "strategies", "maps"],
 )  # fmt: skip
-def test_configs_that_contradict(
-    tmp_path: Path, quantization: dict[str, Any], other: dict[str, Any], texts: str
-) -> None:
+def test_configs_that_contradict(tmp_path: Path, quantization: dict[str, Any], other: dict[str, Any], texts: str) -> None:
     loaded = load_kv_scales(checkpoint(tmp_path, quantization, 0, 1, 2, **other))
     assert findings(loaded) == [("sources-differ", "warning", None)]
     assert texts in loaded.problems[0].message

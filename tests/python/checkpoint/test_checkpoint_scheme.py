@@ -155,15 +155,11 @@ def test_what_is_not_supported_in_an_attention_group() -> None:
     given = config(kv_cache_scheme=None, config_groups={"group_0": attention_group(num_bits=4)})
     with pytest.raises(ValueError) as error:
         from_config(given)
-    assert str(error.value) == (
-        "KVCacheScheme.from_config: config_groups.group_0.input_activations.num_bits must be 8, got 4"
-    )
+    assert str(error.value) == ("KVCacheScheme.from_config: config_groups.group_0.input_activations.num_bits must be 8, got 4")
 
 
 def test_strategies_that_contradict() -> None:
-    given = config(
-        kv_cache_scheme=scheme("tensor"), config_groups={"g": attention_group(strategy="attn_head")}
-    )
+    given = config(kv_cache_scheme=scheme("tensor"), config_groups={"g": attention_group(strategy="attn_head")})
     with pytest.raises(ValueError) as error:
         from_config(given)
     assert str(error.value) == (
@@ -323,9 +319,7 @@ def test_config_json_counts_where_both_have_a_scheme(tmp_path: Path) -> None:
 def test_a_cache_that_is_not_quantized(given: dict[str, Any]) -> None:
     with pytest.raises(ValueError) as error:
         from_config(given)
-    assert str(error.value) == (
-        "KVCacheScheme.from_config: the config must have a KV cache in FP8 (kv_cache_scheme), got none"
-    )
+    assert str(error.value) == ("KVCacheScheme.from_config: the config must have a KV cache in FP8 (kv_cache_scheme), got none")
 
 
 @pytest.mark.parametrize("missing", ["nowhere", "nowhere/config.json", "."])

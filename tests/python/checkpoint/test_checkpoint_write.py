@@ -30,9 +30,7 @@ from fp8kv.checkpoint._write import replace
 from fp8kv.checkpoint._write.scales import round_up
 from helpers import each_strategy
 
-LAYERS, HEADS, KV_HEADS = (
-    SIZES[name] for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-)
+LAYERS, HEADS, KV_HEADS = (SIZES[name] for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"))
 FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SCALES_FILE = "model-kv-scales.safetensors"
 each_query = pytest.mark.parametrize("query", [False, True], ids=["without query", "with query"])
@@ -50,9 +48,7 @@ def plain_config(**changes: Any) -> dict[str, Any]:
     return fields
 
 
-def plain_checkpoint(
-    folder: Path, tensors: dict[str, Tensor] | None = None, *, shards: int = 1, **changes: Any
-) -> Path:
+def plain_checkpoint(folder: Path, tensors: dict[str, Tensor] | None = None, *, shards: int = 1, **changes: Any) -> Path:
     return write_checkpoint(folder, tensors or weights(), plain_config(**changes), shards=shards)
 
 
@@ -182,9 +178,7 @@ def test_zero_points_are_zero(tmp_path: Path) -> None:
     ],
     ids=["dtype", "torch_dtype", "with torch.", "text_config", "auto: that of the weights", "none: likewise"],
 )
-def test_scales_have_the_dtype_of_the_model(
-    tmp_path: Path, changes: dict[str, Any], stored: torch.dtype
-) -> None:
+def test_scales_have_the_dtype_of_the_model(tmp_path: Path, changes: dict[str, Any], stored: torch.dtype) -> None:
     some_scales().save(tmp_path / "out", plain_checkpoint(tmp_path / "source", **changes))
     assert tensors_of(tmp_path / "out")["model.layers.0.self_attn.k_scale"].dtype == stored
 
@@ -245,12 +239,8 @@ def test_only_layers_with_attention_need_scales(tmp_path: Path) -> None:
 
 
 def test_head_counts_may_differ_from_layer_to_layer(tmp_path: Path) -> None:
-    source = plain_checkpoint(
-        tmp_path / "source", num_attention_heads=[4, 8, 8], num_key_value_heads=[2, 1, 8]
-    )
-    layers = {
-        n: LayerScales(q=torch.ones(h), k=torch.ones(h), v=torch.ones(h)) for n, h in enumerate([2, 1, 8])
-    }
+    source = plain_checkpoint(tmp_path / "source", num_attention_heads=[4, 8, 8], num_key_value_heads=[2, 1, 8])
+    layers = {n: LayerScales(q=torch.ones(h), k=torch.ones(h), v=torch.ones(h)) for n, h in enumerate([2, 1, 8])}
     KVScales(layers, KVCacheScheme("attn_head", True)).save(tmp_path / "out", source)
     stored = tensors_of(tmp_path / "out")
     assert [len(stored[f"model.layers.{n}.self_attn.k_scale"]) for n in range(3)] == [2, 1, 8]
@@ -276,9 +266,7 @@ def next_below(stored: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @hypothesis.given(
-    st.lists(
-        st.floats(min_value=2.0**-24, max_value=65504, width=32, exclude_min=False), min_size=1, max_size=20
-    )
+    st.lists(st.floats(min_value=2.0**-24, max_value=65504, width=32, exclude_min=False), min_size=1, max_size=20)
 )
 def test_rounding_goes_up_and_no_further_than_needed(dtype: torch.dtype, scales: list[float]) -> None:
     exact = torch.tensor(scales)
@@ -315,9 +303,7 @@ def test_a_float32_model_keeps_every_bit(tmp_path: Path) -> None:
         ("bfloat16", 1e-41, "from 9.18e-41"),
     ],
 )
-def test_a_scale_that_the_dtype_cannot_hold_is_refused(
-    tmp_path: Path, dtype: str, value: float, sentence: str
-) -> None:
+def test_a_scale_that_the_dtype_cannot_hold_is_refused(tmp_path: Path, dtype: str, value: float, sentence: str) -> None:
     source = plain_checkpoint(tmp_path / "source", dtype=dtype)
     with pytest.raises(ValueError) as error:
         scales_with(v=torch.tensor([1, 1, value, 1])).save(tmp_path / "out", source)
@@ -393,18 +379,14 @@ def test_the_config_is_that_of_llm_compressor_field_by_field(
     ],
     ids=["another class", "unknown", "no class of the usual name", "none"],
 )
-def test_the_attention_group_names_the_class_or_the_module(
-    tmp_path: Path, changes: dict[str, Any], target: str
-) -> None:
+def test_the_attention_group_names_the_class_or_the_module(tmp_path: Path, changes: dict[str, Any], target: str) -> None:
     source = plain_checkpoint(tmp_path / "source", **changes)
     some_scales(query=True).save(tmp_path / "out", source)
     groups = read_config(tmp_path / "out")["quantization_config"]["config_groups"]
     assert groups["group_0"]["targets"] == [target]
 
 
-def test_without_transformers_the_attention_group_names_the_module(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_transformers_the_attention_group_names_the_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     some_scales(query=True).save(tmp_path / "out", plain_checkpoint(tmp_path / "source"))
     groups = read_config(tmp_path / "out")["quantization_config"]["config_groups"]
@@ -551,9 +533,7 @@ def test_the_metadata_of_a_file_stays(tmp_path: Path) -> None:
     assert header["__metadata__"] == {"format": "pt", "made by": "Größe"}
 
 
-@pytest.mark.parametrize(
-    ("query", "dtype"), [(True, "bfloat16"), (True, "float16"), (True, "float32"), (False, "bfloat16")]
-)
+@pytest.mark.parametrize(("query", "dtype"), [(True, "bfloat16"), (True, "float16"), (True, "float32"), (False, "bfloat16")])
 def test_every_tensor_is_aligned(tmp_path: Path, query: bool, dtype: str) -> None:
     """Odd sizes, small types before large ones, and an empty tensor at an odd place."""
     source = plain_checkpoint(tmp_path / "source", dtype=dtype)
@@ -729,9 +709,7 @@ def test_in_place_unchanged_files_are_not_copied(tmp_path: Path) -> None:
     assert after == before
 
 
-def test_in_place_files_are_copied_where_links_are_impossible(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_in_place_files_are_copied_where_links_are_impossible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = plain_checkpoint(tmp_path / "model", shards=2)
     some_scales().save(tmp_path / "expected", folder)
     monkeypatch.setattr(os, "link", fails)
@@ -893,9 +871,7 @@ def of_value(value: float) -> Callable[[], KVScales]:
         "heads per tensor", "query of one layer", "a layer less", "empty", "a layer more",
     ],
 )  # fmt: skip
-def test_scales_are_checked_before_anything_is_written(
-    tmp_path: Path, scales: Callable[[], KVScales], sentence: str
-) -> None:
+def test_scales_are_checked_before_anything_is_written(tmp_path: Path, scales: Callable[[], KVScales], sentence: str) -> None:
     source = plain_checkpoint(tmp_path / "source")
     with pytest.raises(ValueError) as error:
         scales().save(tmp_path / "out", source)
@@ -924,9 +900,7 @@ def test_scales_are_checked_before_anything_is_written(
     ],
     ids=["another method", "a nested config", "no head counts", "uneven groups", "attention ignored"],
 )
-def test_a_config_that_does_not_fit_is_refused(
-    tmp_path: Path, changes: dict[str, Any], sentence: str
-) -> None:
+def test_a_config_that_does_not_fit_is_refused(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     source = plain_checkpoint(tmp_path / "source", **changes)
     with pytest.raises(ValueError) as error:
         some_scales(query=True).save(tmp_path / "out", source)
@@ -1021,9 +995,7 @@ def test_a_truncated_file_of_the_source_is_named(tmp_path: Path) -> None:
     source = plain_checkpoint(tmp_path / "source", shards=2)
     shard = source / "model-00001-of-00002.safetensors"
     os.truncate(shard, shard.stat().st_size - 1)
-    with pytest.raises(
-        CheckpointError, match=r"model-00001-of-00002\.safetensors is no whole safetensors file"
-    ):
+    with pytest.raises(CheckpointError, match=r"model-00001-of-00002\.safetensors is no whole safetensors file"):
         some_scales().save(tmp_path / "out", source)
 
 
@@ -1121,9 +1093,7 @@ def test_a_failure_after_the_new_folder_has_taken_its_place_leaves_that(
     assert sorted(os.listdir(tmp_path)) == ["expected", "model"]
 
 
-def test_a_full_disk_in_the_middle_of_a_file_leaves_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_in_the_middle_of_a_file_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = plain_checkpoint(tmp_path / "model")
     before = state(tmp_path)
     monkeypatch.setattr(StoredTensor, "chunks", fails_at(2, StoredTensor.chunks))
@@ -1133,9 +1103,7 @@ def test_a_full_disk_in_the_middle_of_a_file_leaves_what_was_there(
 
 
 @pytest.mark.parametrize("there", ["nothing", "a checkpoint"])
-def test_without_an_exchange_of_folders_two_renames_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str
-) -> None:
+def test_without_an_exchange_of_folders_two_renames_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str) -> None:
     source = plain_checkpoint(tmp_path / "source")
     some_scales().save(tmp_path / "expected", source)
     monkeypatch.setattr(replace, "_exchange", lambda a, b: False)
@@ -1146,9 +1114,7 @@ def test_without_an_exchange_of_folders_two_renames_do(
     assert sorted(os.listdir(tmp_path)) == ["expected", "out", "source"]
 
 
-def test_without_an_exchange_a_failing_rename_puts_the_old_folder_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_an_exchange_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = plain_checkpoint(tmp_path / "model")
     before = state(tmp_path)
     honest, calls = os.rename, itertools.count()
@@ -1284,16 +1250,12 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @each_strategy
 @each_query
-def test_transformers_loads_the_checkpoint(
-    tmp_path: Path, tiny_llama: Path, strategy: str, query: bool
-) -> None:
+def test_transformers_loads_the_checkpoint(tmp_path: Path, tiny_llama: Path, strategy: str, query: bool) -> None:
     """Where compressed-tensors does not know the attention of this transformers, scales are left out."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("compressed_tensors")
     some_scales(strategy, query=query).save(tmp_path / "out", tiny_llama)
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", output_loading_info=True
-    )
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     stored = tensors_of(tmp_path / "out")
     scales = stored.keys() - tensors_of(tiny_llama).keys()
     assert not report["missing_keys"]
@@ -1313,9 +1275,7 @@ def test_scales_arrive_in_the_attention_of_a_model(
     transformers = pytest.importorskip("transformers")
     lifecycle = pytest.importorskip("compressed_tensors.quantization.lifecycle")
     for module in (lifecycle.apply, lifecycle.initialize):
-        monkeypatch.setattr(
-            module, "is_cached_attention_module", lambda module: type(module).__name__ == "LlamaAttention"
-        )
+        monkeypatch.setattr(module, "is_cached_attention_module", lambda module: type(module).__name__ == "LlamaAttention")
     some_scales(strategy, query=query).save(tmp_path / "out", tiny_llama)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     stored, parameters = tensors_of(tmp_path / "out"), dict(model.named_parameters())

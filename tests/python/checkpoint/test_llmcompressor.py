@@ -28,9 +28,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("llmcompressor")
     source = tiny_models.make_model(folder / "source")
     tokenizer = AutoTokenizer.from_pretrained(source)
-    dataset = Dataset.from_dict(
-        {"input_ids": TOKENS.tolist(), "attention_mask": torch.ones_like(TOKENS).tolist()}
-    )
+    dataset = Dataset.from_dict({"input_ids": TOKENS.tolist(), "attention_mask": torch.ones_like(TOKENS).tolist()})
     result = {"": source}
     for strategy in ("tensor", "attn_head"):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)

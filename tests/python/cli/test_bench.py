@@ -84,9 +84,7 @@ def test_the_caches_of_the_cpu_can_not_be_kept_warm() -> None:
 def test_warm_buffers_fit_a_quarter_of_the_cache(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
     buffers = quantize.QuantizeCase.buffers
-    monkeypatch.setattr(
-        quantize.QuantizeCase, "buffers", lambda case, count: taken.append(count) or buffers(case, count)
-    )
+    monkeypatch.setattr(quantize.QuantizeCase, "buffers", lambda case, count: taken.append(count) or buffers(case, count))
     monkeypatch.setattr(quantize, "QUICK_SHAPES", {"cuda": ((16, 4096), (65536, 8192))})
     report = bench.run(cuda, quick=True, only="static tensor", warm=True, host=False)
     assert report.warm
@@ -109,9 +107,7 @@ def test_a_row_of_a_cache_names_the_models_of_its_geometry(small_caches: None) -
     assert report.rows
 
 
-def test_a_peer_that_raises_is_left_out_with_a_note(
-    small_caches: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_peer_that_raises_is_left_out_with_a_note(small_caches: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: object) -> None:
         raise NotImplementedError("no such kernel\nand more")
 
@@ -121,9 +117,7 @@ def test_a_peer_that_raises_is_left_out_with_a_note(
     assert all(row.peers == {} for row in report.rows)
     ((note, cases),) = report.notes.items()
     assert note == "torch eager left out: NotImplementedError: no such kernel"
-    assert set(cases) == {
-        f"append tensor {layout} 16x8x128 Llama-3.1-8B Qwen3-8B" for layout in ("NHD", "HND")
-    }
+    assert set(cases) == {f"append tensor {layout} 16x8x128 Llama-3.1-8B Qwen3-8B" for layout in ("NHD", "HND")}
 
 
 def test_the_host_cost_of_every_cache_operator_is_measured(small_caches: None) -> None:
@@ -173,9 +167,7 @@ def test_what_peers_do_to_a_cache_is_the_same(small_caches: None, work: str) -> 
     check_peers(cache_case(work))
 
 
-def test_the_gather_of_several_sequences_that_peers_do_is_the_same(
-    small_caches: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gather_of_several_sequences_that_peers_do_is_the_same(small_caches: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_cache, "MAX_SEQ_LEN", 40)
     check_peers(replace(cache_case("gather head NHD"), shape=(80, 8, 128)))
 
@@ -350,9 +342,7 @@ SDPA_WORKS = {
 
 @pytest.mark.parametrize("work", sorted(SDPA_WORKS))
 @pytest.mark.parametrize("name", attention_peers.CPU_PEERS)
-def test_the_attention_of_pytorch_that_is_a_peer_is_the_same(
-    short_window: None, name: str, work: str
-) -> None:
+def test_the_attention_of_pytorch_that_is_a_peer_is_the_same(short_window: None, name: str, work: str) -> None:
     adapter = attention_peers.CPU_PEERS[name]
     queries = attention.WORKS[work].queries
     if name.endswith("grouped") and queries > 1:
@@ -411,9 +401,7 @@ def flash_attention_3(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("work", attention.WORKS)
 @pytest.mark.parametrize("name", ["FA3 bf16", "FA3 fp8"])
-def test_what_flash_attention_3_is_asked_for(
-    short_window: None, flash_attention_3: None, name: str, work: str
-) -> None:
+def test_what_flash_attention_3_is_asked_for(short_window: None, flash_attention_3: None, name: str, work: str) -> None:
     adapter = attention_peers.CUDA_PEERS[name]
     if name == "FA3 fp8" and "token-head" in work:
         assert adapter(attention_case(work)) is None
@@ -433,10 +421,7 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
         ) -> None:  # fmt: skip
             assert layout == "NHD"
             assert not workspace.any()
-            self.shapes = [
-                x.shape
-                for x in (paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer)
-            ]
+            self.shapes = [x.shape for x in (paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer)]
 
         def plan(
             self, indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor, num_qo_heads: int,
@@ -491,9 +476,7 @@ def test_a_peer_of_attention_that_is_not_installed_is_left_out_with_a_note(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    monkeypatch.setitem(
-        attention_peers.CPU_PEERS, "SDPA bf16", partial(attention_peers.flash_attention_3, fp8=True)
-    )
+    monkeypatch.setitem(attention_peers.CPU_PEERS, "SDPA bf16", partial(attention_peers.flash_attention_3, fp8=True))
     report = bench.run("cpu", "attention", quick=True, only="decode tensor", host=False)
     ((note, cases),) = report.notes.items()
     assert note.startswith("SDPA bf16 left out: ModuleNotFoundError: ")

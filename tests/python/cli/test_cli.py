@@ -22,9 +22,7 @@ Wrong = Callable[[torch.Tensor], object]
 
 
 def test_python_m_fp8kv_shows_the_commands() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "fp8kv", "--help"], capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-m", "fp8kv", "--help"], capture_output=True, text=True, check=True)
     for command in ("doctor", "bench", "demo", "eval"):
         assert command in result.stdout
 
@@ -67,9 +65,7 @@ def test_doctor_exits_with_1_when_bytes_differ(monkeypatch: pytest.MonkeyPatch) 
     assert "static_scaled_fp8_quant (bfloat16, float8_e4m3fn, per token)" in result.output.replace("\n", " ")
 
 
-@pytest.mark.parametrize(
-    "wrong", [lambda x: x.mul_(1.01), lambda x: x.view(-1)[7].add_(0.1)], ids=["all", "one"]
-)
+@pytest.mark.parametrize("wrong", [lambda x: x.mul_(1.01), lambda x: x.view(-1)[7].add_(0.1)], ids=["all", "one"])
 def test_doctor_sees_attention_that_is_not_near(monkeypatch: pytest.MonkeyPatch, wrong: Wrong) -> None:
     honest = fp8kv.paged_attention
 
@@ -141,9 +137,7 @@ def test_nothing_is_said_of_what_is_at_its_best(monkeypatch: pytest.MonkeyPatch)
         ("80-real;89-real;90-real;100-real;120-real;120-virtual", (10, 3), True),
     ],
 )
-def test_which_architectures_run_on_which_gpu(
-    architectures: str, capability: tuple[int, int], runs: bool
-) -> None:
+def test_which_architectures_run_on_which_gpu(architectures: str, capability: tuple[int, int], runs: bool) -> None:
     assert doctor.architecture_runs(architectures, *capability) is runs
 
 
@@ -201,9 +195,7 @@ def test_bench_refuses_an_unknown_benchmark() -> None:
 
 
 def test_bench_writes_json_to_stdout_and_nothing_else() -> None:
-    result = runner.invoke(
-        _app.app, ["bench", "--quick", "--device", "cpu", "--only", "static tensor", "--json", "-"]
-    )
+    result = runner.invoke(_app.app, ["bench", "--quick", "--device", "cpu", "--only", "static tensor", "--json", "-"])
     assert result.exit_code == 0
     assert {row["work"] for row in json.loads(result.stdout)["rows"]} == {"static tensor"}
 
@@ -225,7 +217,5 @@ def test_bench_of_attention_writes_tables_json_and_picture(tmp_path: Path) -> No
 
 def test_bench_of_attention_on_cuda(cuda: torch.device, tmp_path: Path) -> None:
     numbers = tmp_path / "bench.json"
-    output_of(
-        "bench", "attention", "--quick", "--device", "cuda", "--only", "decode head NHD", "--json", numbers
-    )
+    output_of("bench", "attention", "--quick", "--device", "cuda", "--only", "decode head NHD", "--json", numbers)
     assert all(row.errors["fp8kv"] <= 2.5e-3 for row in bench.Report.read_json(numbers).rows)

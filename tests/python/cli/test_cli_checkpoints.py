@@ -230,9 +230,7 @@ def test_json_has_null_for_a_missing_scale(tmp_path: Path) -> None:
         ("no k", GRAY),
     ],
 )
-def test_the_picture_shows_bad_values_in_a_color_of_their_own(
-    defect: str, color: tuple[int, int, int], tmp_path: Path
-) -> None:
+def test_the_picture_shows_bad_values_in_a_color_of_their_own(defect: str, color: tuple[int, int, int], tmp_path: Path) -> None:
     tensors = files.scales()
     DEFECTS[defect][0](tensors)
     folder = files.write_checkpoint(tmp_path / "m", tensors, files.config())
@@ -466,9 +464,7 @@ def test_calibrate_copies_the_model(calibrated: Path, model_folder: Path) -> Non
         assert (calibrated / name).read_bytes() == (model_folder / name).read_bytes()
 
 
-def test_calibrate_shows_the_table_and_what_to_do_next(
-    model_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_calibrate_shows_the_table_and_what_to_do_next(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     out, picture = tmp_path / "out", tmp_path / "scales.png"
     output = invoke(*arguments(model_folder, out, text_file, "--plot", picture))
     for scale in scales_of(out).values():
@@ -480,9 +476,7 @@ def test_calibrate_shows_the_table_and_what_to_do_next(
 
 
 @pytest.mark.parametrize("observer", ["static_minmax", "percentile", "mse"])
-def test_what_calibrate_wrote_says_how(
-    observer: str, model_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_what_calibrate_wrote_says_how(observer: str, model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     invoke(*arguments(model_folder, tmp_path / "out", text_file, "--observer", observer, "--query"))
     target = tmp_path / "found.json"
     invoke("inspect", tmp_path / "out", "--json", target)
@@ -494,9 +488,7 @@ def test_what_calibrate_wrote_says_how(
     }
 
 
-def test_calibrate_says_how_many_windows_a_short_text_gives(
-    model_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_calibrate_says_how_many_windows_a_short_text_gives(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     output = invoke(*arguments(model_folder, tmp_path / "out", text_file, "--num-samples", "1000"))
     assert "6 windows of 16 tokens" in output
 
@@ -643,9 +635,7 @@ def test_calibrate_leaves_a_checkpoint_alone_without_overwrite(
 
 
 @pytest.mark.parametrize("where", ["inside", "a file", "below a file"])
-def test_calibrate_refuses_an_output_that_cannot_be(
-    where: str, model_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_calibrate_refuses_an_output_that_cannot_be(where: str, model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     out = {
         "inside": model_folder / "out",
@@ -663,9 +653,7 @@ def test_calibrate_refuses_a_folder_without_config(text_file: Path, tmp_path: Pa
     assert f"MODEL must have a config.json, got {tmp_path / 'm'}" in output
 
 
-def test_calibrate_refuses_a_model_that_is_not_there(
-    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calibrate_refuses_a_model_that_is_not_there(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     def fetch(name: str) -> str:
@@ -677,9 +665,7 @@ def test_calibrate_refuses_a_model_that_is_not_there(
     assert output == f"error: {expected}: nobody has no/model"
 
 
-def test_calibrate_takes_an_id(
-    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calibrate_takes_an_id(model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", {"some/model": str(model_folder)}.get)
@@ -692,9 +678,7 @@ def test_calibrate_says_what_to_install(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     output = invoke(*arguments(model_folder, tmp_path / "out", text_file), status=1)
-    assert (
-        output == "error: transformers is not installed; this installs it: pip install 'fp8kv[transformers]'"
-    )
+    assert output == "error: transformers is not installed; this installs it: pip install 'fp8kv[transformers]'"
 
 
 @pytest.mark.parametrize(
@@ -705,9 +689,7 @@ def test_calibrate_says_what_to_install(
         ("config.json", "no checkpoint can be made from"),
     ],
 )
-def test_a_damaged_model_is_one_sentence(
-    name: str, sentence: str, model_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_model_is_one_sentence(name: str, sentence: str, model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(model_folder, tmp_path / "broken")
     (broken / name).write_text("{")
     output = invoke(*arguments(broken, tmp_path / "out", text_file), status=1)
@@ -716,9 +698,7 @@ def test_a_damaged_model_is_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_type_of_model_is_one_sentence(
-    model_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_an_unknown_type_of_model_is_one_sentence(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     strange = shutil.copytree(model_folder, tmp_path / "strange")
     config = json.loads((strange / "config.json").read_text())
     (strange / "config.json").write_text(json.dumps(config | {"model_type": "abacus"}))
@@ -742,9 +722,7 @@ main()
 """
 
 
-def test_two_processes_give_the_scales_of_one(
-    calibrated: Path, model_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_two_processes_give_the_scales_of_one(calibrated: Path, model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "counting.py").write_text(COUNTING)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tmp_path / "counting.py")
     command = arguments(model_folder, tmp_path / "out", text_file, "--strategy", "attn_head", "--query")
@@ -759,9 +737,7 @@ def test_two_processes_give_the_scales_of_one(
     assert [(tmp_path / f"threads_of_{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
 
 
-def test_what_fails_in_one_process_ends_all_and_the_first_says_why(
-    model_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_what_fails_in_one_process_ends_all_and_the_first_says_why(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -796,9 +772,7 @@ def test_inspect_shows_the_model_that_is_asked_for(tmp_path: Path) -> None:
 
 def test_inspect_shows_scales_of_1_that_no_tensor_has(tmp_path: Path) -> None:
     modelopt = {"quant_method": "modelopt", "kv_cache_quant_algo": "FP8"}
-    folder = files.write_checkpoint(
-        tmp_path, files.weights(), files.SIZES | {"quantization_config": modelopt}
-    )
+    folder = files.write_checkpoint(tmp_path, files.weights(), files.SIZES | {"quantization_config": modelopt})
     found = inspection.inspect_checkpoint(folder)
     assert [(row.k, row.v) for row in found.layers] == [([1.0], [1.0])] * LAYERS
     assert "unit-scales" in invoke("inspect", folder)
@@ -814,7 +788,5 @@ def test_inspect_names_what_it_does_not_understand(tmp_path: Path) -> None:
 
 def test_inspect_reads_a_json_file_of_scales(tmp_path: Path) -> None:
     file = tmp_path / "scales.json"
-    file.write_text(
-        json.dumps({"kv_cache": {"dtype": "float8_e4m3fn", "scaling_factor": {"0": {"0": 0.75}}}})
-    )
+    file.write_text(json.dumps({"kv_cache": {"dtype": "float8_e4m3fn", "scaling_factor": {"0": {"0": 0.75}}}}))
     assert "0.75" in invoke("inspect", file)

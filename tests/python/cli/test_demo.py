@@ -66,9 +66,7 @@ def test_the_demo_leaves_a_picture(story: Story) -> None:
     assert f"picture: {story.out / 'demo.png'}" in story.output
 
 
-@pytest.mark.parametrize(
-    ("name", "strategy"), [("per_tensor", "tensor"), ("per_head", "attn_head"), ("auto", "auto")]
-)
+@pytest.mark.parametrize(("name", "strategy"), [("per_tensor", "tensor"), ("per_head", "attn_head"), ("auto", "auto")])
 def test_the_checkpoints_stay_where_the_user_wants_them(name: str, strategy: str, story: Story) -> None:
     scales = load_kv_scales(story.out / name)
     assert scales.scheme.strategy == strategy
@@ -79,9 +77,7 @@ def test_the_model_stays_as_it_is(story: Story, tiny_model: Path) -> None:
     assert files_of(tiny_model) == story.before
 
 
-def test_the_demo_runs_on_a_gpu(
-    tiny_model: Path, tiny_text: Path, tmp_path: Path, cuda: torch.device
-) -> None:
+def test_the_demo_runs_on_a_gpu(tiny_model: Path, tiny_text: Path, tmp_path: Path, cuda: torch.device) -> None:
     output = invoke(*small(tiny_model, tiny_text, tmp_path / "demo.png", "--device", str(cuda)))
     assert torch.cuda.get_device_name() in output
     assert f"tokens before, {torch.cuda.get_device_name()}, not compiled" in output
@@ -124,9 +120,7 @@ def test_common_prefix(a: list[int], b: list[int], same: int) -> None:
         ("gguf", "gguf is not installed; this installs it: pip install 'fp8kv[demo]'"),
     ],
 )
-def test_what_is_missing_is_one_sentence(
-    missing: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_missing_is_one_sentence(missing: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
 
     def find_spec(name: str, *more: Any) -> Any:
@@ -135,9 +129,7 @@ def test_what_is_missing_is_one_sentence(
         return find(name, *more)
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
-    output = invoke(
-        "demo", "--device", "cpu", "--cache-dir", tmp_path, "--plot", tmp_path / "x.png", status=1
-    )
+    output = invoke("demo", "--device", "cpu", "--cache-dir", tmp_path, "--plot", tmp_path / "x.png", status=1)
     assert output.endswith(f"error: {remedy}; or name a model of your own")
     assert list(tmp_path.iterdir()) == []
 
@@ -155,9 +147,7 @@ def test_the_demo_refuses(option: str, value: str, sentence: str, tiny_model: Pa
     assert sentence in output
 
 
-def test_a_folder_for_checkpoints_that_holds_something_else_stays(
-    tiny_model: Path, tiny_text: Path, tmp_path: Path
-) -> None:
+def test_a_folder_for_checkpoints_that_holds_something_else_stays(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
     (tmp_path / "per_head").mkdir()
     (tmp_path / "per_head" / "letter.txt").write_text("dear")
     arguments = small(tiny_model, tiny_text, tmp_path / "demo.png", "--device", "cpu", "--out", tmp_path)
@@ -199,9 +189,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     ],
     ids=["FP8KV_CACHE", "XDG_CACHE_HOME", "HOME"],
 )
-def test_where_the_small_model_is_kept(
-    variables: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_the_small_model_is_kept(variables: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FP8KV_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():

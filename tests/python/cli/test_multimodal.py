@@ -92,14 +92,10 @@ def of_its_own_class(folder: Path, dtype: torch.dtype) -> Any:
     """The model, loaded with the class that its checkpoint names."""
     (name,) = json.loads((folder / "config.json").read_text())["architectures"]
     model = getattr(transformers, name).from_pretrained(folder, dtype=dtype).eval()
-    return (
-        model.language_model if folder.name == "llama4" else model
-    )  # it requires an image in Transformers 5.24
+    return model.language_model if folder.name == "llama4" else model  # it requires an image in Transformers 5.24
 
 
-def test_calibrate_finds_the_scales_of_the_language_model(
-    multimodal: Path, text: Path, tmp_path: Path
-) -> None:
+def test_calibrate_finds_the_scales_of_the_language_model(multimodal: Path, text: Path, tmp_path: Path) -> None:
     invoke(
         "calibrate", multimodal, "-o", tmp_path / "out", "--text", text, "--num-samples", "4",
         "--seq-len", WINDOW, "--batch-size", "4", "--strategy", "attn_head", "--device", "cpu",

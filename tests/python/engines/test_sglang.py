@@ -78,8 +78,7 @@ def test_bytes_are_the_references(scales: tuple[Any, Any], dtype: torch.dtype, u
     name = "fp8_e4m3" if dtype == torch.float8_e4m3fn else "fp8_e5m2"
     expected = torch.zeros(2, PAGES, PAGE, HEADS, HEAD_DIM, dtype=torch.uint8)
     k_scale, v_scale = (
-        torch.ones(1) if s is None else torch.tensor([float(s.item() if isinstance(s, Tensor) else s)])
-        for s in scales
+        torch.ones(1) if s is None else torch.tensor([float(s.item() if isinstance(s, Tensor) else s)]) for s in scales
     )
     reference.reshape_and_cache_flash(key, value, *expected, SLOTS, name, k_scale, v_scale)
     for buffers, stored in zip((pool.k_buffer, pool.v_buffer), expected, strict=True):
@@ -124,9 +123,7 @@ def test_what_is_left_to_sglang(case: str) -> None:
             key = key.to(torch.float8_e4m3fn)
     seen: list[Any] = []
     layer = SimpleNamespace(layer_id=11)
-    result = set_kv_buffer(
-        lambda *args: seen.append(args) or "theirs", pool, layer, SLOTS, key, value, *arguments
-    )
+    result = set_kv_buffer(lambda *args: seen.append(args) or "theirs", pool, layer, SLOTS, key, value, *arguments)
     assert result == "theirs"
     ((first, *rest),) = seen
     assert first is pool
@@ -165,18 +162,14 @@ def test_nothing_happens_unless_it_is_asked_for(hooks: list[Any], monkeypatch: p
 
 def test_another_value_of_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FP8KV_SGLANG_WRITES", "on")
-    with pytest.raises(
-        ValueError, match=r'^fp8kv.sglang: FP8KV_SGLANG_WRITES must be "0" or "1", got \'on\'$'
-    ):
+    with pytest.raises(ValueError, match=r'^fp8kv.sglang: FP8KV_SGLANG_WRITES must be "0" or "1", got \'on\'$'):
         sglang.register()
 
 
 def test_a_sglang_without_plug_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FP8KV_SGLANG_WRITES", "1")
     monkeypatch.setitem(sys.modules, "sglang.srt.plugins.hook_registry", None)
-    with pytest.raises(
-        ImportError, match=r"^fp8kv.sglang: SGLang must be installed, in a version with plug-ins"
-    ):
+    with pytest.raises(ImportError, match=r"^fp8kv.sglang: SGLang must be installed, in a version with plug-ins"):
         sglang.register()
 
 

@@ -239,9 +239,7 @@ def test_combinations_are_refused_with_a_reason(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module._ops, "cuda_missing", None)
     assert reason(128, "fp8_per_token_head") is None
     assert reason(66, "fp8") is None
-    assert reason(66, "fp8_per_token_head") == (
-        "head_size must be a multiple of 4 with fp8_per_token_head, got 66"
-    )
+    assert reason(66, "fp8_per_token_head") == ("head_size must be a multiple of 4 with fp8_per_token_head, got 66")
     monkeypatch.setattr(module._ops, "cuda_missing", "it was made without nvcc")
     assert reason(128, "fp8") == "it was made without nvcc"
 

@@ -73,9 +73,7 @@ def test_a_layer_of_vllm() -> None:
         seq_lens_cpu_upper_bound=int32(5, 20),
     )
     query, key, value = (torch.randn(28, heads * HEAD_SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS))
-    with set_forward_context(
-        {NAME: builder.build(0, batch)}, config, slot_mapping={NAME: batch.slot_mapping}
-    ):
+    with set_forward_context({NAME: builder.build(0, batch)}, config, slot_mapping={NAME: batch.slot_mapping}):
         out = layer(query, key, value).view(28, HEADS, HEAD_SIZE)[:25]
 
     caches = torch.zeros(2, 16, 16, KV_HEADS, HEAD_SIZE, dtype=torch.uint8)

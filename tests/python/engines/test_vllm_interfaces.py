@@ -134,11 +134,7 @@ def test_the_fields_of_a_batch() -> None:
     def fields(module: ast.Module) -> list[str]:
         node = next(x for x in ast.walk(module) if getattr(x, "name", "") == "CommonAttentionMetadata")
         assert isinstance(node, ast.ClassDef)
-        return [
-            str(f.target.id)
-            for f in node.body
-            if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)
-        ]
+        return [str(f.target.id) for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
 
     released, standing_in = fields(release(BACKEND)), fields(parsed(STANDINS))
     assert released[:10] == standing_in[:10]

@@ -83,22 +83,16 @@ def test_registering_imports_no_backend(writes: str) -> None:
         "print([name for name in sys.modules if name in ('fp8kv.vllm.backend', 'fp8kv.vllm.writes')])"
     )
     root = Path(__file__).parents[3]
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert result.stdout.strip() == "[]"
 
 
-def test_a_vllm_that_lacks_an_interface(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_vllm_that_lacks_an_interface(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """A warning if nothing was asked for, else an error."""
     vllm_standins.forget_the_plugin()
     monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.utils", None)
     plugin = importlib.import_module("fp8kv.vllm")
-    sentence = (
-        "fp8kv.vllm: vLLM must be installed, in a version with the attention backends of 0.26 or newer ("
-    )
+    sentence = "fp8kv.vllm: vLLM must be installed, in a version with the attention backends of 0.26 or newer ("
     with caplog.at_level(logging.WARNING, logger="vllm.fp8kv"):
         plugin.register()
     assert sentence in caplog.text
@@ -202,9 +196,7 @@ def test_scales_of_1_are_not_silent(caplog: pytest.LogCaptureFixture) -> None:
         start({"a.0": layer(k=1.0), "a.1": layer(v=[1.0, 1.0])})
         assert caplog.text == ""
         start({"a.0": layer(), "a.1": layer(k=1.0, v=[1.0, 1.0])})
-    assert "1 of 2 layers have no scales, a.1 the first of them: their K and V are quantized with 1.0" in (
-        caplog.text
-    )
+    assert "1 of 2 layers have no scales, a.1 the first of them: their K and V are quantized with 1.0" in (caplog.text)
 
 
 def test_a_checkpoint_that_the_audit_refuses(tmp_path: Path) -> None:
@@ -240,13 +232,10 @@ def test_what_vllm_does_not_read_is_not_refused(tmp_path: Path) -> None:
     ],
     ids=["engines", "layers"],
 )
-def test_scales_do_not_change_while_a_cache_is_shared(
-    layers: dict[str, Any], changes: dict[str, Any], what: str
-) -> None:
+def test_scales_do_not_change_while_a_cache_is_shared(layers: dict[str, Any], changes: dict[str, Any], what: str) -> None:
     start(layers, **changes)
     with pytest.raises(ValueError) as caught:
         start(layers, observe=100, **changes)
     assert str(caught.value) == (
-        f"fp8kv.vllm: FP8KV_VLLM_OBSERVE must be 0 with {what}, as all that share a cache must have the same "
-        "scales"
+        f"fp8kv.vllm: FP8KV_VLLM_OBSERVE must be 0 with {what}, as all that share a cache must have the same scales"
     )

@@ -65,8 +65,7 @@ def test_quantization_of_another_plug_in_is_not_replaced(writes: Any) -> None:
         with pytest.raises(ValueError) as caught:
             queries().replace_quantization()
     assert str(caught.value) == (
-        "fp8kv.vllm: QuantFP8 must be vLLM's own with FP8KV_VLLM_WRITES=1, got SimpleNamespace of another "
-        "plug-in"
+        "fp8kv.vllm: QuantFP8 must be vLLM's own with FP8KV_VLLM_WRITES=1, got SimpleNamespace of another plug-in"
     )
 
 
@@ -105,14 +104,10 @@ def test_writes(writes: Any, name: str, scale: Tensor, layout: str) -> None:
     ],
     ids=["encoder", "dtype"],
 )
-def test_what_is_left_to_vllm(
-    writes: Any, attributes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_left_to_vllm(writes: Any, attributes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     stored = []
     flash_attn: Any = importlib.import_module("vllm.v1.attention.backends.flash_attn")
-    monkeypatch.setattr(
-        flash_attn.FlashAttentionImpl, "do_kv_cache_update", lambda self, *args: stored.append(args)
-    )
+    monkeypatch.setattr(flash_attn.FlashAttentionImpl, "do_kv_cache_update", lambda self, *args: stored.append(args))
     bare(writes.WritesImpl, head_size=HEAD_SIZE, **attributes).do_kv_cache_update(1, 2, 3, 4, 5)
     assert stored == [(1, 2, 3, 4, 5)]
 

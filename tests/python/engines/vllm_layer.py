@@ -71,9 +71,7 @@ class Layer:
         self.options = impl
         self.layer = SimpleNamespace(num_kv_heads=KV_HEADS, kv_cache_dtype=kv_cache_dtype)
         self.layer._k_scale, self.layer._v_scale = scales or (torch.tensor(0.03), torch.tensor(0.02))
-        self.impl = self.backend.Fp8KVImpl(
-            HEADS, HEAD_SIZE, HEAD_SIZE**-0.5, KV_HEADS, kv_cache_dtype=kv_cache_dtype, **impl
-        )
+        self.impl = self.backend.Fp8KVImpl(HEADS, HEAD_SIZE, HEAD_SIZE**-0.5, KV_HEADS, kv_cache_dtype=kv_cache_dtype, **impl)
         speculative = SimpleNamespace(num_speculative_tokens=drafts, parallel_drafting=False)
         self.config = config(speculative_config=speculative if drafts else None)
         self.config.compilation_config.static_forward_context["layer"] = self.layer
@@ -133,9 +131,7 @@ class Layer:
         key, value = (parts[:, i] if given is None else given for i, given in enumerate((key, value)))
         self.impl.do_kv_cache_update(self.layer, key, value, self.kv_cache, slots)
         if self.per_token:
-            reference.reshape_and_cache_flash_dynamic(
-                key, value, *self.caches, *self.scale_caches, slots, "fp8"
-            )
+            reference.reshape_and_cache_flash_dynamic(key, value, *self.caches, *self.scale_caches, slots, "fp8")
         else:
             scales = self.layer._k_scale.detach(), self.layer._v_scale.detach()
             reference.reshape_and_cache_flash(key, value, *self.caches, slots, self.name, *scales)
@@ -180,9 +176,7 @@ class Layer:
         ]
         return values, "auto", scales
 
-    def expected(
-        self, batch: Any, query: Tensor, caches: Sequence[Tensor], name: str, scales: Sequence[Tensor]
-    ) -> Tensor:
+    def expected(self, batch: Any, query: Tensor, caches: Sequence[Tensor], name: str, scales: Sequence[Tensor]) -> Tensor:
         return reference.paged_attention(
             query,
             *caches,

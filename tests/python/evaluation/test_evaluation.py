@@ -148,9 +148,7 @@ def test_the_row_of_an_fp8_cache(
 ) -> None:
     caches = evaluation.caches(model.config, [evaluation.REFERENCE, name], {}, layout=layout)
     row = evaluation.evaluate(model, windows, caches, decoded_tokens=2)[1]
-    expected = logits_with(
-        model, windows, lambda: evaluation.caches(model.config, [evaluation.REFERENCE], {})["16-bit"](0)
-    )
+    expected = logits_with(model, windows, lambda: evaluation.caches(model.config, [evaluation.REFERENCE], {})["16-bit"](0))
     logits = logits_with(model, windows, lambda: RoundTripCache(dtype, scale))
     p, q = (x.double().log_softmax(-1) for x in (expected, logits))
     assert row.perplexity == pytest.approx(perplexity(logits, windows), rel=1e-5)
@@ -180,9 +178,7 @@ def test_the_row_of_the_cache_of_transformers(model: Any, windows: Tensor) -> No
     assert row.nbytes == full.nbytes / 2 + scales
 
 
-def test_models_with_windows_have_no_row_of_the_cache_of_transformers(
-    tiny_text: Path, tmp_path: Path
-) -> None:
+def test_models_with_windows_have_no_row_of_the_cache_of_transformers(tiny_text: Path, tmp_path: Path) -> None:
     types = ["sliding_attention", "full_attention"]
     folder = tiny_models.make_model(tmp_path / "m", layer_types=types, sliding_window=8)
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -195,9 +191,7 @@ def test_models_with_windows_have_no_row_of_the_cache_of_transformers(
 def test_scales_reach_the_cache(model: Any, windows: Tensor) -> None:
     """Scales so small that everything saturates ruin the model."""
     by_head = calibrate(model, [windows], strategy="attn_head")
-    small = KVScales(
-        {i: type(x)(q=None, k=x.k / 1000, v=x.v / 1000) for i, x in by_head.items()}, by_head.scheme
-    )
+    small = KVScales({i: type(x)(q=None, k=x.k / 1000, v=x.v / 1000) for i, x in by_head.items()}, by_head.scheme)
     good, bad = rows_of(model, windows, ["good", "bad"], {"good": by_head, "bad": small})[1:]
     assert bad.kl > 20 * good.kl > 0
 
@@ -374,9 +368,7 @@ def test_eval_of_some_caches_has_the_16_bit_one_beside_them(tiny_model: Path, ti
     assert "e4m3" not in output
 
 
-def test_the_scales_of_a_checkpoint_are_a_row(
-    tiny_model: Path, tiny_text: Path, tmp_path: Path, model: Any
-) -> None:
+def test_the_scales_of_a_checkpoint_are_a_row(tiny_model: Path, tiny_text: Path, tmp_path: Path, model: Any) -> None:
     ids = torch.arange(1, 60)[None]
     calibrate(model, [ids], strategy="attn_head").save(tmp_path / "mine", source=tiny_model)
     numbers = tmp_path / "eval.json"
@@ -466,9 +458,7 @@ def test_a_real_model_loses_little(real_model: Any, real_window: Tensor) -> None
     assert half.agreement > 0.85
 
 
-def test_greedy_tokens_of_a_real_model_whether_bytes_are_read_or_dequantized(
-    real_model: Any, real_window: Tensor
-) -> None:
+def test_greedy_tokens_of_a_real_model_whether_bytes_are_read_or_dequantized(real_model: Any, real_window: Tensor) -> None:
     """Greedily, 64 of them, or as far as two tokens are about as likely: sums have another order."""
     model, attend, num_tokens = real_model.model, Fp8Layer.attend, 64
     answers, num_reads = {}, {}

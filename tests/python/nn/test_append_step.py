@@ -118,12 +118,8 @@ def test_queries_that_stay_in_16_bits(device: torch.device, observes: bool) -> N
 
 
 def test_norms(device: torch.device) -> None:
-    weights = {
-        f"{side}_norm_weight": torch.linspace(0.5, 2, HEAD_SIZE, device=device).bfloat16() for side in "qk"
-    }
-    query = layer(device, "tensor").append_step(
-        cache=caches(device), **step(device), **weights, norm_eps=1e-5
-    )
+    weights = {f"{side}_norm_weight": torch.linspace(0.5, 2, HEAD_SIZE, device=device).bfloat16() for side in "qk"}
+    query = layer(device, "tensor").append_step(cache=caches(device), **step(device), **weights, norm_eps=1e-5)
     wanted = expected("tensor", **{name: x.cpu() for name, x in weights.items()}, norm_eps=1e-5)[0]
     torch.testing.assert_close(query.float().cpu(), wanted.float(), rtol=0.13, atol=2.0**-9)
 

@@ -181,23 +181,17 @@ def test_a_whole_step_compiled(backend: str) -> None:
     scales = layer("attn_head")
     caches = [new_cache(), new_cache()]
 
-    def step(
-        cache: PagedKVCache, query: Tensor, key: Tensor, value: Tensor, slots: Tensor, lengths: Tensor
-    ) -> Tensor:
+    def step(cache: PagedKVCache, query: Tensor, key: Tensor, value: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
         query = scales.append_step(query, key, value, cache, slots)
         return scales.attend_step(query, cache, TABLE, lengths)
 
     compiled = torch.compile(step, fullgraph=True, backend=backend)
     for number, slots in enumerate(SLOTS):
         lengths = torch.tensor([number + 1, min(number + 1, 3)], dtype=torch.int32)
-        results = [
-            f(cache, *qkv(number), slots, lengths) for f, cache in zip((compiled, step), caches, strict=True)
-        ]
+        results = [f(cache, *qkv(number), slots, lengths) for f, cache in zip((compiled, step), caches, strict=True)]
         assert_same_bytes(*results)
     assert_same_bytes(caches[0].storage, caches[1].storage)
-    assert_near(
-        results[0].view(2, NUM_HEADS, HEAD_SIZE), expected(scales, "fp8"), torch.full((2, NUM_HEADS), 4.0)
-    )
+    assert_near(results[0].view(2, NUM_HEADS, HEAD_SIZE), expected(scales, "fp8"), torch.full((2, NUM_HEADS), 4.0))
 
 
 QUERY = torch.zeros(2, SIZES[0], dtype=E4M3)

@@ -214,9 +214,7 @@ def named(name: str, side: str) -> str:
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES.keys())
 def test_every_name(name: str) -> None:
     module = make()
-    result = module.load_state_dict(
-        {named(name, "k"): torch.tensor([0.5, 0.25]), named(name, "v"): torch.tensor([3.0, 7.0])}
-    )
+    result = module.load_state_dict({named(name, "k"): torch.tensor([0.5, 0.25]), named(name, "v"): torch.tensor([3.0, 7.0])})
     assert (module.k_scale.tolist(), module.v_scale.tolist()) == ([0.5, 0.25], [3.0, 7.0])
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
 
@@ -234,9 +232,7 @@ def test_every_name_of_a_query_scale(name: str) -> None:
     assert module.q_scale.tolist() == [0.5, 0.5]
 
 
-@pytest.mark.parametrize(
-    "name", ["kv_scale", "attn.kv_scale", "model.layers.3.self_attn.kv_scale", "qkv_proj.kv_scale"]
-)
+@pytest.mark.parametrize("name", ["kv_scale", "attn.kv_scale", "model.layers.3.self_attn.kv_scale", "qkv_proj.kv_scale"])
 @each_strategy
 def test_one_scale_for_keys_and_values(name: str, strategy: str) -> None:
     module = make(strategy=strategy)
@@ -244,9 +240,7 @@ def test_one_scale_for_keys_and_values(name: str, strategy: str) -> None:
     assert set(module.k_scale.tolist() + module.v_scale.tolist()) == {0.75}
 
 
-@pytest.mark.parametrize(
-    "shape", [(), (1,), (1, 1, 1), (2,), (2, 1, 1), (1, 2, 1)], ids=lambda shape: str(list(shape))
-)
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1), (2,), (2, 1, 1), (1, 2, 1)], ids=lambda shape: str(list(shape)))
 def test_every_shape_and_dtype_of_scales_per_head(device: torch.device, shape: tuple[int, ...]) -> None:
     module = make(device=device)
     places = addresses(module)
@@ -374,9 +368,7 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
 
 @pytest.mark.parametrize(("name", "bad", "sentence"), REFUSED.values(), ids=REFUSED.keys())
 @pytest.mark.parametrize("assign", [False, True], ids=["", "assign"])
-def test_a_bad_tensor_is_refused_with_its_key_and_changes_nothing(
-    name: str, bad: Any, sentence: str, assign: bool
-) -> None:
+def test_a_bad_tensor_is_refused_with_its_key_and_changes_nothing(name: str, bad: Any, sentence: str, assign: bool) -> None:
     module = make((6, 2))
     layer = "model.layers.3.self_attn"
     state = {f"{layer}.{side}_scale": torch.full((2,), 0.5) for side in "qkv"} | {f"{layer}.{name}": bad}
@@ -390,9 +382,7 @@ def test_a_bad_tensor_is_refused_with_its_key_and_changes_nothing(
 def test_many_scales_do_not_fit_a_module_per_tensor() -> None:
     with pytest.raises(RuntimeError) as error:
         make((6, 2), "tensor").load_state_dict({"k_scale": torch.ones(2), "v_scale": torch.ones(1)})
-    assert 'AttentionScales: k_scale must have 1 element with strategy "tensor", got shape [2]' in str(
-        error.value
-    )
+    assert 'AttentionScales: k_scale must have 1 element with strategy "tensor", got shape [2]' in str(error.value)
 
 
 def test_every_bad_tensor_is_reported() -> None:
@@ -477,9 +467,7 @@ def test_a_module_on_the_meta_device_becomes_real_when_assigned(device: torch.de
 
 def test_a_module_on_the_meta_device_is_refused_without_assigning() -> None:
     model = nn.ModuleDict({"attn": AttentionScales(6, 2, SIZE, device="meta")})
-    with pytest.raises(
-        RuntimeError, match=r"attn\.k_scale must be on a real device, got the meta device; pass"
-    ):
+    with pytest.raises(RuntimeError, match=r"attn\.k_scale must be on a real device, got the meta device; pass"):
         model.load_state_dict({"attn.kv_scale": torch.tensor(0.5)})
 
 
@@ -609,9 +597,7 @@ def test_an_error_names_the_layer_of_a_model() -> None:
     AttentionScales.accept_foreign_names(model)
     state = checkpoint_of(model, "k_scale", "v_scale")
     state["model.layers.2.self_attn.q_scale"] = torch.tensor([1e-2, math.nan])
-    with pytest.raises(
-        RuntimeError, match=r"model\.layers\.2\.self_attn\.attn\.q_scale .* got nan for head 1"
-    ):
+    with pytest.raises(RuntimeError, match=r"model\.layers\.2\.self_attn\.attn\.q_scale .* got nan for head 1"):
         model.load_state_dict(state)
 
 
@@ -666,9 +652,7 @@ def test_scales_of_a_layer_that_are_refused(change: dict[str, Any], sentence: st
 
 def test_scales_are_not_loaded_onto_the_meta_device() -> None:
     module = AttentionScales(6, 2, SIZE, device="meta")
-    with pytest.raises(
-        ValueError, match="load_scales: the module must be on a real device, got the meta device"
-    ):
+    with pytest.raises(ValueError, match="load_scales: the module must be on a real device, got the meta device"):
         module.load_scales(LayerScales(None, torch.ones(1), torch.ones(1)))
 
 
@@ -714,15 +698,12 @@ def test_no_queries(device: torch.device, shape: tuple[int, ...]) -> None:
     assert module.quantize_query(torch.empty(shape, device=device)).shape == shape
 
 
-@pytest.mark.parametrize(
-    "shape", [(5, 2, SIZE), (5, 6, SIZE + 1), (5, 6 * SIZE + 1), (5,), (1, 5, 6, SIZE), ()], ids=str
-)
+@pytest.mark.parametrize("shape", [(5, 2, SIZE), (5, 6, SIZE + 1), (5, 6 * SIZE + 1), (5,), (1, 5, 6, SIZE), ()], ids=str)
 def test_queries_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError) as error:
         make((6, 2)).quantize_query(torch.ones(shape))
     assert str(error.value) == (
-        "AttentionScales.quantize_query: query must have the shape [num_tokens, 6, 24] or [num_tokens, 144], "
-        f"got {list(shape)}"
+        f"AttentionScales.quantize_query: query must have the shape [num_tokens, 6, 24] or [num_tokens, 144], got {list(shape)}"
     )
 
 
@@ -739,9 +720,7 @@ def test_results_of_another_form_are_refused(shape: tuple[int, ...], dtype: torc
     out = torch.zeros(shape).to(dtype)
     with pytest.raises(ValueError) as error:
         make((6, 2)).quantize_query(torch.ones(5, 6, SIZE), out)
-    assert str(error.value) == (
-        f"AttentionScales.quantize_query: out must be float8_e4m3fn of shape [5, 6, 24], got {came}"
-    )
+    assert str(error.value) == (f"AttentionScales.quantize_query: out must be float8_e4m3fn of shape [5, 6, 24], got {came}")
     assert not out.view(torch.uint8).any()
 
 
@@ -856,9 +835,7 @@ def test_flat_keys_and_values() -> None:
     ],
     ids=["dynamic", "other FP8", "other heads"],
 )  # fmt: skip
-def test_caches_that_are_refused(
-    make_cache: Callable[[], PagedKVCache], error: type[Exception], sentence: str
-) -> None:
+def test_caches_that_are_refused(make_cache: Callable[[], PagedKVCache], error: type[Exception], sentence: str) -> None:
     module = make(calculate_kv_scales=True)
     cache, before = make_cache(), snapshot(module)
     scale = cache.k_scale
@@ -871,9 +848,7 @@ def test_caches_that_are_refused(
 
 @pytest.mark.parametrize("name", ["key", "value"])
 def test_keys_and_values_of_other_heads_are_refused(name: str) -> None:
-    tensors = {"key": torch.ones(5, 2, SIZE), "value": torch.ones(5, 2, SIZE)} | {
-        name: torch.ones(5, 6, SIZE)
-    }
+    tensors = {"key": torch.ones(5, 2, SIZE), "value": torch.ones(5, 2, SIZE)} | {name: torch.ones(5, 6, SIZE)}
     with pytest.raises(ValueError, match=rf"update_cache: {name} must have the shape .* got \[5, 6, 24\]"):
         make((6, 2)).update_cache(**tensors, cache=PagedKVCache(3, 4, 6, SIZE), slot_mapping=SLOTS)
 
@@ -911,16 +886,12 @@ def seen_of(x: Tensor, scale: Tensor, fp8: torch.dtype = E4M3) -> tuple[list[flo
     return amax, clipped, observed
 
 
-def assert_seen(
-    module: AttentionScales, side: str, expected: tuple[list[float], list[int], list[int]]
-) -> None:
+def assert_seen(module: AttentionScales, side: str, expected: tuple[list[float], list[int], list[int]]) -> None:
     actual = (getattr(module, f"{side}_{kind}").tolist() for kind in ("amax", "clipped", "observed"))
     assert tuple(actual) == expected
 
 
-def check_observed(
-    device: torch.device, heads: tuple[int, int], strategy: str, fp8: torch.dtype, real: torch.dtype
-) -> None:
+def check_observed(device: torch.device, heads: tuple[int, int], strategy: str, fp8: torch.dtype, real: torch.dtype) -> None:
     sides = dict(zip("qkv", fused(31, heads, real, device), strict=True))
     for flat in (False, True):
         module = make(heads, strategy, device, dtype=fp8)
@@ -951,9 +922,7 @@ def test_what_is_observed_anywhere_in_memory(device: torch.device, strategy: str
     module.observe(None, key, value)
     assert_seen(module, "k", seen_of(key, module.k_scale))
     assert_seen(module, "v", seen_of(value, module.v_scale))
-    assert_seen(
-        module, "q", ([0.0] * len(module.q_scale), [0] * len(module.q_scale), [0] * len(module.q_scale))
-    )
+    assert_seen(module, "q", ([0.0] * len(module.q_scale), [0] * len(module.q_scale), [0] * len(module.q_scale)))
 
 
 @each_strategy
@@ -1154,8 +1123,7 @@ REPORTS = {
     "nothing": ((NOTHING, NOTHING, NOTHING), "Nothing was observed."),
     "all well": (
         (NOTHING, Observed((3.5,), (0,), (1000,)), Observed((0.25,), (0,), (1234567,))),
-        "Observed 1,000 elements of K (amax 3.5) and 1,234,567 elements of V (amax 0.25). "
-        "The scales in force clip none.",
+        "Observed 1,000 elements of K (amax 3.5) and 1,234,567 elements of V (amax 0.25). The scales in force clip none.",
     ),
     "one clipped": (
         (NOTHING, Observed((500.0,), (3,), (4000,)), Observed((2.0,), (0,), (4000,))),
@@ -1210,10 +1178,7 @@ def test_frozen_scales_clip_nothing_of_what_was_seen(device: torch.device, strat
     module = make(heads, strategy, device)
     places = addresses(module)
     steps = [
-        [
-            values(x.shape, torch.bfloat16, seed, specials=False).to(device)
-            for x in fused(7, heads, torch.bfloat16, CPU)
-        ]
+        [values(x.shape, torch.bfloat16, seed, specials=False).to(device) for x in fused(7, heads, torch.bfloat16, CPU)]
         for seed in range(3)
     ]
     for step in steps:
@@ -1272,16 +1237,12 @@ def observe_queries_only(module: AttentionScales) -> None:
     module.quantize_query(torch.ones(5, 6, SIZE))
 
 
-@pytest.mark.parametrize(
-    "prepare", [observe_nothing, observe_and_discard, observe_empty, observe_queries_only]
-)
+@pytest.mark.parametrize("prepare", [observe_nothing, observe_and_discard, observe_empty, observe_queries_only])
 def test_nothing_seen_cannot_be_frozen(prepare: Callable[[AttentionScales], None]) -> None:
     module = make((6, 2), calculate_kv_scales=True)
     prepare(module)
     before = snapshot(module)
-    with pytest.raises(
-        RuntimeError, match="freeze: keys and values must have been observed, got none; call observe"
-    ):
+    with pytest.raises(RuntimeError, match="freeze: keys and values must have been observed, got none; call observe"):
         module.freeze()
     assert_unchanged(module, before)
     assert module.calculate_kv_scales
@@ -1349,9 +1310,7 @@ def test_a_16_bit_cache_is_observed_too() -> None:
 # torch.compile
 
 
-def layer_step(
-    module: AttentionScales, qkv: Tensor, cache: Any, slots: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def layer_step(module: AttentionScales, qkv: Tensor, cache: Any, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     qkv = qkv * 2
     query, key, value = qkv.split([6 * SIZE, 2 * SIZE, 2 * SIZE], dim=-1)
     module.observe(query, key, value, slots)
@@ -1413,9 +1372,7 @@ def test_nothing_on_the_way_of_a_token_synchronizes(cuda: torch.device) -> None:
 
 @each_strategy
 @each_fp8
-def test_a_captured_graph_observes_and_takes_new_scales(
-    cuda: torch.device, strategy: str, fp8: torch.dtype
-) -> None:
+def test_a_captured_graph_observes_and_takes_new_scales(cuda: torch.device, strategy: str, fp8: torch.dtype) -> None:
     module = make((6, 2), strategy, cuda, dtype=fp8, calculate_kv_scales=True)
     cache = PagedKVCache(3, 4, 2, SIZE, dtype=fp8, device=cuda)
     query, key, value = (x.clone() for x in fused(5, (6, 2), torch.bfloat16, cuda))

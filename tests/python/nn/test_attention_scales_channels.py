@@ -22,13 +22,9 @@ each_offsets = pytest.mark.parametrize("offsets", [False, True], ids=["", "offse
 each_strategy = pytest.mark.parametrize("strategy", ["tensor", "attn_head", "channel"])
 
 
-def make(
-    strategy: str = "channel", dtype: torch.dtype = torch.int8, offsets: bool = False, **options: Any
-) -> AttentionScales:
+def make(strategy: str = "channel", dtype: torch.dtype = torch.int8, offsets: bool = False, **options: Any) -> AttentionScales:
     """Scales and offsets that differ."""
-    module = AttentionScales(
-        NUM_HEADS, NUM_KV_HEADS, SIZE, strategy=strategy, dtype=dtype, offsets=offsets, **options
-    )
+    module = AttentionScales(NUM_HEADS, NUM_KV_HEADS, SIZE, strategy=strategy, dtype=dtype, offsets=offsets, **options)
     for seed, letter in enumerate("qkv"):
         scale = getattr(module, f"{letter}_scale")
         scale.copy_(random_scales(scale.shape, seed))
@@ -69,9 +65,7 @@ def test_the_buffers_at_first(device: torch.device) -> None:
 @each_offsets
 @each_strategy
 @each_real
-def test_what_is_stored(
-    device: torch.device, real: torch.dtype, strategy: str, offsets: bool, dtype: torch.dtype
-) -> None:
+def test_what_is_stored(device: torch.device, real: torch.dtype, strategy: str, offsets: bool, dtype: torch.dtype) -> None:
     module = make(strategy, dtype, offsets, device=device)
     _, key, value = qkv(device, real=real)
     cache = PagedKVCache(3, 4, *CHANNELS, dtype=dtype, device=device)
@@ -237,9 +231,7 @@ def state(**changes: Any) -> dict[str, Tensor]:
     return {name: torch.rand(CHANNELS, generator=generator) + 0.5 for name in names} | changes
 
 
-@pytest.mark.parametrize(
-    "prefix", ["", "model.layers.3.self_attn.", "self_attn.attn.", "layers.3.attention."]
-)
+@pytest.mark.parametrize("prefix", ["", "model.layers.3.self_attn.", "self_attn.attn.", "layers.3.attention."])
 def test_names(prefix: str) -> None:
     module, given = make(offsets=True), state()
     query = module.q_scale.clone()
@@ -344,9 +336,7 @@ def test_scales_that_are_refused(options: dict[str, Any], changes: dict[str, Any
     before = {name: x.clone() for name, x in module.state_dict().items()}
     one = torch.full(CHANNELS, 5.0)
     with pytest.raises(ValueError) as error:
-        module.load_scales(
-            LayerScales(**{"q": None, "k": one, "v": one, "k_offset": one, "dtype": "int8"} | changes)
-        )
+        module.load_scales(LayerScales(**{"q": None, "k": one, "v": one, "k_offset": one, "dtype": "int8"} | changes))
     assert str(error.value) == f"AttentionScales.load_scales: {sentence}"
     for name, x in module.state_dict().items():
         assert_same_bytes(x, before[name])

@@ -79,9 +79,7 @@ def _serve(backend: str, rank: int, size: int, store: str, tasks: Any, results: 
     dist.destroy_process_group()
 
 
-@pytest.fixture(
-    scope="module", params=[("gloo", 2), ("gloo", 4), ("nccl", 2)], ids=lambda p: f"{p[0]} {p[1]}"
-)
+@pytest.fixture(scope="module", params=[("gloo", 2), ("gloo", 4), ("nccl", 2)], ids=lambda p: f"{p[0]} {p[1]}")
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     backend, size = request.param
     if backend == "nccl":
@@ -119,9 +117,7 @@ def new_module(device: torch.device, strategy: str) -> AttentionScales:
 # Observations of all ranks
 
 
-def freeze_what_ranks_see(
-    rank: int, size: int, device: torch.device, strategy: str, seeing: list[int]
-) -> Any:
+def freeze_what_ranks_see(rank: int, size: int, device: torch.device, strategy: str, seeing: list[int]) -> Any:
     module = new_module(device, strategy)
     if rank in seeing:
         module.observe(*(x.to(device) for x in share(rank, 2)))
@@ -135,9 +131,7 @@ def test_frozen_scales_are_those_of_what_all_ranks_saw(ranks: Ranks, strategy: s
     everyone = list(range(ranks.size))
     parts = [share(rank, 2) for rank in everyone]
     results = ranks(freeze_what_ranks_see, strategy, everyone)
-    assert [scales for scales, _ in results] == [
-        expected_scales(parts, 1 if strategy == "tensor" else 2)
-    ] * ranks.size
+    assert [scales for scales, _ in results] == [expected_scales(parts, 1 if strategy == "tensor" else 2)] * ranks.size
 
 
 @each_strategy
@@ -181,9 +175,7 @@ def freeze_nothing(rank: int, size: int, device: torch.device) -> Any:
 
 def test_every_rank_raises_when_none_saw_anything(ranks: Ranks) -> None:
     for sentence, scales in ranks(freeze_nothing):
-        assert sentence.startswith(
-            "AttentionScales.freeze: keys and values must have been observed, got none"
-        )
+        assert sentence.startswith("AttentionScales.freeze: keys and values must have been observed, got none")
         assert scales == [[1.0]] * 3
 
 
@@ -224,9 +216,7 @@ def freeze_per_head_in_groups(rank: int, size: int, device: torch.device) -> Any
     tp_rank, heads, kv_heads = rank % tp_size, NUM_HEADS // tp_size, 2 // tp_size
     module = AttentionScales(heads, kv_heads, HEAD_SIZE, strategy="attn_head", device=device)
     query, key, value = (x.to(device) for x in share(rank // tp_size, 2))
-    module.observe(
-        query.chunk(tp_size, 1)[tp_rank], key.chunk(tp_size, 1)[tp_rank], value.chunk(tp_size, 1)[tp_rank]
-    )
+    module.observe(query.chunk(tp_size, 1)[tp_rank], key.chunk(tp_size, 1)[tp_rank], value.chunk(tp_size, 1)[tp_rank])
     module.freeze(groups[tp_rank])
     return lists(module)
 
@@ -240,18 +230,14 @@ def test_scales_per_head_are_reduced_over_replicas_of_the_heads(ranks: Ranks) ->
         assert together == expected
 
 
-def freeze_heads_of_tensor_parallelism(
-    rank: int, size: int, device: torch.device, num_kv_heads: int, strategy: str
-) -> Any:
+def freeze_heads_of_tensor_parallelism(rank: int, size: int, device: torch.device, num_kv_heads: int, strategy: str) -> Any:
     """All ranks in one group. With fewer KV heads than ranks, neighbors have the same head."""
     heads = slice(rank * NUM_HEADS // size, (rank + 1) * NUM_HEADS // size)
     first = rank * num_kv_heads // size
     kv_heads = slice(first, max((rank + 1) * num_kv_heads // size, first + 1))
     query, key, value = (x.to(device) for x in share(0, num_kv_heads))
     query, key, value = query[:, heads], key[:, kv_heads], value[:, kv_heads]
-    module = AttentionScales(
-        query.shape[1], key.shape[1], HEAD_SIZE, strategy=strategy, first_kv_head=first, device=device
-    )
+    module = AttentionScales(query.shape[1], key.shape[1], HEAD_SIZE, strategy=strategy, first_kv_head=first, device=device)
     module.observe(query, key, value)
     report = module.freeze(dist.group.WORLD)
     return first, lists(module), report.k.observed
@@ -259,9 +245,7 @@ def freeze_heads_of_tensor_parallelism(
 
 @each_strategy
 @pytest.mark.parametrize("num_kv_heads", [8, 4, 2, 1])
-def test_statistics_of_a_head_are_those_of_the_ranks_that_have_it(
-    ranks: Ranks, num_kv_heads: int, strategy: str
-) -> None:
+def test_statistics_of_a_head_are_those_of_the_ranks_that_have_it(ranks: Ranks, num_kv_heads: int, strategy: str) -> None:
     expected = expected_scales([share(0, num_kv_heads)], num_kv_heads if strategy == "attn_head" else 1)
     elements = TOKENS * HEAD_SIZE * max(1, ranks.size // num_kv_heads)
     for first, scales, observed in ranks(freeze_heads_of_tensor_parallelism, num_kv_heads, strategy):
@@ -276,9 +260,7 @@ def test_statistics_of_a_head_are_those_of_the_ranks_that_have_it(
 def freeze_with_ranks_that_do_not_fit(rank: int, size: int, device: torch.device, case: str) -> Any:
     num_kv_heads = 2 if case == "numbers" and rank == 0 else 1
     first = 0 if case == "known to one" and rank == 0 else None
-    module = AttentionScales(
-        2, num_kv_heads, HEAD_SIZE, strategy="attn_head", first_kv_head=first, device=device
-    )
+    module = AttentionScales(2, num_kv_heads, HEAD_SIZE, strategy="attn_head", first_kv_head=first, device=device)
     module.observe(None, *torch.ones(2, 3, num_kv_heads, HEAD_SIZE, device=device))
     try:
         module.freeze(dist.group.WORLD)
@@ -287,9 +269,7 @@ def freeze_with_ranks_that_do_not_fit(rank: int, size: int, device: torch.device
     return "", lists(module)[1]
 
 
-@pytest.mark.parametrize(
-    ("case", "first_rank"), [("numbers", "2 scales"), ("known to one", "1 scale from head 0 on")]
-)
+@pytest.mark.parametrize(("case", "first_rank"), [("numbers", "2 scales"), ("known to one", "1 scale from head 0 on")])
 def test_ranks_whose_heads_do_not_fit_together(ranks: Ranks, case: str, first_rank: str) -> None:
     others = ["1 scale"] * (ranks.size - 1)
     for sentence, scales in ranks(freeze_with_ranks_that_do_not_fit, case):
@@ -316,9 +296,7 @@ def slot_mapping() -> Tensor:
 def quantize_slices(rank: int, size: int, device: torch.device, strategy: str, num_kv_heads: int) -> Any:
     """The bytes of Q, K and V of all ranks, gathered on every rank."""
     heads = slice(rank * NUM_HEADS // size, (rank + 1) * NUM_HEADS // size)
-    kv_heads = slice(
-        rank * num_kv_heads // size, max((rank + 1) * num_kv_heads // size, rank * num_kv_heads // size + 1)
-    )
+    kv_heads = slice(rank * num_kv_heads // size, max((rank + 1) * num_kv_heads // size, rank * num_kv_heads // size + 1))
     query, key, value = (x.to(device) for x in share(0, num_kv_heads))
     query, key, value = query[:, heads], key[:, kv_heads], value[:, kv_heads]
     module = AttentionScales(query.shape[1], key.shape[1], HEAD_SIZE, strategy=strategy, device=device)

@@ -81,9 +81,7 @@ def test_the_scalar_codec_at_every_boundary(fp8: torch.dtype) -> None:
 
 @each_quantized
 def test_the_scalar_codec_on_random_bit_patterns(fp8: torch.dtype) -> None:
-    patterns = (
-        np.random.default_rng(0).integers(-(1 << 31), 1 << 31, 1_000_000, dtype=np.int64).astype(np.int32)
-    )
+    patterns = np.random.default_rng(0).integers(-(1 << 31), 1 << 31, 1_000_000, dtype=np.int64).astype(np.int32)
     x = torch.from_numpy(patterns).view(torch.float32)
     encoded = _introspect.encode_array(x.numpy(), NAMES[fp8])
     assert_same_bytes(torch.from_numpy(encoded), by_torch(x, fp8))

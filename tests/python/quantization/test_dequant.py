@@ -24,9 +24,7 @@ SCALES = torch.cat(
         TRAP_SCALES,
         torch.exp2(torch.arange(-149.0, 128.0)),
         from_bits([0x3F808000, 0x3F808001, 0x3F818000, 0x3F801000, 0x3F803000, 0x3F801001, 0x42DA0000]),
-        torch.tensor(
-            [65520.0 / 448, 65519.99 / 448, 3.4e38 / 448, 1.17e-38, 6.1e-5, 5.96e-8, 2.98e-8, 2.99e-8]
-        ),
+        torch.tensor([65520.0 / 448, 65519.99 / 448, 3.4e38 / 448, 1.17e-38, 6.1e-5, 5.96e-8, 2.98e-8, 2.99e-8]),
     ]
 )
 
@@ -34,9 +32,7 @@ SCALES = torch.cat(
 @each_quantized
 @each_real
 @pytest.mark.parametrize("granularity", ["token", "channel", "element"])
-def test_every_byte_with_trap_scales(
-    device: torch.device, granularity: str, real: torch.dtype, fp8: torch.dtype
-) -> None:
+def test_every_byte_with_trap_scales(device: torch.device, granularity: str, real: torch.dtype, fp8: torch.dtype) -> None:
     q = all_fp8(fp8).expand(len(SCALES), -1)
     if granularity == "token":
         check(DEQUANTIZE, device, q, SCALES, (1, -1), real)
@@ -48,24 +44,18 @@ def test_every_byte_with_trap_scales(
 
 @each_quantized
 @each_real
-def test_every_byte_with_trap_scales_per_tensor(
-    device: torch.device, real: torch.dtype, fp8: torch.dtype
-) -> None:
+def test_every_byte_with_trap_scales_per_tensor(device: torch.device, real: torch.dtype, fp8: torch.dtype) -> None:
     q, scales = all_fp8(fp8).to(device), SCALES.to(device)
     result = torch.empty(len(scales), 256, dtype=real, device=device)
     for i in range(len(scales)):
         scaled_fp8_dequant(result[i], q, scales[i])
-    expected = reference.dequantize(
-        all_fp8(fp8).expand(len(SCALES), -1), SCALES, group_shape=(1, -1), dtype=real
-    )
+    expected = reference.dequantize(all_fp8(fp8).expand(len(SCALES), -1), SCALES, group_shape=(1, -1), dtype=real)
     assert_same_bytes(result, expected)
 
 
 @each_quantized
 @each_real
-def test_every_byte_with_trap_scales_for_each_instruction_set(
-    isa: str, real: torch.dtype, fp8: torch.dtype
-) -> None:
+def test_every_byte_with_trap_scales_for_each_instruction_set(isa: str, real: torch.dtype, fp8: torch.dtype) -> None:
     check(DEQUANTIZE, CPU, all_fp8(fp8).expand(len(SCALES), -1), SCALES, (1, -1), real)
     check(DEQUANTIZE, CPU, all_fp8(fp8).expand(len(SCALES), -1).T.contiguous(), SCALES, (-1, 1), real)
 
@@ -88,7 +78,5 @@ def test_more_than_2_to_the_31_elements(cuda: torch.device, group: tuple[int, in
     scaled_fp8_dequant(result, q, scale, group)
     for start in (0, (1 << 19) - 100, rows - 100):
         part_scale = scale[start : start + 100] if group == (1, -1) else scale
-        expected = reference.dequantize(
-            q[start : start + 100].cpu(), part_scale.cpu(), group_shape=group or (-1, -1)
-        )
+        expected = reference.dequantize(q[start : start + 100].cpu(), part_scale.cpu(), group_shape=group or (-1, -1))
         assert_same_bytes(result[start : start + 100], expected)

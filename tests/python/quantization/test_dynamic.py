@@ -78,9 +78,7 @@ ONE_PASS = {
 @each_quantized
 @each_real
 @pytest.mark.parametrize("shape", ONE_PASS.values(), ids=ONE_PASS.keys())
-def test_kernels_of_one_pass(
-    device: torch.device, shape: tuple[int, int], real: torch.dtype, fp8: torch.dtype
-) -> None:
+def test_kernels_of_one_pass(device: torch.device, shape: tuple[int, int], real: torch.dtype, fp8: torch.dtype) -> None:
     """Aligned, with gaps between rows, and misaligned. Names are those of 16-bit inputs on an H200."""
     x = values(shape, real, specials=False)
     for layout in ("contiguous", "offset 3", *(["rows"] if shape[0] > 1 else [])):
@@ -100,9 +98,7 @@ def test_misaligned_rows(device: torch.device, offset: int, length: int) -> None
 # Elements that must not count
 
 
-@pytest.mark.parametrize(
-    "special", [math.nan, -math.nan, math.inf, -math.inf], ids=["nan", "-nan", "inf", "-inf"]
-)
+@pytest.mark.parametrize("special", [math.nan, -math.nan, math.inf, -math.inf], ids=["nan", "-nan", "inf", "-inf"])
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 64, 1000, 8192, 9001])
 def test_one_element_that_is_not_finite(device: torch.device, length: int, special: float) -> None:
     """At the first, last and middle place of a row; the other rows have none."""
@@ -115,9 +111,7 @@ def test_one_element_that_is_not_finite(device: torch.device, length: int, speci
 
 @each_quantized
 @each_real
-def test_every_granularity_with_nothing_finite(
-    device: torch.device, real: torch.dtype, fp8: torch.dtype
-) -> None:
+def test_every_granularity_with_nothing_finite(device: torch.device, real: torch.dtype, fp8: torch.dtype) -> None:
     specials = torch.tensor([math.nan, math.inf, -math.inf])
     x = specials[torch.arange(40 * 48) % 3].view(40, 48).to(real)
     for group, scale_shape in GRANULARITIES.values():
@@ -151,9 +145,7 @@ def test_subnormal_fp32_elements_count(device: torch.device, fp8: torch.dtype) -
 
 @each_quantized
 @pytest.mark.parametrize("real", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_every_16_bit_value_alone_and_as_the_largest(
-    device: torch.device, real: torch.dtype, fp8: torch.dtype
-) -> None:
+def test_every_16_bit_value_alone_and_as_the_largest(device: torch.device, real: torch.dtype, fp8: torch.dtype) -> None:
     x = all_patterns(real)
     check(device, x.view(-1, 1), (len(x),), PER_TOKEN, fp8)
     scaled = torch.stack([x, (x.float() * -0.4).to(real), (x.float() * 0.001).to(real)], dim=1)

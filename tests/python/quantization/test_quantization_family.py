@@ -46,9 +46,7 @@ def test_every_granularity(
 ) -> None:
     group, scale_shape = GRANULARITIES[granularity]
     for shape in SHAPES:
-        operator.check_shape(
-            device, shape, scale_shape(*shape), group, input_dtype, result_dtype, seed=sum(shape)
-        )
+        operator.check_shape(device, shape, scale_shape(*shape), group, input_dtype, result_dtype, seed=sum(shape))
 
 
 @each_operator
@@ -81,9 +79,7 @@ def test_every_form_of_a_scale(device: torch.device, operator: Operator) -> None
 @each_operator
 @pytest.mark.parametrize("granularity", ["tensor", "token", "channel", "head 16", "block 3x5", "block 1x128"])
 @pytest.mark.parametrize("shape", [(1, 4096), (16, 4096), (300, 4096), (4097, 515), (2000, 128)], ids=str)
-def test_shapes_of_models(
-    device: torch.device, shape: tuple[int, int], granularity: str, operator: Operator
-) -> None:
+def test_shapes_of_models(device: torch.device, shape: tuple[int, int], granularity: str, operator: Operator) -> None:
     group, scale_shape = GRANULARITIES[granularity]
     operator.check_shape(device, shape, scale_shape(*shape), group)
 
@@ -140,16 +136,12 @@ def layouts_of_operators() -> list[object]:
 
 @pytest.mark.parametrize("granularity", KINDS_OF_GRANULARITIES)
 @pytest.mark.parametrize(("operator", "sides", "layout"), layouts_of_operators())
-def test_layouts(
-    device: torch.device, operator: Operator, sides: tuple[str, ...], layout: str, granularity: str
-) -> None:
+def test_layouts(device: torch.device, operator: Operator, sides: tuple[str, ...], layout: str, granularity: str) -> None:
     group, scale_shape = GRANULARITIES[granularity]
     whole_vectors = [((5, 48), real) for real in REAL]
     for shape, real in (*whole_vectors, ((18, 37), "fp32"), ((3, 257), "fp16")):
         dtypes = operator.inputs.get(real), operator.results.get(real)
-        operator.check_shape(
-            device, shape, scale_shape(*shape), group, *dtypes, layouts=dict.fromkeys(sides, layout)
-        )
+        operator.check_shape(device, shape, scale_shape(*shape), group, *dtypes, layouts=dict.fromkeys(sides, layout))
 
 
 #: "offset 4" differs from "offset 1" in the loads only, and has every partner in the test of misalignment.
@@ -159,9 +151,7 @@ PAIRED_LAYOUTS = [layout for layout in KINDS_OF_LAYOUTS if layout != "offset 4"]
 @pytest.mark.parametrize("result_layout", PAIRED_LAYOUTS)
 @pytest.mark.parametrize("input_layout", PAIRED_LAYOUTS)
 @pytest.mark.parametrize("operator", [STATIC, DYNAMIC, DEQUANTIZE], ids=["static", "dynamic", "dequantize"])
-def test_pairs_of_layouts(
-    device: torch.device, operator: Operator, input_layout: str, result_layout: str
-) -> None:
+def test_pairs_of_layouts(device: torch.device, operator: Operator, input_layout: str, result_layout: str) -> None:
     layouts = {"input": input_layout, "result": result_layout}
     for group, scale_shape in (((-1, -1), ()), ((1, -1), (6,)), ((-1, 1), (40,)), ((2, 8), (3, 5))):
         operator.check_shape(device, (6, 40), scale_shape, group, layouts=layouts)
@@ -169,9 +159,7 @@ def test_pairs_of_layouts(
 
 @each_operator
 @pytest.mark.parametrize("offset_in", range(8))
-def test_misaligned_by_every_number_of_elements(
-    device: torch.device, operator: Operator, offset_in: int
-) -> None:
+def test_misaligned_by_every_number_of_elements(device: torch.device, operator: Operator, offset_in: int) -> None:
     """Input and result, each by any number; for every pair of dtypes."""
     for offset_out, dtypes in product(range(8 if operator.results else 1), dtype_pairs_of(operator)):
         offsets = {"input": offset_in, "result": offset_out}
@@ -252,9 +240,7 @@ def test_more_and_fewer_dimensions(
 
 @each_operator
 @pytest.mark.parametrize("rows", [2, 3, 4, 5, 6, 7, 11, 100])
-def test_groups_of_rows_across_leading_dimensions(
-    device: torch.device, rows: int, operator: Operator
-) -> None:
+def test_groups_of_rows_across_leading_dimensions(device: torch.device, rows: int, operator: Operator) -> None:
     """Groups of flat rows that begin and end inside the leading dimensions of a strided input."""
     for layout in ("contiguous", "inside", "rows", "transposed"):
         for cols in (-1, 7):

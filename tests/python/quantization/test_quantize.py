@@ -27,34 +27,26 @@ from quantization_family import CPU, E4M3, STATIC, check
 
 @each_quantized
 @pytest.mark.parametrize("real", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_every_16_bit_value_with_trap_scales_per_tensor(
-    device: torch.device, real: torch.dtype, fp8: torch.dtype
-) -> None:
+def test_every_16_bit_value_with_trap_scales_per_tensor(device: torch.device, real: torch.dtype, fp8: torch.dtype) -> None:
     x = all_patterns(real)
     on_device, scales = x.to(device), TRAP_SCALES.to(device)
     result = torch.empty((len(scales), len(x)), dtype=fp8, device=device)
     for i in range(len(scales)):
         static_scaled_fp8_quant(result[i], on_device, scales[i])
-    expected, _ = reference.quantize(
-        x.expand(len(scales), -1), TRAP_SCALES[:, None], group_shape=(1, -1), dtype=fp8
-    )
+    expected, _ = reference.quantize(x.expand(len(scales), -1), TRAP_SCALES[:, None], group_shape=(1, -1), dtype=fp8)
     assert_same_bytes(result, expected)
 
 
 @each_quantized
 @pytest.mark.parametrize("real", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_every_16_bit_value_with_trap_scales_per_token(
-    device: torch.device, real: torch.dtype, fp8: torch.dtype
-) -> None:
+def test_every_16_bit_value_with_trap_scales_per_token(device: torch.device, real: torch.dtype, fp8: torch.dtype) -> None:
     x = all_patterns(real).expand(len(TRAP_SCALES), -1)
     check(STATIC, device, x, TRAP_SCALES, (1, -1), fp8)
 
 
 @each_quantized
 @pytest.mark.parametrize("real", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_every_16_bit_value_with_trap_scales_per_channel(
-    device: torch.device, real: torch.dtype, fp8: torch.dtype
-) -> None:
+def test_every_16_bit_value_with_trap_scales_per_channel(device: torch.device, real: torch.dtype, fp8: torch.dtype) -> None:
     x = all_patterns(real).unsqueeze(1).expand(-1, len(TRAP_SCALES)).contiguous()
     check(STATIC, device, x, TRAP_SCALES, (-1, 1), fp8)
 
@@ -68,9 +60,7 @@ def boundary_inputs(scales: Tensor, fp8: torch.dtype) -> Tensor:
 
 @each_quantized
 @pytest.mark.parametrize("granularity", ["token", "channel", "element"])
-def test_quotients_beside_every_rounding_boundary(
-    device: torch.device, granularity: str, fp8: torch.dtype
-) -> None:
+def test_quotients_beside_every_rounding_boundary(device: torch.device, granularity: str, fp8: torch.dtype) -> None:
     finite = TRAP_SCALES[TRAP_SCALES.isfinite() & (TRAP_SCALES > 0)]
     x = boundary_inputs(finite, fp8)
     if granularity == "token":
@@ -82,9 +72,7 @@ def test_quotients_beside_every_rounding_boundary(
 
 
 @each_quantized
-def test_quotients_beside_every_rounding_boundary_for_random_scales(
-    device: torch.device, fp8: torch.dtype
-) -> None:
+def test_quotients_beside_every_rounding_boundary_for_random_scales(device: torch.device, fp8: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(5)
     exponents = torch.randint(60, 180, (1500,), generator=generator, dtype=torch.int32)
     significands = torch.randint(0, 1 << 23, (1500,), generator=generator, dtype=torch.int32)
@@ -94,9 +82,7 @@ def test_quotients_beside_every_rounding_boundary_for_random_scales(
 
 @each_quantized
 @each_real
-def test_trap_scales_and_hostile_values_for_each_instruction_set(
-    isa: str, real: torch.dtype, fp8: torch.dtype
-) -> None:
+def test_trap_scales_and_hostile_values_for_each_instruction_set(isa: str, real: torch.dtype, fp8: torch.dtype) -> None:
     x = values((len(TRAP_SCALES), 300), real) if real == torch.float32 else all_patterns(real)[::7]
     x = x if x.dim() == 2 else x.expand(len(TRAP_SCALES), -1)
     check(STATIC, CPU, x, TRAP_SCALES, (1, -1), fp8)

@@ -94,10 +94,7 @@ def test_quantization_is_seen() -> None:
         logits(model, cache, ids, torch.ones_like(ids))
         for cache in (
             DynamicCache(config=model.config),
-            *(
-                caches("Llama", scales_of(kind, model.config))[0]
-                for kind in ("1.0", "tensor", "head", "dynamic")
-            ),
+            *(caches("Llama", scales_of(kind, model.config))[0] for kind in ("1.0", "tensor", "head", "dynamic")),
             caches("Llama", dtype=E5M2)[0],
         )
     ]
@@ -293,9 +290,7 @@ def test_a_static_cache_selects_and_repeats_in_place() -> None:
         one.batch_repeat_interleave(2)
     after, mask = ids[[2, 2, 0, 0], 14:], torch.ones(4, 24).long()
     # Attention over all of `max_cache_len` and over the tokens there are may differ in the last bits.
-    torch.testing.assert_close(
-        logits(model, cache, after, mask, (1, 9)), logits(model, expected, after, mask, (1, 9))
-    )
+    torch.testing.assert_close(logits(model, cache, after, mask, (1, 9)), logits(model, expected, after, mask, (1, 9)))
 
 
 @pytest.mark.parametrize("operation", ["reorder_cache", "batch_select_indices", "batch_repeat_interleave"])
@@ -402,9 +397,7 @@ def test_a_dynamic_cache_grows_with_little_slack(scales: str | None) -> None:
         key = torch.randn(3, KV_HEADS, 1, HEAD_SIZE, dtype=torch.bfloat16)
         cache.update(key, key, 0)
         needed = 3 * blocks(length)
-        assert (
-            bytes_of(4 * needed, bool(scales)) <= cache.nbytes <= bytes_of(4 * needed, bool(scales)) * 9 / 8
-        )
+        assert bytes_of(4 * needed, bool(scales)) <= cache.nbytes <= bytes_of(4 * needed, bool(scales)) * 9 / 8
         assert cache.nbytes_16bit == 2 * bytes_of(3 * length)
         sizes.add(cache.nbytes)
     assert len(sizes) < 25, "storage that grew with every block would have 50 sizes"
@@ -434,9 +427,7 @@ def test_a_static_cache_is_allocated_once(device: torch.device, name: str, scale
     cache.crop(-1)
     cache.reorder_cache(torch.tensor([1, 1, 0]))
     cache.reset()
-    logits(
-        model_of(name, device=device), cache, tokens(2).to(device), torch.ones(2, 24, device=device).long()
-    )
+    logits(model_of(name, device=device), cache, tokens(2).to(device), torch.ones(2, 24, device=device).long())
     assert addresses(cache) == before
     assert cache.nbytes == expected
 
@@ -734,9 +725,7 @@ def test_more_tokens_than_a_static_cache_has_room_for() -> None:
     cache.update(*torch.randn(2, 3, KV_HEADS, 39, HEAD_SIZE), 0)
     with pytest.raises(ValueError) as error:
         cache.update(*torch.randn(2, 3, KV_HEADS, 2, HEAD_SIZE), 0)
-    assert str(error.value) == (
-        "Fp8Cache: max_cache_len must be at least the 41 tokens of a sequence, got 40"
-    )
+    assert str(error.value) == ("Fp8Cache: max_cache_len must be at least the 41 tokens of a sequence, got 40")
     assert int(cache.get_seq_length()) == 39
 
 
@@ -759,9 +748,7 @@ def test_crop_of_what_is_not_there(static: bool, count: int) -> None:
     cache.update(*torch.randn(2, 3, KV_HEADS, 5, HEAD_SIZE), 1)
     with pytest.raises(ValueError) as error:
         cache.crop(count)
-    assert str(error.value) == (
-        f"Fp8Cache.crop: tokens_to_remove must be from -5 to 0, as there are 5 tokens, got {count}"
-    )
+    assert str(error.value) == (f"Fp8Cache.crop: tokens_to_remove must be from -5 to 0, as there are 5 tokens, got {count}")
     assert int(cache.get_seq_length()) == 5
 
 

@@ -92,9 +92,7 @@ def assert_close(actual: Tensor, expected: Tensor, error: float = 1e-3) -> None:
     ],
     ids=["1.0", "tensor", "head", "dynamic", "bfloat16"],
 )
-def test_logits(
-    name: str, static: bool, scales: str, fp8: torch.dtype, layout: str, real: torch.dtype
-) -> None:
+def test_logits(name: str, static: bool, scales: str, fp8: torch.dtype, layout: str, real: torch.dtype) -> None:
     """A padded batch, as a prompt in two chunks, single tokens, several at once.
 
     All but the first chunk is read from the cache, unless a chunk of Llama 4 ends within a step: then two of
@@ -426,8 +424,7 @@ def test_a_layer_that_missed_a_step() -> None:
     with pytest.raises(ValueError) as error:
         cache.update(one, one, 1)
     assert str(error.value) == (
-        "Fp8Cache: all layers of a static cache must get the tokens of every step, "
-        "but layer 1 has missed some"
+        "Fp8Cache: all layers of a static cache must get the tokens of every step, but layer 1 has missed some"
     )
     assert int(cache.get_seq_length()) == 2
     cache.reset()

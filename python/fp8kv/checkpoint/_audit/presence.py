@@ -89,18 +89,14 @@ def check_rope(entries: dict[Key, list[Entry]], statement: Statement) -> Iterato
     if statement.producer != "quark" or not names or statement.before_rope is False:
         return
     if statement.before_rope:
-        message = (
-            f"kv_cache_post_rope is false: {names[0]} is of keys before norm and RoPE, and not of the cache"
-        )
+        message = f"kv_cache_post_rope is false: {names[0]} is of keys before norm and RoPE, and not of the cache"
         yield make_problem("before-rope", message, tensor=names[0], value=len(names))
     elif "_proj.output_" in names[0]:
         message = f"Without kv_cache_post_rope, {names[0]} may be of keys before norm and RoPE"
         yield make_problem("rope-unsaid", message, tensor=names[0], value=len(names))
 
 
-def check_formats(
-    stored: StoredScales, statement: Statement, module_of: Callable[[int], str]
-) -> Iterator[Problem]:
+def check_formats(stored: StoredScales, statement: Statement, module_of: Callable[[int], str]) -> Iterator[Problem]:
     """A problem for scales of layers that are not in FP8."""
     wrong: dict[int, str] = {}
     for layer, by_letter in stored.items():

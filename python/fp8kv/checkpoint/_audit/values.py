@@ -25,9 +25,7 @@ _MIN_SCALE = DEFAULT_FORMAT.min_scale
 Place = tuple[int, str]
 
 
-def check_values(
-    scales: StoredScales, strategy: Strategy, heads: Mapping[int, Heads]
-) -> tuple[list[Problem], set[Place]]:
+def check_values(scales: StoredScales, strategy: Strategy, heads: Mapping[int, Heads]) -> tuple[list[Problem], set[Place]]:
     """All problems, and the layers and letters whose scales must not be used."""
     problems: list[Problem] = []
     bad: set[Place] = set()
@@ -41,9 +39,7 @@ def check_values(
                 bad.add((layer, letter))
                 count = scale.values.numel()
                 message = f"{scale.name} must have {counts[letter]}, got {count}"
-                problems.append(
-                    make_problem("head-count", message, layer=layer, tensor=scale.name, value=count)
-                )
+                problems.append(make_problem("head-count", message, layer=layer, tensor=scale.name, value=count))
             else:
                 found = list(_wrong_values(layer, letter, scale.name, scale.values, usual))
                 problems += found
@@ -52,9 +48,7 @@ def check_values(
     return _once(problems), bad
 
 
-def _wrong_counts(
-    by_letter: dict[str, StoredScale], strategy: Strategy, heads: Heads
-) -> Iterator[tuple[str, str]]:
+def _wrong_counts(by_letter: dict[str, StoredScale], strategy: Strategy, heads: Heads) -> Iterator[tuple[str, str]]:
     """The letters with a wrong number of scales, and the expected number."""
     counts = {letter: scale.values.numel() for letter, scale in by_letter.items() if scale.values is not None}
     kv = heads.kv or counts.get("k") or counts.get("v") or 1
@@ -72,9 +66,7 @@ def _wrong_counts(
             yield letter, f"{kv} elements, {source}"
 
 
-def _wrong_values(
-    layer: int, letter: str, name: str, values: Tensor, usual: dict[Place, float]
-) -> Iterator[Problem]:
+def _wrong_values(layer: int, letter: str, name: str, values: Tensor, usual: dict[Place, float]) -> Iterator[Problem]:
     finite = values.isfinite()
     valid = torch.tensor([is_scale(x) for x in values.tolist()], dtype=torch.bool)
     zero_head = _is_min_scale(values)

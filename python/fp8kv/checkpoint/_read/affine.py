@@ -15,9 +15,7 @@ from fp8kv.checkpoint.problems import Problem, make_problem
 Biases = dict[int, dict[str, Tensor | None]]
 
 
-def read_biases(
-    entries: Mapping[tuple[int, str], Entry], heads: Mapping[int, Heads]
-) -> tuple[Biases, list[Problem]]:
+def read_biases(entries: Mapping[tuple[int, str], Entry], heads: Mapping[int, Heads]) -> tuple[Biases, list[Problem]]:
     """The biases of all layers, and their problems.
 
     Args:

@@ -135,9 +135,7 @@ def _of_lists(path: Path, content: Mapping[str, Any], scales: Mapping[str, Any])
         where = f"{path}: scales.{letter}_scales"
         layers = content.get("layer_ids", list(range(len(values))) if isinstance(values, list) else None)
         if not isinstance(values, list) or not isinstance(layers, list) or len(values) != len(layers):
-            raise ValueError(
-                f"{where} must be a list, as long as layer_ids if there is one, got {_kind(values)}"
-            )
+            raise ValueError(f"{where} must be a list, as long as layer_ids if there is one, got {_kind(values)}")
         for layer, value in zip(layers, values, strict=True):
             if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < 10_000:
                 raise ValueError(f"{path}: layer_ids must be numbers of layers, got {layer!r}")

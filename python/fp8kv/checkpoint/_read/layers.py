@@ -385,9 +385,7 @@ _OTHER_REASON = re.compile(r"mlp|moe|expert|dense|ffn|rope|window|sliding|cross|
 _PERIOD = re.compile(r"interval|period|every|freq|group_size")
 
 
-def _field_that_tells(
-    config: Mapping[str, Any], layers: Collection[int], some: Collection[int]
-) -> str | None:
+def _field_that_tells(config: Mapping[str, Any], layers: Collection[int], some: Collection[int]) -> str | None:
     """The config field that distinguishes exactly these layers from the others."""
     for name, value in _fields(config):
         if not _OTHER_REASON.search(name) and _tells(name, value, set(layers), set(some)):
@@ -413,9 +411,7 @@ def _tells(name: str, value: Any, layers: set[int], some: set[int]) -> bool:
     return not kinds[0] & kinds[1]
 
 
-def _numbers(
-    config: Mapping[str, Any], name: re.Pattern[str], without: Collection[str] = ()
-) -> Iterator[int]:
+def _numbers(config: Mapping[str, Any], name: re.Pattern[str], without: Collection[str] = ()) -> Iterator[int]:
     """The numbers in all fields with such names."""
     for path, value in _fields(config):
         last = path.rpartition(".")[2]

@@ -27,19 +27,14 @@ def locate(checkpoint: str | Path, caller: str) -> Path:
     path = Path(checkpoint)
     if not _exists(path):
         if not _HUB_ID.fullmatch(str(checkpoint)) or path.suffix in (".json", ".safetensors"):
-            raise FileNotFoundError(
-                f"{caller}: checkpoint must be a directory or a .safetensors file, but {path} is not there"
-            )
+            raise FileNotFoundError(f"{caller}: checkpoint must be a directory or a .safetensors file, but {path} is not there")
         return _fetch(str(checkpoint), caller)
     if path.is_dir():
         return path
     if _OF_FOLDER.fullmatch(path.name):
         return path.parent
     if path.suffix not in (".safetensors", ".json"):
-        raise ValueError(
-            f"{caller}: checkpoint must be a directory, a .safetensors file or a .json file of scales, "
-            f"got {path}"
-        )
+        raise ValueError(f"{caller}: checkpoint must be a directory, a .safetensors file or a .json file of scales, got {path}")
     return path
 
 

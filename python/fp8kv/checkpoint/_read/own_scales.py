@@ -153,9 +153,7 @@ def _read_tensor(name: str, stored: dict[str, StoredTensor]) -> Tensor:
     is_offset = name.endswith("offset")
     dims = (2,) if is_offset else (1, 2)
     if tensor.dtype != "F32" or len(tensor.shape) not in dims or 0 in tensor.shape:
-        kind = (
-            "[num_kv_heads, head_size]" if is_offset else "[1], [num_kv_heads] or [num_kv_heads, head_size]"
-        )
+        kind = "[num_kv_heads, head_size]" if is_offset else "[1], [num_kv_heads] or [num_kv_heads, head_size]"
         raise ValueError(f"{name} must be float32 {kind}, got {tensor.dtype} of shape {list(tensor.shape)}")
     values = read_numbers(tensor, scale=True)
     assert values is not None

@@ -308,9 +308,7 @@ def _of_scheme(quantization: Mapping[str, Any], producer: str) -> Statement | No
     observers = [x["observer"] for x in schemes.values() if x.get("observer") is not None]
     observer = str(observers[0]) if observers else None
     query = any(name.endswith("input_activations") for name in groups)
-    return Statement(
-        producer, formats, strategy, query, observer, field=first, said=f"{first}.num_bits must be 8, got 4"
-    )
+    return Statement(producer, formats, strategy, query, observer, field=first, said=f"{first}.num_bits must be 8, got 4")
 
 
 def _attention_groups(quantization: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -390,9 +388,7 @@ def _of_quark(quantization: Mapping[str, Any]) -> Statement | None:
                     _check_quark(f"{where}.{name}.output_tensors", scheme)
                     schemes[name] = scheme
     if patterns and not schemes:
-        raise ValueError(
-            "layer_quant_config must have the layers of kv_cache_group with output_tensors, got none"
-        )
+        raise ValueError("layer_quant_config must have the layers of kv_cache_group with output_tensors, got none")
     if not schemes:
         return None
     by_layer: dict[str, Formats] = {}

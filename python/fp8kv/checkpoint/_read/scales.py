@@ -57,9 +57,7 @@ def _read(key: Key, entry: Entry, problems: list[Problem]) -> Tensor | None:
     if values is None:
         expected = "float32, float16 or bfloat16" if key.kind == "scale" else "a number"
         message = f"{name} must be {expected}, got {stored.dtype}"
-        problems.append(
-            make_problem("wrong-dtype", message, layer=key.layer, tensor=name, value=stored.dtype)
-        )
+        problems.append(make_problem("wrong-dtype", message, layer=key.layer, tensor=name, value=stored.dtype))
     return values
 
 
@@ -83,9 +81,7 @@ def read_numbers(stored: StoredTensor, *, scale: bool) -> Tensor | None:
     return values.to(torch.float32)
 
 
-def _agreed(
-    key: Key, copies: list[Entry], read: list[Tensor | None], problems: list[Problem]
-) -> Tensor | None:
+def _agreed(key: Key, copies: list[Entry], read: list[Tensor | None], problems: list[Problem]) -> Tensor | None:
     """The common values of all duplicates; None if they differ."""
     first = read[0]
     agreed = first
@@ -111,9 +107,7 @@ def _is_zero(key: Key, entry: Entry, values: Tensor | None, problems: list[Probl
     wrong = values[values != 0].tolist()
     if wrong:
         message = f"{entry.name} must be 0, got {wrong[0]:.6g}"
-        problems.append(
-            make_problem("zero-point", message, layer=key.layer, tensor=entry.name, value=f"{wrong[0]:.6g}")
-        )
+        problems.append(make_problem("zero-point", message, layer=key.layer, tensor=entry.name, value=f"{wrong[0]:.6g}"))
     return not wrong
 
 

@@ -71,9 +71,7 @@ def write_checkpoint(
 
 def _write_files(scales: Mapping[str, NewTensor], source: Source, folder: Path) -> None:
     """Writes the tensor files that contain, or contained, scales, and the index if there is one."""
-    files: dict[str, dict[str, StoredTensor | NewTensor]] = {
-        name: dict(tensors) for name, tensors in source.tensors.items()
-    }
+    files: dict[str, dict[str, StoredTensor | NewTensor]] = {name: dict(tensors) for name, tensors in source.tensors.items()}
     files.setdefault(source.file_for_scales, {}).update(scales)
     for name in {source.file_for_scales, *source.with_scales}:
         if files[name]:
@@ -113,8 +111,7 @@ def _check_destination(destination: Path, source: Source, overwrite: bool) -> No
     folder = Path(os.path.realpath(source.folder))
     if folder in destination.parents or destination in folder.parents:
         raise ValueError(
-            f"KVScales.save: checkpoint_dir must lie beside the source {folder}, not around it or in it, "
-            f"got {destination}"
+            f"KVScales.save: checkpoint_dir must lie beside the source {folder}, not around it or in it, got {destination}"
         )
     if destination.exists() and not destination.is_dir():
         raise FileExistsError(f"KVScales.save: checkpoint_dir must be a folder, got the file {destination}")
@@ -136,8 +133,7 @@ def _difference(folder: Path, source: Source) -> str | None:
     if without_quantization(other.config) != without_quantization(source.config):
         return f"whose {CONFIG_FILE} differs"
     ours, theirs = (
-        {path for path in checkpoint.other_files() if str(path) not in checkpoint.tensors}
-        for checkpoint in (source, other)
+        {path for path in checkpoint.other_files() if str(path) not in checkpoint.tensors} for checkpoint in (source, other)
     )
     for path in sorted(ours ^ theirs):
         return f"which lacks {path}" if path in ours else f"which has {path} besides"

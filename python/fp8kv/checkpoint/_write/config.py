@@ -86,9 +86,7 @@ def _quantization(config: dict[str, Any]) -> dict[str, Any]:
     """
     for name in NESTED:
         if isinstance(config.get(name), dict) and any(config[name].get(key) for key in _KEYS):
-            raise ValueError(
-                f"KVScales.save: source must have its quantization_config outside of {name} in config.json"
-            )
+            raise ValueError(f"KVScales.save: source must have its quantization_config outside of {name} in config.json")
     for key in _KEYS:
         found = config.get(key)
         if found:

@@ -29,8 +29,7 @@ def check_own_scales(own: OwnScales, source: Source) -> None:
             if len(x) != num_kv_heads and not (x.dim() == 1 and len(x) == 1):
                 hint = " (of one tensor-parallel rank?)" if len(x) < num_kv_heads else ""
                 raise ValueError(
-                    f"{what} must be for the {num_kv_heads} KV heads of {source.folder}, "
-                    f"got shape {list(x.shape)}{hint}"
+                    f"{what} must be for the {num_kv_heads} KV heads of {source.folder}, got shape {list(x.shape)}{hint}"
                 )
 
 

@@ -38,9 +38,7 @@ class NewTensor:
         yield self.data
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, StoredTensor | NewTensor], metadata: dict[str, str] | None
-) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, StoredTensor | NewTensor], metadata: dict[str, str] | None) -> None:
     """Writes a file of these tensors.
 
     Raises:

@@ -35,8 +35,7 @@ def scale_tensors(
     query = len(without_query) < len(scales)
     if query and without_query:
         raise ValueError(
-            "KVScales.save: scales must have query scales for all layers or for none, "
-            f"got none for layer {without_query[0]}"
+            f"KVScales.save: scales must have query scales for all layers or for none, got none for layer {without_query[0]}"
         )
     dtype = source.dtype()
     tensors, zero_points = {}, {}
@@ -70,9 +69,7 @@ def _modules_of_layers(scales: Scales, source: Source) -> dict[int, str]:
     return modules
 
 
-def _checked_scale(
-    scale: Tensor | None, letter: str, layer: int, strategy: Strategy, source: Source, spread: bool
-) -> Tensor:
+def _checked_scale(scale: Tensor | None, letter: str, layer: int, strategy: Strategy, source: Source, spread: bool) -> Tensor:
     """On the CPU, shaped as it is stored: ``[1]``, or ``[number of heads, 1, 1]``."""
     what = f"KVScales.save: scales[{layer}].{letter}"
     if scale is None:
@@ -91,8 +88,7 @@ def _checked_scale(
     if host.numel() != num_kv_heads:
         hint = " (of one tensor-parallel rank?)" if 0 < host.numel() < num_kv_heads else ""
         raise ValueError(
-            f"{what} must have an element for each of the {num_kv_heads} KV heads of {source.folder}, "
-            f"got {host.numel()}{hint}"
+            f"{what} must have an element for each of the {num_kv_heads} KV heads of {source.folder}, got {host.numel()}{hint}"
         )
     if letter == "q":
         host = host.repeat_interleave(num_heads // num_kv_heads)

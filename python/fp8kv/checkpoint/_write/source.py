@@ -73,9 +73,7 @@ class Source:
         models = sort_tensors({key: [value] for stored in files.values() for key, value in stored.items()})
         scales = {entry.name for model in _language_models(models).values() for entry in model.scales()}
         tensors = {
-            name: {
-                key: value for key, value in stored.items() if not (key in scales or parse_scale_name(key))
-            }
+            name: {key: value for key, value in stored.items() if not (key in scales or parse_scale_name(key))}
             for name, stored in files.items()
         }
         with_scales = frozenset(name for name, stored in files.items() if len(tensors[name]) < len(stored))
@@ -101,9 +99,7 @@ class Source:
         """
         model = self._model()
         layers = with_tensors(layers_of_config(self._section()), {}, model.attention, model.present, ())
-        modules = {
-            n: x.name for n, x in model.attention.items() if x.makes_keys and layers and n in layers.heads
-        }
+        modules = {n: x.name for n, x in model.attention.items() if x.makes_keys and layers and n in layers.heads}
         if not modules:
             raise self._no_model("none")
         return dict(sorted(modules.items()))
@@ -125,9 +121,7 @@ class Source:
 
     def _section(self) -> Mapping[str, Any]:
         """The part of the config about the language model."""
-        return section_of_model(
-            self.config, next((n for n, x in self.models.items() if x is self._model()), "")
-        )
+        return section_of_model(self.config, next((n for n, x in self.models.items() if x is self._model()), ""))
 
     def dtype(self) -> torch.dtype:
         """The dtype of the model, from the config, or else of the first tensor that isn't quantized."""

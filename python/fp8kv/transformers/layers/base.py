@@ -122,8 +122,7 @@ class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         batch, heads, _, head_size = key.shape
         if self.batch_size is not None and batch != self.batch_size:
             raise ValueError(
-                f"Fp8Cache: key must have the {self.batch_size} sequences that the cache has, "
-                f"got {batch} in layer {self.index}"
+                f"Fp8Cache: key must have the {self.batch_size} sequences that the cache has, got {batch} in layer {self.index}"
             )
         storage = self.storage
         if storage is not None and (heads, head_size) != (storage.num_kv_heads, storage.head_size):
@@ -164,9 +163,7 @@ class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         result = self.read(step, key.dtype) if whole else (key.view(key.shape), value.view(value.shape))
         return self._marked(*result, step if readable else None, whole)
 
-    def _marked(
-        self, key: Tensor, value: Tensor, step: Step | None = None, whole: bool = True
-    ) -> tuple[Tensor, Tensor]:
+    def _marked(self, key: Tensor, value: Tensor, step: Step | None = None, whole: bool = True) -> tuple[Tensor, Tensor]:
         self.is_reached, self._gave_whole = False, whole
         return attention.Stored(self, step, whole).mark(key, value)
 

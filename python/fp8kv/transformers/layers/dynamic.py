@@ -36,9 +36,7 @@ class DynamicFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
         self.num_rows = self.batch_size = len(key_states)
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Stores new tokens and returns what their queries attend to: dequantized, or where to read it."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

@@ -64,9 +64,7 @@ class StaticFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
             torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Stores new tokens and returns what their queries attend to: all `max_cache_len` dequantized, of
         which masks hide those not there yet, or where to read them."""
         self._prepare(key_states, value_states)
@@ -100,8 +98,7 @@ class StaticFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
     def _check_batch(self, batch: int) -> None:
         if batch > self.num_rows:
             raise ValueError(
-                f"Fp8Cache: key must have at most max_batch_size={self.num_rows} sequences, "
-                f"got {batch} in layer {self.index}"
+                f"Fp8Cache: key must have at most max_batch_size={self.num_rows} sequences, got {batch} in layer {self.index}"
             )
 
     def _check_room(self, num_tokens: int) -> None:

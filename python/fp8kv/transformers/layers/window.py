@@ -26,9 +26,7 @@ class StaticWindowFp8Layer(StaticFp8Layer):  # type: ignore[no-untyped-call]
     is_croppable = False
     window: int
 
-    def __init__(
-        self, options: LayerOptions, progress: Progress, max_cache_len: int, max_batch_size: int | None
-    ) -> None:
+    def __init__(self, options: LayerOptions, progress: Progress, max_cache_len: int, max_batch_size: int | None) -> None:
         super().__init__(options, progress, max_cache_len, max_batch_size)
         progress.counts_on_host = True
         self.num_lost = 0  # tokens at the front that newer ones had replaced when `crop` removed those
@@ -37,9 +35,7 @@ class StaticWindowFp8Layer(StaticFp8Layer):  # type: ignore[no-untyped-call]
         self.blocks_of_sequence = -(-(self.block_size - 1 + seen) // self.block_size)
         self.ring_size = self.blocks_of_sequence * self.block_size
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Stores new tokens and returns what their queries attend to: dequantized, or where to read it."""
         self._prepare(key_states, value_states)
         readable = self._is_readable(key_states)
