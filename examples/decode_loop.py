@@ -3,15 +3,13 @@
     python examples/decode_loop.py [--steps 32]
 
 In every step each sequence gets one token: its K and V are appended, and its query attends to all tokens so
-far. On a GPU the cache is gathered in 16 bits for PyTorch's attention, as attention that reads FP8 runs on
-the CPU so far.
+far.
 """
 
 import argparse
 from collections.abc import Callable
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 import fp8kv
 
@@ -37,9 +35,6 @@ class Engine:
         self.block_table = blocks.view(NUM_SEQS, BLOCKS_PER_SEQ)
         self.seq_lens = torch.zeros(NUM_SEQS, dtype=torch.int32, device=device)
         self.x = torch.randn(NUM_SEQS, HIDDEN, device=device).bfloat16()
-        # What a gather writes: all blocks of every sequence, so that the sizes are the same in every step.
-        self.whole = torch.full((NUM_SEQS,), MAX_LEN, dtype=torch.int32, device=device)
-        self.gathered = torch.zeros(2, NUM_SEQS * MAX_LEN, NUM_KV_HEADS, HEAD_SIZE, dtype=torch.bfloat16, device=device)
 
     def step(self) -> None:
         """Appends one token to every sequence. Only kernels are launched: nothing is read back."""
@@ -52,18 +47,8 @@ class Engine:
             sizes = [HIDDEN, NUM_KV_HEADS * HEAD_SIZE, NUM_KV_HEADS * HEAD_SIZE]
             query, key, value = (part.unflatten(1, (-1, HEAD_SIZE)) for part in (x @ weight).split(sizes, 1))
             cache.append(key, value, slots)  # slices of one tensor: no copy is needed
-            x = self.attend(query, cache).flatten(1)
+            x = cache.attend(query, self.block_table, self.seq_lens).flatten(1)
         self.x.copy_(x / x.float().std().bfloat16())  # the input of the next step; a model would sample a token
-
-    def attend(self, query: torch.Tensor, cache: fp8kv.PagedKVCache) -> torch.Tensor:
-        """One query [num_heads, head_size] per sequence."""
-        if self.device == "cpu":
-            return cache.attend(query, self.block_table, self.seq_lens)
-        cache.gather(self.block_table, self.whole, out=tuple(self.gathered))
-        key, value = self.gathered.unflatten(1, (NUM_SEQS, MAX_LEN)).transpose(2, 3)
-        seen = torch.arange(MAX_LEN, device=self.device) < self.seq_lens[:, None]
-        out = scaled_dot_product_attention(query[:, :, None], key, value, attn_mask=seen[:, None, None], enable_gqa=True)
-        return out[:, :, 0]
 
     def captured_step(self) -> Callable[[], None]:
         """`step` as a CUDA graph, which runs with one launch."""
@@ -92,8 +77,8 @@ def main() -> None:
     step = engine.captured_step() if device == "cuda" else engine.step
     for _ in range(steps):
         step()
-    how = "a CUDA graph; gather and 16-bit attention" if device == "cuda" else "attention that reads FP8"
-    print(f"{steps} steps of {NUM_SEQS} sequences on {device}: {how}")
+    how = ", in a CUDA graph" if device == "cuda" else ""
+    print(f"{steps} steps of {NUM_SEQS} sequences on {device}{how}")
     print(f"tokens in the cache: {engine.seq_lens.tolist()}, {engine.caches[0]}")
 
 
