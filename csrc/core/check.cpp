@@ -158,12 +158,6 @@ void check_on_device(const Argument& a, Device current) {
   if (!(device == current)) fail(a.op, a.name, "be on the current device, " + device_string(current), device_string(device));
 }
 
-void check_has_kernels(const Argument& a, const char* what) {
-  if (a.view.device.type == Device::Type::CUDA)
-    fail(a.op, a.name, std::string("be on the cpu, as there are no CUDA kernels for ") + what + " yet",
-         device_string(a.view.device));
-}
-
 void check_same_device(const Argument& a, const Argument& other) {
   if (!(a.view.device == other.view.device))
     fail(a.op, a.name, std::string("be on the device of ") + other.name + ", " + device_string(other.view.device),

@@ -30,9 +30,6 @@ void check_float32(const Argument& a);
 // That a view is on the device that an operation is to run on.
 FP8KV_API void check_on_device(const Argument& a, Device current);
 
-// Of what only the CPU backend can do.
-void check_has_kernels(const Argument& a, const char* what);
-
 void check_same_device(const Argument& a, const Argument& other);
 void check_same_shape(const Argument& a, const Argument& other);
 
