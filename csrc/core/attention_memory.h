@@ -6,9 +6,10 @@
 
 namespace fp8kv::core {
 
-inline constexpr int kTile = 16;       // neighboring positions of a sequence, which lie in one block of the cache
-inline constexpr int kRingTiles = 3;   // that a warp has in shared memory
-inline constexpr int kColumnTile = 8;  // columns of a matrix product
+inline constexpr int kTile = 16;              // neighboring positions of a sequence, which lie in one block of the cache
+inline constexpr int kRingTiles = 3;          // that a warp has in shared memory
+inline constexpr int kColumnTile = 8;         // columns of a matrix product
+inline constexpr int kReservedMemory = 1024;  // bytes of shared memory that every block costs beyond its own
 
 // A tile: rows of K, rows of V, and the scales of its positions where each has its own. Rows of V are padded so
 // that their chunks of 16 bytes can be permuted to keep lanes off each other's banks. Tiles are aligned to 128 bytes: where a

@@ -20,7 +20,7 @@ constexpr TypeList<Ts..., Us...> operator+(TypeList<Ts...>, TypeList<Us...>) {
 }
 
 // Types of unquantized values, and of quantized ones. Only in those of FP8 queries may be quantized, and only tensors of them
-// may be UInt8; attention on CUDA has no kernels for the others yet.
+// may be UInt8.
 using RealTypes = TypeList<float, Half, BFloat16>;
 using Fp8Types = TypeList<E4M3, E5M2>;
 using QuantizedTypes = decltype(Fp8Types{} + TypeList<Int8>{});

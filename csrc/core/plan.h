@@ -200,7 +200,7 @@ FP8KV_API RopeAppendPlan plan_rope_append(const RopeLayout& layout);
 // The kernels of csrc/cuda/attention.
 enum class AttentionKernel : std::uint8_t {
   Generic,  // anything: one block per query row and head
-  Tiled,    // on the tensor cores, for FP8 caches of the usual head sizes and block sizes
+  Tiled,    // on the tensor cores, for FP8 and INT8 caches of the usual head sizes and block sizes
 };
 
 // A block of threads has `warps / heads` warps for each of its KV heads. `column_warps` of them multiply the same tiles of K

@@ -8,8 +8,7 @@ namespace fp8kv::core {
 namespace {
 
 constexpr int kMaxWarps = 8;
-constexpr int kMaxColumns = 64;        // that share a reading of K and V
-constexpr int kReservedMemory = 1024;  // bytes of shared memory that every block costs beyond its own
+constexpr int kMaxColumns = 64;  // that share a reading of K and V
 constexpr std::int64_t kMaxSlots = 1 << 30;
 
 bool is_tiled_head_size(std::int64_t size) { return size == 64 || size == 96 || size == 128 || size == 192 || size == 256; }

@@ -666,14 +666,7 @@ class TiledAttention {
       const int parts = tile_warps_ >> log2_of(step);
       Softmax total;
       if ((lane_ & 7) < parts) total = warp_softmax(first_warp + (lane_ & 7) * step)[in_warp];
-      float kept = total.maximum;
-#pragma unroll
-      for (int lanes = 1; lanes < 8; lanes *= 2)
-        total.maximum = fmaxf(total.maximum, __shfl_xor_sync(kAllLanes, total.maximum, lanes));
-      kept = device::exp2_approximation(kept - total.maximum);
-      total.sum *= kept;
-#pragma unroll
-      for (int lanes = 1; lanes < 8; lanes *= 2) total.sum += __shfl_xor_sync(kAllLanes, total.sum, lanes);
+      const float kept = merge_lanes<kMaxWarps>(total);
       float sums[kPerLane] = {};
 #pragma unroll 2
       for (int p = 0; p < parts; ++p) {
@@ -700,6 +693,20 @@ class TiledAttention {
     __syncthreads();  // before rings, scales and queries of the next item
   }
 
+  // Merges the parts that so many neighboring lanes have, in each of them. Returns the factor of the sums of this lane's part.
+  template <int kLanes>
+  __device__ static float merge_lanes(Softmax& softmax) {
+    float kept = softmax.maximum;
+#pragma unroll
+    for (int lanes = 1; lanes < kLanes; lanes *= 2)
+      softmax.maximum = fmaxf(softmax.maximum, __shfl_xor_sync(kAllLanes, softmax.maximum, lanes));
+    kept = device::exp2_approximation(kept - softmax.maximum);
+    softmax.sum *= kept;
+#pragma unroll
+    for (int lanes = 1; lanes < kLanes; lanes *= 2) softmax.sum += __shfl_xor_sync(kAllLanes, softmax.sum, lanes);
+    return kept;
+  }
+
   // What the block has of a column, for its cluster: head_size sums, a maximum, a sum and a base.
   __device__ float* merged(int column) const {
     return reinterpret_cast<float*>(shared_ + memory_.merged + column * memory_.sums_pitch);
@@ -721,14 +728,7 @@ class TiledAttention {
         const float* softmax = cluster.map_shared_rank(merged(column) + kHeadSize, lane_);
         total = {softmax[0], softmax[1]}, base = softmax[2];
       }
-      float kept = total.maximum;
-#pragma unroll
-      for (int lanes = 1; lanes < 32; lanes *= 2)
-        total.maximum = fmaxf(total.maximum, __shfl_xor_sync(kAllLanes, total.maximum, lanes));
-      kept = device::exp2_approximation(kept - total.maximum);
-      total.sum *= kept;
-#pragma unroll
-      for (int lanes = 1; lanes < 32; lanes *= 2) total.sum += __shfl_xor_sync(kAllLanes, total.sum, lanes);
+      const float kept = merge_lanes<32>(total);
       base = __shfl_sync(kAllLanes, base, 0);
       float sum = 0.0f;
 #pragma unroll 8

@@ -12,7 +12,8 @@ namespace fp8kv::cuda::attention {
 template <class Kernel>
 void allow(Kernel kernel) {
   const DeviceLimits& limits = device_limits();
-  check_query(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_memory - 1024));
+  check_query(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_memory - core::kReservedMemory));
   if (limits.has_clusters) check_query(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
 }
 
@@ -20,7 +21,7 @@ template <int kHeadSize, int kColumnTiles>
 void count_clusters(core::AttentionClusters& clusters) {
   const auto kernel = attention_tiled<E4M3, kHeadSize, kColumnTiles, true>;
   const core::AttentionMemory memory(kHeadSize, kColumnTiles, true, kMaxWarps, kColumnTiles * core::kColumnTile);
-  if (memory.size > device_limits().shared_memory - 1024) return;
+  if (memory.size > device_limits().shared_memory - core::kReservedMemory) return;
   allow(kernel);
   for (int log2 = 1; log2 <= core::AttentionClusters::kMaxLog2Blocks; ++log2) {
     cudaLaunchAttribute size{};

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fp8kv._dtypes import CACHE_DTYPES, QUANTIZED_CACHE_NAMES
+from fp8kv._dtypes import CACHE_DTYPES, FP8_DTYPES, QUANTIZED_CACHE_NAMES
 from fp8kv.kv_cache import reshape_and_cache_flash, reshape_and_cache_flash_dynamic
 
 #: vLLM's name of a cache with a scale for each token and head.
@@ -15,7 +15,7 @@ PER_TOKEN_HEAD = "fp8_per_token_head"
 #: Bytes of such a scale, which lies behind its head.
 SCALE_BYTES = 4
 #: The formats of caches that vLLM has names for, which INT8 is not among.
-FP8_NAMES = tuple(name for name in QUANTIZED_CACHE_NAMES if name != "int8")
+FP8_NAMES = tuple(name for name in QUANTIZED_CACHE_NAMES if CACHE_DTYPES[name] in FP8_DTYPES)
 #: What `--kv-cache-dtype` may be for the backend.
 CACHE_NAMES = ("auto", "float16", "bfloat16", *FP8_NAMES, PER_TOKEN_HEAD)
 
