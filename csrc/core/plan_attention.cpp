@@ -10,6 +10,10 @@ namespace {
 constexpr int kMaxWarps = 8;
 constexpr int kMaxColumns = 64;  // that share a reading of K and V
 constexpr std::int64_t kMaxSlots = 1 << 30;
+// What it costs to begin with an item and to end with it, in bytes of K and V that a multiprocessor could have read in that
+// time.
+constexpr std::int64_t kItemOverhead = 256 * 1024;
+constexpr std::int64_t kMaxOverhead = 256;  // tiles
 
 bool is_tiled_head_size(std::int64_t size) { return size == 64 || size == 96 || size == 128 || size == 192 || size == 256; }
 
@@ -45,9 +49,7 @@ bool fits_tiles(const AttentionLayout& l) {
 bool scales_per_token(const AttentionLayout& l) { return l.k_scale.per_token() || l.v_scale.per_token(); }
 
 int memory_of(const AttentionLayout& l, const AttentionPlan& plan) {
-  return AttentionMemory(static_cast<int>(l.head_size), plan.column_tiles, scales_per_token(l), plan.warps,
-                         plan.heads * plan.columns)
-      .size;
+  return AttentionMemory(static_cast<int>(l.head_size), plan.column_tiles, scales_per_token(l), plan.warps, plan.columns).size;
 }
 
 // The columns of a block: as many as there are, if possible, so that K and V are read once.
@@ -86,7 +88,7 @@ std::int64_t max_items(const AttentionLayout& l, const AttentionPlan& plan, std:
   const std::int64_t group = l.heads_per_kv_head();
   const std::int64_t by_length = l.num_seqs * ceil_div(max_query_len * group, plan.columns);
   const std::int64_t by_rows = l.num_seqs + l.num_rows * group / plan.columns;
-  return std::min(by_length, by_rows) * plan.head_groups;
+  return std::min(by_length, by_rows) * l.num_kv_heads;
 }
 
 std::int64_t max_tiles(const AttentionLayout& l) {
@@ -95,10 +97,19 @@ std::int64_t max_tiles(const AttentionLayout& l) {
   return std::max<std::int64_t>(1, ceil_div(seen, kTile));
 }
 
-// Rows of two KV heads in one block, as they are neighbors in memory, where there are enough items without it.
-void choose_heads(const AttentionLayout& l, bool many_items, AttentionPlan& plan) {
-  if (plan.parts > 0 || plan.column_tiles > 1 || plan.column_warps > 1 || plan.warps < 2) return;
-  if (many_items && l.num_kv_heads % 2 == 0) plan.heads = 2;
+// How many blocks a multiprocessor has at once. One has enough bytes on their way, but for short rows. Where there are many
+// items, four smaller ones work while others are between two items.
+std::int64_t choose_residency(const AttentionLayout& l, const DeviceLimits& limits, AttentionPlan& plan) {
+  if (plan.column_tiles > 1 || l.head_size > 128) return 1;  // registers
+  const auto fits = [&](int blocks) { return blocks * (memory_of(l, plan) + kReservedMemory) <= limits.shared_memory; };
+  const int warps = plan.warps;
+  if (l.num_seqs * l.num_kv_heads > 3 * std::int64_t{limits.multiprocessors}) {
+    plan.warps = std::min(warps, 4);
+    if (fits(4)) return 4;
+    plan.warps = warps;
+    return fits(2) ? 2 : 1;
+  }
+  return l.head_size < 128 && fits(2) ? 2 : 1;
 }
 
 // Blocks per cluster of one short sequence, which is no more than two rounds of tiles for the warps of each block, and no less
@@ -119,14 +130,6 @@ int choose_cluster(const AttentionLayout& l, const DeviceLimits& limits, const A
   return 1;
 }
 
-// Warps for the parts of a column; each has a few of them. Not more than let the blocks of the merging kernel start early.
-int sharers_of(std::int64_t parts, const AttentionPlan& plan) {
-  constexpr std::int64_t kMostWarps = 8 * 2048;
-  auto sharers = static_cast<int>(std::bit_ceil(static_cast<unsigned>(std::clamp<std::int64_t>(ceil_div(parts, 4), 1, 8))));
-  while (sharers > 1 && plan.merges * plan.heads * plan.columns * sharers > kMostWarps) sharers /= 2;
-  return sharers;
-}
-
 AttentionPlan plan_generic(const AttentionLayout& l) {
   // As many warps as fit what every kernel may have of shared memory; each has a row of its own.
   constexpr std::int64_t kSharedFloats = 48 * 1024 / sizeof(float) - 64;
@@ -145,42 +148,28 @@ AttentionPlan plan_attention(const AttentionLayout& l, const DeviceLimits& limit
   AttentionPlan plan;
   plan.kernel = AttentionKernel::Tiled;
   plan.warps = kMaxWarps;
-  plan.parts = std::min(l.num_splits, max_tiles(l));
+  plan.parts = std::min<std::int64_t>({l.num_splits, max_tiles(l), kMaxParts});
   choose_columns(l, plan);
   fit_memory(l, limits, plan);
-  // One block per multiprocessor has enough bytes on their way, but for short rows. With many items per block, a second one
-  // works while the first is between two of them.
-  const bool many_items = l.num_seqs * l.num_kv_heads > 3 * std::int64_t{limits.multiprocessors};
-  const auto resident = [&] {
-    const bool two = plan.column_tiles == 1 && (l.head_size < 128 || (l.head_size == 128 && many_items)) &&
-                     2 * (memory_of(l, plan) + kReservedMemory) <= limits.shared_memory;
-    return std::int64_t{limits.multiprocessors} * (two ? 2 : 1);
-  };
   // Units count in 31 bits.
-  plan.head_groups = l.num_kv_heads;
-  const std::int64_t tiles = std::max<std::int64_t>(1, ceil_div(l.capacity, kTile));
+  const std::int64_t tiles = std::max<std::int64_t>(1, ceil_div(l.capacity, kTile)) + kMaxOverhead;
   if (plan.parts == 0 && max_items(l, plan, l.num_rows) > kMaxChunk / tiles) plan.parts = 1;
   plan.cluster = choose_cluster(l, limits, clusters, plan);
   if (plan.cluster > 1) plan.parts = plan.cluster;
-  choose_heads(l, many_items, plan);
-  plan.head_groups = l.num_kv_heads / plan.heads;
+  const std::int64_t resident = plan.parts == 0 ? choose_residency(l, limits, plan) : 1;
   plan.shared_memory = memory_of(l, plan);
-
   const std::int64_t items = max_items(l, plan, l.max_query_len);
   if (plan.parts == 0) {
-    plan.least_units = plan.warps / plan.heads;
-    plan.blocks = std::min(resident(), ceil_div(items * max_tiles(l), plan.least_units));
+    plan.least_units = plan.warps;
+    plan.item_overhead = static_cast<int>(std::min(kMaxOverhead, kItemOverhead / (2 * kTile * l.head_size * resident)));
+    plan.blocks = std::min(limits.multiprocessors * resident, ceil_div(items * max_tiles(l), plan.least_units));
     plan.slots = plan.blocks > 1 ? 2 * plan.blocks : 0;
-    plan.merges = plan.slots > 0 ? plan.blocks : 0;
-    plan.merge_sharers = sharers_of(plan.blocks / items + 1, plan);
   } else {
     plan.parts = std::max<std::int64_t>(1, std::min(plan.parts, kMaxSlots / items));
     plan.blocks = std::min<std::int64_t>(items * plan.parts, INT32_MAX);
     plan.slots = plan.parts > 1 && plan.cluster == 1 ? items * plan.parts : 0;
-    plan.merges = plan.slots > 0 ? items : 0;
-    plan.merge_sharers = sharers_of(plan.parts, plan);
   }
-  plan.workspace_size = plan.slots * plan.heads * plan.columns * (l.head_size + 4) * 4;
+  plan.workspace_size = slot_counters_size(plan.slots) + plan.slots * plan.columns * (l.head_size + 4) * 4;
   return plan;
 }
 

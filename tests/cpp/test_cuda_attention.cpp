@@ -171,11 +171,19 @@ class CudaAttention : public Cuda, public testing::WithParamInterface<Case> {
   }
 
   // With a workspace of exactly the size it needs, of any contents.
-  static void run(PagedAttention problem) {
-    const std::int64_t size = cuda::workspace_size(problem);
-    Tensor workspace(DType::UInt8, {size}, {1}, 0);
+  void run(const PagedAttention& problem) {
+    Tensor workspace = make_workspace(problem);
+    for (auto& byte : workspace.bytes()) byte = static_cast<unsigned char>(random());
+    run(problem, workspace);
+  }
+
+  static Tensor make_workspace(const PagedAttention& problem) {
+    return Tensor(DType::UInt8, {cuda::workspace_size(problem)}, {1}, 0);
+  }
+
+  static void run(PagedAttention problem, Tensor& workspace) {
     workspace.upload();
-    if (size > 0) problem.workspace = workspace.on_device();
+    if (workspace.on_host().numel() > 0) problem.workspace = workspace.on_device();
     cuda::run(problem);
     testing_support::check(cudaDeviceSynchronize());
   }
@@ -210,6 +218,26 @@ TEST_P(CudaAttention, GivesTheSameBitsAgain) {
   run(p.on_device());
   expect_same(p.out, "out");
   expect_same(p.lse, "lse");
+}
+
+// What the call before left there, too.
+TEST_P(CudaAttention, TheWorkspaceMayHoldAnything) {
+  Problem p(GetParam());
+  fill(p);
+  p.upload();
+  Tensor workspace = make_workspace(p.on_device());
+  run(p.on_device(), workspace);
+  p.out.bytes() = p.out.download(), p.lse.bytes() = p.lse.download();
+  for (int contents : {-1, 0x00, 0xff}) {
+    if (contents < 0)
+      workspace.bytes() = workspace.download();
+    else
+      std::fill(workspace.bytes().begin(), workspace.bytes().end(), static_cast<unsigned char>(contents));
+    for (Tensor* t : {&p.out, &p.lse}) testing_support::check(cudaMemset(t->on_device().data, 0xA5, t->bytes().size()));
+    run(p.on_device(), workspace);
+    expect_same(p.out, "out");
+    expect_same(p.lse, "lse");
+  }
 }
 
 // Index tensors and values of any contents: whatever they say, nothing else is touched.

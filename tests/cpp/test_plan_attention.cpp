@@ -114,8 +114,7 @@ TEST(PlanAttention, SharedMemoryFitsEveryDevice) {
           PagedAttention p = problem_of({.head_size = head_size, .queries = queries});
           if (per_token) p.k_scale = contiguous(address(7), DType::Float32, {4 * 64, 16, 8});
           const AttentionPlan plan = plan_of(p, with_shared_memory(bytes));
-          const AttentionMemory memory(static_cast<int>(head_size), plan.column_tiles, per_token, plan.warps,
-                                       plan.heads * plan.columns);
+          const AttentionMemory memory(static_cast<int>(head_size), plan.column_tiles, per_token, plan.warps, plan.columns);
           EXPECT_EQ(plan.shared_memory, memory.size);
           EXPECT_LE(plan.shared_memory, bytes - 1024);
           EXPECT_GE(plan.warps, 4);
@@ -127,7 +126,7 @@ TEST(PlanAttention, SharedMemoryFitsEveryDevice) {
 
 TEST(PlanAttention, BlocksFillTheDeviceWhereThereIsEnoughToDo) {
   EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192}).blocks, kMultiprocessors);
-  EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192}).blocks, 2 * kMultiprocessors) << "many items";
+  EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192}).blocks, 4 * kMultiprocessors) << "many items";
   EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192, .head_size = 64}).blocks, 2 * kMultiprocessors) << "short rows";
   EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192, .head_size = 256}).blocks, kMultiprocessors);
   EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192, .queries = 8}).blocks, kMultiprocessors);
@@ -136,23 +135,17 @@ TEST(PlanAttention, BlocksFillTheDeviceWhereThereIsEnoughToDo) {
   EXPECT_EQ(plan_of({.seqs = 1, .max_len = 1024}).blocks, 64);
 }
 
-TEST(PlanAttention, TwoKvHeadsShareABlockWhereThereAreManyItems) {
-  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192}).heads, 1);
-  const AttentionPlan plan = plan_of({.seqs = 64, .max_len = 8192});
-  EXPECT_EQ(plan.heads, 2);
-  EXPECT_EQ(plan.head_groups, 4);
-  EXPECT_EQ(plan_of({.seqs = 512, .max_len = 8192, .heads = 14, .kv_heads = 7}).heads, 1);
-  EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192, .num_splits = 1}).heads, 1);
+TEST(PlanAttention, ManySmallerBlocksWhereThereAreManyItems) {
+  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192}).warps, 8);
+  EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192}).warps, 4);
+  EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192, .queries = 8}).warps, 8) << "more columns";
+  EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192, .num_splits = 1}).warps, 8) << "depends on no other sequence";
 }
 
-TEST(PlanAttention, TheMergingKernelCanStartEarly) {
-  for (std::int64_t seqs : {1, 7, 64, 256})
-    for (std::int64_t heads : {8, 32, 64})
-      for (std::int64_t head_size : {64, 128, 256}) {
-        const AttentionPlan plan = plan_of({.seqs = seqs, .max_len = 32768, .heads = heads, .head_size = head_size});
-        EXPECT_GE(plan.merge_sharers, 1);
-        EXPECT_LE(plan.merges * plan.heads * plan.columns * plan.merge_sharers, 8 * 2048);
-      }
+TEST(PlanAttention, AnItemCostsAsManyTilesAsWereReadMeanwhile) {
+  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192}).item_overhead, 64);
+  EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192}).item_overhead, 16) << "by one of four blocks";
+  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192, .head_size = 256}).item_overhead, 32) << "larger tiles";
 }
 
 TEST(PlanAttention, AWindowBoundsTheTiles) {
@@ -164,11 +157,10 @@ TEST(PlanAttention, AWindowBoundsTheTiles) {
 TEST(PlanAttention, OnePartNeedsNoWorkspaceAndDependsOnNoBound) {
   const AttentionPlan one = plan_of(Shape{.num_splits = 1});
   EXPECT_EQ(one.workspace_size, 0);
-  EXPECT_EQ(one.merges, 0);
+  EXPECT_EQ(one.slots, 0);
   EXPECT_EQ(one.blocks, 4 * 8);
   const AttentionPlan other = plan_of({.seqs = 100, .max_len = 65536, .queries = 7, .num_splits = 1});
   EXPECT_EQ(other.warps, one.warps);
-  EXPECT_EQ(other.heads, one.heads);
   EXPECT_EQ(other.columns, one.columns);
   EXPECT_EQ(other.column_warps, one.column_warps);
 }
@@ -178,16 +170,14 @@ TEST(PlanAttention, PartsAreItemsTimesSplits) {
   EXPECT_EQ(plan.parts, 3);
   EXPECT_EQ(plan.blocks, 4 * 8 * 3);
   EXPECT_EQ(plan.slots, 4 * 8 * 3);
-  EXPECT_EQ(plan.merges, 4 * 8);
-  EXPECT_EQ(plan.workspace_size, plan.slots * plan.columns * (128 + 4) * 4);
+  EXPECT_EQ(plan.workspace_size, plan.slots * (8 + plan.columns * (128 + 4) * 4)) << "a counter and a slot for each";
   EXPECT_EQ(plan_of({.max_len = 64, .num_splits = 1000}).parts, 4) << "no more parts than tiles";
 }
 
 TEST(PlanAttention, TwoSlotsPerBlock) {
   const AttentionPlan plan = plan_of({.seqs = 8, .max_len = 8192});
   EXPECT_EQ(plan.slots, 2 * plan.blocks);
-  EXPECT_EQ(plan.merges, plan.blocks);
-  EXPECT_EQ(plan.workspace_size, plan.slots * 8 * (128 + 4) * 4);
+  EXPECT_EQ(plan.workspace_size, plan.slots * (8 + 8 * (128 + 4) * 4));
 }
 
 AttentionClusters clusters_of(int blocks_at_once) {
@@ -206,7 +196,7 @@ TEST(PlanAttention, OneShortSequenceIsMergedInClusters) {
   EXPECT_EQ(plan.parts, 8);
   EXPECT_EQ(plan.blocks, 8 * 8);
   EXPECT_EQ(plan.workspace_size, 0);
-  EXPECT_EQ(plan.merges, 0);
+  EXPECT_EQ(plan.slots, 0);
   EXPECT_EQ(plan_with({.seqs = 1, .max_len = 1024}, 32).cluster, 4) << "no room for more at once";
   EXPECT_EQ(plan_with({.seqs = 1, .max_len = 1024}, 0).cluster, 1);
   EXPECT_EQ(plan_with({.seqs = 1, .max_len = 512}, 132).cluster, 4) << "a tile for each warp";
@@ -230,12 +220,12 @@ TEST(PlanAttention, WhatAClusterMergesFitsTheRings) {
 // fp8kv.attention_workspace_size, which allocates before there is a plan.
 std::int64_t upper_bound(const Shape& s, int multiprocessors) {
   if (s.num_splits == 1) return 0;
-  const std::int64_t bytes_per_column = 4 * (s.head_size + 4), group = s.heads / s.kv_heads, rows = s.seqs * s.queries;
-  if (s.num_splits == 0) return 2 * multiprocessors * (s.head_size <= 128 ? 2 : 1) * 64 * bytes_per_column;
+  const std::int64_t bytes_per_column = 4 * (s.head_size + 4) + 1, group = s.heads / s.kv_heads, rows = s.seqs * s.queries;
+  if (s.num_splits == 0) return 2 * multiprocessors * 64 * bytes_per_column;
   std::int64_t columns = 8;
   while (columns < std::min<std::int64_t>(64, group * s.queries)) columns *= 2;
   const std::int64_t by_length = s.seqs * ceil_div(group * s.queries, columns), by_rows = s.seqs + rows * group / columns;
-  return std::min(by_length, by_rows) * s.kv_heads * s.num_splits * columns * bytes_per_column;
+  return std::min(by_length, by_rows) * s.kv_heads * s.num_splits * columns * bytes_per_column + 8;
 }
 
 TEST(PlanAttention, NeedsNoMoreThanTheUpperBound) {

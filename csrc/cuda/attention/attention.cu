@@ -43,7 +43,6 @@ decltype(auto) with_head_size(std::int64_t head_size, const F& f) {
 void launch(const AttentionLayout& layout, const AttentionPlan& plan, void* workspace, cudaStream_t stream) {
   if (plan.kernel == AttentionKernel::Generic) return attention::launch_generic(layout, plan, stream);
   with_head_size(layout.head_size, [&](auto size) { attention::launch_tiled<size>(layout, plan, workspace, stream); });
-  if (plan.slots > 0) attention::launch_merge(layout, plan, workspace, stream);
 }
 
 AttentionPlan plan_of(const AttentionLayout& layout) {

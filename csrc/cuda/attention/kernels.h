@@ -19,7 +19,4 @@ void launch_tiled(const AttentionLayout& layout, const AttentionPlan& plan, void
 template <int kHeadSize>
 const core::AttentionClusters& clusters();
 
-// Merges the parts of items that tiled kernels left in the workspace.
-void launch_merge(const AttentionLayout& layout, const AttentionPlan& plan, void* workspace, cudaStream_t stream);
-
 }  // namespace fp8kv::cuda::attention

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -174,11 +175,11 @@ def attention_workspace_size(
     if not query.is_cuda or num_splits == 1:
         return 0
     num_tokens, num_heads, head_size = query.shape
-    bytes_per_column = 4 * (head_size + 4)  # weighted sums of V, and what they are divided by
+    # Weighted sums of V, what they are divided by, and of at least 8 columns a counter of 8 bytes.
+    bytes_per_column = 4 * (head_size + 4) + 1
     if num_splits == 0:
-        # Two items per block of threads that are not finished, of 64 columns at most.
-        blocks = torch.cuda.get_device_properties(query.device).multi_processor_count
-        return 2 * blocks * (2 if head_size <= 128 else 1) * 64 * bytes_per_column
+        # Two items per block of threads that are not finished; 64 columns, and 4 blocks, per multiprocessor at most.
+        return 2 * _num_multiprocessors(query.device) * 64 * bytes_per_column
     num_seqs, num_kv_heads = block_table.shape[0], key_cache.shape[2]
     group = max(1, num_heads // max(1, num_kv_heads))
     columns = 8
@@ -186,7 +187,12 @@ def attention_workspace_size(
         columns *= 2
     by_length = num_seqs * -(-group * min(max_query_len, max(1, num_tokens)) // columns)
     by_rows = num_seqs + num_tokens * group // columns
-    return min(by_length, by_rows) * num_kv_heads * num_splits * columns * bytes_per_column
+    return min(by_length, by_rows) * num_kv_heads * num_splits * columns * bytes_per_column + 8
+
+
+@functools.cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
