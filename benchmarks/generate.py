@@ -204,7 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cuda", help='"cuda" or "cpu"')
     parser.add_argument("--layers", type=int, default=ALL_LAYERS, help="layers of the model, of 32")
-    parser.add_argument("--only", default="", help="only caches whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="only caches whose name contains one of these")
     parser.add_argument("--memory", type=float, help="GiB to fit into; default: the GPU's, or 80")
     parser.add_argument("--quick", action="store_true", help="a tiny model, short contexts")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
@@ -218,17 +218,18 @@ def main() -> None:
     rows = []
     for batch, context in QUICK_SIZES if options.quick else SIZES:
         for kind in kinds():
-            if options.only in kind.name:
-                rows.append(measure(kind, model, batch, context, memory))
-                print(table(rows[-1:]).splitlines()[-1], flush=True)
+            if not any(part in kind.name for part in options.only):
+                continue
+            rows.append(measure(kind, model, batch, context, memory))
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
+            if options.json:
+                report = {
+                    "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+                    "fp8kv": fp8kv.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+                    "layers": layers, "memory_gib": memory, "rows": [asdict(row) for row in rows],
+                }  # fmt: skip
+                options.json.write_text(json.dumps(report, indent=1) + "\n")
     print("\n" + table(rows))
-    if options.json:
-        report = {
-            "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
-            "fp8kv": fp8kv.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
-            "layers": layers, "memory_gib": memory, "rows": [asdict(row) for row in rows],
-        }  # fmt: skip
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

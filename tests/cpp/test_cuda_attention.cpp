@@ -178,12 +178,12 @@ class CudaAttention : public Cuda, public testing::WithParamInterface<Case> {
   }
 
   static Tensor make_workspace(const PagedAttention& problem) {
-    return Tensor(DType::UInt8, {cuda::workspace_size(problem)}, {1}, 0);
+    return Tensor(DType::UInt8, {std::max<std::int64_t>(1, cuda::workspace_size(problem))}, {1}, 0);
   }
 
   static void run(PagedAttention problem, Tensor& workspace) {
     workspace.upload();
-    if (workspace.on_host().numel() > 0) problem.workspace = workspace.on_device();
+    problem.workspace = workspace.on_device();
     cuda::run(problem);
     testing_support::check(cudaDeviceSynchronize());
   }

@@ -4,8 +4,8 @@
 // A tile is 16 neighboring positions of a sequence. An item is what a block does at a time: the tiles of one sequence and KV
 // head, for some of its queries. Items are counted in units, in the order of the sequences:
 //   parts == 0: a unit is a tile of an item. The blocks divide all units equally, of which an item has some more for what it
-//               costs to begin with it. Where all sequences are equally long, the same number of blocks divide each item, or
-//               each block has whole items.
+//               costs to begin with it. Where all sequences are alike, the same number of blocks divide each item, or each
+//               block has whole items, at the same time as its neighbors those next to them.
 //   parts > 0:  a unit is one of so many nearly equal parts of the tiles of an item, one for each block.
 // The first warp of a block finds its items, one after the other, and leaves them in shared memory. Of an item that falls to
 // several blocks, each leaves a partial result in the workspace, and the last one to do so merges them.
@@ -142,14 +142,24 @@ class Slots {
   int step_;
 };
 
+// The smallest and the largest of numbers.
+struct Range {
+  unsigned least = 0xffffffffu, most = 0;
+
+  __device__ void add(unsigned x) { least = min(least, x), most = max(most, x); }
+  // Of all lanes.
+  __device__ bool is_one_value() const { return __reduce_min_sync(kAllLanes, least) == __reduce_max_sync(kAllLanes, most); }
+};
+
 // Where a block is in its work, and how all blocks share it. Units count in 31 bits: the plan sees to that.
 struct Cursor {
   unsigned unit, end;   // of the block
   unsigned first_unit;  // of the sequence
   int index;            // of the sequence
-  unsigned units;       // parts == 0: of every block, or of every block of an item; the first `longer` ones have `step` more
+  unsigned units;       // parts == 0: of every block, or of every block of an item; the first `longer` ones have one more
   unsigned longer;
-  unsigned step;
+  unsigned step;            // from a whole item to the next one; 0: the share is contiguous
+  unsigned of_sequence;     // units of every sequence, if there is a step
   unsigned blocks_of_item;  // 0: shares end anywhere
   unsigned overhead;        // units of an item before those of its tiles
 };
@@ -164,21 +174,23 @@ class Schedule {
   __device__ void begin(Cursor& cursor) const {
     const int count = static_cast<int>(l_.num_seqs), per_lane = (count + 31) / 32;
     const int first = min(lane_ * per_lane, count), last = min(first + per_lane, count);
-    unsigned units = 0, items = 0, least = 0xffffffffu, most = 0;
+    unsigned units = 0, items = 0;
+    Range of_items, of_sequences;
     for (int s = first; s < last; ++s) {
       const Sequence sequence = Sequence::load(l_, s);
       const unsigned of_item = units_of_item(tiles_of(sequence));
       const unsigned in_sequence = static_cast<unsigned>(l_.num_kv_heads) * column_blocks_of(sequence);
       items += in_sequence;
       units += in_sequence * of_item;
-      if (in_sequence > 0) least = min(least, of_item), most = max(most, of_item);
+      of_items.add(of_item);
+      of_sequences.add(in_sequence * of_item);
     }
-    const bool equal = __reduce_min_sync(kAllLanes, least) == __reduce_max_sync(kAllLanes, most);
+    const bool alike = of_items.is_one_value() && of_sequences.is_one_value();
     Cursor c{};
-    if (plan_.parts == 0 && !equal) c.overhead = static_cast<unsigned>(plan_.item_overhead);
+    if (plan_.parts == 0 && !alike) c.overhead = static_cast<unsigned>(plan_.item_overhead);
     units += items * c.overhead;
     const unsigned sum = inclusive_sum(units);
-    share_out(__shfl_sync(kAllLanes, sum, 31), equal ? __reduce_add_sync(kAllLanes, items) : 0, c);
+    share_out(__shfl_sync(kAllLanes, sum, 31), alike ? __reduce_add_sync(kAllLanes, items) : 0, c);
     const int found = __ffs(__ballot_sync(kAllLanes, sum > c.unit)) - 1;
     c.first_unit = __shfl_sync(kAllLanes, sum - units, max(found, 0));
     c.index = found * per_lane;
@@ -217,7 +229,7 @@ class Schedule {
     return value;
   }
 
-  // `items`: their number if all have the same number of units, else 0.
+  // `items`: their number if all sequences are alike, else 0.
   __device__ void share_out(unsigned total, unsigned items, Cursor& c) const {
     const unsigned block = blockIdx.x;
     if (plan_.parts > 0) {
@@ -229,7 +241,7 @@ class Schedule {
     // Blocks beyond those that are worth starting have nothing to do.
     const unsigned least = static_cast<unsigned>(plan_.least_units);
     const unsigned blocks = min(static_cast<unsigned>(plan_.blocks), (total + least - 1) / least);
-    c.step = 1;
+    const unsigned rounds = (items + blocks - 1) / blocks;
     if (items > 0 && items <= blocks) {
       // The same number of blocks for each item: none has to begin twice.
       const unsigned of_item = total / items, blocks_of_item = blocks / items, item = block / blocks_of_item;
@@ -239,15 +251,18 @@ class Schedule {
       c.longer = of_item - c.units * blocks_of_item;
       c.unit = min(item * of_item + part * c.units + min(part, c.longer), total);
       c.end = item < items ? c.unit + c.units + (part < c.longer) : c.unit;
+    } else if (10 * items > 9 * rounds * blocks) {
+      // Whole items, as no more than a tenth of the blocks are idle in the last round.
+      const unsigned of_item = total / items;
+      c.step = blocks * of_item;
+      c.of_sequence = total / static_cast<unsigned>(l_.num_seqs);
+      c.unit = min(block * of_item, total);
+      c.end = block < blocks ? total : c.unit;
     } else {
-      // Whole items, if no more than a tenth of the blocks are idle in the last round of them.
-      const unsigned rounds = (items + blocks - 1) / blocks;
-      if (items > 0 && 10 * items >= 9 * rounds * blocks) c.step = total / items;
-      const unsigned steps = total / c.step, of_block = steps / blocks;
-      c.units = of_block * c.step;
-      c.longer = steps - of_block * blocks;
-      c.unit = min((block * of_block + min(block, c.longer)) * c.step, total);
-      c.end = block < blocks ? c.unit + c.units + (block < c.longer ? c.step : 0) : c.unit;
+      c.units = total / blocks;
+      c.longer = total - c.units * blocks;
+      c.unit = min(block * c.units + min(block, c.longer), total);
+      c.end = block < blocks ? c.unit + c.units + (block < c.longer) : c.unit;
     }
   }
 
@@ -255,6 +270,10 @@ class Schedule {
     Sequence sequence;
     Positions all;  // tiles
     unsigned column_blocks, units;
+    if (c.step > 0) {
+      c.index = static_cast<int>(c.unit / c.of_sequence);
+      c.first_unit = c.index * c.of_sequence;
+    }
     while (true) {
       if (c.index >= static_cast<int>(l_.num_seqs)) {
         item.nothing = true;
@@ -283,7 +302,7 @@ class Schedule {
     unsigned first = 0, last = tiles;
     if (plan_.parts == 0) {
       const unsigned to = min(units, from + (c.end - c.unit)), begin = c.unit - from + c.overhead;
-      c.unit += to - from;
+      c.unit += c.step > 0 ? c.step : to - from;
       if (to <= c.overhead) {
         item.nothing = true;  // the share ends before the first tile
         return;
