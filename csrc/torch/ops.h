@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
 #include <optional>
 #include <string>
 #include <vector>
@@ -181,13 +182,22 @@ inline CacheGather gather_and_dequant_cache(const Tensor& key_cache, const Tenso
 
 // --- rope.h ----------
 
+inline std::optional<std::array<std::int64_t, 3>> mrope_section(const IntList& lengths) {
+  if (!lengths) return std::nullopt;
+  if (lengths->size() != 3)
+    core::fail("rope_quant_and_cache", "mrope_section", "have three lengths, of time, height and width",
+               std::to_string(lengths->size()));
+  return std::array{(*lengths)[0], (*lengths)[1], (*lengths)[2]};
+}
+
 inline RopeAppend rope_quant_and_cache(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_out,
                                        const Tensor& key_cache, const Tensor& value_cache, const Tensor& slot_mapping,
                                        const std::string& kv_cache_dtype, const Tensor& q_scale, const Tensor& k_scale,
                                        const Tensor& v_scale, const OptionalTensor& positions,
                                        const OptionalTensor& cos_sin_cache, bool is_neox, const OptionalTensor& q_norm_weight,
                                        const OptionalTensor& k_norm_weight, double norm_eps, const OptionalTensor& k_offset,
-                                       const OptionalTensor& v_offset) {
+                                       const OptionalTensor& v_offset, const IntList& sections, bool mrope_interleaved,
+                                       bool norm_after_rope) {
   return {.query = view(query),
           .key = view(key),
           .value = view(value),
@@ -206,7 +216,10 @@ inline RopeAppend rope_quant_and_cache(const Tensor& query, const Tensor& key, c
           .k_norm_weight = view(k_norm_weight),
           .norm_eps = static_cast<float>(norm_eps),
           .k_offset = view(k_offset),
-          .v_offset = view(v_offset)};
+          .v_offset = view(v_offset),
+          .mrope_section = mrope_section(sections),
+          .mrope_interleaved = mrope_interleaved,
+          .norm_after_rope = norm_after_rope};
 }
 
 // --- attention.h ----------

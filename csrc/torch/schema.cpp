@@ -23,7 +23,8 @@ STABLE_TORCH_LIBRARY(fp8kv, m) {
       "rope_quant_and_cache(Tensor query, Tensor key, Tensor value, Tensor(a!) query_out, Tensor(b!) key_cache, "
       "Tensor(c!) value_cache, Tensor slot_mapping, str kv_cache_dtype, Tensor q_scale, Tensor k_scale, Tensor v_scale, "
       "Tensor? positions=None, Tensor? cos_sin_cache=None, bool is_neox=True, Tensor? q_norm_weight=None, "
-      "Tensor? k_norm_weight=None, float norm_eps=1e-6, Tensor? k_offset=None, Tensor? v_offset=None) -> ()");
+      "Tensor? k_norm_weight=None, float norm_eps=1e-6, Tensor? k_offset=None, Tensor? v_offset=None, "
+      "int[]? mrope_section=None, bool mrope_interleaved=False, bool norm_after_rope=False) -> ()");
   m.def(
       "gather_and_dequant_cache(Tensor key_cache, Tensor value_cache, Tensor(a!) key, Tensor(b!) value, Tensor block_table, "
       "Tensor cu_seq_lens, str kv_cache_dtype, Tensor k_scale, Tensor v_scale, Tensor? seq_starts=None, "

@@ -102,6 +102,14 @@ def test_opcheck_with_scales_per_channel_and_offsets(device: torch.device, op: s
 
 
 @pytest.mark.usefixtures("_allclose_knows_fp8")
+def test_opcheck_with_three_positions(device: torch.device) -> None:
+    positional = list(arguments(device)["rope_quant_and_cache"])
+    positional[11] = positional[11].expand(3, -1)
+    options = {"mrope_section": [2, 1, 1], "mrope_interleaved": True, "norm_after_rope": True}
+    torch.library.opcheck(ops.rope_quant_and_cache.default, tuple(positional), options)
+
+
+@pytest.mark.usefixtures("_allclose_knows_fp8")
 def test_opcheck_of_attention_with_defaults(device: torch.device) -> None:
     all_arguments = arguments(device)["paged_attention"]
     query = torch.ones(2, 4, 24, dtype=torch.bfloat16, device=device)
@@ -132,7 +140,8 @@ SCHEMAS = {
     "Tensor(b!) key_cache, Tensor(c!) value_cache, Tensor slot_mapping, str kv_cache_dtype, Tensor q_scale, "
     "Tensor k_scale, Tensor v_scale, Tensor? positions=None, Tensor? cos_sin_cache=None, bool is_neox=True, "
     "Tensor? q_norm_weight=None, Tensor? k_norm_weight=None, float norm_eps=9.9999999999999995e-07, "
-    "Tensor? k_offset=None, Tensor? v_offset=None) -> ()",
+    "Tensor? k_offset=None, Tensor? v_offset=None, int[]? mrope_section=None, bool mrope_interleaved=False, "
+    "bool norm_after_rope=False) -> ()",
     "gather_and_dequant_cache": "(Tensor key_cache, Tensor value_cache, Tensor(a!) key, Tensor(b!) value, "
     "Tensor block_table, Tensor cu_seq_lens, str kv_cache_dtype, Tensor k_scale, Tensor v_scale, "
     "Tensor? seq_starts=None, Tensor? k_offset=None, Tensor? v_offset=None) -> ()",

@@ -7,6 +7,8 @@ docs/numerics.md, and as plain PyTorch in `fp8kv.reference`, which gives the sam
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from fp8kv._ops import operator
@@ -136,11 +138,15 @@ def rope_quant_and_cache(
     norm_eps: float = 1e-6,
     k_offset: Tensor | None = None,
     v_offset: Tensor | None = None,
+    mrope_section: Sequence[int] | None = None,
+    mrope_interleaved: bool = False,
+    norm_after_rope: bool = False,
 ) -> None:
     """Does in one launch what an attention layer does between its projection and attention.
 
     RMSNorm of every head of Q and K where weights are given, as in Qwen3; RoPE of Q and K where positions are
-    given; both in fp32 with one rounding to the dtype of `query`. Then Q goes to `query_out`, quantized if
+    given, one a token or, as in Qwen-VL models, three; both in fp32 with one rounding to the dtype of
+    `query`. Then Q goes to `query_out`, quantized if
     that is FP8, and K and V are stored as by `reshape_and_cache_flash`. The bytes are those of the separate
     operations; after a norm they may differ by one step of FP8, as the order of its sum is not fixed.
 
@@ -162,7 +168,8 @@ def rope_quant_and_cache(
             `query_out` is not FP8.
         k_scale: as for `reshape_and_cache_flash`.
         v_scale: likewise.
-        positions: int32 or int64 ``[num_tokens]``, with `cos_sin_cache`; None: no RoPE.
+        positions: int32 or int64 ``[num_tokens]``, or with `mrope_section` ``[3, num_tokens]``: time, height
+            and width; any strides, with `cos_sin_cache`. None: no RoPE.
         cos_sin_cache: float32 or the dtype of `query`, ``[max_position, rotary_dim]``: rotary_dim / 2
             cosines, then as many sines. rotary_dim is even and at most head_size; elements of a head from
             there on are not rotated.
@@ -172,6 +179,13 @@ def rope_quant_and_cache(
         norm_eps: added to the mean of the squares.
         k_offset: as for `reshape_and_cache_flash`: of K after RoPE.
         v_offset: likewise.
+        mrope_section: for multimodal RoPE, how many of the rotary_dim / 2 frequencies belong to time, height
+            and width; they sum up to all. In this order, as in Qwen2-VL and GLM-4V: frequency i takes the
+            position of its section. None: one position for all.
+        mrope_interleaved: the frequencies take turns instead, as in Qwen3-VL and Qwen3.5: i takes height if
+            ``i % 3 == 1 and i < 3 * mrope_section[1]``, width if
+            ``i % 3 == 2 and i < 3 * mrope_section[2]``, else time. Without `mrope_section` it says nothing.
+        norm_after_rope: the norm comes after RoPE, as in HunYuan; else before it.
 
     Raises:
         RuntimeError: an argument doesn't fit, or, on the CPU, a slot lies beyond the cache or a position
@@ -192,12 +206,19 @@ def rope_quant_and_cache(
         >>> torch.equal(value_cache[1, 1].float(), fp8kv.quantize(value[0], scale)[0].float())
         True
 
+        Multimodal RoPE: a patch of an image at time 42, in row 45 and column 43.
+
+        >>> patch = torch.tensor([[42], [45], [43]])
+        >>> fp8kv.rope_quant_and_cache(
+        ...     query, key, value, query_out, key_cache, value_cache, slot, "fp8", scale, scale, scale,
+        ...     patch, cos_sin_cache, mrope_section=[8, 12, 12])
+
     See also: `reshape_and_cache_flash`.
     """
     rope_append(
         query, key, value, query_out, key_cache, value_cache, slot_mapping, kv_cache_dtype, q_scale, k_scale,
         v_scale, positions, cos_sin_cache, is_neox, q_norm_weight, k_norm_weight, norm_eps, k_offset,
-        v_offset,
+        v_offset, mrope_section, mrope_interleaved, norm_after_rope,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -251,6 +251,9 @@ class AttentionScales(nn.Module):
         q_norm_weight: Tensor | None = None,
         k_norm_weight: Tensor | None = None,
         norm_eps: float = 1e-6,
+        mrope_section: Sequence[int] | None = None,
+        mrope_interleaved: bool = False,
+        norm_after_rope: bool = False,
         out: Tensor | None = None,
     ) -> Tensor:
         """Norm and RoPE of queries and keys, quantization of all three, and the append, in one launch.
@@ -265,12 +268,16 @@ class AttentionScales(nn.Module):
             cache: as for `update_cache`.
             slot_mapping: int32 or int64 ``[num_tokens]``. Tokens with a negative slot are not stored; their
                 queries are quantized.
-            positions: int32 or int64 ``[num_tokens]``; None: no RoPE.
+            positions: int32 or int64 ``[num_tokens]``, or ``[3, num_tokens]`` with `mrope_section`; None: no
+                RoPE.
             cos_sin_cache: as for `fp8kv.rope_quant_and_cache`, like the following arguments.
             is_neox: likewise.
             q_norm_weight: likewise.
             k_norm_weight: likewise.
             norm_eps: likewise.
+            mrope_section: likewise.
+            mrope_interleaved: likewise.
+            norm_after_rope: likewise.
             out: receives the queries, ``[num_tokens, num_heads, head_size]`` or flat: of this module's dtype
                 if that is FP8, or, not quantized, of the dtype of `query`. None allocates the former, beside
                 int8 caches the latter.
@@ -307,11 +314,16 @@ class AttentionScales(nn.Module):
             out = torch.empty((*rows, *query.shape[1:]), dtype=dtype, device=query.device)
         result = self._heads("append_step", "out", out, self.num_heads)
         rope = (positions, cos_sin_cache, is_neox)
+        options: dict[str, Any] = {
+            "mrope_section": mrope_section,
+            "mrope_interleaved": mrope_interleaved,
+            "norm_after_rope": norm_after_rope,
+        }
         offsets = self._offsets(cache, name)
         if not self.calculate_kv_scales:
             rope_quant_and_cache(
                 queries, keys, values, result, key_cache, value_cache, slot_mapping, name, self.q_scale,
-                self.k_scale, self.v_scale, *rope, q_norm_weight, k_norm_weight, norm_eps, *offsets,
+                self.k_scale, self.v_scale, *rope, q_norm_weight, k_norm_weight, norm_eps, *offsets, **options,
             )  # fmt: skip
             self._take_over(cache, name)
             return out
@@ -323,7 +335,7 @@ class AttentionScales(nn.Module):
             nowhere = torch.full_like(slot_mapping, -1)
             rope_quant_and_cache(
                 heads, keys, values, result, key_cache, value_cache, nowhere, name, self.q_scale,
-                self.k_scale, self.v_scale, *rope, weight, None, norm_eps,
+                self.k_scale, self.v_scale, *rope, weight, None, norm_eps, **options,
             )  # fmt: skip
             return result
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -155,6 +157,9 @@ def rope_quant_and_cache(
     norm_eps: float = 1e-6,
     k_offset: Tensor | None = None,
     v_offset: Tensor | None = None,
+    mrope_section: Sequence[int] | None = None,
+    mrope_interleaved: bool = False,
+    norm_after_rope: bool = False,
 ) -> None:
     """See `fp8kv.rope_quant_and_cache`.
 
@@ -187,20 +192,27 @@ def rope_quant_and_cache(
 
     cos_sin, slots, rows = None, slot_mapping, torch.arange(num_tokens, device=query.device)
     if positions is not None or cos_sin_cache is not None:
-        if positions is None or cos_sin_cache is None or len(positions) < num_tokens:
+        if positions is None or cos_sin_cache is None or positions.shape[-1] < num_tokens:
             fail(op, f"positions must have {num_tokens} elements and come with cos_sin_cache")
         if cos_sin_cache.shape[1] % 2 or not 2 <= cos_sin_cache.shape[1] <= head_size:
             fail(op, f"rotary_dim must be even and at most {head_size}, got {cos_sin_cache.shape[1]}")
-        where = positions[:num_tokens].long()
-        inside = (where >= 0) & (where < len(cos_sin_cache))
+        axes = _axes_of_frequencies(op, positions, cos_sin_cache.shape[1] // 2, mrope_section, mrope_interleaved)
+        where = (positions if positions.dim() == 2 else positions.unsqueeze(0))[:, :num_tokens].long()
+        inside = ((where >= 0) & (where < len(cos_sin_cache))).all(0)
         if query.device.type == "cpu" and not inside.all():
             fail(op, f"positions must be from 0 to {len(cos_sin_cache) - 1}")
         rows, slots = rows[inside], torch.where(inside, slot_mapping, -1)
         cos_sin = torch.zeros(num_tokens, cos_sin_cache.shape[1], device=query.device)
-        cos_sin[inside] = cos_sin_cache[where[inside]].float()
+        for axis, positions_of_axis in enumerate(where):
+            columns = torch.tensor(axes * 2, device=query.device) == axis  # cosines, then sines
+            found = cos_sin_cache[positions_of_axis[inside]].float()
+            cos_sin[inside] = torch.where(columns, found, cos_sin[inside])
+    elif mrope_section is not None:
+        fail(op, "mrope_section must come with positions")
 
-    key = _transformed(key[:num_tokens], k_norm_weight, norm_eps, cos_sin, is_neox)
-    query = _transformed(query[:num_tokens], q_norm_weight, norm_eps, cos_sin, is_neox)[rows]
+    rope = (cos_sin, is_neox, norm_after_rope)
+    key = _transformed(key[:num_tokens], k_norm_weight, norm_eps, *rope)
+    query = _transformed(query[:num_tokens], q_norm_weight, norm_eps, *rope)[rows]
     reshape_and_cache_flash(key, value, key_cache, value_cache, slots, kv_cache_dtype, k_scale, v_scale, k_offset, v_offset)
     if out.dtype in FORMATS:
         scale = q_scale.reshape(-1, 1).repeat_interleave(num_heads // max(1, q_scale.numel()), 0)
@@ -209,15 +221,30 @@ def rope_quant_and_cache(
         bits(out)[rows] = bits(_converted(query, out.dtype))
 
 
-def _transformed(x: Tensor, weight: Tensor | None, norm_eps: float, cos_sin: Tensor | None, is_neox: bool) -> Tensor:
-    """RMSNorm of each head, then RoPE, in fp32 with one rounding."""
+def _axes_of_frequencies(op: str, positions: Tensor, count: int, section: Sequence[int] | None, interleaved: bool) -> list[int]:
+    """For each frequency, the row of positions that it takes: 0, or time, height and width as 0, 1 and 2."""
+    if section is None:
+        if positions.dim() != 1:
+            fail(op, f"positions must be [num_tokens] without mrope_section, got {list(positions.shape)}")
+        return [0] * count
+    if len(section) != 3 or min(section) < 0 or sum(section) != count:
+        fail(op, f"mrope_section must be three lengths with the sum {count}, got {list(section)}")
+    if positions.dim() != 2 or len(positions) != 3:
+        fail(op, f"positions must be [3, num_tokens] with mrope_section, got {list(positions.shape)}")
+    if interleaved:
+        return [i % 3 if i < 3 * section[i % 3] else 0 for i in range(count)]
+    return [axis for axis in range(3) for _ in range(section[axis])]
+
+
+def _transformed(
+    x: Tensor, weight: Tensor | None, norm_eps: float, cos_sin: Tensor | None, is_neox: bool, norm_after_rope: bool
+) -> Tensor:
+    """RMSNorm of each head and RoPE, in fp32 with one rounding."""
     if weight is None and cos_sin is None:
         return x
     y = x.float()
-    if weight is not None:
-        count = torch.tensor(float(x.shape[-1]), device=x.device)
-        mean = (y * y).sum(-1, keepdim=True) / count
-        y = y * (torch.ones_like(mean) / (mean + norm_eps).sqrt()) * weight.float()
+    if not norm_after_rope:
+        y = _normalized(y, weight, norm_eps)
     if cos_sin is not None:
         y = y.clone()
         cos, sin = cos_sin.unsqueeze(1).chunk(2, -1)
@@ -226,7 +253,18 @@ def _transformed(x: Tensor, weight: Tensor | None, norm_eps: float, cos_sin: Ten
         first, second = a * cos - b * sin, b * cos + a * sin
         a.copy_(first)
         b.copy_(second)
+    if norm_after_rope:
+        y = _normalized(y, weight, norm_eps)
     return round_to(y, x.dtype)
+
+
+def _normalized(x: Tensor, weight: Tensor | None, norm_eps: float) -> Tensor:
+    """RMSNorm of each head in fp32; None: as it is."""
+    if weight is None:
+        return x
+    count = torch.tensor(float(x.shape[-1]), device=x.device)
+    mean = (x * x).sum(-1, keepdim=True) / count
+    return x * (torch.ones_like(mean) / (mean + norm_eps).sqrt()) * weight.float()
 
 
 def _converted(x: Tensor, dtype: torch.dtype) -> Tensor:
