@@ -424,6 +424,75 @@ std::string case_name(const testing::TestParamInfo<Param>& info) {
 
 INSTANTIATE_TEST_SUITE_P(Cases, CudaCache, testing::ValuesIn(params()), case_name);
 
+// K and V with heads of two sizes, of two types, and already quantized.
+TEST_F(Cuda, KAndVThatDifferGiveTheBytesOfTheCpu) {
+  struct Side {
+    std::int64_t head_size;
+    DType row, element;
+  };
+  const struct {
+    Side k, v;
+  } problems[] = {
+      {{192, DType::BFloat16, DType::E4M3}, {128, DType::BFloat16, DType::E4M3}},
+      {{20, DType::Float16, DType::E4M3}, {577, DType::Float16, DType::Int8}},
+      {{64, DType::Float32, DType::BFloat16}, {64, DType::Float32, DType::E5M2}},
+      {{80, DType::E4M3, DType::E4M3}, {80, DType::BFloat16, DType::E4M3}},
+      {{33, DType::E5M2, DType::E5M2}, {7, DType::E5M2, DType::E5M2}},
+      {{64, DType::Int8, DType::Int8}, {0, DType::BFloat16, DType::Int8}},
+  };
+  constexpr std::int64_t kTokens = 37, kHeads = 3, kBlocks = 6, kBlockSize = 7;
+  for (const auto& p : problems)
+    for (std::int64_t skip : {0, 1}) {
+      SCOPED_TRACE(std::string(name(p.k.row)) + " and " + name(p.v.row) + ", skip " + std::to_string(skip));
+      const auto rows = [&](const Side& s, DType dtype) {
+        return Tensor(dtype, {kTokens, kHeads, s.head_size}, {kHeads * s.head_size, s.head_size, 1}, skip);
+      };
+      const auto cache = [&](const Side& s) {
+        const std::int64_t token = kHeads * s.head_size;
+        return Tensor(s.element, {kBlocks, kBlockSize, kHeads, s.head_size}, {kBlockSize * token, token, s.head_size, 1}, skip);
+      };
+      Tensor key = rows(p.k, p.k.row), value = rows(p.v, p.v.row), key_cache = cache(p.k), value_cache = cache(p.v);
+      Tensor slots(DType::Int32, {kTokens}, {1}, 0), scale(DType::Float32, {kHeads}, {1}, 0);
+      auto* numbers = reinterpret_cast<std::int32_t*>(slots.bytes().data());
+      for (std::int64_t t = 0; t < kTokens; ++t) numbers[t] = t % 6 == 5 ? -1 : static_cast<std::int32_t>(t * 5 % 42);
+      fill_reals(key), fill_reals(value), fill_scales(scale);
+      for (Tensor* t : {&key, &value, &key_cache, &value_cache, &slots, &scale}) t->upload();
+      const auto append = [&](const auto& at) {
+        return CacheAppend{.key = at(key),
+                           .value = at(value),
+                           .key_cache = at(key_cache),
+                           .value_cache = at(value_cache),
+                           .slot_mapping = at(slots),
+                           .k_scale = at(scale),
+                           .v_scale = at(scale),
+                           .v_cache_dtype = p.v.element};
+      };
+      cuda::run(append(kOnDevice));
+      cpu::run(append(kOnHost));
+      expect_same(key_cache, "key_cache"), expect_same(value_cache, "value_cache");
+
+      Tensor table(DType::Int32, {2, 3}, {3, 1}, 0), sums(DType::Int32, {3}, {1}, 0);
+      const std::int32_t blocks[] = {5, 0, 3, 1, 4, 2}, lengths[] = {0, 20, 37};
+      std::memcpy(table.bytes().data(), blocks, sizeof blocks), std::memcpy(sums.bytes().data(), lengths, sizeof lengths);
+      Tensor keys = rows(p.k, DType::BFloat16), values = rows(p.v, DType::BFloat16);
+      for (Tensor* t : {&table, &sums, &keys, &values}) t->upload();
+      const auto gather = [&](const auto& at) {
+        return CacheGather{.key_cache = at(key_cache),
+                           .value_cache = at(value_cache),
+                           .key = at(keys),
+                           .value = at(values),
+                           .block_table = at(table),
+                           .cu_seq_lens = at(sums),
+                           .k_scale = at(scale),
+                           .v_scale = at(scale),
+                           .v_cache_dtype = p.v.element};
+      };
+      cuda::run(gather(kOnDevice));
+      cpu::run(gather(kOnHost));
+      expect_same(keys, "key"), expect_same(values, "value");
+    }
+}
+
 // Some kernels have a thread for each element to write: here there is none.
 TEST_F(Cuda, RopeOfNoQueryHeadsAndNoSlotsDoesNothing) {
   constexpr std::int64_t kTokens = 5, kHeads = 2, kHeadSize = 64;

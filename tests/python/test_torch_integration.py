@@ -110,6 +110,17 @@ def test_opcheck_with_three_positions(device: torch.device) -> None:
 
 
 @pytest.mark.usefixtures("_allclose_knows_fp8")
+@pytest.mark.parametrize("op", ["reshape_and_cache_flash", "reshape_and_cache_flash_dynamic", "gather_and_dequant_cache"])
+def test_opcheck_with_values_of_another_head_size_and_dtype(device: torch.device, op: str) -> None:
+    positional = list(arguments(device)[op])
+    value_cache = 1 if op == "gather_and_dequant_cache" else 3
+    positional[value_cache] = positional[value_cache][..., :16].to(torch.int8)
+    value = 3 if op == "gather_and_dequant_cache" else 1
+    positional[value] = positional[value][..., :16]
+    torch.library.opcheck(getattr(ops, op).default, tuple(positional), {"v_cache_dtype": "int8"})
+
+
+@pytest.mark.usefixtures("_allclose_knows_fp8")
 def test_opcheck_of_attention_with_defaults(device: torch.device) -> None:
     all_arguments = arguments(device)["paged_attention"]
     query = torch.ones(2, 4, 24, dtype=torch.bfloat16, device=device)
@@ -132,10 +143,10 @@ SCHEMAS = {
     "group_amax": "(Tensor(a!) amax, Tensor input, int[] group_shape) -> ()",
     "reshape_and_cache_flash": "(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
     "Tensor slot_mapping, str kv_cache_dtype, Tensor k_scale, Tensor v_scale, "
-    "Tensor? k_offset=None, Tensor? v_offset=None) -> ()",
+    "Tensor? k_offset=None, Tensor? v_offset=None, str? v_cache_dtype=None) -> ()",
     "reshape_and_cache_flash_dynamic": "(Tensor key, Tensor value, Tensor(a!) key_cache, "
     "Tensor(b!) value_cache, Tensor(c!) k_scale_cache, Tensor(d!) v_scale_cache, Tensor slot_mapping, "
-    "str kv_cache_dtype, Tensor? k_offset=None, Tensor? v_offset=None) -> ()",
+    "str kv_cache_dtype, Tensor? k_offset=None, Tensor? v_offset=None, str? v_cache_dtype=None) -> ()",
     "rope_quant_and_cache": "(Tensor query, Tensor key, Tensor value, Tensor(a!) query_out, "
     "Tensor(b!) key_cache, Tensor(c!) value_cache, Tensor slot_mapping, str kv_cache_dtype, Tensor q_scale, "
     "Tensor k_scale, Tensor v_scale, Tensor? positions=None, Tensor? cos_sin_cache=None, bool is_neox=True, "
@@ -144,7 +155,7 @@ SCHEMAS = {
     "bool norm_after_rope=False) -> ()",
     "gather_and_dequant_cache": "(Tensor key_cache, Tensor value_cache, Tensor(a!) key, Tensor(b!) value, "
     "Tensor block_table, Tensor cu_seq_lens, str kv_cache_dtype, Tensor k_scale, Tensor v_scale, "
-    "Tensor? seq_starts=None, Tensor? k_offset=None, Tensor? v_offset=None) -> ()",
+    "Tensor? seq_starts=None, Tensor? k_offset=None, Tensor? v_offset=None, str? v_cache_dtype=None) -> ()",
     "paged_attention": "(Tensor query, Tensor key_cache, Tensor value_cache, Tensor(a!) out, "
     "Tensor block_table, Tensor seq_lens, str kv_cache_dtype, Tensor k_scale, Tensor v_scale, "
     "float softmax_scale, Tensor? cu_query_lens=None, int max_query_len=1, int max_seq_len=0, "

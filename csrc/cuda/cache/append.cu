@@ -90,14 +90,17 @@ __global__ void __launch_bounds__(256) append_scalar(const __grid_constant__ Sca
   to[dim * kv.cache.dim] = convert_at<Op, Out, kChannels>(raw, kv, scale, head, dim);
 }
 
+template <class Op>
+inline constexpr bool kQuantizes = !std::is_same_v<Op, device::CopyOp>;
+
 template <class Op, class In, class Out>
 void launch_append(const CacheLayout& layout, const TokenIndices& slots, const CachePlan& plan, cudaStream_t stream) {
   if (plan.path == KernelPath::Scalar) {
     const ScalarAppendArgs params(layout, slots, layout.num_tokens * layout.num_heads * layout.head_size);
     auto kernel = append_scalar<Op, In, Out, false>;
-    if constexpr (core::kIsQuantized<Out>)
+    if constexpr (kQuantizes<Op>)
       if (layout.has_channels()) kernel = append_scalar<Op, In, Out, true>;
-    launch_dependent(kernel, grid_of(params.count, plan), plan.threads, stream, params);
+    launch_dependent(kernel, grid_of(params.count, plan, layout), plan.threads, stream, params);
     return;
   }
   const std::int64_t vecs_per_token = layout.num_heads * plan.vecs_per_head;
@@ -111,30 +114,37 @@ void launch_append(const CacheLayout& layout, const TokenIndices& slots, const C
                           .block_size = FastDiv(layout.block_size),
                           .num_tokens = static_cast<std::uint32_t>(layout.num_tokens)};
   auto kernel = plan.aligned ? append_vectorized<Op, In, Out, true> : append_vectorized<Op, In, Out, false>;
-  if constexpr (core::kIsQuantized<Out>)
+  if constexpr (kQuantizes<Op>)
     if (plan.path == KernelPath::PerColumn)
       kernel = plan.tokens_per_thread == 1    ? append_per_column<Op, In, Out, 1, ChannelParameters::Any>
                : layout.only_channel_scales() ? append_per_column<Op, In, Out, 4, ChannelParameters::Scales>
                                               : append_per_column<Op, In, Out, 4, ChannelParameters::Any>;
-  launch_dependent(kernel, grid_of(params.count, plan), plan.threads, stream, params);
+  launch_dependent(kernel, grid_of(params.count, plan, layout), plan.threads, stream, params);
 }
 
 }  // namespace
 
 void run(const CacheAppend& problem, Stream stream) {
   constexpr const char* op = "reshape_and_cache_flash";
-  const CacheLayout layout = core::lower(problem);
+  const CacheLayouts layouts = core::lower(problem);
   core::check_on_device({op, "key", problem.key}, current_device());
-  if (layout.empty()) return;
-  if (debugging(stream)) debug_check_slots(op, problem.slot_mapping, layout, stream);
-  if (layout.num_slots() == 0) return;
-  const CachePlan plan = core::plan_append(layout);
-  visit_append(layout.row_dtype, layout.cache_dtype, [&]<class Op, class In, class Out>() {
-    for_each_token_chunk(layout, plan.tokens, problem.slot_mapping, [&](const CacheLayout& chunk, const TokenIndices& slots) {
-      launch_append<Op, In, Out>(chunk, slots, plan, stream);
-      check_launch(op);
-    });
-  });
+  if (layouts.empty()) return;
+  if (debugging(stream)) debug_check_slots(op, problem.slot_mapping, layouts.front(), stream);
+  if (layouts.front().num_slots() == 0) return;
+  for (const CacheLayout& layout : layouts) {
+    if (layout.empty()) continue;
+    const CachePlan plan = core::plan_append(layout);
+    const auto launch = [&]<class Op, class In, class Out>() {
+      for_each_token_chunk(layout, plan.tokens, problem.slot_mapping, [&](const CacheLayout& chunk, const TokenIndices& slots) {
+        launch_append<Op, In, Out>(chunk, slots, plan, stream);
+        check_launch(op);
+      });
+    };
+    if (core::is_quantized(layout.row_dtype))
+      launch.template operator()<device::CopyOp, E4M3, E4M3>();  // bytes, whatever the format
+    else
+      visit_append(layout.row_dtype, layout.cache_dtype, launch);
+  }
 }
 
 }  // namespace fp8kv::cuda

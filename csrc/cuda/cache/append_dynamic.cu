@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(256) append_dynamic_scalar(const __grid_consta
 template <class Fp8, class In>
 void launch_append_dynamic(const CacheLayout& layout, const TokenIndices& slots, const CachePlan& plan, cudaStream_t stream) {
   const std::int64_t heads = layout.num_tokens * layout.num_heads;
-  const dim3 grid = grid_of(heads * plan.threads_per_head, plan);
+  const dim3 grid = grid_of(heads * plan.threads_per_head, plan, layout);
   if (plan.path == KernelPath::Scalar) {
     const auto kernel = layout.has_channels() ? append_dynamic_scalar<Fp8, In, true> : append_dynamic_scalar<Fp8, In, false>;
     launch_dependent(kernel, grid, plan.threads, stream, ScalarAppendArgs(layout, slots, heads));
@@ -168,20 +168,24 @@ void launch_append_dynamic(const CacheLayout& layout, const TokenIndices& slots,
 
 void run(const CacheAppendDynamic& problem, Stream stream) {
   constexpr const char* op = "reshape_and_cache_flash_dynamic";
-  const CacheLayout layout = core::lower(problem);
+  const CacheLayouts layouts = core::lower(problem);
   core::check_on_device({op, "key", problem.key}, current_device());
-  if (layout.empty()) return;
-  if (debugging(stream)) debug_check_slots(op, problem.slot_mapping, layout, stream);
-  if (layout.num_slots() == 0) return;
-  const CachePlan plan = core::plan_append_dynamic(layout);
-  core::visit_real(layout.row_dtype, [&]<class In>(core::Type<In>) {
-    core::visit_quantized(layout.cache_dtype, [&]<class Out>(core::Type<Out>) {
-      for_each_token_chunk(layout, plan.tokens, problem.slot_mapping, [&](const CacheLayout& chunk, const TokenIndices& slots) {
-        launch_append_dynamic<Out, In>(chunk, slots, plan, stream);
-        check_launch(op);
+  if (layouts.empty()) return;
+  if (debugging(stream)) debug_check_slots(op, problem.slot_mapping, layouts.front(), stream);
+  if (layouts.front().num_slots() == 0) return;
+  for (const CacheLayout& layout : layouts) {
+    if (layout.empty()) continue;
+    const CachePlan plan = core::plan_append_dynamic(layout);
+    core::visit_real(layout.row_dtype, [&]<class In>(core::Type<In>) {
+      core::visit_quantized(layout.cache_dtype, [&]<class Out>(core::Type<Out>) {
+        for_each_token_chunk(layout, plan.tokens, problem.slot_mapping,
+                             [&](const CacheLayout& chunk, const TokenIndices& slots) {
+                               launch_append_dynamic<Out, In>(chunk, slots, plan, stream);
+                               check_launch(op);
+                             });
       });
     });
-  });
+  }
 }
 
 }  // namespace fp8kv::cuda

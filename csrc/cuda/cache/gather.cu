@@ -80,6 +80,7 @@ struct Sequences {
 
 struct GatherArgs {
   KVViews kv[2];
+  int sides;
   Sequences sequences;
   std::uint32_t first_token;
   std::uint32_t num_tokens;
@@ -89,7 +90,7 @@ struct GatherArgs {
   FastDiv block_size;
 };
 
-// One vector of K and one of V per thread. A warp searches for the sequence of its first token; lanes that are further along,
+// One vector of each side per thread. A warp searches for the sequence of its first token; lanes that are further along,
 // each for itself. Where channels have parameters, all is aligned, and more registers let all loads begin at once.
 template <class Op, class In, class Out, bool kAligned, ChannelParameters kChannels = ChannelParameters::None>
 __global__ void __launch_bounds__(256, kChannels == ChannelParameters::None ? 0 : 4)
@@ -110,12 +111,14 @@ __global__ void __launch_bounds__(256, kChannels == ChannelParameters::None ? 0 
   const auto block = static_cast<std::uint32_t>(entry);
   const auto [head, vec] = p.vecs_per_head.divmod(vec_in_token);
 
+  // Of K, and of V where there are two sides.
   const In* from[2];
   const float* scale_data[2];
   [[maybe_unused]] float scales[2];
   Vec<In> raw[2];
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
+    if (s >= p.sides) break;
     from[s] = row<const In>(p.kv[s].cache, block, offset, head);
     if constexpr (kAligned) raw[s] = device::load_aligned(from[s] + vec * kVecSize);
     scale_data[s] = p.kv[s].scales.data + at(p.kv[s].scales, block, offset, head);
@@ -123,6 +126,7 @@ __global__ void __launch_bounds__(256, kChannels == ChannelParameters::None ? 0 
   }
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
+    if (s >= p.sides) break;
     Out* to = row<Out>(p.kv[s].rows, token, head);
     if constexpr (kChannels != ChannelParameters::None) {
       const auto channels = load_channels<Op, In, kChannels>(p.kv[s], scale_data[s], head, {vec * kVecSize});
@@ -141,6 +145,7 @@ __global__ void __launch_bounds__(256, kChannels == ChannelParameters::None ? 0 
 
 struct ScalarGatherArgs {
   KVViews kv[2];
+  int sides;
   Sequences sequences;
   std::int64_t count;
   std::int64_t num_heads;
@@ -148,7 +153,7 @@ struct ScalarGatherArgs {
   std::int64_t block_size;
 };
 
-// Anything: one element of K and one of V per thread.
+// Anything: one element of each side per thread.
 template <class Op, class In, class Out, bool kChannels>
 __global__ void __launch_bounds__(256) gather_scalar(const __grid_constant__ ScalarGatherArgs p) {
   const std::int64_t element = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
@@ -163,7 +168,8 @@ __global__ void __launch_bounds__(256) gather_scalar(const __grid_constant__ Sca
   const std::int64_t offset = position % p.block_size;
   const std::int64_t block = p.sequences.block(sequence, static_cast<std::uint32_t>(position / p.block_size));
   if (block < 0) return;
-  for (const KVViews& kv : p.kv) {
+  for (int s = 0; s < p.sides; ++s) {
+    const KVViews& kv = p.kv[s];
     const float* scale = kv.scales.data + at(kv.scales, block, offset, head);
     const In raw = row<const In>(kv.cache, block, offset, head)[dim * kv.cache.dim];
     row<Out>(kv.rows, token, head)[dim * kv.rows.dim] = convert_at<Op, Out, kChannels>(raw, kv, scale, head, dim);
@@ -176,6 +182,7 @@ void launch_gather(const char* op, const CacheLayout& layout, const Sequences& s
   const auto blocks = [&](std::int64_t threads) { return static_cast<unsigned>(core::ceil_div(threads, plan.threads)); };
   if (plan.path == KernelPath::Scalar) {
     const ScalarGatherArgs params{.kv = {layout.k, layout.v},
+                                  .sides = layout.sides,
                                   .sequences = sequences,
                                   .count = layout.num_tokens * layout.num_heads * layout.head_size,
                                   .num_heads = layout.num_heads,
@@ -189,6 +196,7 @@ void launch_gather(const char* op, const CacheLayout& layout, const Sequences& s
   }
   const std::int64_t vecs_per_token = layout.num_heads * plan.vecs_per_head;
   GatherArgs params{.kv = {layout.k, layout.v},
+                    .sides = layout.sides,
                     .sequences = sequences,
                     .first_token = 0,
                     .num_tokens = 0,
@@ -212,24 +220,27 @@ void launch_gather(const char* op, const CacheLayout& layout, const Sequences& s
 
 void run(const CacheGather& problem, Stream stream) {
   constexpr const char* op = "gather_and_dequant_cache";
-  CacheLayout layout = core::lower(problem);
+  const CacheLayouts layouts = core::lower(problem);
   core::check_on_device({op, "key_cache", problem.key_cache}, current_device());
-  if (layout.empty()) return;
-  if (debugging(stream)) debug_check_sequences(problem, layout, stream);
-  if (layout.num_slots() == 0) return;
-  layout.num_tokens = std::min<std::int64_t>(layout.num_tokens, INT32_MAX);  // no sequence reaches beyond
-  const CachePlan plan = core::plan_gather(layout);
+  if (layouts.empty()) return;
+  if (debugging(stream)) debug_check_sequences(problem, layouts.front(), stream);
+  if (layouts.front().num_slots() == 0) return;
   const Sequences sequences = Sequences::of(problem);
-  core::visit_real(layout.row_dtype, [&]<class Out>(core::Type<Out>) {
-    if (core::is_quantized(layout.cache_dtype))
-      core::visit_quantized(layout.cache_dtype, [&]<class In>(core::Type<In>) {
-        launch_gather<device::DequantizeOp, In, Out>(op, layout, sequences, plan, stream);
-      });
-    else
-      core::visit_real(layout.cache_dtype, [&]<class In>(core::Type<In>) {
-        launch_gather<device::CopyOp, In, Out>(op, layout, sequences, plan, stream);
-      });
-  });
+  for (CacheLayout layout : layouts) {
+    if (layout.empty()) continue;
+    layout.num_tokens = std::min<std::int64_t>(layout.num_tokens, INT32_MAX);  // no sequence reaches beyond
+    const CachePlan plan = core::plan_gather(layout);
+    core::visit_real(layout.row_dtype, [&]<class Out>(core::Type<Out>) {
+      if (core::is_quantized(layout.cache_dtype))
+        core::visit_quantized(layout.cache_dtype, [&]<class In>(core::Type<In>) {
+          launch_gather<device::DequantizeOp, In, Out>(op, layout, sequences, plan, stream);
+        });
+      else
+        core::visit_real(layout.cache_dtype, [&]<class In>(core::Type<In>) {
+          launch_gather<device::CopyOp, In, Out>(op, layout, sequences, plan, stream);
+        });
+    });
+  }
 }
 
 }  // namespace fp8kv::cuda
