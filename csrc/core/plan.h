@@ -203,6 +203,9 @@ enum class AttentionKernel : std::uint8_t {
   Tiled,    // on the tensor cores, for FP8 and INT8 caches of the usual head sizes and block sizes
 };
 
+// Elements of a head of K and one of V that the generic kernel has shared memory for.
+inline constexpr std::int64_t kMaxGenericHeadSizes = 48 * 1024 / sizeof(float) - 64;
+
 // A block of threads has `warps / heads` warps for each of its KV heads. `column_warps` of them multiply the same tiles of K
 // and V with columns of their own: query heads of the KV head times query tokens, 8 to a column tile. The others take other
 // tiles. How the work is divided between blocks: csrc/cuda/attention/schedule.cuh.

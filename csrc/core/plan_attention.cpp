@@ -37,7 +37,7 @@ bool query_vecs_aligned(const AttentionLayout& l) {
 }
 
 bool fits_tiles(const AttentionLayout& l) {
-  return is_quantized(l.cache_dtype) && is_tiled_head_size(l.head_size) && l.block_size % kTile == 0 &&
+  return l.of_one_kind() && is_quantized(l.cache_dtype) && is_tiled_head_size(l.head_size) && l.block_size % kTile == 0 &&
          chunks_aligned(l, l.key_cache) && chunks_aligned(l, l.value_cache) && query_vecs_aligned(l) &&
          l.num_rows < kMaxChunk / l.heads_per_kv_head() && l.num_blocks < kMaxChunk && l.num_seqs < kMaxChunk;
 }
@@ -128,11 +128,11 @@ int sharers_of(std::int64_t parts, const AttentionPlan& plan) {
 }
 
 AttentionPlan plan_generic(const AttentionLayout& l) {
-  // As many warps as fit what every kernel may have of shared memory; each has a row of its own.
-  constexpr std::int64_t kSharedFloats = 48 * 1024 / sizeof(float) - 64;
+  // As many warps as fit what every kernel may have of shared memory; each has a row of sums of its own.
   AttentionPlan plan;
-  plan.warps = static_cast<int>(std::min<std::int64_t>(4, kSharedFloats / l.head_size - 1));
-  plan.shared_memory = static_cast<int>((1 + plan.warps) * l.head_size * static_cast<std::int64_t>(sizeof(float)));
+  const std::int64_t rest = std::max<std::int64_t>(0, kMaxGenericHeadSizes - l.head_size);
+  plan.warps = static_cast<int>(std::min<std::int64_t>(4, rest / l.v_head_size));
+  plan.shared_memory = static_cast<int>((l.head_size + plan.warps * l.v_head_size) * static_cast<std::int64_t>(sizeof(float)));
   plan.blocks = l.num_rows * l.num_heads;
   return plan;
 }

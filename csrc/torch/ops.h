@@ -75,11 +75,12 @@ inline std::optional<GroupShape> group_shape(const char* op, const IntList& exte
 }
 
 // The format that kv_cache_dtype names. "auto" is a plain copy to whatever unquantized type the cache has.
-inline DType cache_dtype(const char* op, const std::string& text, const Tensor& key_cache, bool must_quantize = false) {
+inline DType cache_dtype(const char* op, const std::string& text, const Tensor& cache, bool must_quantize = false,
+                         const char* argument = "kv_cache_dtype", const char* cache_name = "key_cache") {
   if (text == "auto" && !must_quantize) {
-    const DType actual = dtype_of(key_cache);
+    const DType actual = dtype_of(cache);
     if (!core::is_real(actual))
-      core::fail(op, "key_cache", "be " + core::names_of(core::RealTypes{}) + " as kv_cache_dtype is \"auto\"", name(actual));
+      core::fail(op, cache_name, "be " + core::names_of(core::RealTypes{}) + " as " + argument + " is \"auto\"", name(actual));
     return actual;
   }
   std::vector<std::string> names;
@@ -92,7 +93,13 @@ inline DType cache_dtype(const char* op, const std::string& text, const Tensor& 
   std::string expected = "be ";
   for (std::size_t i = 0; i < names.size(); ++i)
     expected += (i == 0 ? "\"" : i + 1 < names.size() ? ", \"" : " or \"") + names[i] + "\"";
-  core::fail(op, "kv_cache_dtype", expected, "\"" + text + "\"");
+  core::fail(op, argument, expected, "\"" + text + "\"");
+}
+
+// The format that v_cache_dtype names, if it does.
+inline std::optional<DType> v_cache_dtype(const char* op, const std::optional<std::string>& text, const Tensor& value_cache) {
+  if (!text) return std::nullopt;
+  return cache_dtype(op, *text, value_cache, false, "v_cache_dtype", "value_cache");
 }
 
 // --- quantize.h ----------
@@ -218,7 +225,8 @@ inline PagedAttention paged_attention(const Tensor& query, const Tensor& key_cac
                                       std::int64_t max_seq_len, const OptionalTensor& q_scale, const OptionalTensor& seq_starts,
                                       std::int64_t sliding_window, double softcap, const OptionalTensor& sinks,
                                       const OptionalTensor& k_offset, const OptionalTensor& v_offset, const OptionalTensor& lse,
-                                      const OptionalTensor& workspace, std::int64_t num_splits) {
+                                      const OptionalTensor& workspace, std::int64_t num_splits,
+                                      const std::optional<std::string>& v_cache_text) {
   return {.query = view(query),
           .key_cache = view(key_cache),
           .value_cache = view(value_cache),
@@ -241,7 +249,8 @@ inline PagedAttention paged_attention(const Tensor& query, const Tensor& key_cac
           .v_offset = view(v_offset),
           .lse = view(lse),
           .workspace = view(workspace),
-          .num_splits = num_splits};
+          .num_splits = num_splits,
+          .v_cache_dtype = v_cache_dtype("paged_attention", v_cache_text, value_cache)};
 }
 
 }  // namespace fp8kv::torch_ops

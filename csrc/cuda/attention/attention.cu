@@ -17,7 +17,9 @@ constexpr int kAlignment = 16;  // of the workspace
 
 void check_plan(const PagedAttention& p, const AttentionLayout& layout, const AttentionPlan& plan) {
   if (plan.warps < 1)
-    core::fail(kOp, "query", "have a head_size of at most 6112", "head_size=" + std::to_string(layout.head_size));
+    core::fail(kOp, "key_cache",
+               "have heads of at most " + std::to_string(core::kMaxGenericHeadSizes) + " elements together with value_cache",
+               std::to_string(layout.head_size) + " and " + std::to_string(layout.v_head_size));
   if (plan.blocks > INT32_MAX) core::fail(kOp, "query", "have less than 2^31 rows times heads", std::to_string(plan.blocks));
   if (plan.workspace_size == 0) return;
   const std::string expected = "have at least " + std::to_string(plan.workspace_size) + " bytes, aligned to 16";
