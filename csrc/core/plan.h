@@ -201,6 +201,7 @@ FP8KV_API RopeAppendPlan plan_rope_append(const RopeLayout& layout);
 enum class AttentionKernel : std::uint8_t {
   Generic,  // anything: one block per query row and head
   Tiled,    // on the tensor cores, for FP8 and INT8 caches of the usual head sizes and block sizes
+  Grouped,  // on the tensor cores, for FP8 and INT8 caches where K and V have two head sizes or dtypes
 };
 
 // Elements of a head of K and one of V that the generic kernel has shared memory for.

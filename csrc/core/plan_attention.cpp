@@ -2,6 +2,7 @@
 
 #include "core/attention_memory.h"
 #include "core/formats.h"
+#include "core/grouped_memory.h"
 #include "core/plan.h"
 
 namespace fp8kv::core {
@@ -40,6 +41,13 @@ bool fits_tiles(const AttentionLayout& l) {
   return l.of_one_kind() && is_quantized(l.cache_dtype) && is_tiled_head_size(l.head_size) && l.block_size % kTile == 0 &&
          chunks_aligned(l, l.key_cache) && chunks_aligned(l, l.value_cache) && query_vecs_aligned(l) &&
          l.num_rows < kMaxChunk / l.heads_per_kv_head() && l.num_blocks < kMaxChunk && l.num_seqs < kMaxChunk;
+}
+
+// The grouped kernel copies 16 bytes at a time too, and multiplies 16 elements of K.
+bool fits_groups(const AttentionLayout& l) {
+  return !l.of_one_kind() && is_quantized(l.cache_dtype) && is_quantized(l.v_cache_dtype) && l.head_size % 16 == 0 &&
+         l.v_head_size % 16 == 0 && l.head_size <= kMaxGenericHeadSizes && l.v_head_size <= GroupedMemory::kMaxValueSize &&
+         chunks_aligned(l, l.key_cache) && chunks_aligned(l, l.value_cache);
 }
 
 bool scales_per_token(const AttentionLayout& l) { return l.k_scale.per_token() || l.v_scale.per_token(); }
@@ -127,6 +135,43 @@ int sharers_of(std::int64_t parts, const AttentionPlan& plan) {
   return sharers;
 }
 
+// A block has as many query heads of a row and KV head as there are and fit. Where these are few, blocks share the positions.
+// Without columns they don't fit at all.
+AttentionPlan plan_grouped(const AttentionLayout& l, const DeviceLimits& limits) {
+  constexpr int kTile = GroupedMemory::kTile, kLeastTiles = 4;  // that are worth a block
+  AttentionPlan plan;
+  plan.kernel = AttentionKernel::Grouped;
+  plan.warps = GroupedMemory::kWarps;
+  const auto group = static_cast<unsigned>(std::min<std::int64_t>(l.heads_per_kv_head(), kMaxColumns));
+  plan.columns = static_cast<int>(std::max(8u, std::bit_ceil(group)));
+  const auto memory = [&] {
+    return GroupedMemory(static_cast<int>(l.head_size), static_cast<int>(l.v_head_size), plan.columns, values_in_keys(l)).size;
+  };
+  while (plan.columns >= 8 && memory() > limits.shared_memory - kReservedMemory) plan.columns /= 2;
+  if (plan.columns < 8) return {.columns = 0};
+  plan.shared_memory = memory();
+  plan.merges = l.num_rows * l.num_kv_heads * ceil_div(l.heads_per_kv_head(), std::int64_t{plan.columns});
+
+  std::int64_t seen = l.max_seq_len;
+  if (l.sliding_window > 0) seen = std::min(seen, l.sliding_window);
+  const std::int64_t tiles = std::max<std::int64_t>(1, ceil_div(seen, std::int64_t{kTile}));
+  const std::int64_t resident = std::int64_t{limits.multiprocessors} *
+                                std::min(GroupedMemory::blocks_at_once(plan.columns, static_cast<int>(l.v_head_size)),
+                                         limits.shared_memory / (plan.shared_memory + kReservedMemory));
+  plan.parts = l.num_splits > 0 ? std::min(l.num_splits, tiles)
+                                : std::min(resident / plan.merges, ceil_div(tiles, std::int64_t{kLeastTiles}));
+  plan.parts = std::clamp<std::int64_t>(plan.parts, 1, std::max<std::int64_t>(1, kMaxSlots / plan.merges));
+  plan.blocks = plan.merges * plan.parts;
+  if (plan.parts == 1) {
+    plan.merges = 0;
+    return plan;
+  }
+  plan.slots = plan.blocks;
+  plan.merge_sharers = sharers_of(plan.parts, plan);
+  plan.workspace_size = plan.slots * plan.columns * (l.v_head_size + 4) * 4;
+  return plan;
+}
+
 AttentionPlan plan_generic(const AttentionLayout& l) {
   // As many warps as fit what every kernel may have of shared memory; each has a row of sums of its own.
   AttentionPlan plan;
@@ -141,6 +186,8 @@ AttentionPlan plan_generic(const AttentionLayout& l) {
 
 AttentionPlan plan_attention(const AttentionLayout& l, const DeviceLimits& limits, const AttentionClusters& clusters) {
   if (l.empty()) return {};
+  if (fits_groups(l))
+    if (const AttentionPlan plan = plan_grouped(l, limits); plan.columns > 0) return plan;
   if (!fits_tiles(l)) return plan_generic(l);
   AttentionPlan plan;
   plan.kernel = AttentionKernel::Tiled;

@@ -44,13 +44,16 @@ decltype(auto) with_head_size(std::int64_t head_size, const F& f) {
 
 void launch(const AttentionLayout& layout, const AttentionPlan& plan, void* workspace, cudaStream_t stream) {
   if (plan.kernel == AttentionKernel::Generic) return attention::launch_generic(layout, plan, stream);
-  with_head_size(layout.head_size, [&](auto size) { attention::launch_tiled<size>(layout, plan, workspace, stream); });
+  if (plan.kernel == AttentionKernel::Grouped)
+    attention::launch_grouped(layout, plan, workspace, stream);
+  else
+    with_head_size(layout.head_size, [&](auto size) { attention::launch_tiled<size>(layout, plan, workspace, stream); });
   if (plan.slots > 0) attention::launch_merge(layout, plan, workspace, stream);
 }
 
 AttentionPlan plan_of(const AttentionLayout& layout) {
   const AttentionPlan plan = core::plan_attention(layout, device_limits());
-  if (plan.kernel == AttentionKernel::Generic || layout.num_seqs != 1) return plan;
+  if (plan.kernel != AttentionKernel::Tiled || layout.num_seqs != 1) return plan;
   const auto& clusters =
       with_head_size(layout.head_size, [](auto size) -> const core::AttentionClusters& { return attention::clusters<size>(); });
   return core::plan_attention(layout, device_limits(), clusters);

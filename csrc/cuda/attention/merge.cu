@@ -1,4 +1,4 @@
-// The end of items that several blocks of the tiled kernel have parts of.
+// The end of items that several blocks of the tiled or the grouped kernel have parts of.
 #include "cuda/attention/finish.cuh"
 #include "cuda/attention/kernels.h"
 #include "device/pdl.cuh"
@@ -85,7 +85,8 @@ __global__ void __launch_bounds__(32 * kWarps) merge_parts(const __grid_constant
 }  // namespace
 
 void launch_merge(const AttentionLayout& layout, const AttentionPlan& plan, void* workspace, cudaStream_t stream) {
-  const MergeArgs args{layout, plan, FastDiv(layout.heads_per_kv_head()), workspace};
+  MergeArgs args{layout, plan, FastDiv(layout.heads_per_kv_head()), workspace};
+  args.layout.head_size = layout.v_head_size;  // what slots have of each column
   const auto sharers = static_cast<unsigned>(plan.merge_sharers), columns = kWarps / sharers;
   const dim3 grid(static_cast<unsigned>(plan.merges), (plan.heads * plan.columns + columns - 1) / columns);
   const LaunchShape shape{.grid = grid, .threads = dim3(32, sharers, columns), .dependent = can_depend(grid.x * grid.y)};
