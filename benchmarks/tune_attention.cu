@@ -43,6 +43,7 @@ void launch(const core::AttentionLayout& l, const AttentionPlan& plan, void* wor
     case 192: cuda::attention::launch_tiled<192>(l, plan, workspace, stream); break;
     default: cuda::attention::launch_tiled<256>(l, plan, workspace, stream);
   }
+  if (plan.merges > 0) cuda::attention::launch_merge(l, plan, workspace, stream);
 }
 
 const core::AttentionClusters& clusters(std::int64_t head_size) {
@@ -165,12 +166,17 @@ int main(int argc, char** argv) {
   const auto run = [&](const AttentionPlan& plan, const char* what) {
     const double us = time_of(calls, [&](int i, cudaStream_t s) { launch(layouts[i % copies], plan, workspace, s); });
     std::printf(
-        "  %-8s cluster %d warps %d tiles %d cw %d parts %ld blocks %4ld least %3ld overhead %2d: %8.2f us"
+        "  %-8s cluster %d warps %d tiles %d cw %d parts %ld blocks %4ld least %3ld overhead %2d merges %4ld: %8.2f us"
         "  %5.1f%%\n",
         what, plan.cluster, plan.warps, plan.column_tiles, plan.column_warps, long(plan.parts), long(plan.blocks),
-        long(plan.least_units), plan.item_overhead, us, 100 * floor / us);
+        long(plan.least_units), plan.item_overhead, long(plan.merges), us, 100 * floor / us);
   };
   run(chosen, "chosen");
+  if (chosen.slots > 0) {
+    AttentionPlan other = chosen;
+    other.merges = chosen.merges > 0 ? 0 : chosen.parts == 0 ? chosen.blocks : chosen.slots / chosen.parts;
+    run(other, "merge");
+  }
   const auto with = [&](int warps, std::int64_t blocks_wanted, std::int64_t least, std::int64_t parts, int overhead) {
     AttentionPlan plan = chosen;
     plan.cluster = 1, plan.warps = warps;
@@ -180,6 +186,7 @@ int main(int argc, char** argv) {
     plan.blocks = parts == 0 ? blocks_wanted : items * parts;
     plan.item_overhead = overhead;
     plan.slots = parts == 1 ? 0 : parts == 0 ? 2 * plan.blocks : items * parts;
+    plan.merges = 0;
     plan.workspace_size = core::slot_counters_size(plan.slots) + plan.slots * plan.columns * (D + 4) * 4;
     return plan;
   };

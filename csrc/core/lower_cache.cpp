@@ -224,11 +224,11 @@ PagedScales lower_scales(const Argument& a, const CacheLayout& layout, const Arg
   return scales;
 }
 
-OffsetView lower_offsets(const Argument& a, const CacheLayout& layout, const Argument& key) {
+OffsetView lower_offsets(const Argument& a, const CacheLayout& layout, const Argument& key, const char* caches) {
   if (!is_given(a)) return {};
   check_companion(a, key, check_float32);
   if (!is_quantized(layout.cache_dtype))
-    fail(a.op, a.name, "be None as the caches are not quantized", "shape " + shape_string(a.view));
+    fail(a.op, a.name, std::string("be None as ") + caches + " not quantized", "shape " + shape_string(a.view));
   if (!is_per_channel(a.view, layout))
     fail(a.op, a.name,
          "have the shape [num_kv_heads=" + std::to_string(layout.num_heads) +

@@ -106,22 +106,22 @@ void check_group_of_heads(const Argument& query, std::int64_t num_heads, const C
          "num_heads=" + std::to_string(num_heads));
 }
 
-HeadsView lower_query_rows(const Argument& a, std::int64_t num_heads, const CacheLayout& cache) {
+HeadsView lower_query_rows(const Argument& a, std::int64_t num_heads, const CacheLayout& cache, const char* size) {
   check_ndim(a, 3, "[num_tokens, num_heads, head_size]");
   const std::int64_t *n = a.view.sizes, *s = a.view.strides;
   if (n[1] != num_heads || n[2] != cache.head_size)
-    fail(a.op, a.name, "have num_heads=" + std::to_string(num_heads) + " and head_size=" + std::to_string(cache.head_size),
+    fail(a.op, a.name, "have num_heads=" + std::to_string(num_heads) + " and " + size + "=" + std::to_string(cache.head_size),
          "shape " + shape_string(a.view));
   return {a.view.data, s[0], s[1], s[2]};
 }
 
-DType real_or_as_caches(const Argument& a, DType cache) {
+DType real_or_as_caches(const Argument& a, DType cache, const char* caches) {
   const DType dtype = a.view.dtype;
   if (is_real(dtype)) return dtype;
   if (is_fp8(cache) && (dtype == cache || dtype == DType::UInt8)) return cache;
   fail(a.op, a.name,
-       is_fp8(cache) ? std::string("be ") + name(cache) + " or uint8 as the caches are, or " + names_of(RealTypes{})
-                     : "be " + names_of(RealTypes{}) + " as the caches are not FP8",
+       is_fp8(cache) ? std::string("be ") + name(cache) + " or uint8 as " + caches + ", or " + names_of(RealTypes{})
+                     : "be " + names_of(RealTypes{}) + " as " + caches + " not FP8",
        name(dtype));
 }
 

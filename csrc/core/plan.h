@@ -201,7 +201,11 @@ FP8KV_API RopeAppendPlan plan_rope_append(const RopeLayout& layout);
 enum class AttentionKernel : std::uint8_t {
   Generic,  // anything: one block per query row and head
   Tiled,    // on the tensor cores, for FP8 and INT8 caches of the usual head sizes and block sizes
+  Grouped,  // on the tensor cores, for FP8 and INT8 caches where K and V have two head sizes or dtypes
 };
+
+// Elements of a head of K and one of V that the generic kernel has shared memory for.
+inline constexpr std::int64_t kMaxGenericHeadSizes = 48 * 1024 / sizeof(float) - 64;
 
 // `column_warps` warps of a block of threads multiply the same tiles of K and V with columns of their own: query heads of the
 // KV head times query tokens, 8 to a column tile. The others take other tiles. How the work is divided between blocks:
@@ -221,6 +225,8 @@ struct AttentionPlan {
   int item_overhead = 0;            // parts == 0: what an item costs beside its tiles, in tiles
   std::int64_t slots = 0;           // partial results in the workspace; 0: no item is divided
   int cluster = 1;                  // blocks that are a cluster: 1, or `parts`
+  std::int64_t merges = 0;          // items at most that another kernel merges; 0: none, as the blocks do it
+  int merge_sharers = 1;            // warps that merge the parts of a column: 1, 2, 4 or 8
   std::int64_t workspace_size = 0;  // bytes
 };
 

@@ -2,6 +2,7 @@
 
 #include "core/attention_memory.h"
 #include "core/formats.h"
+#include "core/grouped_memory.h"
 #include "core/plan.h"
 
 namespace fp8kv::core {
@@ -41,9 +42,16 @@ bool query_vecs_aligned(const AttentionLayout& l) {
 }
 
 bool fits_tiles(const AttentionLayout& l) {
-  return is_quantized(l.cache_dtype) && is_tiled_head_size(l.head_size) && l.block_size % kTile == 0 &&
+  return l.of_one_kind() && is_quantized(l.cache_dtype) && is_tiled_head_size(l.head_size) && l.block_size % kTile == 0 &&
          chunks_aligned(l, l.key_cache) && chunks_aligned(l, l.value_cache) && query_vecs_aligned(l) &&
          l.num_rows < kMaxChunk / l.heads_per_kv_head() && l.num_blocks < kMaxChunk && l.num_seqs < kMaxChunk;
+}
+
+// The grouped kernel copies 16 bytes at a time too, and multiplies 16 elements of K.
+bool fits_groups(const AttentionLayout& l) {
+  return !l.of_one_kind() && is_quantized(l.cache_dtype) && is_quantized(l.v_cache_dtype) && l.head_size % 16 == 0 &&
+         l.v_head_size % 16 == 0 && l.head_size <= kMaxGenericHeadSizes && l.v_head_size <= GroupedMemory::kMaxValueSize &&
+         chunks_aligned(l, l.key_cache) && chunks_aligned(l, l.value_cache);
 }
 
 bool scales_per_token(const AttentionLayout& l) { return l.k_scale.per_token() || l.v_scale.per_token(); }
@@ -130,12 +138,66 @@ int choose_cluster(const AttentionLayout& l, const DeviceLimits& limits, const A
   return 1;
 }
 
-AttentionPlan plan_generic(const AttentionLayout& l) {
-  // As many warps as fit what every kernel may have of shared memory; each has a row of its own.
-  constexpr std::int64_t kSharedFloats = 48 * 1024 / sizeof(float) - 64;
+// Warps for the parts of a column; each has a few of them. Not more than let the blocks of the merging kernel start early.
+int sharers_of(std::int64_t parts, const AttentionPlan& plan) {
+  constexpr std::int64_t kMostWarps = 8 * 2048;
+  auto sharers = static_cast<int>(std::bit_ceil(static_cast<unsigned>(std::clamp<std::int64_t>(ceil_div(parts, 4), 1, 8))));
+  while (sharers > 1 && plan.merges * plan.columns * sharers > kMostWarps) sharers /= 2;
+  return sharers;
+}
+
+// Whether the last block of an item merges its parts, or another kernel, whose start takes longer but which has more blocks.
+void choose_merge(const AttentionLayout& l, std::int64_t parts, std::int64_t most_merges, AttentionPlan& plan) {
+  constexpr std::int64_t kMostBytes = 96 * 1024;  // that one block reads while the kernel starts
+  const std::int64_t columns = std::min<std::int64_t>(plan.columns, l.max_query_len * l.heads_per_kv_head());
+  if (plan.slots == 0 || parts * columns * (l.head_size + 4) * 4 <= kMostBytes) return;
+  plan.merges = most_merges;
+  plan.merge_sharers = sharers_of(parts, plan);
+}
+
+// A block has as many query heads of a row and KV head as there are and fit. Where these are few, blocks share the positions.
+// Without columns they don't fit at all.
+AttentionPlan plan_grouped(const AttentionLayout& l, const DeviceLimits& limits) {
+  constexpr int kTile = GroupedMemory::kTile, kLeastTiles = 4;  // that are worth a block
   AttentionPlan plan;
-  plan.warps = static_cast<int>(std::min<std::int64_t>(4, kSharedFloats / l.head_size - 1));
-  plan.shared_memory = static_cast<int>((1 + plan.warps) * l.head_size * static_cast<std::int64_t>(sizeof(float)));
+  plan.kernel = AttentionKernel::Grouped;
+  plan.warps = GroupedMemory::kWarps;
+  const auto group = static_cast<unsigned>(std::min<std::int64_t>(l.heads_per_kv_head(), kMaxColumns));
+  plan.columns = static_cast<int>(std::max(8u, std::bit_ceil(group)));
+  const auto memory = [&] {
+    return GroupedMemory(static_cast<int>(l.head_size), static_cast<int>(l.v_head_size), plan.columns, values_in_keys(l)).size;
+  };
+  while (plan.columns >= 8 && memory() > limits.shared_memory - kReservedMemory) plan.columns /= 2;
+  if (plan.columns < 8) return {.columns = 0};
+  plan.shared_memory = memory();
+  plan.merges = l.num_rows * l.num_kv_heads * ceil_div(l.heads_per_kv_head(), std::int64_t{plan.columns});
+
+  std::int64_t seen = l.max_seq_len;
+  if (l.sliding_window > 0) seen = std::min(seen, l.sliding_window);
+  const std::int64_t tiles = std::max<std::int64_t>(1, ceil_div(seen, std::int64_t{kTile}));
+  const std::int64_t resident = std::int64_t{limits.multiprocessors} *
+                                std::min(GroupedMemory::blocks_at_once(plan.columns, static_cast<int>(l.v_head_size)),
+                                         limits.shared_memory / (plan.shared_memory + kReservedMemory));
+  plan.parts = l.num_splits > 0 ? std::min(l.num_splits, tiles)
+                                : std::min(resident / plan.merges, ceil_div(tiles, std::int64_t{kLeastTiles}));
+  plan.parts = std::clamp<std::int64_t>(plan.parts, 1, std::max<std::int64_t>(1, kMaxSlots / plan.merges));
+  plan.blocks = plan.merges * plan.parts;
+  if (plan.parts == 1) {
+    plan.merges = 0;
+    return plan;
+  }
+  plan.slots = plan.blocks;
+  plan.merge_sharers = sharers_of(plan.parts, plan);
+  plan.workspace_size = slot_counters_size(plan.slots) + plan.slots * plan.columns * (l.v_head_size + 4) * 4;
+  return plan;
+}
+
+AttentionPlan plan_generic(const AttentionLayout& l) {
+  // As many warps as fit what every kernel may have of shared memory; each has a row of sums of its own.
+  AttentionPlan plan;
+  const std::int64_t rest = std::max<std::int64_t>(0, kMaxGenericHeadSizes - l.head_size);
+  plan.warps = static_cast<int>(std::min<std::int64_t>(4, rest / l.v_head_size));
+  plan.shared_memory = static_cast<int>((l.head_size + plan.warps * l.v_head_size) * static_cast<std::int64_t>(sizeof(float)));
   plan.blocks = l.num_rows * l.num_heads;
   return plan;
 }
@@ -144,6 +206,8 @@ AttentionPlan plan_generic(const AttentionLayout& l) {
 
 AttentionPlan plan_attention(const AttentionLayout& l, const DeviceLimits& limits, const AttentionClusters& clusters) {
   if (l.empty()) return {};
+  if (fits_groups(l))
+    if (const AttentionPlan plan = plan_grouped(l, limits); plan.columns > 0) return plan;
   if (!fits_tiles(l)) return plan_generic(l);
   AttentionPlan plan;
   plan.kernel = AttentionKernel::Tiled;
@@ -164,10 +228,12 @@ AttentionPlan plan_attention(const AttentionLayout& l, const DeviceLimits& limit
     plan.item_overhead = static_cast<int>(std::min(kMaxOverhead, kItemOverhead / (2 * kTile * l.head_size * resident)));
     plan.blocks = std::min(limits.multiprocessors * resident, ceil_div(items * max_tiles(l), plan.least_units));
     plan.slots = plan.blocks > 1 ? 2 * plan.blocks : 0;
+    choose_merge(l, plan.blocks / items + 1, plan.blocks, plan);
   } else {
     plan.parts = std::max<std::int64_t>(1, std::min(plan.parts, kMaxSlots / items));
     plan.blocks = std::min<std::int64_t>(items * plan.parts, INT32_MAX);
     plan.slots = plan.parts > 1 && plan.cluster == 1 ? items * plan.parts : 0;
+    choose_merge(l, plan.parts, items, plan);
   }
   plan.workspace_size = slot_counters_size(plan.slots) + plan.slots * plan.columns * (l.head_size + 4) * 4;
   return plan;

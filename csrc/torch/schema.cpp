@@ -36,5 +36,5 @@ STABLE_TORCH_LIBRARY(fp8kv, m) {
       "str kv_cache_dtype, Tensor k_scale, Tensor v_scale, float softmax_scale, Tensor? cu_query_lens=None, "
       "int max_query_len=1, int max_seq_len=0, Tensor? q_scale=None, Tensor? seq_starts=None, int sliding_window=0, "
       "float softcap=0.0, Tensor? sinks=None, Tensor? k_offset=None, Tensor? v_offset=None, Tensor(b!)? lse=None, "
-      "Tensor(c!)? workspace=None, int num_splits=0) -> ()");
+      "Tensor(c!)? workspace=None, int num_splits=0, str? v_cache_dtype=None) -> ()");
 }

@@ -412,7 +412,15 @@ def wrong_attention() -> list[Case]:
         ),
         *every_dtype_but("value_cache", "float8_e4m3fn as key_cache is", "float8_e4m3fn"),
         *wrong_shape("key_cache", f"the shape {CACHE}", E4M3, (5, 4, 6), ()),
-        *wrong_shape("value_cache", "the shape of key_cache, [2, 5, 4, 6]", E4M3, (3, 5, 4, 6), (5, 4, 6)),
+        *wrong_shape(
+            "value_cache", "the shape [num_blocks, block_size, num_kv_heads, v_head_size]", E4M3, (5, 4, 6), (),
+        ),
+        *wrong_shape(
+            "value_cache", "num_blocks=2, block_size=5 and num_kv_heads=4 as key_cache has", E4M3,
+            (3, 5, 4, 6), (2, 4, 4, 6), (2, 5, 2, 6), (2, 5, 1, 3),
+        ),
+        *wrong_shape("value_cache", "a head size of at least 1 as key_cache has", E4M3, (2, 5, 4, 0)),
+        *of_two_kinds(),
         *(
             case
             for name in ("block_table", "seq_lens", "cu_query_lens", "seq_starts")
@@ -485,6 +493,72 @@ def wrong_attention() -> list[Case]:
         number("max_seq_len", -1, "at least 0"),
         number("sliding_window", -1, "at least 0"),
         number("num_splits", -2, "at least 0"),
+    ]  # fmt: skip
+
+
+def of_two_kinds() -> list[Case]:
+    """K and V of two head sizes or formats."""
+    smaller = {"value_cache": new(2, 5, 4, 3, dtype=E4M3), "out": sevens(3, 8, 3, dtype=F32)}
+    plain = {"value_cache": new(2, 5, 4, 6, dtype=torch.bfloat16), "v_cache_dtype": text("auto")}
+    plain_keys = {
+        "key_cache": new(2, 5, 4, 6, dtype=torch.bfloat16),
+        "kv_cache_dtype": text("auto"),
+        "v_cache_dtype": text("fp8"),
+    }
+    quantized_query = {"query": new(3, 8, 6, dtype=E4M3), "q_scale": new(1)}
+    shapes = (
+        "1 or num_kv_heads=4 elements, or the shape [num_kv_heads, head_size={}] or [num_blocks=2, block_size=5, num_kv_heads]"
+    )
+    names = '"auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2" or "int8"'
+    return [
+        Case(
+            "out as wide as K", "out must have num_heads=8 and v_head_size=3, got shape [3, 8, 6]",
+            {**smaller, "out": sevens(3, 8, 6, dtype=F32)},
+        ),
+        Case(
+            "query as wide as V", "query must have num_heads=8 and head_size=6, got shape [3, 8, 3]",
+            {**smaller, "query": new(3, 8, 3)},
+        ),
+        Case(
+            "v_scale of the channels of K", f"v_scale must have {shapes.format(3)}, got shape [4, 6]",
+            {**smaller, "v_scale": new(4, 6)},
+        ),
+        Case(
+            "k_scale of the channels of V", f"k_scale must have {shapes.format(6)}, got shape [4, 3]",
+            {**smaller, "k_scale": new(4, 3)},
+        ),
+        Case(
+            "v_offset of the channels of K",
+            "v_offset must have the shape [num_kv_heads=4, head_size=3], got shape [4, 6]",
+            {**smaller, "v_offset": new(4, 6)},
+        ),
+        Case("a format that is none", f'v_cache_dtype must be {names}, got "fp4"', {"v_cache_dtype": text("fp4")}),
+        Case(
+            "another format of V", 'value_cache must be float8_e5m2 or uint8 as v_cache_dtype is "fp8_e5m2", '
+            "got float8_e4m3fn", {"v_cache_dtype": text("fp8_e5m2")},
+        ),
+        Case(
+            "int8 V in bytes", 'value_cache must be int8 as v_cache_dtype is "int8", got uint8',
+            {"v_cache_dtype": text("int8"), "value_cache": new(2, 5, 4, 6, dtype=torch.uint8)},
+        ),
+        Case(
+            "V that is not plain", f'value_cache must be {REAL} as v_cache_dtype is "auto", '
+            "got float8_e4m3fn", {"v_cache_dtype": text("auto")},
+        ),
+        Case(
+            "FP8 query beside a K in bfloat16",
+            f"query must be {REAL} as key_cache is not FP8, got float8_e4m3fn", {**plain_keys, **quantized_query},
+        ),
+        Case(
+            "k_offset of a K in bfloat16",
+            "k_offset must be None as key_cache is not quantized, got shape [4, 6]",
+            {**plain_keys, "k_offset": new(4, 6)},
+        ),
+        Case(
+            "v_offset of a V in bfloat16",
+            "v_offset must be None as value_cache is not quantized, got shape [4, 6]",
+            {**plain, "v_offset": new(4, 6)},
+        ),
     ]  # fmt: skip
 
 

@@ -128,6 +128,17 @@ def test_opcheck_of_attention_with_defaults(device: torch.device) -> None:
 
 
 @pytest.mark.usefixtures("_allclose_knows_fp8")
+def test_opcheck_of_attention_with_k_and_v_of_two_kinds(device: torch.device) -> None:
+    _, key_cache, _, _, *others = arguments(device)["paged_attention"][:10]
+    query = torch.ones(2, 4, 24, dtype=torch.bfloat16, device=device)
+    value_cache = torch.ones(*key_cache.shape[:3], 16, dtype=torch.float16, device=device)
+    out = torch.zeros(2, 4, 16, dtype=torch.bfloat16, device=device)
+    torch.library.opcheck(
+        ops.paged_attention.default, (query, key_cache, value_cache, out, *others), {"v_cache_dtype": "float16"}
+    )
+
+
+@pytest.mark.usefixtures("_allclose_knows_fp8")
 @pytest.mark.parametrize("op", ["static_scaled_fp8_quant", "scaled_fp8_dequant"])
 def test_opcheck_with_defaults(device: torch.device, op: str) -> None:
     scale = torch.ones((), device=device)
@@ -161,7 +172,7 @@ SCHEMAS = {
     "float softmax_scale, Tensor? cu_query_lens=None, int max_query_len=1, int max_seq_len=0, "
     "Tensor? q_scale=None, Tensor? seq_starts=None, int sliding_window=0, float softcap=0., "
     "Tensor? sinks=None, Tensor? k_offset=None, Tensor? v_offset=None, Tensor(b!)? lse=None, "
-    "Tensor(c!)? workspace=None, int num_splits=0) -> ()",
+    "Tensor(c!)? workspace=None, int num_splits=0, str? v_cache_dtype=None) -> ()",
 }
 
 

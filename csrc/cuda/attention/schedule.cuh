@@ -8,7 +8,8 @@
 //               block has whole items, at the same time as its neighbors those next to them.
 //   parts > 0:  a unit is one of so many nearly equal parts of the tiles of an item, one for each block.
 // The first warp of a block finds its items, one after the other, and leaves them in shared memory. Of an item that falls to
-// several blocks, each leaves a partial result in the workspace, and the last one to do so merges them.
+// several blocks, each leaves a partial result in the workspace. The last one to do so merges them, or another kernel
+// (plan.merges > 0).
 #pragma once
 
 #include "core/attention_memory.h"
@@ -95,9 +96,15 @@ struct Item {
 };
 
 // Partial results in the workspace. A slot has, for each column of an item, head_size weighted sums of V, and after all of
-// these, for each column, a maximum, a sum and a base.
+// these, for each column, a maximum, a sum, a base, and a word of what tells the merging kernel of the item.
 class Slots {
  public:
+  // Of an item whose first part is in the slot.
+  struct Header {
+    int parts;  // 0: there is no such item
+    int first_row, first_column, num_columns, kv_head;
+  };
+
   __device__ Slots(const AttentionLayout& layout, const AttentionPlan& plan, void* workspace)
       : counters_(static_cast<unsigned long long*>(workspace)),
         data_(reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + core::slot_counters_size(plan.slots))),
@@ -111,6 +118,18 @@ class Slots {
 
   __device__ float* sums(std::int64_t slot, int column) const { return at(slot) + column * head_size_; }
   __device__ float* softmax(std::int64_t slot, int column) const { return at(slot) + columns_ * head_size_ + column * 4; }
+
+  __device__ void store(std::int64_t slot, const Header& header) const {
+    store_word(slot, 0, header.parts);
+    store_word(slot, 1, header.first_row);
+    store_word(slot, 2, header.first_column);
+    store_word(slot, 3, header.num_columns);
+    store_word(slot, 4, header.kv_head);
+  }
+  __device__ void store_no_item(std::int64_t slot) const { store_word(slot, 0, 0); }
+  __device__ Header header(std::int64_t slot) const {
+    return {word(slot, 0), word(slot, 1), word(slot, 2), word(slot, 3), word(slot, 4)};
+  }
 
   // Counts a part of an item, by one thread; true: it is the last one. A workspace may hold anything at first: a counter has a
   // mark in its upper bits, and what has none counts as 0. The last part leaves 0.
@@ -134,10 +153,12 @@ class Slots {
 
  private:
   __device__ float* at(std::int64_t slot) const { return data_ + slot * (columns_ * (head_size_ + 4)); }
+  __device__ void store_word(std::int64_t slot, int i, int word) const { softmax(slot, i)[3] = __int_as_float(word); }
+  __device__ int word(std::int64_t slot, int i) const { return __float_as_int(__ldcg(softmax(slot, i) + 3)); }
 
   unsigned long long* counters_;  // of items, in the place of their first slots
   float* data_;
-  int columns_;
+  int columns_;  // at least 8
   int head_size_;
   int step_;
 };
@@ -167,8 +188,8 @@ struct Cursor {
 // All threads of a warp call everything together.
 class Schedule {
  public:
-  __device__ Schedule(const AttentionLayout& layout, const AttentionPlan& plan, const FastDiv& group)
-      : l_(layout), plan_(plan), group_(group), lane_(static_cast<int>(threadIdx.x % 32)) {}
+  __device__ Schedule(const AttentionLayout& layout, const AttentionPlan& plan, const FastDiv& group, void* workspace)
+      : l_(layout), plan_(plan), group_(group), slots_(layout, plan, workspace), lane_(static_cast<int>(threadIdx.x % 32)) {}
 
   // The share of this block, and a sequence at or before the one that it begins with.
   __device__ void begin(Cursor& cursor) const {
@@ -235,8 +256,10 @@ class Schedule {
     if (plan_.parts > 0) {
       c.unit = block;
       c.end = total;
+      if (lane_ == 0 && plan_.merges > 0 && block >= total && block < plan_.slots) slots_.store_no_item(block);
       return;
     }
+    if (lane_ == 0 && plan_.merges > 0) slots_.store_no_item(2 * std::int64_t{block} + 1);
     if (total == 0) return;
     // Blocks beyond those that are worth starting have nothing to do.
     const unsigned least = static_cast<unsigned>(plan_.least_units);
@@ -334,6 +357,12 @@ class Schedule {
       }
       c.unit = c.unit + gridDim.x < c.unit ? c.end : c.unit + gridDim.x;
     }
+    if (lane_ == 0 && plan_.merges > 0 && item.slot >= 0 && item.slot == item.first_slot)
+      slots_.store(item.slot, {.parts = item.parts,
+                               .first_row = sequence.first_row,
+                               .first_column = item.first_column,
+                               .num_columns = item.num_columns,
+                               .kv_head = item.kv_head});
     Positions seen = all;
     if (column_blocks > 1) {
       const auto first_query = static_cast<int>(group_.div(item.first_column)),
@@ -352,6 +381,7 @@ class Schedule {
   const AttentionLayout& l_;
   const AttentionPlan& plan_;
   const FastDiv& group_;  // query heads of a KV head
+  Slots slots_;
   int lane_;
 };
 

@@ -687,7 +687,7 @@ class TiledAttention {
       }
     }
     if (item_.slot == Item::kInCluster) merge_cluster();
-    if (item_.slot >= 0) merge_slots(slots);
+    if (item_.slot >= 0 && args_.plan.merges == 0) merge_slots(slots);
     __syncthreads();  // before rings, scales and queries of the next item
   }
 
@@ -859,7 +859,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, blocks_per_multiprocessor(kHea
   Work& work = *reinterpret_cast<Work*>(shared_memory + memory.work);
   device::wait_then_release();
   const bool schedules = threadIdx.x < 32;
-  const Schedule schedule(args.layout, args.plan, args.group);
+  const Schedule schedule(args.layout, args.plan, args.group, args.workspace);
   if (schedules) schedule.begin(work.cursor);
   TiledAttention<Fp8, kHeadSize, kColumnTiles, kPerToken> attention(args, memory, work.item, shared_memory);
   while (true) {

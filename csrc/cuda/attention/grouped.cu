@@ -1,0 +1,494 @@
+// paged_attention on the tensor cores where K and V have two head sizes or dtypes, FP8 or INT8. A block has query heads of one
+// row and KV head, its columns, and goes through the positions that they see, or a part of them, in tiles of 32. The bytes of a
+// tile are copied to shared memory while the block works on the tile before; they become fp16, which is exact, once for all of
+// its warps. These divide the logits by positions and columns, the softmax by columns, and the result by elements of V.
+#include "core/grouped_memory.h"
+#include "cuda/attention/finish.cuh"
+#include "cuda/attention/kernels.h"
+#include "cuda/attention/rows.cuh"
+#include "device/async_copy.cuh"
+#include "device/mma.cuh"
+#include "device/pdl.cuh"
+
+namespace fp8kv::cuda::attention {
+namespace {
+
+using core::GroupedMemory;
+
+constexpr int kPositions = GroupedMemory::kTile;
+constexpr int kThreads = 32 * GroupedMemory::kWarps;
+constexpr int kThreadsPerRow = kThreads / kPositions;  // of K and V, which copy 16 bytes of it at a time
+constexpr float kMostGrowth = 8.0f;  // of a maximum, in powers of two, before what was summed up is scaled anew
+
+struct GroupedArgs {
+  AttentionLayout layout;  // its head_size is that of V, by which partial results are counted
+  AttentionPlan plan;
+  GroupedMemory memory;
+  int head_size;  // of K
+  bool values_in_keys;
+  void* workspace;
+};
+
+// Four matrices of 8 x 8 values of 16 bits, of whose rows a lane has the address of one; each transposed.
+__device__ __forceinline__ void load_matrices(std::uint32_t (&x)[4], std::uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void load_transposed(std::uint32_t (&x)[4], std::uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void load_two_matrices(std::uint32_t (&x)[2], std::uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "r"(address) : "memory");
+}
+
+template <class T>
+__device__ __forceinline__ void widen(const uint4& bytes, std::byte* to) {
+  auto* halves = reinterpret_cast<uint4*>(to);
+  halves[0] = {device::halves_of<T, false>(bytes.x), device::halves_of<T, true>(bytes.x), device::halves_of<T, false>(bytes.y),
+               device::halves_of<T, true>(bytes.y)};
+  halves[1] = {device::halves_of<T, false>(bytes.z), device::halves_of<T, true>(bytes.z), device::halves_of<T, false>(bytes.w),
+               device::halves_of<T, true>(bytes.w)};
+}
+
+// kDimTiles: of 16 elements of V, that a warp has.
+template <int kColumns, int kDimTiles>
+class GroupedAttention {
+  static constexpr int kColumnTiles = kColumns / 8;
+  static constexpr int kThreadsPerColumn = kThreads / kColumns;      // in the softmax
+  static constexpr int kPerThread = kPositions / kThreadsPerColumn;  // positions
+  static constexpr int kKeyParts = GroupedMemory::key_parts(kColumns);
+  static constexpr int kTilesOfLogits = kColumns == 64 ? 2 : 1;  // column tiles of a warp
+  static constexpr int kWarpDims = 16 * kDimTiles;
+
+ public:
+  __device__ GroupedAttention(const GroupedArgs& args, std::byte* shared)
+      : args_(args),
+        l_(args.layout),
+        m_(args.memory),
+        shared_(shared),
+        thread_(static_cast<int>(threadIdx.x)),
+        lane_(thread_ % 32),
+        warp_(thread_ / 32) {}
+
+  __device__ void attend() {
+    const auto parts = static_cast<unsigned>(max(args_.plan.parts, std::int64_t{1}));
+    const auto group = static_cast<unsigned>(l_.heads_per_kv_head());
+    const unsigned column_blocks = (group + kColumns - 1) / kColumns, item = blockIdx.x / parts;
+    part_ = static_cast<int>(blockIdx.x - item * parts);
+    const unsigned of_heads = item / column_blocks, kv_heads = static_cast<unsigned>(l_.num_kv_heads);
+    first_column_ = static_cast<int>(item - of_heads * column_blocks) * kColumns;
+    num_columns_ = min(kColumns, static_cast<int>(group) - first_column_);
+    row_ = static_cast<int>(of_heads / kv_heads);
+    kv_head_ = static_cast<int>(of_heads - static_cast<unsigned>(row_) * kv_heads);
+    const Slots slots(l_, args_.plan, args_.workspace);
+    const std::int64_t s = sequence_of(l_, row_);
+    if (s < 0) {
+      if (args_.plan.slots > 0 && part_ == 0 && thread_ == 0) slots.store_no_item(blockIdx.x);
+      return;
+    }
+    const Sequence sequence = Sequence::load(l_, s);
+    seen_ = sequence.seen_by(l_, row_ - sequence.first_row);
+    table_ = static_cast<const int*>(l_.block_table.data) + s * l_.block_table_row;
+    int tile = seen_.begin / kPositions, end = seen_.empty() ? tile : (seen_.end - 1) / kPositions + 1;
+    const int share = (end - tile) / static_cast<int>(parts), longer = (end - tile) - share * static_cast<int>(parts);
+    tile += share * part_ + min(part_, longer);
+    end = tile + share + (part_ < longer);
+
+    begin();
+    start_copy(tile, end);
+    for (int c = warp_; c < kColumns; c += GroupedMemory::kWarps) load_query(c);
+#pragma unroll 1
+    for (; tile < end; ++tile) {
+      device::wait_for_copies<0>();
+      __syncthreads();  // what all warps did with the last tile; queries
+      widen_tile();
+      start_copy(tile + 1, end);
+      __syncthreads();
+      multiply_keys();
+      __syncthreads();
+      const bool grew = weigh(tile);
+      const bool rescale = __syncthreads_or(grew);
+      add_values(rescale);
+    }
+    __syncthreads();
+    finish(slots);
+  }
+
+ private:
+  // --- Tiles: bytes, then fp16 --------------------------------
+
+  __device__ int row() const { return thread_ / kThreadsPerRow; }          // that this thread copies and widens
+  __device__ int first_chunk() const { return thread_ % kThreadsPerRow; }  // of 16 bytes; and every 8th after it
+
+  // For each position of a tile: the scale of K, that of V, whether it is seen; of even and odd tiles.
+  __device__ float* position_data(int tile) const {
+    return reinterpret_cast<float*>(shared_ + m_.positions) + (tile & 1) * 3 * kPositions;
+  }
+
+  // Positions that are not seen become zero.
+  __device__ void start_copy(int tile, int end) {
+    if (tile < end) {
+      const int position = tile * kPositions + row();
+      std::int64_t block = 0, offset = 0;
+      bool seen = position >= seen_.begin && position < seen_.end;
+      if (seen) {
+        const auto size = static_cast<unsigned>(l_.block_size);
+        const unsigned entry = static_cast<unsigned>(position) / size;
+        offset = static_cast<unsigned>(position) - entry * size;
+        block = __ldg(table_ + entry * l_.block_table.stride);
+        seen = block >= 0 && block < l_.num_blocks;
+        if (!seen) block = offset = 0;
+      }
+      copy_row(l_.key_cache, m_.key_bytes, args_.head_size, block, offset, seen);
+      if (!args_.values_in_keys)
+        copy_row(l_.value_cache, m_.value_bytes, static_cast<int>(l_.v_head_size), block, offset, seen);
+      float* data = position_data(tile) + row();
+      const auto copy_scale = [&](const core::ChannelScales& scale, float* to) {
+        const float* from = scale.data;
+        if (seen) from += block * scale.block + offset * scale.offset + kv_head_ * scale.head;
+        device::copy4_async(to, from, seen ? 4 : 0);
+      };
+      if (first_chunk() == 0 && l_.k_scale.per_token()) copy_scale(l_.k_scale, data);
+      if (first_chunk() == 1 && l_.v_scale.per_token()) copy_scale(l_.v_scale, data + kPositions);
+      if (first_chunk() == 2) data[2 * kPositions] = seen ? 1.0f : 0.0f;
+    }
+    device::commit_copies();
+  }
+
+  __device__ void copy_row(const core::PagedView& view, int bytes, int head_size, std::int64_t block, std::int64_t offset,
+                           bool seen) const {
+    const std::byte* from = static_cast<const std::byte*>(view.data) + block * view.block + offset * view.offset;
+    if (seen) from += kv_head_ * view.head;
+    const std::uint32_t to = device::shared_address(shared_ + bytes + row() * head_size);
+    for (int at = 16 * first_chunk(); at < head_size; at += 16 * kThreadsPerRow)
+      device::copy16_async(to + at, seen ? from + at : static_cast<const std::byte*>(view.data), seen ? 16 : 0);
+  }
+
+  // What this thread copied.
+  __device__ void widen_tile() const {
+    widen_row(l_.cache_dtype, m_.key_bytes, m_.keys, m_.key_pitch, args_.head_size);
+    if (!args_.values_in_keys)
+      widen_row(l_.v_cache_dtype, m_.value_bytes, m_.values, m_.value_pitch, static_cast<int>(l_.v_head_size));
+  }
+
+  __device__ void widen_row(DType dtype, int bytes, int halves, int pitch, int head_size) const {
+    const std::byte* from = shared_ + bytes + row() * head_size;
+    std::byte* to = shared_ + halves + row() * pitch;
+    for (int at = 16 * first_chunk(); at < head_size; at += 16 * kThreadsPerRow) {
+      const uint4 chunk = *reinterpret_cast<const uint4*>(from + at);
+      if (dtype == DType::E4M3)
+        widen<E4M3>(chunk, to + 2 * at);
+      else if (dtype == DType::E5M2)
+        widen<E5M2>(chunk, to + 2 * at);
+      else
+        widen<Int8>(chunk, to + 2 * at);
+    }
+  }
+
+  // --- Queries ------------------------------------------------
+
+  __device__ float* column_data() const { return reinterpret_cast<float*>(shared_ + m_.columns); }
+  __device__ float& factor(int column) const {
+    return column_data()[column];
+  }  // of logits, without softcap in units of log2(e)
+  __device__ float& base(int column) const { return column_data()[kColumns + column]; }  // likewise, added to them
+  __device__ float2* softmax() const { return reinterpret_cast<float2*>(column_data() + 2 * kColumns); }
+  __device__ float& rescale(int column) const { return column_data()[2 * kColumns + column]; }  // before there is a softmax()
+
+  __device__ Column place_of(int column) const {
+    return {row_, kv_head_ * static_cast<int>(l_.heads_per_kv_head()) + first_column_ + column};
+  }
+
+  // By a warp: the row of a column in fp16, times the scales of K's channels and a power of two, so that it fits.
+  __device__ void load_query(int column) const {
+    auto* to = reinterpret_cast<__half*>(shared_ + column * m_.key_pitch);
+    if (column >= num_columns_) {
+      for (int d = lane_; d < args_.head_size; d += 32) to[d] = __half{};
+      if (lane_ == 0) factor(column) = base(column) = 0.0f;
+      return;
+    }
+    const Column place = place_of(column);
+    const std::int64_t at = place.row * l_.query.token + place.head * l_.query.head;
+    const auto element = [&](int d) { return load_element(l_.query.data, l_.query_dtype, at + d * l_.query.dim); };
+    const auto scaled = [&](int d, float x) {
+      return l_.k_scale.dim != 0 ? x * __ldg(l_.k_scale.data + kv_head_ * l_.k_scale.head + d * l_.k_scale.dim) : x;
+    };
+    float largest = 0.0f, product = 0.0f;
+    for (int d = lane_; d < args_.head_size; d += 32) {
+      const float x = element(d), y = scaled(d, x);
+      if (l_.k_offset.data) product += x * __ldg(l_.k_offset.data + kv_head_ * l_.k_offset.head + d * l_.k_offset.dim);
+      if (is_finite(y)) largest = fmaxf(largest, fabsf(y));
+    }
+    largest = max_of_warp(largest);
+    product = sum_of_warp(product);
+    const PowerOfTwo down(-exponent_of(largest)), up(exponent_of(largest));
+    for (int d = lane_; d < args_.head_size; d += 32) to[d] = __float2half_rn(down.times(scaled(d, element(d))));
+    if (lane_ != 0) return;
+    float by = l_.softcap > 0.0f ? l_.softmax_scale : l_.softmax_scale * kLog2e;
+    if (l_.q_scale) by *= __ldg(l_.q_scale + place.head / l_.heads_per_q_scale * l_.q_scale_stride);
+    const bool per_head = l_.k_scale.dim == 0 && !l_.k_scale.per_token();
+    factor(column) = up.times(per_head ? by * __ldg(l_.k_scale.data + kv_head_ * l_.k_scale.head) : by);
+    base(column) = by * product;
+  }
+
+  __device__ void begin() {
+#pragma unroll
+    for (int d = 0; d < kDimTiles; ++d)
+#pragma unroll
+      for (int c = 0; c < kColumnTiles; ++c)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out_[d][c][i] = 0.0f;
+  }
+
+  // --- Logits -------------------------------------------------
+
+  __device__ float* logits(int part, int column) const {
+    return reinterpret_cast<float*>(shared_ + m_.logits) + (part * kColumns + column) * GroupedMemory::kLogitPitch;
+  }
+
+  // A warp multiplies 16 positions, some columns, and, where there are few of these, a part of the elements.
+  __device__ void multiply_keys() const {
+    const int first_position = warp_ % 2 * 16, rest = warp_ / 2, part = rest % kKeyParts;
+    const int first = rest / kKeyParts * kTilesOfLogits * 8;  // column
+    float sums[kTilesOfLogits][4] = {};
+    std::uint32_t key =
+        device::shared_address(shared_ + m_.keys) + (first_position + lane_ % 16) * m_.key_pitch + lane_ / 16 * 16;
+    const int column = first + lane_ % 8 + (kTilesOfLogits == 2 ? lane_ / 16 * 8 : 0);
+    std::uint32_t query = device::shared_address(shared_) + column * m_.key_pitch + lane_ / 8 % 2 * 16;
+    const int steps = args_.head_size / 16;
+#pragma unroll 4
+    for (int step = part; step < steps; step += kKeyParts) {
+      std::uint32_t a[4];
+      load_matrices(a, key + 32 * step);
+      if constexpr (kTilesOfLogits == 2) {
+        std::uint32_t b[4];
+        load_matrices(b, query + 32 * step);
+        device::multiply_add(sums[0], a[0], a[1], a[2], a[3], b[0], b[1]);
+        device::multiply_add(sums[1], a[0], a[1], a[2], a[3], b[2], b[3]);
+      } else {
+        std::uint32_t b[2];
+        load_two_matrices(b, query + 32 * step);
+        device::multiply_add(sums[0], a[0], a[1], a[2], a[3], b[0], b[1]);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kTilesOfLogits; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        logits(part, first + 8 * n + 2 * (lane_ % 4) + i % 2)[first_position + lane_ / 4 + i / 2 * 8] = sums[n][i];
+  }
+
+  // --- Softmax ------------------------------------------------
+
+  __device__ int own_column() const { return thread_ / kThreadsPerColumn; }
+
+  // The maximum over the threads of a column.
+  __device__ static float max_of_column(float x) {
+#pragma unroll
+    for (int lanes = 1; lanes < kThreadsPerColumn; lanes *= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lanes));
+    return x;
+  }
+
+  // Raises a maximum where a logit is far above it; what was summed up before is multiplied with the result.
+  __device__ static float raise(float& maximum, float largest) {
+    if (!(largest > maximum + kMostGrowth)) return 1.0f;
+    const float kept = device::exp2_approximation(maximum - largest);
+    maximum = largest;
+    return kept;
+  }
+
+  // From the logits of a tile to the weights of its values. Returns whether sums of the column have to be scaled.
+  __device__ bool weigh(int tile) {
+    const int column = own_column(), first = thread_ % kThreadsPerColumn * kPerThread;
+    const float by = factor(column), added = base(column);
+    const float *scales = position_data(tile) + first, *value_scales = scales + kPositions, *seen = scales + 2 * kPositions;
+    float x[kPerThread], y[kPerThread];  // logits; with scales of V for each token, with log2 of these
+    float largest = -INFINITY, largest_value = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      float sum = logits(0, column)[first + i];
+#pragma unroll
+      for (int part = 1; part < kKeyParts; ++part) sum += logits(part, column)[first + i];
+      x[i] = sum * by;
+      if (l_.k_scale.per_token()) x[i] *= scales[i];
+      if (l_.softcap > 0.0f) x[i] = l_.softcap * tanhf((x[i] + added) / l_.softcap) * kLog2e;
+      if (seen[i] == 0.0f) x[i] = -INFINITY;
+      largest = fmaxf(largest, x[i]);
+      y[i] = l_.v_scale.per_token() && seen[i] != 0.0f ? x[i] + device::log2_approximation(value_scales[i]) : x[i];
+      largest_value = fmaxf(largest_value, y[i]);
+    }
+    const float kept = raise(maximum_, max_of_column(largest));
+    float kept_values = kept;
+    sum_ *= kept;
+    if (l_.v_scale.per_token())
+      kept_values = raise(value_maximum_, max_of_column(largest_value));
+    else
+      value_maximum_ = maximum_;
+    auto* weights = reinterpret_cast<__half*>(shared_ + m_.weights) + column * GroupedMemory::kWeightPitch + first;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      sum_ += device::exp2_approximation(x[i] - maximum_);
+      weights[i] = __float2half_rn(device::exp2_approximation(y[i] - value_maximum_));
+    }
+    if (thread_ % kThreadsPerColumn == 0) rescale(column) = kept_values;
+    return kept_values != 1.0f;
+  }
+
+  // --- Values -------------------------------------------------
+
+  __device__ void add_values(bool rescales) {
+    if (rescales) {
+#pragma unroll
+      for (int c = 0; c < kColumnTiles; ++c) {
+        const float by[2] = {rescale(8 * c + 2 * (lane_ % 4)), rescale(8 * c + 2 * (lane_ % 4) + 1)};
+#pragma unroll
+        for (int d = 0; d < kDimTiles; ++d)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) out_[d][c][i] *= by[i % 2];
+      }
+    }
+    std::uint32_t weights[kColumnTiles][4];
+    const std::uint32_t weight =
+        device::shared_address(shared_ + m_.weights) + 2 * (lane_ % 8 * GroupedMemory::kWeightPitch + lane_ / 8 * 8);
+#pragma unroll
+    for (int c = 0; c < kColumnTiles; ++c) load_matrices(weights[c], weight + 2 * 8 * c * GroupedMemory::kWeightPitch);
+    const std::uint32_t value = device::shared_address(shared_ + m_.values) + (lane_ % 8 + lane_ / 16 * 8) * m_.value_pitch +
+                                2 * (warp_ * kWarpDims + lane_ / 8 % 2 * 8);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int d = 0; d < kDimTiles; ++d) {
+        std::uint32_t a[4];
+        load_transposed(a, value + 16 * half * m_.value_pitch + 32 * d);
+#pragma unroll
+        for (int c = 0; c < kColumnTiles; ++c)
+          device::multiply_add(out_[d][c], a[0], a[1], a[2], a[3], weights[c][2 * half], weights[c][2 * half + 1]);
+      }
+  }
+
+  // --- The end ------------------------------------------------
+
+  __device__ void finish(const Slots& slots) {
+    // Sums of V have a maximum of their own with a scale for each token.
+    float sum = sum_;
+#pragma unroll
+    for (int lanes = 1; lanes < kThreadsPerColumn; lanes *= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
+    const float to_maximum =
+        l_.v_scale.per_token() && sum != 0.0f ? device::exp2_approximation(value_maximum_ - maximum_) : 1.0f;
+    const float of_base = l_.softcap > 0.0f ? 0.0f : base(own_column());
+    __syncthreads();  // factors give way
+    if (thread_ % kThreadsPerColumn == 0) {
+      factor(own_column()) = to_maximum;
+      base(own_column()) = of_base;
+      softmax()[own_column()] = {maximum_, sum};
+    }
+    __syncthreads();
+    const bool whole = args_.plan.slots == 0;
+    if (!whole && part_ == 0 && thread_ == 0)
+      slots.store(blockIdx.x, {.parts = static_cast<int>(args_.plan.parts),
+                               .first_row = row_,
+                               .first_column = first_column_,
+                               .num_columns = num_columns_,
+                               .kv_head = kv_head_});
+    const int first_dim = warp_ * kWarpDims + lane_ / 4;
+#pragma unroll
+    for (int c = 0; c < kColumnTiles; ++c)
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int column = 8 * c + 2 * (lane_ % 4) + k;
+        if (column >= num_columns_) continue;
+        const float2 total = softmax()[column];
+        const float by = factor(column);
+        if (whole) {
+          const Finish end(l_, place_of(column), kv_head_, {total.x, total.y}, base(column));
+          store_dims(c, k, first_dim, [&](int dim, float x) { end.store(dim, x * by); });
+          if (warp_ == 0 && lane_ / 4 == 0) end.store_lse();
+        } else {
+          float* sums = slots.sums(blockIdx.x, column);
+          store_dims(c, k, first_dim, [&](int dim, float x) { sums[dim] = x * by; });
+          if (warp_ == 0 && lane_ / 4 == 0) {
+            float* to = slots.softmax(blockIdx.x, column);
+            to[0] = total.x, to[1] = total.y, to[2] = base(column);
+          }
+        }
+      }
+  }
+
+  template <class Store>
+  __device__ void store_dims(int c, int k, int first_dim, const Store& store) const {
+#pragma unroll
+    for (int d = 0; d < kDimTiles; ++d)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int dim = first_dim + 16 * d + 8 * r;
+        if (dim < static_cast<int>(l_.v_head_size)) store(dim, out_[d][c][2 * r + k]);
+      }
+  }
+
+  const GroupedArgs& args_;
+  const AttentionLayout& l_;
+  const GroupedMemory& m_;
+  std::byte* shared_;
+  int thread_, lane_, warp_;
+  int row_, kv_head_, first_column_, num_columns_, part_;
+  Positions seen_;
+  const int* table_;
+  // Of own_column(), but for the sum the same in all of its threads.
+  float maximum_ = kNothing, value_maximum_ = kNothing, sum_ = 0.0f;
+  float out_[kDimTiles][kColumnTiles][4];  // elements g and g + 8 of columns 2t and 2t + 1
+};
+
+template <int kColumns, int kDimTiles>
+__global__ void __launch_bounds__(kThreads, GroupedMemory::blocks_at_once(kColumns, 128 * kDimTiles))
+    attention_grouped(const __grid_constant__ GroupedArgs args) {
+  extern __shared__ __align__(128) std::byte shared_memory[];
+  device::wait_then_release();
+  GroupedAttention<kColumns, kDimTiles>(args, shared_memory).attend();
+}
+
+template <int kColumns, int kDimTiles>
+void launch_kernel(const GroupedArgs& args, cudaStream_t stream) {
+  const auto kernel = attention_grouped<kColumns, kDimTiles>;
+  static PerDevice<bool> allowed;
+  allowed.get([&] {
+    check_query(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     device_limits().shared_memory - core::kReservedMemory));
+    return true;
+  });
+  const auto blocks = static_cast<unsigned>(args.plan.blocks);
+  const LaunchShape shape{
+      .grid = blocks, .threads = kThreads, .shared_memory = args.plan.shared_memory, .dependent = launches_dependent(blocks)};
+  launch(kernel, shape, stream, args);
+  check_launch("paged_attention");
+}
+
+}  // namespace
+
+void launch_grouped(const AttentionLayout& layout, const AttentionPlan& plan, void* workspace, cudaStream_t stream) {
+  const bool values_in_keys = core::values_in_keys(layout);
+  const auto head_size = static_cast<int>(layout.head_size), v_head_size = static_cast<int>(layout.v_head_size);
+  GroupedArgs args{.layout = layout,
+                   .plan = plan,
+                   .memory = GroupedMemory(head_size, v_head_size, plan.columns, values_in_keys),
+                   .head_size = head_size,
+                   .values_in_keys = values_in_keys,
+                   .workspace = workspace};
+  args.layout.head_size = layout.v_head_size;
+  const auto launch = [&]<int kColumns>(std::integral_constant<int, kColumns>) {
+    if (v_head_size <= 128) return launch_kernel<kColumns, 1>(args, stream);
+    launch_kernel<kColumns, 4>(args, stream);
+  };
+  switch (plan.columns) {
+    case 8: return launch(std::integral_constant<int, 8>{});
+    case 16: return launch(std::integral_constant<int, 16>{});
+    case 32: return launch(std::integral_constant<int, 32>{});
+    default: return launch(std::integral_constant<int, 64>{});
+  }
+}
+
+}  // namespace fp8kv::cuda::attention
