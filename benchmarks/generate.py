@@ -200,11 +200,17 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def size(text: str) -> tuple[int, int]:
+    batch, context = map(int, text.split("x"))
+    return batch, context
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cuda", help='"cuda" or "cpu"')
     parser.add_argument("--layers", type=int, default=ALL_LAYERS, help="layers of the model, of 32")
     parser.add_argument("--only", nargs="+", default=[""], help="only caches whose name contains one of these")
+    parser.add_argument("--sizes", nargs="+", type=size, metavar="BATCHxCONTEXT", help="default: 1x1024 1x32768 16x8192")
     parser.add_argument("--memory", type=float, help="GiB to fit into; default: the GPU's, or 80")
     parser.add_argument("--quick", action="store_true", help="a tiny model, short contexts")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
@@ -216,7 +222,7 @@ def main() -> None:
     layers = min(2, options.layers) if options.quick else options.layers
     model = make_model(LlamaConfig(**(QUICK_SHAPE if options.quick else SHAPE), num_hidden_layers=layers), device)
     rows = []
-    for batch, context in QUICK_SIZES if options.quick else SIZES:
+    for batch, context in options.sizes or (QUICK_SIZES if options.quick else SIZES):
         for kind in kinds():
             if not any(part in kind.name for part in options.only):
                 continue
