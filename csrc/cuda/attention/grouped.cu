@@ -20,6 +20,14 @@ using device::Vec;
 constexpr int kPositions = GroupedShape::kPositions;
 constexpr float kMostGrowth = 8.0f;  // of a maximum, in powers of two, before what was summed up is scaled anew
 
+// Of a cache, in bytes; the plan sees to it that they and their products with offsets fit.
+struct CacheStrides {
+  int block, offset, head;
+
+  explicit CacheStrides(const core::PagedView& view)
+      : block(static_cast<int>(view.block)), offset(static_cast<int>(view.offset)), head(static_cast<int>(view.head)) {}
+};
+
 struct GroupedArgs {
   AttentionLayout layout;  // its head_size is that of V, by which partial results are counted
   AttentionPlan plan;
@@ -27,6 +35,8 @@ struct GroupedArgs {
   int head_size;  // of K
   bool values_in_keys;
   bool query_aligned;  // 8 elements are one access
+  CacheStrides keys, values;
+  FastDiv block_size;
   void* workspace;
 };
 
@@ -73,9 +83,11 @@ class GroupedAttention {
   static constexpr int kThreadsPerRow = kThreads / kPositions;  // of K and V, which copy 16 bytes of it at a time
   static constexpr int kColumnTiles = kColumns / 8;
   static constexpr int kKeyParts = GroupedShape::key_parts(kColumns, kValueSize);
-  static constexpr int kWarpColumnTiles = kColumns == 8 ? 1 : 2;     // whose logits a warp calculates
-  static constexpr int kThreadsPerColumn = kThreads / kColumns;      // in the softmax
-  static constexpr int kPerThread = kPositions / kThreadsPerColumn;  // positions
+  static constexpr int kWarpColumnTiles = kColumns == 8 ? 1 : 2;                  // whose logits a warp calculates
+  static constexpr int kThreadsPerColumn = kThreads / kColumns;                   // in the softmax
+  static constexpr int kPerThread = kPositions / kThreadsPerColumn;               // positions
+  static constexpr int kKeyChunks = kValueSize == 128 ? 2 : 48 / kThreadsPerRow;  // of 16 bytes, of a thread
+  static constexpr int kValueChunks = kValueSize / 16 / kThreadsPerRow;
   static constexpr int kWarpDims = kValueSize / kWarps, kDimTiles = kWarpDims / 16;
   static constexpr int kLoads = kValueSize == 128 ? 1 : 3;  // of 8 elements of a query by a lane at once
 
@@ -113,6 +125,10 @@ class GroupedAttention {
     tile += share * part_ + min(part_, longer);
     end = tile + share + (part_ < longer);
 
+    const auto rows_of = [&](const core::PagedView& view, const CacheStrides& strides) {
+      return static_cast<const std::byte*>(view.data) + kv_head_ * strides.head + 16 * first_chunk();
+    };
+    keys_ = rows_of(l_.key_cache, args_.keys), values_ = rows_of(l_.value_cache, args_.values);
     table_entry_ = entry_of(tile);
     for (int i = 0; i < m_.stages; ++i) start_copy(tile + i, end, i);
     for (int c = warp_; c < kColumns; c += kWarps) load_query(c);
@@ -160,42 +176,59 @@ class GroupedAttention {
   __device__ Entry entry_of(int tile) const {
     const int position = tile * kPositions + row();
     if (position < seen_.begin || position >= seen_.end) return {-1, 0};
-    const auto size = static_cast<unsigned>(l_.block_size);
-    const unsigned index = static_cast<unsigned>(position) / size;
-    return {__ldg(table_ + index * l_.block_table.stride), static_cast<int>(static_cast<unsigned>(position) - index * size)};
+    const auto [index, offset] = args_.block_size.divmod(static_cast<unsigned>(position));
+    return {__ldg(table_ + index * l_.block_table.stride), static_cast<int>(offset)};
   }
 
   // Positions that are not seen become zero.
   __device__ void start_copy(int tile, int end, int stage) {
     if (tile < end) {
-      const bool seen = table_entry_.block >= 0 && table_entry_.block < l_.num_blocks;
-      const std::int64_t block = seen ? table_entry_.block : 0, offset = seen ? table_entry_.offset : 0;
-      std::byte* bytes = shared_ + m_.bytes + stage * m_.stage;
-      copy_row(l_.key_cache, bytes, args_.head_size, block, offset, seen);
-      if (!args_.values_in_keys)
-        copy_row(l_.value_cache, bytes + kPositions * args_.head_size, static_cast<int>(l_.v_head_size), block, offset, seen);
-      float* data = position_data(tile) + row();
-      const auto copy_scale = [&](const core::ChannelScales& scale, float* to) {
-        const float* from = scale.data;
-        if (seen) from += block * scale.block + offset * scale.offset + kv_head_ * scale.head;
-        device::copy4_async(to, from, seen ? 4 : 0);
+      const auto [entry, offset] = table_entry_;
+      const bool seen = static_cast<unsigned>(entry) < static_cast<unsigned>(l_.num_blocks);
+      const int block = seen ? entry : 0;
+      const std::uint32_t to = device::shared_address(shared_ + m_.bytes + stage * m_.stage) + 16 * first_chunk();
+      const auto from = [&](const std::byte* rows, const CacheStrides& strides) {
+        return rows + (std::int64_t{block} * strides.block + (seen ? offset * strides.offset : 0));
       };
-      if (first_chunk() == 0 && l_.k_scale.per_token()) copy_scale(l_.k_scale, data);
-      if (first_chunk() == 1 && l_.v_scale.per_token()) copy_scale(l_.v_scale, data + kPositions);
-      if (first_chunk() == 2) data[2 * kPositions] = seen ? 1.0f : 0.0f;
+      copy_row<kKeyChunks>(from(keys_, args_.keys), to + row() * args_.head_size, args_.head_size, seen);
+      if (!args_.values_in_keys) {
+        const auto head_size = static_cast<int>(l_.v_head_size);
+        copy_row<kValueChunks>(from(values_, args_.values), to + kPositions * args_.head_size + row() * head_size, head_size,
+                               seen);
+      }
+      if (first_chunk() == 0) {
+        float* data = position_data(tile) + row();
+        const auto copy_scale = [&](const core::ChannelScales& scale, float* to) {
+          if (!scale.per_token()) return;
+          const float* from = scale.data;
+          if (seen) from += block * scale.block + offset * scale.offset + kv_head_ * scale.head;
+          device::copy4_async(to, from, seen ? 4 : 0);
+        };
+        copy_scale(l_.k_scale, data);
+        copy_scale(l_.v_scale, data + kPositions);
+        data[2 * kPositions] = seen ? 1.0f : 0.0f;
+      }
       table_entry_ = entry_of(tile + 1);
     }
     device::commit_copies();
   }
 
-  __device__ void copy_row(const core::PagedView& view, std::byte* bytes, int head_size, std::int64_t block,
-                           std::int64_t offset, bool seen) const {
-    const auto* from = static_cast<const std::byte*>(view.data);
-    if (seen) from += block * view.block + offset * view.offset + kv_head_ * view.head;
-    const std::uint32_t to = device::shared_address(bytes + row() * head_size);
-#pragma unroll 4
-    for (int at = 16 * first_chunk(); at < head_size; at += 16 * kThreadsPerRow)
-      device::copy16_async(to + at, seen ? from + at : from, seen ? 16 : 0);
+  // From this thread's first chunk on.
+  template <int kChunks>
+  __device__ void copy_row(const std::byte* from, std::uint32_t to, int head_size, bool seen) const {
+    for_each_chunk<kChunks>(head_size, [&](int at) { device::copy16_async(to + at, from + at, seen ? 16 : 0); });
+  }
+
+  // Calls f with the distance of each chunk of this thread from its first one; most rows have no more than kChunks of them.
+  template <int kChunks, class F>
+  __device__ void for_each_chunk(int head_size, const F& f) const {
+    constexpr int kStep = 16 * kThreadsPerRow;
+    const int end = head_size - 16 * first_chunk();
+#pragma unroll
+    for (int n = 0; n < kChunks; ++n)
+      if (n * kStep < end) f(n * kStep);
+#pragma unroll 1
+    for (int at = kChunks * kStep; at < end; at += kStep) f(at);
   }
 
   __device__ void wait_for_tile() const {
@@ -210,35 +243,34 @@ class GroupedAttention {
   // What this thread copied.
   __device__ void widen_tile(int stage) const {
     const std::byte* bytes = shared_ + m_.bytes + stage * m_.stage;
-    widen_row(l_.cache_dtype, bytes, m_.keys, m_.key_pitch, args_.head_size);
+    widen_row<kKeyChunks>(l_.cache_dtype, bytes, m_.keys, m_.key_pitch, args_.head_size);
     if (!args_.values_in_keys)
-      widen_row(l_.v_cache_dtype, bytes + kPositions * args_.head_size, m_.values, m_.value_pitch,
-                static_cast<int>(l_.v_head_size));
+      widen_row<kValueChunks>(l_.v_cache_dtype, bytes + kPositions * args_.head_size, m_.values, m_.value_pitch,
+                              static_cast<int>(l_.v_head_size));
   }
 
+  template <int kChunks>
   __device__ void widen_row(DType dtype, const std::byte* bytes, int halves, int pitch, int head_size) const {
-    const std::byte* from = bytes + row() * head_size;
-    std::byte* to = shared_ + halves + row() * pitch;
+    const std::byte* from = bytes + row() * head_size + 16 * first_chunk();
+    std::byte* to = shared_ + halves + row() * pitch + 32 * first_chunk();
     if (dtype == DType::E4M3)
-      widen_chunks<E4M3>(from, to, head_size);
+      widen_chunks<E4M3, kChunks>(from, to, head_size);
     else if (dtype == DType::E5M2)
-      widen_chunks<E5M2>(from, to, head_size);
+      widen_chunks<E5M2, kChunks>(from, to, head_size);
     else
-      widen_chunks<Int8>(from, to, head_size);
+      widen_chunks<Int8, kChunks>(from, to, head_size);
   }
 
-  // Four of eight neighboring threads store the second half first, so that no two need the same bank.
-  template <class T>
+  // Four of eight neighboring threads take the second half of a chunk first, so that no two store to the same bank.
+  template <class T, int kChunks>
   __device__ void widen_chunks(const std::byte* from, std::byte* to, int head_size) const {
-    const bool second_first = thread_ & 4;
-#pragma unroll 4
-    for (int at = 16 * first_chunk(); at < head_size; at += 16 * kThreadsPerRow) {
-      const uint4 chunk = *reinterpret_cast<const uint4*>(from + at);
-      const uint4 halves[2] = {widened<T>(chunk.x, chunk.y), widened<T>(chunk.z, chunk.w)};
-      auto* aligned = reinterpret_cast<uint4*>(to + 2 * at);
-      aligned[second_first] = second_first ? halves[1] : halves[0];
-      aligned[!second_first] = second_first ? halves[0] : halves[1];
-    }
+    const int first = thread_ & 4 ? 8 : 0, second = 8 - first;
+    for_each_chunk<kChunks>(head_size, [&](int at) {
+      const uint2 a = *reinterpret_cast<const uint2*>(from + at + first),
+                  b = *reinterpret_cast<const uint2*>(from + at + second);
+      *reinterpret_cast<uint4*>(to + 2 * (at + first)) = widened<T>(a.x, a.y);
+      *reinterpret_cast<uint4*>(to + 2 * (at + second)) = widened<T>(b.x, b.y);
+    });
   }
 
   // --- Queries ------------------------------------------------
@@ -390,8 +422,13 @@ class GroupedAttention {
     return x;
   }
 
-  // Raises a maximum where a logit is far above it; what was summed up before is multiplied with the result.
-  __device__ static float raise(float& maximum, float largest) {
+  // Raises the maximum of a column where a logit is far above it; what was summed up before is multiplied with the result.
+  __device__ static float raise_for(float& maximum, const float (&x)[kPerThread]) {
+    float largest = x[0];
+#pragma unroll
+    for (int i = 1; i < kPerThread; ++i) largest = fmaxf(largest, x[i]);
+    if (!__any_sync(kAllLanes, largest > maximum + kMostGrowth)) return 1.0f;
+    largest = max_of_column(largest);
     if (!(largest > maximum + kMostGrowth)) return 1.0f;
     const float kept = device::exp2_approximation(maximum - largest);
     maximum = largest;
@@ -417,32 +454,38 @@ class GroupedAttention {
     const int column = own_column(), first = thread_ % kThreadsPerColumn * kPerThread;
     const float by = factor(column), added = base(column);
     const float *scales = position_data(tile) + first, *value_scales = scales + kPositions, *seen = scales + 2 * kPositions;
-    float x[kPerThread], y[kPerThread];  // logits; with scales of V for each token, with log2 of these
+    float x[kPerThread];  // logits
     add_parts(column, first, x);
-    float largest = -INFINITY, largest_value = -INFINITY;
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
       x[i] *= by;
       if (l_.k_scale.per_token()) x[i] *= scales[i];
       if (l_.softcap > 0.0f) x[i] = l_.softcap * tanhf((x[i] + added) / l_.softcap) * kLog2e;
       if (seen[i] == 0.0f) x[i] = -INFINITY;
-      largest = fmaxf(largest, x[i]);
-      y[i] = l_.v_scale.per_token() && seen[i] != 0.0f ? x[i] + device::log2_approximation(value_scales[i]) : x[i];
-      largest_value = fmaxf(largest_value, y[i]);
     }
-    float kept_values = 1.0f;
-    const bool grows = largest > maximum_ + kMostGrowth || largest_value > value_maximum_ + kMostGrowth;
-    if (__any_sync(kAllLanes, grows)) {
-      const float kept = raise(maximum_, max_of_column(largest));
-      sum_ *= kept;
-      kept_values = l_.v_scale.per_token() ? raise(value_maximum_, max_of_column(largest_value)) : kept;
-      if (!l_.v_scale.per_token()) value_maximum_ = maximum_;
-    }
-    auto* weights = reinterpret_cast<__half*>(shared_ + m_.weights) + column * GroupedMemory::kWeightPitch + first;
+    float kept_values = raise_for(maximum_, x);
+    sum_ *= kept_values;
+    float weights[kPerThread];
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      sum_ += device::exp2_approximation(x[i] - maximum_);
-      weights[i] = __float2half_rn(device::exp2_approximation(y[i] - value_maximum_));
+      weights[i] = device::exp2_approximation(x[i] - maximum_);
+      sum_ += weights[i];
+    }
+    if (l_.v_scale.per_token()) {
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i)
+        if (seen[i] != 0.0f) x[i] += device::log2_approximation(value_scales[i]);
+      kept_values = raise_for(value_maximum_, x);
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) weights[i] = device::exp2_approximation(x[i] - value_maximum_);
+    }
+    auto* to = reinterpret_cast<__half*>(shared_ + m_.weights) + column * GroupedMemory::kWeightPitch + first;
+    if constexpr (kPerThread == 1) {
+      *to = __float2half_rn(weights[0]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPerThread; i += 2)
+        *reinterpret_cast<std::uint32_t*>(to + i) = device::half2_of(weights[i], weights[i + 1]);
     }
     if (thread_ % kThreadsPerColumn == 0) rescale(column) = kept_values;
     return kept_values != 1.0f;
@@ -497,46 +540,45 @@ class GroupedAttention {
       softmax()[own_column()] = {maximum_, sum};
     }
     __syncthreads();
-    const bool whole = args_.plan.slots == 0;
-    if (!whole && part_ == 0 && thread_ == 0)
+    if (args_.plan.slots > 0 && part_ == 0 && thread_ == 0)
       slots.store(blockIdx.x, {.parts = static_cast<int>(args_.plan.parts),
                                .first_row = row_,
                                .first_column = first_column_,
                                .num_columns = num_columns_,
                                .first_head = kv_head_});
-    const int first_dim = warp_ * kWarpDims + lane_ / 4;
+    // By way of shared memory, 8 columns at a time, so that neighboring lanes store neighboring elements.
+    constexpr int kPitch = kValueSize + 4, kWarpsPerColumn = kWarps / 8;
+    auto* staged = reinterpret_cast<float*>(shared_);
 #pragma unroll
-    for (int c = 0; c < kColumnTiles; ++c)
+    for (int c = 0; c < kColumnTiles; ++c) {
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const int column = 8 * c + 2 * (lane_ % 4) + k;
-        if (column >= num_columns_) continue;
-        const float2 total = softmax()[column];
-        const float by = factor(column);
-        if (whole) {
-          const Finish end(l_, place_of(column), kv_head_, {total.x, total.y}, base(column));
-          store_dims(c, k, first_dim, [&](int dim, float x) { end.store(dim, x * by); });
-          if (warp_ == 0 && lane_ / 4 == 0) end.store_lse();
-        } else {
-          float* sums = slots.sums(blockIdx.x, column);
-          store_dims(c, k, first_dim, [&](int dim, float x) { sums[dim] = x * by; });
-          if (warp_ == 0 && lane_ / 4 == 0) {
-            float* to = slots.softmax(blockIdx.x, column);
-            to[0] = total.x, to[1] = total.y, to[2] = base(column);
-          }
-        }
-      }
+      for (int d = 0; d < kDimTiles; ++d)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          staged[(2 * (lane_ % 4) + i % 2) * kPitch + warp_ * kWarpDims + 16 * d + lane_ / 4 + i / 2 * 8] = out_[d][c][i];
+      __syncthreads();
+      const int column = 8 * c + warp_ / kWarpsPerColumn;
+      if (column < num_columns_)
+        store_column(slots, column, staged + warp_ / kWarpsPerColumn * kPitch, warp_ % kWarpsPerColumn, kWarpsPerColumn);
+      __syncthreads();
+    }
   }
 
-  template <class Store>
-  __device__ void store_dims(int c, int k, int first_dim, const Store& store) const {
-#pragma unroll
-    for (int d = 0; d < kDimTiles; ++d)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int dim = first_dim + 16 * d + 8 * r;
-        if (dim < static_cast<int>(l_.v_head_size)) store(dim, out_[d][c][2 * r + k]);
-      }
+  // By `warps` warps, each of which has 32 neighboring elements at a time.
+  __device__ void store_column(const Slots& slots, int column, const float* sums, int warp, int warps) const {
+    const float2 total = softmax()[column];
+    const float by = factor(column);
+    const int first = 32 * warp + lane_, v_head_size = static_cast<int>(l_.v_head_size);
+    if (args_.plan.slots > 0) {
+      float* to = slots.sums(blockIdx.x, column);
+      for (int dim = first; dim < v_head_size; dim += 32 * warps) to[dim] = sums[dim] * by;
+      float* of_column = slots.softmax(blockIdx.x, column);
+      if (first == 0) of_column[0] = total.x, of_column[1] = total.y, of_column[2] = base(column);
+      return;
+    }
+    const Finish end(l_, place_of(column), kv_head_, {total.x, total.y}, base(column));
+    for (int dim = first; dim < v_head_size; dim += 32 * warps) end.store(dim, sums[dim] * by);
+    if (first == 0) end.store_lse();
   }
 
   const GroupedArgs& args_;
@@ -547,7 +589,8 @@ class GroupedAttention {
   int row_, kv_head_, first_column_, num_columns_, part_;
   Positions seen_;
   const int* table_;
-  Entry table_entry_;  // of the tile that is copied next
+  const std::byte *keys_, *values_;  // what this thread copies, of the first position of block 0
+  Entry table_entry_;                // of the tile that is copied next
   // Of own_column(), but for the sum the same in all of its threads.
   float maximum_ = kNothing, value_maximum_ = kNothing, sum_ = 0.0f;
   float out_[kDimTiles][kColumnTiles][4];  // elements g and g + 8 of columns 2t and 2t + 1
@@ -589,6 +632,9 @@ void launch_grouped(const AttentionLayout& layout, const AttentionPlan& plan, vo
                    .head_size = static_cast<int>(layout.head_size),
                    .values_in_keys = core::values_in_keys(layout),
                    .query_aligned = core::query_vecs_aligned(layout),
+                   .keys = CacheStrides(layout.key_cache),
+                   .values = CacheStrides(layout.value_cache),
+                   .block_size = FastDiv(std::max<std::int64_t>(1, layout.block_size)),
                    .workspace = workspace};
   args.layout.head_size = layout.v_head_size;
   const auto launch = [&]<int kColumns>(std::integral_constant<int, kColumns>) {
