@@ -41,7 +41,7 @@ bool fits_tiles(const AttentionLayout& l) {
 bool fits_groups(const AttentionLayout& l) {
   return !l.of_one_kind() && is_quantized(l.cache_dtype) && is_quantized(l.v_cache_dtype) && l.head_size % 16 == 0 &&
          l.v_head_size % 16 == 0 && l.head_size <= kMaxGenericHeadSizes && l.v_head_size <= GroupedShape::kValueSizes[1] &&
-         chunks_aligned(l, l.key_cache) && chunks_aligned(l, l.value_cache);
+         chunks_aligned(l, l.key_cache) && chunks_aligned(l, l.value_cache) && l.num_blocks < kMaxChunk;
 }
 
 bool scales_per_token(const AttentionLayout& l) { return l.k_scale.per_token() || l.v_scale.per_token(); }

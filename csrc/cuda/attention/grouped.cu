@@ -1,7 +1,7 @@
 // paged_attention on the tensor cores where K and V have two head sizes or dtypes, FP8 or INT8. A block has query heads of one
 // row and KV head, its columns, and goes through the positions that they see, or a part of them, in tiles of 32. The bytes of a
-// tile are copied to shared memory while the block works on the tile before; they become fp16, which is exact, once for all of
-// its warps. These divide the logits by positions and columns, the softmax by columns, and the result by elements of V.
+// tile are copied to shared memory while the block works on earlier ones; they become fp16, which is exact, once for all of its
+// warps. These divide the logits by columns and elements of K, the softmax by columns, and the result by elements of V.
 #include "core/grouped_memory.h"
 #include "cuda/attention/finish.cuh"
 #include "cuda/attention/kernels.h"
@@ -40,21 +40,21 @@ struct GroupedArgs {
   void* workspace;
 };
 
-// Four matrices of 8 x 8 values of 16 bits, of whose rows a lane has the address of one; each transposed.
+// Matrices of 8 x 8 values of 16 bits, of whose rows a lane has the address of one: four, two, and four that are transposed.
 __device__ __forceinline__ void load_matrices(std::uint32_t (&x)[4], std::uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                : "r"(address)
                : "memory");
 }
+__device__ __forceinline__ void load_matrices(std::uint32_t (&x)[2], std::uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "r"(address) : "memory");
+}
 __device__ __forceinline__ void load_transposed(std::uint32_t (&x)[4], std::uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                : "r"(address)
                : "memory");
-}
-__device__ __forceinline__ void load_matrices(std::uint32_t (&x)[2], std::uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "r"(address) : "memory");
 }
 
 template <int kCount>
