@@ -35,12 +35,6 @@ bool chunks_aligned(const AttentionLayout& l, const PagedView& view) {
          fits(view.offset, l.block_size) && fits(view.head, l.num_kv_heads);
 }
 
-bool query_vecs_aligned(const AttentionLayout& l) {
-  const auto fits = [](std::int64_t stride, std::int64_t size) { return stride % kVecSize == 0 || size == 1; };
-  return l.query.dim == 1 && base_aligned(l.query.data, l.query_dtype) && fits(l.query.token, l.num_rows) &&
-         fits(l.query.head, l.num_heads);
-}
-
 bool fits_tiles(const AttentionLayout& l) {
   return l.of_one_kind() && is_quantized(l.cache_dtype) && is_tiled_head_size(l.head_size) && l.block_size % kTile == 0 &&
          chunks_aligned(l, l.key_cache) && chunks_aligned(l, l.value_cache) && query_vecs_aligned(l) &&
@@ -50,8 +44,8 @@ bool fits_tiles(const AttentionLayout& l) {
 // The grouped kernel copies 16 bytes at a time too, and multiplies 16 elements of K.
 bool fits_groups(const AttentionLayout& l) {
   return !l.of_one_kind() && is_quantized(l.cache_dtype) && is_quantized(l.v_cache_dtype) && l.head_size % 16 == 0 &&
-         l.v_head_size % 16 == 0 && l.head_size <= kMaxGenericHeadSizes && l.v_head_size <= GroupedMemory::kMaxValueSize &&
-         chunks_aligned(l, l.key_cache) && chunks_aligned(l, l.value_cache);
+         l.v_head_size % 16 == 0 && l.head_size <= kMaxGenericHeadSizes && l.v_head_size <= GroupedShape::kValueSizes[1] &&
+         chunks_aligned(l, l.key_cache) && chunks_aligned(l, l.value_cache) && l.num_blocks < kMaxChunk;
 }
 
 bool scales_per_token(const AttentionLayout& l) { return l.k_scale.per_token() || l.v_scale.per_token(); }
@@ -158,26 +152,25 @@ void choose_merge(const AttentionLayout& l, std::int64_t parts, std::int64_t mos
 // A block has as many query heads of a row and KV head as there are and fit. Where these are few, blocks share the positions.
 // Without columns they don't fit at all.
 AttentionPlan plan_grouped(const AttentionLayout& l, const DeviceLimits& limits) {
-  constexpr int kTile = GroupedMemory::kTile, kLeastTiles = 4;  // that are worth a block
+  constexpr int kPositions = GroupedShape::kPositions, kLeastTiles = 4;  // that are worth a block
   AttentionPlan plan;
   plan.kernel = AttentionKernel::Grouped;
-  plan.warps = GroupedMemory::kWarps;
   const auto group = static_cast<unsigned>(std::min<std::int64_t>(l.heads_per_kv_head(), kMaxColumns));
   plan.columns = static_cast<int>(std::max(8u, std::bit_ceil(group)));
-  const auto memory = [&] {
-    return GroupedMemory(static_cast<int>(l.head_size), static_cast<int>(l.v_head_size), plan.columns, values_in_keys(l)).size;
-  };
+  const auto memory = [&] { return grouped_memory(l, plan.columns, limits.shared_memory).size; };
   while (plan.columns >= 8 && memory() > limits.shared_memory - kReservedMemory) plan.columns /= 2;
   if (plan.columns < 8) return {.columns = 0};
+  const int value_size = GroupedShape::value_size(l.v_head_size);
+  plan.warps = GroupedShape::warps(plan.columns, value_size);
   plan.shared_memory = memory();
   plan.merges = l.num_rows * l.num_kv_heads * ceil_div(l.heads_per_kv_head(), std::int64_t{plan.columns});
 
   std::int64_t seen = l.max_seq_len;
   if (l.sliding_window > 0) seen = std::min(seen, l.sliding_window);
-  const std::int64_t tiles = std::max<std::int64_t>(1, ceil_div(seen, std::int64_t{kTile}));
-  const std::int64_t resident = std::int64_t{limits.multiprocessors} *
-                                std::min(GroupedMemory::blocks_at_once(plan.columns, static_cast<int>(l.v_head_size)),
-                                         limits.shared_memory / (plan.shared_memory + kReservedMemory));
+  const std::int64_t tiles = std::max<std::int64_t>(1, ceil_div(seen, std::int64_t{kPositions}));
+  const std::int64_t resident =
+      std::int64_t{limits.multiprocessors} * std::min(GroupedShape::blocks_at_once(plan.columns, value_size),
+                                                      limits.shared_memory / (plan.shared_memory + kReservedMemory));
   plan.parts = l.num_splits > 0 ? std::min(l.num_splits, tiles)
                                 : std::min(resident / plan.merges, ceil_div(tiles, std::int64_t{kLeastTiles}));
   plan.parts = std::clamp<std::int64_t>(plan.parts, 1, std::max<std::int64_t>(1, kMaxSlots / plan.merges));
@@ -203,6 +196,12 @@ AttentionPlan plan_generic(const AttentionLayout& l) {
 }
 
 }  // namespace
+
+bool query_vecs_aligned(const AttentionLayout& l) {
+  const auto fits = [](std::int64_t stride, std::int64_t size) { return stride % kVecSize == 0 || size == 1; };
+  return l.query.dim == 1 && base_aligned(l.query.data, l.query_dtype) && fits(l.query.token, l.num_rows) &&
+         fits(l.query.head, l.num_heads);
+}
 
 AttentionPlan plan_attention(const AttentionLayout& l, const DeviceLimits& limits, const AttentionClusters& clusters) {
   if (l.empty()) return {};

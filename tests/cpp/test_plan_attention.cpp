@@ -178,28 +178,47 @@ TEST(PlanAttention, GroupedMemoryFitsEveryDevice) {
   for (int bytes : {100 * 1024, 164 * 1024, 228 * 1024})
     for (auto [head_size, v_head_size] : {std::pair{576, 512}, {192, 128}, {64, 128}, {16, 512}})
       for (std::int64_t heads : {1, 16, 32, 128}) {
-        const AttentionPlan plan =
-            plan_of(problem_of({.heads = heads, .kv_heads = 1, .head_size = head_size, .v_head_size = v_head_size}),
-                    with_shared_memory(bytes));
+        const PagedAttention p =
+            problem_of({.heads = heads, .kv_heads = 1, .head_size = head_size, .v_head_size = v_head_size});
+        const AttentionPlan plan = plan_of(p, with_shared_memory(bytes));
         if (plan.kernel == AttentionKernel::Generic) {
-          EXPECT_GT(GroupedMemory(head_size, v_head_size, 8, false).size, bytes - 1024);
+          EXPECT_GT(GroupedMemory(head_size, v_head_size, 8, false, 1).size, bytes - 1024);
           continue;
         }
-        EXPECT_EQ(plan.shared_memory, GroupedMemory(head_size, v_head_size, plan.columns, false).size);
+        EXPECT_EQ(plan.shared_memory, grouped_memory(lower(p), plan.columns, bytes).size);
         EXPECT_LE(plan.shared_memory, bytes - 1024);
       }
+}
+
+TEST(PlanAttention, AsManyStagesAsFitBesideTheOtherBlocks) {
+  const auto stages = [](std::int64_t heads, std::int64_t head_size, std::int64_t v_head_size, int bytes) {
+    const PagedAttention p = problem_of({.heads = heads, .kv_heads = 1, .head_size = head_size, .v_head_size = v_head_size});
+    return grouped_memory(lower(p), plan_of(p).columns, bytes).stages;
+  };
+  EXPECT_EQ(stages(8, 192, 128, 228 * 1024), 3) << "of three blocks";
+  EXPECT_EQ(stages(128, 576, 512, 228 * 1024), 1) << "of one";
+  EXPECT_EQ(stages(8, 192, 128, 164 * 1024), 1);
 }
 
 TEST(PlanAttention, VInKNeedsNoMemoryOfItsOwn) {
   PagedAttention p = problem_of({.heads = 128, .kv_heads = 1, .head_size = 576, .v_head_size = 512});
   EXPECT_FALSE(values_in_keys(lower(p)));
-  const int apart = plan_of(p).shared_memory;
   p.value_cache = p.key_cache, p.value_cache.sizes[3] = 512;
   EXPECT_TRUE(values_in_keys(lower(p)));
   EXPECT_EQ(plan_of(p).kernel, AttentionKernel::Grouped);
-  EXPECT_EQ(apart - plan_of(p).shared_memory, 32 * (2 * 512 + 16) + 32 * 512);
+  EXPECT_EQ(GroupedMemory(576, 512, 64, false, 1).size - GroupedMemory(576, 512, 64, true, 1).size,
+            32 * (2 * 512 + 16) + 32 * 512);
   p.value_cache.data = address(2, 64);
   EXPECT_FALSE(values_in_keys(lower(p)));
+}
+
+TEST(PlanAttention, AllWarpsOfAGroupHaveLogitsToCalculate) {
+  for (int columns : {8, 16, 32, 64})
+    for (int value_size : GroupedShape::kValueSizes) {
+      const int warps = GroupedShape::warps(columns, value_size), parts = GroupedShape::key_parts(columns, value_size);
+      EXPECT_EQ(warps / parts * 16, std::max(columns, 16)) << columns << " " << value_size;
+      EXPECT_EQ(value_size % (16 * warps), 0);
+    }
 }
 
 // --- Columns --------------------------------

@@ -94,6 +94,19 @@ def test_v_as_a_part_of_k_gives_the_bits_of_a_copy(device: torch.device) -> None
     assert_same_bytes(of_copy[1], lse)
 
 
+@pytest.mark.parametrize("group", [1, 8, 9, 32, 40, 100])
+@pytest.mark.parametrize("sizes", [(64, 48), (96, 256), (576, 512), (800, 144), (272, 128)], ids=str)
+def test_groups_of_query_heads(device: torch.device, sizes: tuple[int, int], group: int) -> None:
+    """On CUDA they share a block, up to 64 of them, in kernels of their own."""
+    options: dict[str, Any] = {"heads": (group, 1), "head_size": sizes[0], "v_head_size": sizes[1]}
+    for cache, v_cache, scales, num_splits in (
+        ("e4m3", None, "head", 0), ("e5m2", "int8", "slot", 1), ("int8", "e4m3", "channel", 3),
+    ):  # fmt: skip
+        kinds = {"cache": cache, "v_cache": v_cache, "scales": (scales, scales), "num_splits": num_splits}
+        check(device, lengths=(150, 33, 0, 1), **options, **kinds, offsets=True)
+    check(device, lengths=(150, 33, 2), queries=(3, 0, 2), **options, query=torch.float32, sinks=torch.float32)
+
+
 # Types
 
 
@@ -382,7 +395,30 @@ def test_compiled(device: torch.device) -> None:
     assert_same_bytes(compiled(query, key_cache), attend(query, key_cache))
 
 
+def test_the_workspace_of_a_cache_that_has_no_four_dimensions() -> None:
+    query, cache, table = torch.zeros(1, 8, 64), torch.zeros(4, 16, 1, 64), torch.zeros(1, 2).int()
+    assert fp8kv.attention_workspace_size(query, cache, table, value_cache=cache[..., :48]) == 0
+    message = r"^attention_workspace_size: value_cache must have 4 dimensions, got 3$"
+    with pytest.raises(ValueError, match=message):
+        fp8kv.attention_workspace_size(query, cache, table, value_cache=cache[0])
+
+
 # CUDA
+
+
+@each_kind
+@pytest.mark.parametrize("num_splits", [0, 1, 4])
+@pytest.mark.parametrize("mode", [DECODE, FEW], ids=["decode", "few queries"])
+def test_a_workspace_of_any_contents(cuda: torch.device, mode: dict[str, Any], num_splits: int, kind: dict[str, Any]) -> None:
+    (query, *caches, table), options = on(cuda, Problem(**mode, **kind, num_splits=num_splits))
+    expected = fp8kv.paged_attention(query, *caches, table, **options)[:5]
+    size = fp8kv.attention_workspace_size(
+        query, caches[0], table, value_cache=caches[1], num_splits=num_splits, max_query_len=len(query)
+    )
+    for byte in (0x00, 0x7F, 0xFF):
+        workspace = torch.full((size,), byte, dtype=torch.uint8, device=cuda)
+        actual = fp8kv.paged_attention(query, *caches, table, **options, workspace=workspace)[:5]
+        assert_same_bytes(actual, expected)
 
 
 @each_kind
