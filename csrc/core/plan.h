@@ -52,26 +52,39 @@ enum class ElementwiseKernel : std::uint8_t {
   VectorizedContiguous0,  // contiguous, one scale
   VectorizedContiguous1,  // contiguous, one dimension outside the row
   VectorizedContiguous2,  // contiguous, two
-  VectorizedContiguous,   // contiguous, any number
-  VectorizedStrided,
+  Vectorized,             // any other
   VectorizedUnaligned,
-  PerColumnContiguous,  // contiguous, one row per thread
-  PerColumn1,           // 1, 2 or 4 rows per thread
-  PerColumn2,
-  PerColumn4,
+  AcrossGroups,  // contiguous: units of 16 elements, in which a group may end
+  PerColumn0,    // no dimension outside of rows that share their scales
+  PerColumn,
   PerColumnUnaligned,
 };
+
+// A contiguous tensor as rows of groups of columns, the last of which may be smaller: element i lies in row i / row, in column
+// i % row, and its scale at (its row) / row_block * row_scale + (its column) / group * group_scale.
+struct GroupGrid {
+  std::int64_t row = 0;  // elements
+  std::int64_t group = 0;
+  std::int64_t row_block = 1;
+  std::int64_t row_scale = 0;
+  std::int64_t group_scale = 0;
+};
+
+// Neighboring elements that a thread takes of such a tensor: one access of 16 bytes to FP8.
+inline constexpr int kUnitSize = 16;
 
 struct ElementwisePlan {
   ElementwiseKernel kernel = ElementwiseKernel::Scalar;
   KernelPath path = KernelPath::Scalar;
   bool aligned = false;   // every vector is one aligned access to input and result; otherwise edges are handled inside
   int threads = 256;      // per block
-  std::int64_t work = 0;  // threads that have something to do
+  std::int64_t work = 0;  // threads that have something to do; vectors where a thread takes several
   std::int64_t blocks = 0;
   int outer_dims = 0;             // dimensions that the kernel finds by their index; it knows the rest
   std::int64_t vecs_per_row = 1;  // Vectorized, PerColumn
+  int vecs_per_thread = 1;        // Vectorized: 1 or 2
   std::int64_t row_size = 0;      // elements; of merged rows where there are any
+  GroupGrid grid{};               // AcrossGroups
 
   // PerColumn, aligned: the dimension before the row, if it shares its scales, so that a thread can loop over it.
   std::int64_t rows = 1;
@@ -82,6 +95,10 @@ struct ElementwisePlan {
   std::int64_t last_row_size = 0;  // a last merged row may be incomplete
   bool vector_scales = false;      // 8 scales are one aligned access
 };
+
+// Whether groups of a contiguous problem end inside vectors, and units of the whole tensor are the way to take it: then it is
+// not divided by for_each_uniform_part.
+FP8KV_API bool goes_across_groups(const Chunk& chunk, const TensorView& input, const TensorView& result);
 
 // The chunk must have elements, at most kMaxChunk of them.
 FP8KV_API ElementwisePlan plan_elementwise(const Chunk& chunk, const TensorView& input, const TensorView& result,
@@ -141,14 +158,16 @@ struct DynamicPlan {
   DynamicPath path = DynamicPath::TwoPasses;
   bool aligned = false;
   bool contiguous = false;  // PerGroup: aligned; the input, the result and the scales are one contiguous range each
+  bool units = false;       // PerGroup, contiguous: a lane has a unit
   int threads = 256;        // per block
   std::int64_t blocks = 0;
-  int lanes_per_group = 0;        // PerGroup: a power of two up to 32; 0 for a block
+  int lanes_per_group = 0;        // PerGroup: a power of two up to 32; 0 for a block. Misaligned, they take single elements
   int vecs_per_thread = 1;        // PerGroup, Redundant, Cluster: kept in registers; 0: the row is read twice
   int shared_vecs = 0;            // Cooperative: kept in shared memory, per thread
   std::int64_t vecs_per_row = 1;  // what covers a row of any alignment
 };
 
+inline constexpr int kElementsPerLane = 8;  // of misaligned groups that share a warp
 inline constexpr int kRedundantThreads = 1024;
 inline constexpr int kRedundantVecs = 512;  // a block quantizes
 inline constexpr int kCooperativeThreads = 512;
@@ -262,6 +281,14 @@ inline bool vecs_aligned(const Chunk& chunk, const TensorView& input, const Tens
   for (int d = 0; d + 1 < layout.ndim; ++d)
     if (layout.dims[d].in % kVecSize != 0 || layout.dims[d].out % kVecSize != 0) return false;
   return layout.inner().size % kVecSize == 0 && base_aligned(input, chunk.in) && base_aligned(result, chunk.out);
+}
+
+// Whether units are accesses of 16 bytes, if rows are contiguous and of whole units.
+inline bool units_aligned(const Chunk& chunk, const TensorView& input, const TensorView& result) {
+  const auto aligned = [](const TensorView& view, std::int64_t offset) {
+    return reinterpret_cast<std::uintptr_t>(address_of(view, offset)) % 16 == 0;
+  };
+  return aligned(input, chunk.in) && aligned(result, chunk.out);
 }
 
 // Whether half a vector of scales or offsets per channel is one aligned access.

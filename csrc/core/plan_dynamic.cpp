@@ -87,8 +87,11 @@ DynamicPlan plan_dynamic(const Chunk& chunk, const TensorView& input, const Tens
   }
   plan.path = DynamicPath::PerGroup;
   plan.contiguous = plan.aligned && contiguous(layout) && scales_contiguous(layout);
-  if (vecs <= kWarp) {
-    plan.lanes_per_group = static_cast<int>(std::bit_ceil(static_cast<std::uint64_t>(vecs)));
+  const bool units = plan.contiguous && vecs % 2 == 0 && units_aligned(chunk, input, result);
+  const std::int64_t lanes = !plan.aligned ? ceil_div(layout.inner().size, kElementsPerLane) : units ? vecs / 2 : vecs;
+  if (lanes <= kWarp) {
+    plan.units = units;
+    plan.lanes_per_group = static_cast<int>(std::bit_ceil(static_cast<std::uint64_t>(lanes)));
     plan.threads = groups * plan.lanes_per_group <= 64 * std::int64_t{limits.multiprocessors} ? 64 : 128;
     plan.blocks = ceil_div(groups, plan.threads / plan.lanes_per_group);
     return plan;

@@ -151,6 +151,20 @@ __device__ __forceinline__ void make_nan_canonical(Vec<T>& vec) {
   for (int i = 0; i < kVecSize / 2; ++i) vec.words[i] = canonical_nan2(vec.words[i], kNaN);
 }
 
+// The same for several vectors, with one look whether there are any: the word for NaN is the largest signed one.
+template <class T, int kCount>
+__device__ __forceinline__ void make_nan_canonical(Vec<T> (&vecs)[kCount]) {
+  std::uint32_t largest = 0;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+#pragma unroll
+    for (int i = 0; i < Vec<T>::kWords; ++i) largest = __vmaxs2(largest, vecs[k].words[i]);
+  }
+  if (((largest + 0x00010001u) & 0x80008000u) == 0) return;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) make_nan_canonical(vecs[k]);
+}
+
 // Of 16 bits, with NaN as the conversions give it: for values that are not stored.
 template <class T>
 __device__ __forceinline__ Vec<T> pack_any_nan(const float (&values)[kVecSize]) {
@@ -217,6 +231,10 @@ struct QuantizeOp {
     return {hi, lo, scale, bits - kLowest > kHighest - kLowest || core::splits_wrong<Fp8>(bits)};
   }
 
+  // Member by member: a choice between two structs would lie in memory.
+  static __device__ __forceinline__ Prepared select(bool first, const Prepared& a, const Prepared& b) {
+    return {first ? a.hi : b.hi, first ? a.lo : b.lo, first ? a.scale : b.scale, first ? a.divide : b.divide};
+  }
   static __device__ __forceinline__ float apply(const Prepared& p, float x) { return __fmaf_rn(x, p.hi, __fmul_rn(x, p.lo)); }
   static __device__ __forceinline__ float divide(const Prepared& p, float x) { return __fdiv_rn(x, p.scale); }
 };
@@ -243,6 +261,9 @@ struct DequantizeOp {
     static constexpr bool divide = false;
   };
   static __device__ __forceinline__ Prepared prepare(float scale) { return {scale}; }
+  static __device__ __forceinline__ Prepared select(bool first, const Prepared& a, const Prepared& b) {
+    return {first ? a.scale : b.scale};
+  }
   static __device__ __forceinline__ float apply(const Prepared& p, float x) { return __fmul_rn(x, p.scale); }
   static __device__ __forceinline__ float divide(const Prepared& p, float x) { return apply(p, x); }
 };

@@ -15,36 +15,66 @@ inline constexpr std::uint32_t kInfinityBits<BFloat16> = 0x7f80u;
 template <>
 inline constexpr std::uint32_t kInfinityBits<Half> = 0x7c00u;
 
+// The larger of two words of magnitude bits, of one element or of a pair.
 template <class T>
-__device__ __forceinline__ std::uint32_t max_bits(const Vec<T>& vec) {
-  std::uint32_t m = 0;
-  if constexpr (sizeof(T) == 4) {
-#pragma unroll
-    for (int i = 0; i < Vec<T>::kWords; ++i) m = max(m, vec.words[i] & 0x7fffffffu);
-    return m;
-  } else {
-#pragma unroll
-    for (int i = 0; i < Vec<T>::kWords; ++i) m = __vmaxu2(m, vec.words[i] & 0x7fff7fffu);
-    return max(m & 0xffffu, m >> 16);
-  }
+__device__ __forceinline__ std::uint32_t larger_word(std::uint32_t a, std::uint32_t b) {
+  return sizeof(T) == 4 ? max(a, b) : __vmaxu2(a, b);
 }
 
-// The magnitude bits of element i, 0 where it is not finite.
+// Raises a word of the largest magnitude bits to at least those of a vector.
 template <class T>
-__device__ __forceinline__ std::uint32_t finite_bits(const Vec<T>& vec, int i) {
-  const std::uint32_t bits = element_bits(vec, i) & (sizeof(T) == 4 ? 0x7fffffffu : 0x7fffu);
+__device__ __forceinline__ void raise_word(std::uint32_t& word, const Vec<T>& vec) {
+#pragma unroll
+  for (int i = 0; i < Vec<T>::kWords; ++i)
+    word = larger_word<T>(word, vec.words[i] & (sizeof(T) == 4 ? 0x7fffffffu : 0x7fff7fffu));
+}
+
+template <class T>
+__device__ __forceinline__ std::uint32_t largest_of_word(std::uint32_t word) {
+  return sizeof(T) == 4 ? word : max(word & 0xffffu, word >> 16);
+}
+
+template <class T>
+__device__ __forceinline__ std::uint32_t max_bits(const Vec<T>& vec) {
+  std::uint32_t word = 0;
+  raise_word(word, vec);
+  return largest_of_word<T>(word);
+}
+
+// The magnitude bits of an element, 0 where it is not finite.
+template <class T>
+__device__ __forceinline__ std::uint32_t finite_bits(std::uint32_t element) {
+  const std::uint32_t bits = element & (sizeof(T) == 4 ? 0x7fffffffu : 0x7fffu);
   return bits < kInfinityBits<T> ? bits : 0u;
 }
 
 template <class T>
-__device__ __forceinline__ std::uint32_t finite_max_bits(const Vec<T>& vec) {
-  std::uint32_t m = max_bits(vec);
+__device__ __forceinline__ std::uint32_t finite_bits(const Vec<T>& vec, int i) {
+  return finite_bits<T>(element_bits(vec, i));
+}
+
+// Of all finite elements of vectors.
+template <class T, int kCount>
+__device__ __forceinline__ std::uint32_t finite_max_bits(const Vec<T> (&vecs)[kCount]) {
+  std::uint32_t word = 0;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) raise_word(word, vecs[k]);
+  std::uint32_t m = largest_of_word<T>(word);
   if (m >= kInfinityBits<T>) {
     m = 0;
 #pragma unroll
-    for (int i = 0; i < kVecSize; ++i) m = max(m, finite_bits(vec, i));
+    for (int k = 0; k < kCount; ++k) {
+#pragma unroll
+      for (int i = 0; i < kVecSize; ++i) m = max(m, finite_bits(vecs[k], i));
+    }
   }
   return m;
+}
+
+template <class T>
+__device__ __forceinline__ std::uint32_t finite_max_bits(const Vec<T>& vec) {
+  const Vec<T> vecs[] = {vec};
+  return finite_max_bits(vecs);
 }
 
 // Magnitude bits as the fp32 number they stand for.
@@ -67,9 +97,11 @@ __device__ __forceinline__ std::uint32_t block_max(std::uint32_t value, std::uin
   return __reduce_max_sync(0xffffffffu, lane < warps ? scratch[lane] : 0u);
 }
 
-// Of `width` neighboring lanes, a power of two up to 32; all lanes of the warp take part.
+// Of `width` neighboring lanes, a power of two up to 32; all lanes of the warp take part. Without branches: beyond the width, a
+// lane asks itself.
 __device__ __forceinline__ std::uint32_t lanes_max(std::uint32_t value, int width) {
-  for (int offset = width / 2; offset > 0; offset /= 2) value = max(value, __shfl_xor_sync(0xffffffffu, value, offset));
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) value = max(value, __shfl_xor_sync(0xffffffffu, value, offset & (width - 1)));
   return value;
 }
 

@@ -61,6 +61,60 @@ __device__ __forceinline__ void store_aligned(T* p, const Vec<T>& vec) {
   }
 }
 
+// Neighboring vectors, from an address aligned to 16 bytes on.
+template <class T, int kCount>
+__device__ __forceinline__ void load_aligned(const T* p, Vec<T> (&vecs)[kCount]) {
+  static_assert(Vec<T>::kBytes % 16 == 0 || kCount == 2);
+  if constexpr (Vec<T>::kBytes % 16 == 0) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) vecs[k] = load_aligned(p + k * kVecSize);
+  } else {
+    std::uint32_t words[4];
+    load16(words, p);
+    vecs[0] = {words[0], words[1]};
+    vecs[1] = {words[2], words[3]};
+  }
+}
+
+template <class T, int kCount>
+__device__ __forceinline__ void store_aligned(T* p, const Vec<T> (&vecs)[kCount]) {
+  static_assert(Vec<T>::kBytes % 16 == 0 || kCount == 2);
+  if constexpr (Vec<T>::kBytes % 16 == 0) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) store_aligned(p + k * kVecSize, vecs[k]);
+  } else {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(vecs[0].words[0]), "r"(vecs[0].words[1]),
+                 "r"(vecs[1].words[0]), "r"(vecs[1].words[1])
+                 : "memory");
+  }
+}
+
+// How the L2 cache treats what is accessed: as usual, or as the first to give up.
+__device__ __forceinline__ std::uint64_t cache_policy(bool once) {
+  std::uint64_t usual, first;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(usual));
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
+  return once ? first : usual;
+}
+
+template <class T>
+__device__ __forceinline__ Vec<T> load_aligned(const T* p, std::uint64_t policy) {
+  Vec<T> vec;
+#pragma unroll
+  for (int i = 0; i < Vec<T>::kWords; i += 4)
+    asm volatile("ld.global.nc.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(vec.words[i]), "=r"(vec.words[i + 1]), "=r"(vec.words[i + 2]), "=r"(vec.words[i + 3])
+                 : "l"(reinterpret_cast<const char*>(p) + 4 * i), "l"(policy));
+  return vec;
+}
+
+template <class T>
+__device__ __forceinline__ void store_aligned(T* p, const Vec<T>& vec, std::uint64_t policy) {
+  static_assert(Vec<T>::kWords == 2);
+  asm volatile("st.global.L2::cache_hint.v2.b32 [%0], {%1, %2}, %3;" ::"l"(p), "r"(vec.words[0]), "r"(vec.words[1]), "l"(policy)
+               : "memory");
+}
+
 // The bits of element `i`.
 template <class T>
 __device__ __forceinline__ std::uint32_t element_bits(const Vec<T>& vec, int i) {

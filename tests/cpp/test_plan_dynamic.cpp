@@ -29,8 +29,34 @@ TEST(PlanDynamic, ARowStaysInRegisters) {
 TEST(PlanDynamic, ShortGroupsShareAWarp) {
   const DynamicPlan plan = plan_of(quantize_problem(100, 4096, {1, 128}));
   EXPECT_EQ(plan.path, DynamicPath::PerGroup);
-  EXPECT_EQ(plan.lanes_per_group, 16);
-  EXPECT_EQ(plan.blocks, 100 * 32 / (plan.threads / 16));
+  EXPECT_TRUE(plan.units);
+  EXPECT_EQ(plan.lanes_per_group, 8);
+  EXPECT_EQ(plan.blocks, 100 * 32 / (plan.threads / 8));
+}
+
+TEST(PlanDynamic, LanesOfShortGroupsTakeUnitsVectorsOrElements) {
+  struct Row {
+    std::int64_t cols, group;
+    int lanes;
+    bool units;
+  };
+  for (const auto& [cols, group, lanes, units] : {Row{480, 48, 4, true},         // 3 units
+                                                  {2048, 512, 32, true},         // 32
+                                                  {240, 24, 4, false},           // 3 vectors
+                                                  {2112, 1056, 0, false},        // 66 units
+                                                  {4 * 17, 17, 4, false},        // 17 elements
+                                                  {3 * 131, 131, 32, false},     // 131
+                                                  {4 * 255, 255, 32, false}}) {  // 255
+    const DynamicPlan plan = plan_of(quantize_problem(16, cols, {1, group}));
+    EXPECT_EQ(plan.lanes_per_group, lanes) << group;
+    EXPECT_EQ(plan.units, units) << group;
+  }
+  EXPECT_FALSE(plan_of(quantize_problem(16, 256, {1, 128}, 8)).units) << "8 bytes of the result";
+  EXPECT_TRUE(plan_of(quantize_problem(16, 256, {1, 128}, 16)).units);
+  StaticQuantize padded = quantize_problem(16, 128, {1, -1});
+  padded.input.strides[0] = 256;
+  EXPECT_FALSE(plan_of(padded).units);
+  EXPECT_EQ(plan_of(padded).lanes_per_group, 16);
 }
 
 TEST(PlanDynamic, AVeryLongRowIsReadTwice) {

@@ -62,21 +62,22 @@ const KernelOf kKernels[] = {
     {"row_blocks", quantize_problem(64, 4096, {1, 128}), Kernel::VectorizedContiguous1, KernelPath::Vectorized},
     {"head", quantize_problem(64, 4096, {-1, 128}), Kernel::VectorizedContiguous2, KernelPath::Vectorized},
     {"blocks", quantize_problem(256, 384, {128, 128}), Kernel::VectorizedContiguous2, KernelPath::Vectorized},
-    {"blocks_4d", blocks_4d({2, 3, 4, 16}, {2, 1, 4, 1}), Kernel::VectorizedContiguous, KernelPath::Vectorized},
-    {"padded_rows", with_input_pitch(quantize_problem(16, 64, {-1, -1}), 72), Kernel::VectorizedStrided,
+    {"blocks_4d", blocks_4d({2, 3, 4, 16}, {2, 1, 4, 1}), Kernel::Vectorized, KernelPath::Vectorized},
+    {"padded_rows", with_input_pitch(quantize_problem(16, 64, {-1, -1}), 72), Kernel::Vectorized, KernelPath::Vectorized},
+    {"odd_rows", quantize_problem(10, 131, {1, -1}), Kernel::AcrossGroups, KernelPath::Vectorized},
+    {"odd_rows_padded", with_input_pitch(quantize_problem(10, 131, {1, -1}), 132), Kernel::VectorizedUnaligned,
      KernelPath::Vectorized},
-    {"odd_rows", quantize_problem(10, 131, {1, -1}), Kernel::VectorizedUnaligned, KernelPath::Vectorized},
     {"odd_pitch", with_input_pitch(quantize_problem(16, 64, {-1, -1}), 67), Kernel::VectorizedUnaligned,
      KernelPath::Vectorized},
     {"misaligned", quantize_problem(8, 64, {-1, -1}, 1), Kernel::VectorizedUnaligned, KernelPath::Vectorized},
-    {"channel", quantize_problem(128, 4096, {-1, 1}), Kernel::PerColumnContiguous, KernelPath::PerColumn},
-    {"short_blocks", quantize_problem(128, 4096, {-1, 4}), Kernel::PerColumnContiguous, KernelPath::PerColumn},
-    {"channel_of_one_row", quantize_problem(1, 4096, {-1, 1}), Kernel::PerColumnContiguous, KernelPath::PerColumn},
-    {"channel_padded", with_input_pitch(quantize_problem(128, 64, {-1, 1}), 72), Kernel::PerColumn1, KernelPath::PerColumn},
-    {"channel_merged", quantize_problem(100, 129, {-1, 1}), Kernel::PerColumn1, KernelPath::PerColumn},
-    {"channel_in_blocks_of_rows", quantize_problem(128, 64, {32, 1}), Kernel::PerColumn1, KernelPath::PerColumn},
-    {"channel_many_rows", quantize_problem(8192, 4096, {-1, 1}), Kernel::PerColumn2, KernelPath::PerColumn},
-    {"channel_merged_many_rows", quantize_problem(1031, 1025, {-1, 1}), Kernel::PerColumn4, KernelPath::PerColumn},
+    {"channel", quantize_problem(128, 4096, {-1, 1}), Kernel::PerColumn0, KernelPath::PerColumn},
+    {"short_blocks", quantize_problem(128, 4096, {-1, 4}), Kernel::PerColumn0, KernelPath::PerColumn},
+    {"channel_of_one_row", quantize_problem(1, 4096, {-1, 1}), Kernel::PerColumn0, KernelPath::PerColumn},
+    {"channel_padded", with_input_pitch(quantize_problem(128, 64, {-1, 1}), 72), Kernel::PerColumn0, KernelPath::PerColumn},
+    {"channel_merged", quantize_problem(100, 129, {-1, 1}), Kernel::PerColumn0, KernelPath::PerColumn},
+    {"channel_in_blocks_of_rows", quantize_problem(128, 64, {32, 1}), Kernel::PerColumn, KernelPath::PerColumn},
+    {"channel_many_rows", quantize_problem(8192, 4096, {-1, 1}), Kernel::PerColumn0, KernelPath::PerColumn},
+    {"channel_merged_many_rows", quantize_problem(1031, 1025, {-1, 1}), Kernel::PerColumn0, KernelPath::PerColumn},
     {"channel_odd_pitch", with_input_pitch(quantize_problem(100, 129, {-1, 1}), 131), Kernel::PerColumnUnaligned,
      KernelPath::PerColumn},
     {"channel_misaligned", quantize_problem(100, 128, {-1, 1}, 1), Kernel::PerColumnUnaligned, KernelPath::PerColumn},
@@ -97,10 +98,12 @@ TEST_P(PlanElementwiseKernels, ThreadsCoverTheWork) {
   const StaticQuantize& p = GetParam().problem;
   for (int multiprocessors : {1, kMultiprocessors}) {
     const ElementwisePlan plan = plan_of(p, multiprocessors);
-    EXPECT_GE(plan.blocks * plan.threads, plan.work);
-    EXPECT_LT((plan.blocks - 1) * plan.threads, plan.work);
-    const std::int64_t per_thread = plan.path == KernelPath::Scalar ? 1 : kVecSize * plan.rows_per_thread;
-    EXPECT_GE(plan.work * per_thread, p.input.numel());
+    EXPECT_GE(plan.blocks * plan.threads * plan.vecs_per_thread, plan.work);
+    EXPECT_LT((plan.blocks - 1) * plan.threads * plan.vecs_per_thread, plan.work);
+    const std::int64_t for_each = plan.kernel == Kernel::AcrossGroups ? kUnitSize
+                                  : plan.path == KernelPath::Scalar   ? 1
+                                                                      : kVecSize * plan.rows_per_thread;
+    EXPECT_GE(plan.work * for_each, p.input.numel());
   }
 }
 
@@ -121,12 +124,86 @@ TEST(PlanElementwise, PerTensorIsOneRowOfVectors) {
   EXPECT_EQ(plan.work, 64 * 4096 / kVecSize);
 }
 
-TEST(PlanElementwise, RowsOfOddLengthAreDividedAtAlignedAddresses) {
-  const ElementwisePlan plan = plan_of(quantize_problem(10, 131, {1, -1}));
+TEST(PlanElementwise, ThreadsTakeTwoVectorsInLargeContiguousProblems) {
+  for (GroupShape shape : {GroupShape{-1, -1}, {1, -1}, {-1, 128}, {128, 128}}) {
+    const ElementwisePlan small = plan_of(quantize_problem(511, 4096, shape)),
+                          large = plan_of(quantize_problem(512, 4096, shape));
+    EXPECT_EQ(small.vecs_per_thread, 1);
+    EXPECT_EQ(small.threads, 256);
+    EXPECT_EQ(large.vecs_per_thread, 2);
+    EXPECT_EQ(large.threads, 128);
+    EXPECT_EQ(large.blocks, 512 * 512 / 256);
+  }
+  EXPECT_EQ(plan_of(with_input_pitch(quantize_problem(512, 4096, {1, -1}), 4104)).vecs_per_thread, 1) << "not contiguous";
+}
+
+TEST(PlanElementwise, StridedRowsOfOddLengthAreDividedAtAlignedAddresses) {
+  const ElementwisePlan plan = plan_of(with_input_pitch(quantize_problem(10, 131, {1, -1}), 132));
   EXPECT_FALSE(plan.aligned);
   // 131 elements that begin up to 7 elements into a vector touch at most 18 vectors.
   EXPECT_EQ(plan.vecs_per_row, 18);
   EXPECT_EQ(plan.work, 180);
+}
+
+// --- Units of the whole tensor --------------------------------
+
+bool across_groups(const StaticQuantize& p) { return goes_across_groups({lower(p)}, p.input, p.result); }
+
+// Where the grid has the scale of an element, against the groups themselves. The scales are contiguous.
+void expect_scales(const StaticQuantize& p, GroupShape shape) {
+  const Layout layout = lower(p);
+  const ElementwisePlan plan = plan_elementwise({layout}, p.input, p.result, p.scale, kMultiprocessors);
+  ASSERT_EQ(plan.kernel, Kernel::AcrossGroups);
+  EXPECT_EQ(plan.work, ceil_div(layout.numel, 16));
+  const std::int64_t rows = p.input.sizes[0], cols = p.input.sizes[1], per_row = p.scale.sizes[1];
+  const GroupGrid& grid = plan.grid;
+  for (std::int64_t row = 0; row < rows; ++row)
+    for (std::int64_t col = 0; col < cols; ++col) {
+      const std::int64_t i = row * cols + col;
+      const std::int64_t found = i / grid.row / grid.row_block * grid.row_scale + i % grid.row / grid.group * grid.group_scale;
+      const std::int64_t group_row = shape.rows == -1 ? 0 : row / shape.rows,
+                         group_col = shape.cols == -1 ? 0 : col / shape.cols;
+      ASSERT_EQ(found, group_row * per_row + group_col) << row << ", " << col;
+    }
+}
+
+TEST(PlanElementwise, AGridOfGroupsHasTheScaleOfEveryElement) {
+  for (GroupShape shape : {GroupShape{-1, -1}, {1, -1}, {5, -1}, {-1, 20}, {-1, 52}, {1, 20}, {3, 20}, {-1, 105}, {3, 104}}) {
+    SCOPED_TRACE(std::to_string(shape.rows) + ", " + std::to_string(shape.cols));
+    for (std::int64_t cols : {105, 100 + 20, 100 + 18}) {
+      const StaticQuantize p = quantize_problem(11, cols, shape);
+      if (across_groups(p)) expect_scales(p, shape);
+    }
+  }
+  expect_scales(quantize_problem(11, 105, {1, -1}), {1, -1});
+  expect_scales(quantize_problem(11, 100, {-1, 20}), {-1, 20});
+  expect_scales(quantize_problem(11, 118, {3, 20}), {3, 20});
+}
+
+TEST(PlanElementwise, UnitsGoAcrossGroupsOnlyWhereVectorsDoNotFit) {
+  EXPECT_TRUE(across_groups(quantize_problem(11, 105, {1, -1})));
+  EXPECT_FALSE(across_groups(quantize_problem(11, 104, {1, -1})));
+  EXPECT_TRUE(across_groups(quantize_problem(10, 100, {-1, 20})));
+  EXPECT_FALSE(across_groups(quantize_problem(10, 96, {-1, 24})));
+  EXPECT_FALSE(across_groups(quantize_problem(11, 105, {-1, 1}))) << "a scale for each column";
+}
+
+TEST(PlanElementwise, UnitsOfManyGroupsAreAvoided) {
+  EXPECT_FALSE(across_groups(quantize_problem(10, 150, {-1, 15}))) << "groups below a unit";
+  EXPECT_TRUE(across_groups(quantize_problem(10, 128 + 17, {-1, 128})));
+  EXPECT_FALSE(across_groups(quantize_problem(10, 128 + 15, {-1, 128}))) << "in every short row a group below a unit";
+  EXPECT_TRUE(across_groups(quantize_problem(10, 1024 + 15, {-1, 128}))) << "rare in long rows";
+}
+
+TEST(PlanElementwise, UnitsAreAligned) {
+  const StaticQuantize p = quantize_problem(11, 105, {1, -1});
+  const auto across = [&](std::int64_t in, std::int64_t out) {
+    return goes_across_groups({.layout = lower(p), .in = in, .out = out}, p.input, p.result);
+  };
+  EXPECT_TRUE(across(8, 16));
+  EXPECT_FALSE(across(4, 16));
+  EXPECT_FALSE(across(8, 8));
+  EXPECT_FALSE(across_groups(with_input_pitch(p, 112)));
 }
 
 TEST(PlanElementwise, VectorsAreAlignedOnlyInAlignedViews) {
@@ -148,13 +225,12 @@ TEST(PlanElementwise, ChunksAreAlignedByTheirOwnFirstElement) {
   EXPECT_FALSE(aligned(16, 4));
 }
 
-TEST(PlanElementwise, PerChannelTakesMoreRowsPerThreadInLargeProblems) {
-  EXPECT_EQ(plan_of(quantize_problem(512, 4096, {-1, 1})).rows_per_thread, 1);
-  const ElementwisePlan plan = plan_of(quantize_problem(520, 4096, {-1, 1}));
-  EXPECT_EQ(plan.rows_per_thread, 2);
-  EXPECT_EQ(plan.threads, 64);
-  EXPECT_EQ(plan.work, 260 * 512);
-  EXPECT_EQ(plan_of(quantize_problem(1, 1 << 23, {-1, 1})).rows_per_thread, 1) << "there is one row";
+TEST(PlanElementwise, PerChannelTakesFourRowsPerThread) {
+  const ElementwisePlan plan = plan_of(quantize_problem(518, 4096, {-1, 1}));
+  EXPECT_EQ(plan.rows_per_thread, 4);
+  EXPECT_EQ(plan.threads, 128);
+  EXPECT_EQ(plan.work, 130 * 512);
+  EXPECT_EQ(plan_of(quantize_problem(128, 4096, {-1, 1})).rows_per_thread, 1);
 }
 
 TEST(PlanElementwise, PerChannelMergesRowsOfOddLength) {

@@ -24,12 +24,6 @@ using core::kRedundantThreads;
 using core::kRedundantVecs;
 using core::vecs_in_registers;
 
-template <class Fp8, class In>
-__device__ __forceinline__ void quantize_vec(const Vec<In>& raw, Fp8* out, const Slice& slice,
-                                             const typename device::QuantizeOp<Fp8>::Prepared& scale) {
-  device::store_range(out + slice.first, device::convert_vec<device::QuantizeOp<Fp8>, Fp8>(raw, scale), slice.range);
-}
-
 // A row of the input and its place in the result.
 template <class Fp8, class In, bool kAligned>
 struct Row {
@@ -46,7 +40,69 @@ struct Row {
     if (slice.range.begin >= slice.range.end) return {};
     return device::load_any(in, slice.first, size, slice.range);
   }
+  __device__ __forceinline__ void store(const Slice& slice, const Vec<Fp8>& vec) const {
+    device::store_range(out + slice.first, vec, slice.range);
+  }
 };
+
+// The vectors of a row that a thread has: `first`, `first` + `step`, ... below `end`.
+struct Share {
+  std::uint32_t first, step, end;
+};
+
+// With a scale that does not divide.
+template <class Fp8, class In>
+__device__ __forceinline__ Vec<Fp8> multiplied(const Vec<In>& raw, const typename device::QuantizeOp<Fp8>::Prepared& scale) {
+  const Vec<In> raws[] = {raw};
+  Vec<Fp8> converted[1];
+  multiply_vecs<device::QuantizeOp<Fp8>>(raws, converted, [&](int, int) { return scale; });
+  return converted[0];
+}
+
+// What is rare is done from memory again, out of line (see divide_vec): the quotients of a scale that divides, and the maximum
+// where there is an infinity or a NaN.
+template <class Fp8, class In, bool kAligned>
+__device__ __noinline__ void divide_share(Row<Fp8, In, kAligned> row, float scale, Share share) {
+  using Op = device::QuantizeOp<Fp8>;
+  const auto prepared = Op::prepare(scale);
+  for (std::uint32_t vec = share.first; vec < share.end; vec += share.step) {
+    const Slice slice = row.slice(vec);
+    row.store(slice, device::convert_vec<Op, Fp8>(row.load(slice), prepared));
+  }
+}
+
+template <class Fp8, class In, bool kAligned>
+__device__ __noinline__ std::uint32_t finite_max_of_share(Row<Fp8, In, kAligned> row, Share share) {
+  std::uint32_t bits = 0;
+  for (std::uint32_t vec = share.first; vec < share.end; vec += share.step)
+    bits = max(bits, device::finite_max_bits(row.load(row.slice(vec))));
+  return bits;
+}
+
+// The largest finite magnitude bits of a thread's vectors, given a word of the largest of all.
+template <class Fp8, class In, bool kAligned>
+__device__ __forceinline__ std::uint32_t finite_max_of(std::uint32_t word, const Row<Fp8, In, kAligned>& row, Share share) {
+  const std::uint32_t bits = device::largest_of_word<In>(word);
+  return bits < device::kInfinityBits<In> ? bits : finite_max_of_share(row, share);
+}
+
+// `count` vectors, `step` apart, in batches: a load stays behind the stores before it.
+template <class Fp8, class In, bool kAligned, class Load, class Store>
+__device__ __forceinline__ void quantize_in_batches(const Row<Fp8, In, kAligned>& row, std::uint32_t vec, std::uint32_t step,
+                                                    std::uint32_t count, const Load& load, const Store& store) {
+  constexpr int kBatch = 4;
+  for (; count > 0; vec += kBatch * step) {
+    const int batch = count < kBatch ? static_cast<int>(count) : kBatch;
+    Vec<In> raw[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k)
+      if (k < batch) raw[k] = load(row.slice(vec + k * step));
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k)
+      if (k < batch) store(row.slice(vec + k * step), raw[k]);
+    count -= batch;
+  }
+}
 
 // The threads of a group hold its row in registers. kVecs: vectors per thread; 0 reads the row a second time instead. kSubwarp:
 // the threads are a part of a warp, a power of two, and not the block. `works`: false for lanes beyond the last group.
@@ -55,9 +111,10 @@ __device__ __forceinline__ void quantize_group(const Row<Fp8, In, kAligned>& row
                                                bool works, std::uint32_t lane, std::uint32_t threads, std::uint32_t vecs) {
   using Op = device::QuantizeOp<Fp8>;
   if (!works) vecs = 0;
+  const Share share{lane, threads, vecs};
   constexpr int kHeld = kVecs > 0 ? kVecs : 1;
   Vec<In> held[kHeld];
-  std::uint32_t bits = 0;
+  std::uint32_t word = 0;
   if constexpr (kVecs > 0) {
 #pragma unroll
     for (int k = 0; k < kVecs; ++k) {
@@ -65,13 +122,13 @@ __device__ __forceinline__ void quantize_group(const Row<Fp8, In, kAligned>& row
       held[k] = vec < vecs ? row.load(row.slice(vec)) : Vec<In>{};
     }
 #pragma unroll
-    for (int k = 0; k < kVecs; ++k) bits = max(bits, device::finite_max_bits(held[k]));
+    for (int k = 0; k < kVecs; ++k) device::raise_word(word, held[k]);
   } else {
 #pragma unroll 4
-    for (std::uint32_t vec = lane; vec < vecs; vec += threads)
-      bits = max(bits, device::finite_max_bits(row.load(row.slice(vec))));
+    for (std::uint32_t vec = lane; vec < vecs; vec += threads) device::raise_word(word, row.load(row.slice(vec)));
   }
   const float bound = device::bound_of(upper_bound);
+  std::uint32_t bits = finite_max_of(word, row, share);
   if constexpr (kSubwarp) {
     bits = device::lanes_max(bits, static_cast<int>(threads));
   } else {
@@ -86,17 +143,14 @@ __device__ __forceinline__ void quantize_group(const Row<Fp8, In, kAligned>& row
 #pragma unroll
     for (int k = 0; k < kVecs; ++k) {
       const std::uint32_t vec = lane + k * threads;
-      if (vec >= vecs) break;
-      const Slice slice = row.slice(vec);
-      if (slice.range.begin < slice.range.end) quantize_vec(held[k], row.out, slice, prepared);
+      if (vec < vecs) row.store(row.slice(vec), multiplied<Fp8>(held[k], prepared));
     }
-  } else {
-#pragma unroll 4
-    for (std::uint32_t vec = lane; vec < vecs; vec += threads) {
-      const Slice slice = row.slice(vec);
-      if (slice.range.begin < slice.range.end) quantize_vec(row.load(slice), row.out, slice, prepared);
-    }
+  } else if (lane < vecs) {
+    quantize_in_batches(
+        row, lane, threads, (vecs - 1 - lane) / threads + 1, [&](const Slice& slice) { return row.load(slice); },
+        [&](const Slice& slice, const Vec<In>& raw) { row.store(slice, multiplied<Fp8>(raw, prepared)); });
   }
+  if (prepared.divide) divide_share(row, scale, share);
 }
 
 // DynamicPath::PerGroup. A group has 2^lanes_log2 lanes of a warp, or the block.
@@ -113,19 +167,77 @@ __global__ void __launch_bounds__(1024)
                                   map.vecs_per_row.divisor);
 }
 
-// The same where aligned rows are contiguous, as are their scales: few parameters, and nothing to compute before the loads.
-template <class Fp8, class In, int kVecs, bool kSubwarp>
+// The same where a group has the block, and aligned rows are contiguous, as are their scales: few parameters, and nothing to
+// compute before the loads.
+template <class Fp8, class In, int kVecs>
 __global__ void __launch_bounds__(1024)
-    quantize_groups_contiguous(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scales,
-                               const float* __restrict__ upper_bound, std::uint32_t groups, std::uint32_t vecs,
-                               int lanes_log2) {
-  const std::uint32_t threads = kSubwarp ? 1u << lanes_log2 : blockDim.x;
-  const std::uint32_t group = kSubwarp ? (blockIdx.x * blockDim.x + threadIdx.x) >> lanes_log2 : blockIdx.x;
-  const std::uint32_t lane = kSubwarp ? threadIdx.x & (threads - 1) : threadIdx.x;
-  const std::int64_t first = std::int64_t{min(group, groups - 1)} * vecs * kVecSize;
+    quantize_rows_contiguous(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scales,
+                             const float* __restrict__ upper_bound, std::uint32_t vecs) {
+  const std::int64_t first = std::int64_t{blockIdx.x} * vecs * kVecSize;
   device::wait_then_release();
-  quantize_group<kVecs, kSubwarp>(Row<Fp8, In, true>{input + first, result + first, 0}, scales + group, upper_bound,
-                                  !kSubwarp || group < groups, lane, threads, vecs);
+  quantize_group<kVecs, false>(Row<Fp8, In, true>{input + first, result + first, 0}, scales + blockIdx.x, upper_bound, true,
+                               threadIdx.x, blockDim.x, vecs);
+}
+
+// The same for short groups of whole units, one for each of at most 2^lanes_log2 lanes.
+template <class Fp8, class In>
+__global__ void __launch_bounds__(128)
+    quantize_units_contiguous(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scales,
+                              const float* __restrict__ upper_bound, std::uint32_t groups, std::uint32_t units,
+                              int lanes_log2) {
+  using Op = device::QuantizeOp<Fp8>;
+  constexpr int kVecs = core::kUnitSize / kVecSize;
+  const std::uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x, lanes = 1u << lanes_log2;
+  const std::uint32_t group = thread >> lanes_log2, lane = thread & (lanes - 1);
+  const bool works = group < groups && lane < units;
+  const std::int64_t first = (std::int64_t{group} * units + lane) * core::kUnitSize;
+  device::wait_then_release();
+  Vec<In> raw[kVecs] = {};
+  if (works) device::load_aligned(input + first, raw);
+  const float bound = device::bound_of(upper_bound);
+  const std::uint32_t bits = device::lanes_max(device::finite_max_bits(raw), static_cast<int>(lanes));
+  if (!works) return;
+  const float scale = device::fast_dynamic_scale<Fp8>(device::magnitude<In>(bits), bound);
+  const auto prepared = Op::prepare(scale);
+  if (lane == 0) scales[group] = scale;
+  Vec<Fp8> converted[kVecs];
+  multiply_vecs<Op>(raw, converted, [&](int, int) { return prepared; });
+  device::store_aligned(result + first, converted);
+  if (prepared.divide) divide_share(Row<Fp8, In, true>{input + first, result + first, 0}, scale, {0, 1, kVecs});
+}
+
+// The same for short groups at any address: element by element, of which neighboring lanes take neighbors.
+template <class Fp8, class In>
+__global__ void __launch_bounds__(128)
+    quantize_elements(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scales,
+                      const float* __restrict__ upper_bound, const __grid_constant__ IndexMap map, int lanes_log2) {
+  using Op = device::QuantizeOp<Fp8>;
+  const std::uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x, lanes = 1u << lanes_log2;
+  const std::uint32_t group = thread >> lanes_log2, lane = thread & (lanes - 1);
+  const auto size = group < map.count ? static_cast<std::uint32_t>(map.row_size) : 0u;
+  device::wait_then_release();
+  const Offsets at = map.at<-1>(min(group, map.count - 1));
+  const In* in = input + at.in + lane;
+  Fp8* out = result + at.out + lane;
+  using Bits = typename device::BitsOf<In>::type;
+  Bits held[core::kElementsPerLane] = {};
+#pragma unroll
+  for (std::uint32_t k = 0; k < core::kElementsPerLane; ++k)
+    if (lane + k * lanes < size) held[k] = __ldg(reinterpret_cast<const Bits*>(in + k * lanes));
+  std::uint32_t bits = 0;
+#pragma unroll
+  for (std::uint32_t k = 0; k < core::kElementsPerLane; ++k) bits = max(bits, device::finite_bits<In>(held[k]));
+  const float bound = device::bound_of(upper_bound);
+  bits = device::lanes_max(bits, static_cast<int>(lanes));
+  const float scale = device::fast_dynamic_scale<Fp8>(device::magnitude<In>(bits), bound);
+  const auto prepared = Op::prepare(scale);
+  if (lane == 0 && size > 0) scales[at.scale] = scale;
+#pragma unroll
+  for (std::uint32_t k = 0; k < core::kElementsPerLane; ++k)
+    if (lane + k * lanes < size)
+      out[k * lanes] = device::pack_element<Fp8>(Op::apply(prepared, device::magnitude<In>(held[k])));
+  if (prepared.divide)
+    for (std::uint32_t i = lane; i < size; i += lanes) out[i - lane] = device::convert_element<Op, Fp8>(in[i - lane], prepared);
 }
 
 // DynamicPath::Redundant: one row, one scale. Every block finds the maximum of all of it, which takes less time than asking
@@ -142,6 +254,7 @@ __global__ void __launch_bounds__(kRedundantThreads)
   const bool quantizes = threadIdx.x < kRedundantVecs && own_vec < vecs;
   const Slice slice = row.slice(own_vec);
   const Vec<In> own = quantizes ? row.load(slice) : Vec<In>{};
+  const Share share{threadIdx.x, kRedundantThreads, vecs};
   Vec<In> held[kVecs];
 #pragma unroll
   for (int k = 0; k < kVecs; ++k) {
@@ -149,13 +262,16 @@ __global__ void __launch_bounds__(kRedundantThreads)
     held[k] = vec < vecs ? row.load(row.slice(vec)) : Vec<In>{};
   }
   const float bound = device::bound_of(upper_bound);
-  std::uint32_t bits = 0;
+  std::uint32_t word = 0;
 #pragma unroll
-  for (int k = 0; k < kVecs; ++k) bits = max(bits, device::finite_max_bits(held[k]));
-  bits = device::block_max(bits, scratch);
+  for (int k = 0; k < kVecs; ++k) device::raise_word(word, held[k]);
+  const std::uint32_t bits = device::block_max(finite_max_of(word, row, share), scratch);
   const float scale = device::fast_dynamic_scale<Fp8>(device::magnitude<In>(bits), bound);
   if (own_vec == 0) *scale_out = scale;
-  if (quantizes && slice.range.begin < slice.range.end) quantize_vec(own, result, slice, Op::prepare(scale));
+  if (!quantizes) return;
+  const auto prepared = Op::prepare(scale);
+  row.store(slice, multiplied<Fp8>(own, prepared));
+  if (prepared.divide) divide_share(row, scale, {own_vec, 1, own_vec + 1});
 }
 
 constexpr int kMaxClusterBlocks = 16;
@@ -182,10 +298,10 @@ __global__ void __launch_bounds__(1024)
     const std::uint32_t vec = thread + k * stride;
     held[k] = vec < vecs ? row.load(row.slice(vec)) : Vec<In>{};
   }
-  std::uint32_t bits = 0;
+  std::uint32_t word = 0;
 #pragma unroll
-  for (int k = 0; k < kVecs; ++k) bits = max(bits, device::finite_max_bits(held[k]));
-  bits = device::block_max(bits, scratch);
+  for (int k = 0; k < kVecs; ++k) device::raise_word(word, held[k]);
+  std::uint32_t bits = device::block_max(finite_max_of(word, row, {thread, stride, vecs}), scratch);
   cluster.barrier_wait(std::move(started));  // the shared memory of all blocks is there
   if (threadIdx.x < gridDim.x) *cluster.map_shared_rank(&maxima[blockIdx.x], threadIdx.x) = bits;
   cluster.sync();
@@ -198,22 +314,23 @@ __global__ void __launch_bounds__(1024)
 #pragma unroll
   for (int k = 0; k < kVecs; ++k) {
     const std::uint32_t vec = thread + k * stride;
-    if (vec >= vecs) break;
-    const Slice slice = row.slice(vec);
-    if (slice.range.begin < slice.range.end) quantize_vec(held[k], result, slice, prepared);
+    if (vec < vecs) row.store(row.slice(vec), multiplied<Fp8>(held[k], prepared));
   }
+  if (prepared.divide) divide_share(row, scale, {thread, stride, vecs});
 #endif
 }
 
 // DynamicPath::Cooperative: one row, one scale, all multiprocessors. Between the two passes a thread keeps its first vectors in
 // registers and the next `shared_vecs` in shared memory; the rest is read again, last first, while the L2 cache still has it.
-// The scale itself collects the maximum: dynamic_scale never decreases, so the largest scale of the blocks is the scale of all.
+// To that end the cache is to give up first what is not read again, and the result. The scale itself collects the maximum:
+// dynamic_scale never decreases, so the largest scale of the blocks is the scale of all.
 template <class Fp8, class In, bool kAligned>
 __global__ void __launch_bounds__(kCooperativeThreads, kCooperativeBlocks)
     quantize_cooperative(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scale_out,
                          const float* __restrict__ upper_bound, std::int64_t size, std::uint32_t vecs, int shared_vecs) {
   using Op = device::QuantizeOp<Fp8>;
   constexpr int kHeld = vecs_in_registers(DTypeOf<In>::value);
+  constexpr std::uint32_t kCachedVecs = (32 << 20) / sizeof(Vec<In>);  // that the L2 cache may still have
   extern __shared__ __align__(16) char shared[];
   __shared__ std::uint32_t scratch[32];
   Vec<In>* kept = reinterpret_cast<Vec<In>*>(shared) + threadIdx.x;  // number k at kept[k * kCooperativeThreads]
@@ -222,7 +339,16 @@ __global__ void __launch_bounds__(kCooperativeThreads, kCooperativeBlocks)
   const std::uint32_t stride = gridDim.x * kCooperativeThreads;
   const std::uint32_t first_kept = thread + kHeld * stride;
   const std::uint32_t first_rest = first_kept + shared_vecs * stride;
+  const bool has_rest = vecs > (kHeld + shared_vecs) * stride;
+  const std::uint32_t first_cached = has_rest && vecs > kCachedVecs ? vecs - kCachedVecs : 0;
   const Row<Fp8, In, kAligned> row{input, result, size};
+  const std::uint64_t usual = device::cache_policy(false), once = device::cache_policy(has_rest);
+  const auto load = [&](const Slice& slice, std::uint64_t policy) {
+    if constexpr (kAligned)
+      return device::load_aligned(input + slice.first, policy);
+    else
+      return row.load(slice);
+  };
 
   if (thread == 0) *scale_out = 0.0f;
   auto zeroed = grid.barrier_arrive();
@@ -230,48 +356,51 @@ __global__ void __launch_bounds__(kCooperativeThreads, kCooperativeBlocks)
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) {
     const std::uint32_t vec = thread + k * stride;
-    held[k] = vec < vecs ? row.load(row.slice(vec)) : Vec<In>{};
+    held[k] = vec < vecs ? load(row.slice(vec), once) : Vec<In>{};
   }
-  std::uint32_t bits = 0;
+  std::uint32_t word = 0;
   int number = 0;
 #pragma unroll 4
   for (std::uint32_t vec = first_kept; vec < min(vecs, first_rest); vec += stride, ++number) {
-    const Vec<In> raw = row.load(row.slice(vec));
+    const Vec<In> raw = load(row.slice(vec), once);
     kept[number * kCooperativeThreads] = raw;
-    bits = max(bits, device::finite_max_bits(raw));
+    device::raise_word(word, raw);
   }
 #pragma unroll 8
   for (std::uint32_t vec = first_rest; vec < vecs; vec += stride)
-    bits = max(bits, device::finite_max_bits(row.load(row.slice(vec))));
+    device::raise_word(word, load(row.slice(vec), vec < first_cached ? once : usual));
 #pragma unroll
-  for (int k = 0; k < kHeld; ++k) bits = max(bits, device::finite_max_bits(held[k]));
-  bits = device::block_max(bits, scratch);
+  for (int k = 0; k < kHeld; ++k) device::raise_word(word, held[k]);
+  const std::uint32_t bits = device::block_max(finite_max_of(word, row, {thread, stride, vecs}), scratch);
   grid.barrier_wait(std::move(zeroed));
   if (threadIdx.x == 0)
     device::atomic_max(scale_out, device::fast_dynamic_scale<Fp8>(device::magnitude<In>(bits), device::bound_of(upper_bound)));
   grid.sync();  // the scale is final
 
-  const auto prepared = Op::prepare(__ldcg(scale_out));
-  const auto finish = [&](const Vec<In>& raw, const Slice& slice) {
-    if (slice.range.begin < slice.range.end) quantize_vec(raw, result, slice, prepared);
+  const float scale = __ldcg(scale_out);
+  const auto prepared = Op::prepare(scale);
+  const auto finish = [&](const Slice& slice, const Vec<In>& raw) {
+    if constexpr (kAligned)
+      device::store_aligned(result + slice.first, multiplied<Fp8>(raw, prepared), once);
+    else
+      row.store(slice, multiplied<Fp8>(raw, prepared));
   };
   if (vecs > first_rest) {
-    const std::uint32_t last = first_rest + (vecs - 1 - first_rest) / stride * stride;
-#pragma unroll 4
-    for (std::uint32_t vec = last; vec >= first_rest; vec -= stride) {
-      const Slice slice = row.slice(vec);
-      finish(row.load(slice), slice);
-    }
+    const std::uint32_t others = (vecs - 1 - first_rest) / stride;
+    quantize_in_batches(
+        row, first_rest + others * stride, 0 - stride, others + 1, [&](const Slice& slice) { return load(slice, once); },
+        finish);
   }
   number = 0;
 #pragma unroll 2
   for (std::uint32_t vec = first_kept; vec < min(vecs, first_rest); vec += stride, ++number)
-    finish(kept[number * kCooperativeThreads], row.slice(vec));
+    finish(row.slice(vec), kept[number * kCooperativeThreads]);
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) {
     const std::uint32_t vec = thread + k * stride;
-    if (vec < vecs) finish(held[k], row.slice(vec));
+    if (vec < vecs) finish(row.slice(vec), held[k]);
   }
+  if (prepared.divide) divide_share(row, scale, {thread, stride, vecs});
 }
 
 // --- Launches ----------
@@ -327,27 +456,27 @@ struct DynamicLauncher {
   }
 
   void launch_groups(const core::Chunk& chunk, const core::DynamicPlan& plan) const {
-    if (plan.lanes_per_group > 0) return launch_groups<1, true>(chunk, plan);
-    if (plan.vecs_per_thread == 0) return launch_groups<0, false>(chunk, plan);
-    visit_vecs<1, kMostVecs>(plan.vecs_per_thread, [&](auto vecs) { launch_groups<vecs, false>(chunk, plan); });
-  }
-
-  template <int kVecs, bool kSubwarp>
-  void launch_groups(const core::Chunk& chunk, const core::DynamicPlan& plan) const {
-    const Layout& part = chunk.layout;
-    const std::int64_t groups = part.numel / part.inner().size;
+    const auto groups = static_cast<std::uint32_t>(chunk.layout.numel / chunk.layout.inner().size);
+    const auto vecs = static_cast<std::uint32_t>(plan.vecs_per_row);
     const int lanes_log2 = std::countr_zero(static_cast<unsigned>(plan.lanes_per_group));
+    const IndexMap map = IndexMap::over(chunk.layout, chunk.layout.ndim - 1, vecs, groups);
     const auto start = [&](auto kernel, const auto&... arguments) {
       launch_dependent(kernel, static_cast<unsigned>(plan.blocks), plan.threads, stream, input + chunk.in, result + chunk.out,
-                       scale + chunk.scale, upper_bound, arguments..., lanes_log2);
+                       scale + chunk.scale, upper_bound, arguments...);
     };
-    if constexpr (kVecs == 1 || kVecs == 2)
-      if (plan.contiguous)
-        return start(quantize_groups_contiguous<Fp8, In, kVecs, kSubwarp>, static_cast<std::uint32_t>(groups),
-                     static_cast<std::uint32_t>(plan.vecs_per_row));
-    const IndexMap map = IndexMap::over(part, part.ndim - 1, plan.vecs_per_row, groups);
-    start(plan.aligned ? quantize_groups<Fp8, In, kVecs, kSubwarp, true> : quantize_groups<Fp8, In, kVecs, kSubwarp, false>,
-          map);
+    if (plan.lanes_per_group > 0) {
+      if (plan.units) return start(quantize_units_contiguous<Fp8, In>, groups, vecs / 2, lanes_log2);
+      if (plan.aligned) return start(quantize_groups<Fp8, In, 1, true, true>, map, lanes_log2);
+      return start(quantize_elements<Fp8, In>, map, lanes_log2);
+    }
+    const auto start_blocks = [&]<int kVecs>(std::integral_constant<int, kVecs>) {
+      if constexpr (kVecs == 1 || kVecs == 2)
+        if (plan.contiguous) return start(quantize_rows_contiguous<Fp8, In, kVecs>, vecs);
+      start(plan.aligned ? quantize_groups<Fp8, In, kVecs, false, true> : quantize_groups<Fp8, In, kVecs, false, false>, map,
+            0);
+    };
+    if (plan.vecs_per_thread == 0) return start_blocks(std::integral_constant<int, 0>{});
+    visit_vecs<1, kMostVecs>(plan.vecs_per_thread, start_blocks);
   }
 
   void launch_redundant(const core::Chunk& chunk, const core::DynamicPlan& plan) const {
