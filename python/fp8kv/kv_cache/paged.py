@@ -467,11 +467,11 @@ class PagedKVCache:
             v_offset: likewise, to V.
             lse: ``[num_tokens, num_heads]``, written.
             num_splits: parts of the keys; 0: as many as are best.
-            out: ``[num_tokens, num_heads, head_size]`` to write into.
+            out: ``[num_tokens, num_heads, v_head_size]`` to write into.
             workspace: on CUDA, of `attention_workspace_size` bytes; None: a new one.
 
         Returns:
-            `out`, or a tensor of the shape of `query`.
+            `out`, or a new tensor of its shape.
 
         Raises:
             ValueError: index tensors are not integers.
@@ -506,6 +506,7 @@ class PagedKVCache:
             k_offset=self.k_offset if k_offset is None else k_offset,
             v_offset=self.v_offset if v_offset is None else v_offset,
             lse=lse, num_splits=num_splits, out=out, workspace=workspace,
+            v_cache_dtype=None if self.v_dtype == self.dtype else self.v_cache_dtype,
         )  # fmt: skip
 
     def _caches(self) -> tuple[Tensor, Tensor]:

@@ -356,6 +356,28 @@ def test_the_usual_scale_of_the_logits_is_that_of_k(device: torch.device) -> Non
     assert_same_bytes(fp8kv.paged_attention(*tensors, **options | {"softmax_scale": None})[:1], expected)
 
 
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("kind", [
+    {}, {"v_dtype": "fp8_e5m2"}, {"scales": "dynamic"}, {"dtype": "int8", "v_dtype": "fp8", "scales": "dynamic"},
+    {"v_dtype": "bfloat16"}, {"dtype": "float16", "v_dtype": "fp8"},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("v_head_size", [48, 64])
+def test_a_cache_of_two_kinds_attends(device: torch.device, v_head_size: int, kind: dict[str, Any], layout: str) -> None:
+    cache = fp8kv.PagedKVCache(6, 4, 2, 64, v_head_size=v_head_size, layout=layout, device=device, **kind)
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(11, 2, size, generator=generator).to(device) for size in (64, v_head_size))
+    cache.append(key, value, torch.arange(4, 15, device=device))
+    table, query = torch.tensor([[1, 2, 3]]), torch.randn(1, 4, 64, generator=generator).to(device)
+    out = cache.attend(query, table, [11])
+    exact = torch.empty(1, 4, v_head_size, dtype=torch.float64)
+    reference.paged_attention(
+        query.cpu(), cache.key_cache.cpu(), cache.value_cache.cpu(), table.int(), int32(11),
+        kv_cache_dtype=cache.kv_cache_dtype, v_cache_dtype=cache.v_cache_dtype, k_scale=cache.k_scale.cpu(),
+        v_scale=cache.v_scale.cpu(), out=exact,
+    )  # fmt: skip
+    torch.testing.assert_close(out.double().cpu(), exact, atol=4e-3, rtol=4e-3)
+
+
 @pytest.mark.parametrize("flat", [False, True])
 def test_a_step_of_a_layer(device: torch.device, flat: bool) -> None:
     """`AttentionScales.attend_step` on caches of two head sizes."""
