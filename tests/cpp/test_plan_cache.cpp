@@ -80,6 +80,25 @@ TEST(PlanCache, ThreadsOfAWarpHoldAHead) {
   }
 }
 
+TEST(PlanCache, LargeDynamicAppendsTakeTwoHeadsPerThread) {
+  const auto plan = [](const Geometry& g) {
+    const CacheAppend p = append_of(g);
+    const auto scales = [&](int number) {
+      return contiguous(address(number), DType::Float32, {g.blocks, g.block_size, g.heads});
+    };
+    return plan_append_dynamic(
+        lower(CacheAppendDynamic{p.key, p.value, p.key_cache, p.value_cache, scales(7), scales(8), p.slot_mapping}).front());
+  };
+  EXPECT_EQ(plan({8191, 8, 128}).heads_per_thread, 1);
+  EXPECT_EQ(plan({8192, 8, 128}).heads_per_thread, 2);
+  EXPECT_EQ(plan({8192, 8, 128}).threads_per_head, 8);
+  EXPECT_EQ(plan({16384, 8, 64}).heads_per_thread, 1);
+  EXPECT_EQ(plan({8192, 7, 128}).heads_per_thread, 1);
+  EXPECT_EQ(plan({8192, 8, 120}).heads_per_thread, 1);
+  EXPECT_EQ(plan({8192, 8, 128, 64, 16, true, 8}).heads_per_thread, 1);
+  EXPECT_TRUE(plan({8192, 8, 128, 64, 16, true, 8}).aligned);
+}
+
 TEST(PlanCache, HeadsThatNoWarpHoldsAreReadTwice) {
   const CachePlan plan = plan_dynamic_append(1032);
   EXPECT_EQ(plan.path, KernelPath::Scalar);
@@ -147,8 +166,10 @@ TEST(PlanCache, ChannelsThatNoVectorReadsGoOneByOne) {
 TEST(PlanCache, ManyTokensShareTheScalesOfChannels) {
   EXPECT_EQ(plan_append(lower(channels_append({511, 8, 128})).front()).tokens_per_thread, 1);
   EXPECT_EQ(plan_append(lower(channels_append({512, 8, 128})).front()).tokens_per_thread, 4);
-  EXPECT_EQ(plan_append(lower(append_of({8192, 8, 128})).front()).tokens_per_thread, 1);
-  EXPECT_EQ(plan_gather(lower(channels_append({8192, 8, 128})).front()).tokens_per_thread, 1);
+  EXPECT_EQ(plan_append(lower(append_of({8191, 8, 128})).front()).tokens_per_thread, 1);
+  EXPECT_EQ(plan_append(lower(append_of({8192, 8, 128})).front()).tokens_per_thread, 4);
+  EXPECT_EQ(plan_gather(lower(channels_append({1023, 8, 128})).front()).tokens_per_thread, 1);
+  EXPECT_EQ(plan_gather(lower(channels_append({1024, 8, 128})).front()).tokens_per_thread, 2);
 }
 
 TEST(PlanCache, DynamicAppendsWithOffsetsHoldAHeadToo) {
@@ -166,9 +187,16 @@ TEST(PlanCache, DynamicAppendsWithOffsetsHoldAHeadToo) {
   EXPECT_EQ(plan_append_dynamic(lower(dynamic).front()).path, KernelPath::Scalar);
 }
 
-TEST(PlanCache, LargeAppendsTakeSmallerBlocks) {
-  EXPECT_EQ(plan_append(lower(append_of({8191, 8, 128})).front()).threads, 256);
-  EXPECT_EQ(plan_append(lower(append_of({8192, 8, 128})).front()).threads, 128);
+TEST(PlanCache, LargeGathersTakeTwoVectorsPerThread) {
+  const auto plan = [](const Geometry& g) { return plan_gather(lower(append_of(g)).front()); };
+  EXPECT_EQ(plan({1023, 8, 128}).vecs_per_thread, 1);
+  EXPECT_EQ(plan({1023, 8, 128}).threads, 256);
+  EXPECT_EQ(plan({1024, 8, 128}).vecs_per_thread, 2);
+  EXPECT_EQ(plan({1024, 8, 128}).threads, 128);
+  EXPECT_EQ(plan({8192, 1, 128}).vecs_per_thread, 2) << "halves of a head";
+  EXPECT_EQ(plan({8192, 5, 120}).vecs_per_thread, 1) << "neither heads nor vectors can be halved";
+  EXPECT_EQ(plan({8192, 8, 20}).vecs_per_thread, 1) << "not aligned";
+  EXPECT_EQ(plan_gather(lower(channels_append({8192, 8, 128})).front()).vecs_per_thread, 1);
 }
 
 }  // namespace

@@ -35,8 +35,9 @@ struct Sequences {
 
   __device__ __forceinline__ int sum(std::uint32_t i) const { return __ldg(cu_seq_lens + i * cu_seq_lens_stride); }
 
-  // The first sequence from `first` on that ends after the token; `count` if there is none.
+  // The first sequence from `first` on that ends after the token, most often `first` itself; `count` if there is none.
   __device__ __forceinline__ std::uint32_t find(int token, std::uint32_t first) const {
+    if (first < count && sum(first + 1) > token) return first;
     std::uint32_t end = count;
     while (first < end) {
       const std::uint32_t middle = first + (end - first) / 2;
@@ -70,12 +71,31 @@ struct Sequences {
     return (start | within) < 0 ? -1 : static_cast<int>(static_cast<unsigned>(start) + static_cast<unsigned>(within));
   }
 
+  // A position, and its sequence; -1: none.
+  struct Place {
+    int position;
+    std::uint32_t sequence;
+  };
+
+  // Of a token. A warp searches for the sequence of its first token; lanes that are further along, each for itself.
+  __device__ __forceinline__ Place locate(std::uint32_t warp_token, std::uint32_t token, bool exists) const {
+    std::uint32_t sequence = find_together(static_cast<int>(warp_token));
+    if (!exists) return {-1, 0};
+    if (token != warp_token) sequence = find(static_cast<int>(token), sequence);
+    return {position(static_cast<int>(token), sequence), sequence};
+  }
+
   // The block of number `index` of a sequence.
   __device__ __forceinline__ int block(std::uint32_t sequence, std::uint32_t index) const {
     if (index >= max_blocks) return -1;
     const int block = __ldg(table + sequence * table_row + index * table_stride);
     return static_cast<std::uint32_t>(block) < num_blocks ? block : -1;
   }
+};
+
+// From one vector of a thread to the next, in elements.
+struct Steps {
+  std::int64_t rows, cache, scales;
 };
 
 struct GatherArgs {
@@ -85,13 +105,82 @@ struct GatherArgs {
   std::uint32_t first_token;
   std::uint32_t num_tokens;
   std::uint32_t head_size;
-  FastDiv vecs_per_token;
+  FastDiv vecs_per_token;  // threads of a token
   FastDiv vecs_per_head;
   FastDiv block_size;
+  Steps steps[2];  // with several vectors a thread
 };
 
-// One vector of each side per thread. A warp searches for the sequence of its first token; lanes that are further along,
-// each for itself. Where channels have parameters, all is aligned, and more registers let all loads begin at once.
+// A vector of quantized values with one scale. Only a NaN or an infinity gives NaN, so that the look for it is at the input.
+template <class Out, class In>
+__device__ __forceinline__ Vec<Out> dequantized(const Vec<In>& raw, float scale) {
+  bool any_nan = !is_finite(scale);
+  if constexpr (!std::is_same_v<In, Int8>) {
+    constexpr std::uint32_t kToSign = std::is_same_v<In, E4M3> ? 0x01010101u : 0x04040404u;  // from NaN, from infinity on
+    const std::uint32_t a = (raw.words[0] & 0x7f7f7f7fu) + kToSign, b = (raw.words[1] & 0x7f7f7f7fu) + kToSign;
+    any_nan |= ((a | b) & 0x80808080u) != 0;
+  }
+  if (any_nan) return device::convert_vec<device::DequantizeOp, Out>(raw, device::DequantizeOp::prepare(scale));
+  float values[kVecSize];
+  device::unpack(raw, values);
+#pragma unroll
+  for (int i = 0; i < kVecSize; ++i) values[i] = __fmul_rn(values[i], scale);
+  if constexpr (sizeof(Out) == 2) {
+    return device::pack_any_nan<Out>(values);
+  } else {
+    Vec<Out> vec;
+#pragma unroll
+    for (int i = 0; i < kVecSize; ++i) vec.words[i] = __float_as_uint(values[i]);
+    return vec;
+  }
+}
+
+// Where all is aligned: kVecs vectors of each side per thread, at the same place in heads that are far apart, which share what
+// is found of the token. A thread has the registers for all loads to begin at once.
+template <class Op, class In, class Out, int kVecs>
+__global__ void __launch_bounds__(128, 8) gather_heads(const __grid_constant__ GatherArgs p) {
+  const std::uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
+  const std::uint32_t warp_token = p.first_token + p.vecs_per_token.div(thread & ~31u);
+  const auto [token_in_chunk, vec_in_token] = p.vecs_per_token.divmod(thread);
+  const std::uint32_t token = p.first_token + token_in_chunk;
+  device::wait_then_release();
+  const auto [position, sequence] = p.sequences.locate(warp_token, token, token_in_chunk < p.num_tokens);
+  if (position < 0) return;
+  const auto [index, offset] = p.block_size.divmod(static_cast<std::uint32_t>(position));
+  const int block = p.sequences.block(sequence, index);
+  if (block < 0) return;
+  const auto [head, vec] = p.vecs_per_head.divmod(vec_in_token);
+  Vec<In> raw[2][kVecs];
+  float scales[2][kVecs];
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+    if (s >= p.sides) break;
+    const KVViews& kv = p.kv[s];
+    const In* from = row<const In>(kv.cache, static_cast<std::uint32_t>(block), offset, head) + vec * kVecSize;
+    const float* scale = kv.scales.data + at(kv.scales, static_cast<std::uint32_t>(block), offset, head);
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v) {
+      raw[s][v] = device::load_aligned(from + v * p.steps[s].cache);
+      scales[s][v] = __ldg(scale + v * p.steps[s].scales);
+    }
+  }
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+    if (s >= p.sides) break;
+    Out* to = row<Out>(p.kv[s].rows, token, head) + vec * kVecSize;
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v) {
+      Out* place = to + v * p.steps[s].rows;
+      if constexpr (core::kIsQuantized<In>)
+        device::store_aligned(place, dequantized<Out>(raw[s][v], scales[s][v]));
+      else
+        device::store_aligned(place, device::convert_vec<Op, Out>(raw[s][v], Op::prepare(scales[s][v])));
+    }
+  }
+}
+
+// One vector of each side per thread. Where channels have parameters, all is aligned, and more registers let all loads begin at
+// once.
 template <class Op, class In, class Out, bool kAligned, ChannelParameters kChannels = ChannelParameters::None>
 __global__ void __launch_bounds__(256, kChannels == ChannelParameters::None ? 0 : 4)
     gather_vectorized(const __grid_constant__ GatherArgs p) {
@@ -100,10 +189,7 @@ __global__ void __launch_bounds__(256, kChannels == ChannelParameters::None ? 0 
   const auto [token_in_chunk, vec_in_token] = p.vecs_per_token.divmod(thread);
   const std::uint32_t token = p.first_token + token_in_chunk;
   device::wait_then_release();
-  std::uint32_t sequence = p.sequences.find_together(static_cast<int>(warp_token));
-  if (token_in_chunk >= p.num_tokens) return;
-  if (token != warp_token) sequence = p.sequences.find(static_cast<int>(token), sequence);
-  const int position = p.sequences.position(static_cast<int>(token), sequence);
+  const auto [position, sequence] = p.sequences.locate(warp_token, token, token_in_chunk < p.num_tokens);
   if (position < 0) return;
   const auto [index, offset] = p.block_size.divmod(static_cast<std::uint32_t>(position));
   const int entry = p.sequences.block(sequence, index);
@@ -139,6 +225,57 @@ __global__ void __launch_bounds__(256, kChannels == ChannelParameters::None ? 0 
       if (slice.range.begin >= slice.range.end) continue;
       raw[s] = device::load_any(from[s], slice.first, p.head_size, slice.range);
       device::store_range(to + slice.first, device::convert_vec<Op, Out>(raw[s], scale), slice.range);
+    }
+  }
+}
+
+// Where channels have parameters, and all is aligned: a thread owns 8 of them and takes the vectors of kTokens tokens. Scales
+// per token and head are those of each token.
+template <class Op, class In, class Out, int kTokens, ChannelParameters kChannels>
+__global__ void __launch_bounds__(128, 6) gather_tokens(const __grid_constant__ GatherArgs p) {
+  const std::uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
+  const std::uint32_t warp_token = p.first_token + p.vecs_per_token.div(thread & ~31u) * kTokens;
+  const auto [batch, vec_in_token] = p.vecs_per_token.divmod(thread);
+  const auto [head, vec] = p.vecs_per_head.divmod(vec_in_token);
+  const std::uint32_t column = vec * kVecSize, first = batch * kTokens;
+  device::wait_then_release();
+  std::uint32_t sequence = p.sequences.find_together(static_cast<int>(warp_token));
+  int blocks[kTokens];
+  std::uint32_t offsets[kTokens];
+  Vec<In> raw[2][kTokens];
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    blocks[t] = -1;
+    if (first + t >= p.num_tokens) continue;
+    const int token = static_cast<int>(p.first_token + first + t);
+    sequence = p.sequences.find(token, sequence);
+    const int position = p.sequences.position(token, sequence);
+    if (position < 0) continue;
+    const auto [index, offset] = p.block_size.divmod(static_cast<std::uint32_t>(position));
+    blocks[t] = p.sequences.block(sequence, index), offsets[t] = offset;
+    if (blocks[t] < 0) continue;
+#pragma unroll
+    for (int s = 0; s < 2; ++s)
+      if (s < p.sides)
+        raw[s][t] =
+            device::load_aligned(row<const In>(p.kv[s].cache, static_cast<std::uint32_t>(blocks[t]), offset, head) + column);
+  }
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+    if (s >= p.sides) break;
+    const KVViews& kv = p.kv[s];
+    const float* scale = kv.scales.data + head * kv.scales.head;
+    auto channels = load_channels<Op, In, kChannels>(kv, scale, head, {column});
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      if (blocks[t] < 0) continue;
+      if (kChannels == ChannelParameters::Any && kv.scales.per_token()) {
+        const auto prepared = Op::prepare(__ldg(scale + at(kv.scales, static_cast<std::uint32_t>(blocks[t]), offsets[t], 0u)));
+#pragma unroll
+        for (int i = 0; i < kVecSize; ++i) channels.scales[i] = prepared;
+      }
+      Out* to = row<Out>(kv.rows, p.first_token + first + t, head) + column;
+      device::store_aligned(to, device::convert_vec<Op, Out>(raw[s][t], channels));
     }
   }
 }
@@ -194,24 +331,39 @@ void launch_gather(const char* op, const CacheLayout& layout, const Sequences& s
     launch_dependent(kernel, blocks(params.count), plan.threads, stream, params);
     return check_launch(op);
   }
-  const std::int64_t vecs_per_token = layout.num_heads * plan.vecs_per_head;
+  // The vectors of a thread are in heads that are far apart, or in parts of a head where their number is odd.
+  const std::int64_t threads_per_token = layout.num_heads * plan.vecs_per_head / plan.vecs_per_thread;
+  const bool by_heads = layout.num_heads % plan.vecs_per_thread == 0;
+  const std::int64_t heads = layout.num_heads / plan.vecs_per_thread;
+  const std::int64_t vecs = by_heads ? plan.vecs_per_head : plan.vecs_per_head / plan.vecs_per_thread;
+  const auto steps = [&](const KVViews& kv) {
+    if (by_heads) return Steps{heads * kv.rows.head, heads * kv.cache.head, heads * kv.scales.head};
+    return Steps{vecs * kVecSize, vecs * kVecSize, 0};
+  };
   GatherArgs params{.kv = {layout.k, layout.v},
                     .sides = layout.sides,
                     .sequences = sequences,
                     .first_token = 0,
                     .num_tokens = 0,
                     .head_size = static_cast<std::uint32_t>(layout.head_size),
-                    .vecs_per_token = FastDiv(vecs_per_token),
-                    .vecs_per_head = FastDiv(plan.vecs_per_head),
-                    .block_size = FastDiv(layout.block_size)};
-  auto kernel = plan.aligned ? gather_vectorized<Op, In, Out, true> : gather_vectorized<Op, In, Out, false>;
+                    .vecs_per_token = FastDiv(threads_per_token),
+                    .vecs_per_head = FastDiv(vecs),
+                    .block_size = FastDiv(layout.block_size),
+                    .steps = {steps(layout.k), steps(layout.v)}};
+  auto kernel = !plan.aligned               ? gather_vectorized<Op, In, Out, false>
+                : plan.vecs_per_thread == 1 ? gather_vectorized<Op, In, Out, true>
+                                            : gather_heads<Op, In, Out, 2>;
   if constexpr (core::kIsQuantized<In>)
     if (plan.path == KernelPath::PerColumn)
-      kernel = layout.only_channel_scales() ? gather_vectorized<Op, In, Out, true, ChannelParameters::Scales>
-                                            : gather_vectorized<Op, In, Out, true, ChannelParameters::Any>;
+      kernel = plan.tokens_per_thread == 2
+                   ? (layout.only_channel_scales() ? gather_tokens<Op, In, Out, 2, ChannelParameters::Scales>
+                                                   : gather_tokens<Op, In, Out, 2, ChannelParameters::Any>)
+                   : (layout.only_channel_scales() ? gather_vectorized<Op, In, Out, true, ChannelParameters::Scales>
+                                                   : gather_vectorized<Op, In, Out, true, ChannelParameters::Any>);
   for (; params.first_token < layout.num_tokens; params.first_token += params.num_tokens) {
     params.num_tokens = static_cast<std::uint32_t>(std::min(plan.tokens, layout.num_tokens - params.first_token));
-    launch_dependent(kernel, blocks(params.num_tokens * vecs_per_token), plan.threads, stream, params);
+    const std::int64_t batches = core::ceil_div(params.num_tokens, plan.tokens_per_thread);
+    launch_dependent(kernel, blocks(batches * threads_per_token), plan.threads, stream, params);
     check_launch(op);
   }
 }
