@@ -193,7 +193,7 @@ struct CachePlan {
   bool aligned = false;                  // every vector is one aligned access to rows and cache; PerColumn: always
   int threads = 256;                     // per block
   std::int64_t vecs_per_head = 1;        // not Scalar
-  int tokens_per_thread = 1;             // aligned: of an append 1 or 4; PerColumn, of a gather: 1 or 2
+  int tokens_per_thread = 1;             // aligned: of an append 1, 2 or 4; PerColumn, of a gather: 1 or 2
   int vecs_per_thread = 1;               // aligned, of a gather: 1 or 2 of K and of V; with dynamic scales: 2 or 4
   std::int64_t tokens = 0;               // of one launch
   // With dynamic scales, neighboring threads hold a head in registers.

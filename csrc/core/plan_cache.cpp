@@ -51,8 +51,8 @@ CachePlan plan_append(const CacheLayout& layout) {
     // registers: smaller blocks fill a multiprocessor better.
     plan.tokens_per_thread = vecs >= 1 << 16 ? 4 : 1;
     plan.threads = plan.tokens_per_thread == 4 ? 64 : 128;
-  } else if (plan.aligned && vecs >= 1 << 20) {
-    plan.tokens_per_thread = 4;
+  } else if (plan.aligned && vecs >= 1 << 19) {
+    plan.tokens_per_thread = 2;
   }
   return plan;
 }
@@ -96,11 +96,10 @@ CachePlan plan_gather(const CacheLayout& layout) {
   // found of their token.
   const bool halves = layout.num_heads % 2 == 0 || plan.vecs_per_head % 2 == 0;
   const std::int64_t vecs = plan.tokens * layout.num_heads * plan.vecs_per_head;
-  if (vecs < 1 << 17) return plan;
   if (plan.path == KernelPath::PerColumn) {
-    plan.tokens_per_thread = 2;
+    plan.tokens_per_thread = vecs >= 1 << 17 ? 2 : 1;
     plan.threads = 128;
-  } else if (plan.path == KernelPath::Vectorized && plan.aligned && halves) {
+  } else if (plan.path == KernelPath::Vectorized && plan.aligned && halves && vecs >= 1 << 17) {
     plan.vecs_per_thread = 2;
     plan.threads = 128;
   }

@@ -166,8 +166,8 @@ TEST(PlanCache, ChannelsThatNoVectorReadsGoOneByOne) {
 TEST(PlanCache, ManyTokensShareTheScalesOfChannels) {
   EXPECT_EQ(plan_append(lower(channels_append({511, 8, 128})).front()).tokens_per_thread, 1);
   EXPECT_EQ(plan_append(lower(channels_append({512, 8, 128})).front()).tokens_per_thread, 4);
-  EXPECT_EQ(plan_append(lower(append_of({8191, 8, 128})).front()).tokens_per_thread, 1);
-  EXPECT_EQ(plan_append(lower(append_of({8192, 8, 128})).front()).tokens_per_thread, 4);
+  EXPECT_EQ(plan_append(lower(append_of({4095, 8, 128})).front()).tokens_per_thread, 1);
+  EXPECT_EQ(plan_append(lower(append_of({4096, 8, 128})).front()).tokens_per_thread, 2);
   EXPECT_EQ(plan_gather(lower(channels_append({1023, 8, 128})).front()).tokens_per_thread, 1);
   EXPECT_EQ(plan_gather(lower(channels_append({1024, 8, 128})).front()).tokens_per_thread, 2);
 }

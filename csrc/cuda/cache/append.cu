@@ -15,9 +15,9 @@ struct AppendArgs {
   std::uint32_t num_tokens;
 };
 
-// One vector per thread.
-template <class Op, class In, class Out, bool kAligned>
-__global__ void __launch_bounds__(256) append_vectorized(const __grid_constant__ AppendArgs p) {
+// One vector per thread, at any alignment.
+template <class Op, class In, class Out>
+__global__ void __launch_bounds__(256) append_unaligned(const __grid_constant__ AppendArgs p) {
   const KVViews& kv = p.kv[blockIdx.y];
   const std::uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
   if (thread >= p.count) return;
@@ -25,22 +25,14 @@ __global__ void __launch_bounds__(256) append_vectorized(const __grid_constant__
   const auto [token, vec_in_token] = p.vecs_per_token.divmod(thread);
   const std::int64_t slot = p.slots[token];
   const auto [head, vec] = p.vecs_per_head.divmod(vec_in_token);
-  const In* from = row<const In>(kv.rows, token, head);
   const auto scale = Op::prepare(__ldg(kv.scales.data + head * kv.scales.head));
-  Vec<Out> out;
-  if constexpr (kAligned)  // neither the loads nor the arithmetic wait for the slot
-    out = device::convert_vec<Op, Out>(device::load_aligned(from + vec * kVecSize), scale);
   if (!p.slots.contains(slot)) return;
   const auto [block, offset] = p.block_size.divmod(static_cast<std::uint32_t>(slot));
   Out* to = row<Out>(kv.cache, block, offset, head);
-  if constexpr (kAligned) {
-    device::store_aligned(to + vec * kVecSize, out);
-  } else {
-    const Slice slice = slice_of(to, vec, p.head_size);
-    if (slice.range.begin >= slice.range.end) return;
-    const Vec<In> raw = device::load_any(from, slice.first, p.head_size, slice.range);
-    device::store_range(to + slice.first, device::convert_vec<Op, Out>(raw, scale), slice.range);
-  }
+  const Slice slice = slice_of(to, vec, p.head_size);
+  if (slice.range.begin >= slice.range.end) return;
+  const Vec<In> raw = device::load_any(row<const In>(kv.rows, token, head), slice.first, p.head_size, slice.range);
+  device::store_range(to + slice.first, device::convert_vec<Op, Out>(raw, scale), slice.range);
 }
 
 template <class Op>
@@ -66,7 +58,7 @@ __device__ __forceinline__ bool take_division(device::Channels<Op>& channels) {
 // what is prepared of scales and offsets. With these bounds it has registers for that; without, the compiler puts loads off.
 template <class Op, class In, class Out, int kTokens, ChannelParameters kChannels>
 __global__ void __launch_bounds__(kChannels == ChannelParameters::None ? 256 : 128,
-                                  kChannels == ChannelParameters::None ? 4 : 5)
+                                  kChannels == ChannelParameters::None ? 6 : 5)
     append_tokens(const __grid_constant__ AppendArgs p) {
   const KVViews& kv = p.kv[blockIdx.y];
   const std::uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
@@ -148,9 +140,9 @@ void launch_append(const CacheLayout& layout, const TokenIndices& slots, const C
                           .vecs_per_head = FastDiv(plan.vecs_per_head),
                           .block_size = FastDiv(layout.block_size),
                           .num_tokens = static_cast<std::uint32_t>(layout.num_tokens)};
-  auto kernel = !plan.aligned                 ? append_vectorized<Op, In, Out, false>
-                : plan.tokens_per_thread == 1 ? append_vectorized<Op, In, Out, true>
-                                              : append_tokens<Op, In, Out, 4, ChannelParameters::None>;
+  auto kernel = !plan.aligned                 ? append_unaligned<Op, In, Out>
+                : plan.tokens_per_thread == 1 ? append_tokens<Op, In, Out, 1, ChannelParameters::None>
+                                              : append_tokens<Op, In, Out, 2, ChannelParameters::None>;
   if constexpr (kQuantizes<Op>) {
     // Of INT8 the kernel for scales alone is slower: the compiler puts its loads off until the scales are there.
     const bool only_scales = layout.only_channel_scales() && !std::is_same_v<Out, Int8>;

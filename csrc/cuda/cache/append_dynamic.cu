@@ -157,11 +157,14 @@ __global__ void __launch_bounds__(128, 8) append_dynamic_pairs(const __grid_cons
   const auto [block, offset] = p.block_size.divmod(static_cast<std::uint32_t>(slot));
   Fp8* to = row<Fp8>(kv.cache, block, offset, head) + column;
   float* stored_scale = kv.scales.data + at(kv.scales, block, offset, head);
+  float scales[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+    scales[h] = device::fast_dynamic_scale<Fp8>(device::magnitude<In>(h == 0 ? bits & 0xffffu : bits >> 16));
+  if (lane < 2) stored_scale[lane * kv.scales.head] = lane == 0 ? scales[0] : scales[1];  // of neighboring heads at once
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float scale = device::fast_dynamic_scale<Fp8>(device::magnitude<In>(h == 0 ? bits & 0xffffu : bits >> 16));
-    if (lane == 0) stored_scale[h * kv.scales.head] = scale;
-    const auto prepared = Op::prepare(scale);
+    const auto prepared = Op::prepare(scales[h]);
     std::uint32_t words[4];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

@@ -71,25 +71,24 @@ struct Sequences {
     return (start | within) < 0 ? -1 : static_cast<int>(static_cast<unsigned>(start) + static_cast<unsigned>(within));
   }
 
-  // A position, and its sequence; -1: none.
-  struct Place {
-    int position;
-    std::uint32_t sequence;
-  };
-
-  // Of a token. A warp searches for the sequence of its first token; lanes that are further along, each for itself.
-  __device__ __forceinline__ Place locate(std::uint32_t warp_token, std::uint32_t token, bool exists) const {
-    std::uint32_t sequence = find_together(static_cast<int>(warp_token));
-    if (!exists) return {-1, 0};
-    if (token != warp_token) sequence = find(static_cast<int>(token), sequence);
-    return {position(static_cast<int>(token), sequence), sequence};
-  }
-
   // The block of number `index` of a sequence.
   __device__ __forceinline__ int block(std::uint32_t sequence, std::uint32_t index) const {
     if (index >= max_blocks) return -1;
     const int block = __ldg(table + sequence * table_row + index * table_stride);
     return static_cast<std::uint32_t>(block) < num_blocks ? block : -1;
+  }
+
+  // Where a token lies in the cache; -1: nowhere. `sequence` must not be behind its own, which it becomes.
+  struct Place {
+    int block;
+    std::uint32_t offset;
+  };
+  __device__ __forceinline__ Place locate(int token, std::uint32_t& sequence, const FastDiv& block_size) const {
+    sequence = find(token, sequence);
+    const int at = position(token, sequence);
+    if (at < 0) return {-1, 0};
+    const auto [index, offset] = block_size.divmod(static_cast<std::uint32_t>(at));
+    return {block(sequence, index), offset};
   }
 };
 
@@ -136,18 +135,17 @@ __device__ __forceinline__ Vec<Out> dequantized(const Vec<In>& raw, float scale)
 }
 
 // Where all is aligned: kVecs vectors of each side per thread, at the same place in heads that are far apart, which share what
-// is found of the token. A thread has the registers for all loads to begin at once.
+// is found of the token. A warp searches for the sequence of its first token; lanes that are further along, each for itself.
 template <class Op, class In, class Out, int kVecs>
-__global__ void __launch_bounds__(128, 8) gather_heads(const __grid_constant__ GatherArgs p) {
+__global__ void __launch_bounds__(256, 4) gather_heads(const __grid_constant__ GatherArgs p) {
   const std::uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
   const std::uint32_t warp_token = p.first_token + p.vecs_per_token.div(thread & ~31u);
   const auto [token_in_chunk, vec_in_token] = p.vecs_per_token.divmod(thread);
   const std::uint32_t token = p.first_token + token_in_chunk;
   device::wait_then_release();
-  const auto [position, sequence] = p.sequences.locate(warp_token, token, token_in_chunk < p.num_tokens);
-  if (position < 0) return;
-  const auto [index, offset] = p.block_size.divmod(static_cast<std::uint32_t>(position));
-  const int block = p.sequences.block(sequence, index);
+  std::uint32_t sequence = p.sequences.find_together(static_cast<int>(warp_token));
+  if (token_in_chunk >= p.num_tokens) return;
+  const auto [block, offset] = p.sequences.locate(static_cast<int>(token), sequence, p.block_size);
   if (block < 0) return;
   const auto [head, vec] = p.vecs_per_head.divmod(vec_in_token);
   Vec<In> raw[2][kVecs];
@@ -179,53 +177,30 @@ __global__ void __launch_bounds__(128, 8) gather_heads(const __grid_constant__ G
   }
 }
 
-// One vector of each side per thread. Where channels have parameters, all is aligned, and more registers let all loads begin at
-// once.
-template <class Op, class In, class Out, bool kAligned, ChannelParameters kChannels = ChannelParameters::None>
-__global__ void __launch_bounds__(256, kChannels == ChannelParameters::None ? 0 : 4)
-    gather_vectorized(const __grid_constant__ GatherArgs p) {
+// One vector of each side per thread, at any alignment.
+template <class Op, class In, class Out>
+__global__ void __launch_bounds__(256) gather_unaligned(const __grid_constant__ GatherArgs p) {
   const std::uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
   const std::uint32_t warp_token = p.first_token + p.vecs_per_token.div(thread & ~31u);
   const auto [token_in_chunk, vec_in_token] = p.vecs_per_token.divmod(thread);
   const std::uint32_t token = p.first_token + token_in_chunk;
   device::wait_then_release();
-  const auto [position, sequence] = p.sequences.locate(warp_token, token, token_in_chunk < p.num_tokens);
-  if (position < 0) return;
-  const auto [index, offset] = p.block_size.divmod(static_cast<std::uint32_t>(position));
-  const int entry = p.sequences.block(sequence, index);
+  std::uint32_t sequence = p.sequences.find_together(static_cast<int>(warp_token));
+  if (token_in_chunk >= p.num_tokens) return;
+  const auto [entry, offset] = p.sequences.locate(static_cast<int>(token), sequence, p.block_size);
   if (entry < 0) return;
   const auto block = static_cast<std::uint32_t>(entry);
   const auto [head, vec] = p.vecs_per_head.divmod(vec_in_token);
-
-  // Of K, and of V where there are two sides.
-  const In* from[2];
-  const float* scale_data[2];
-  [[maybe_unused]] float scales[2];
-  Vec<In> raw[2];
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
     if (s >= p.sides) break;
-    from[s] = row<const In>(p.kv[s].cache, block, offset, head);
-    if constexpr (kAligned) raw[s] = device::load_aligned(from[s] + vec * kVecSize);
-    scale_data[s] = p.kv[s].scales.data + at(p.kv[s].scales, block, offset, head);
-    if constexpr (kChannels == ChannelParameters::None) scales[s] = __ldg(scale_data[s]);
-  }
-#pragma unroll
-  for (int s = 0; s < 2; ++s) {
-    if (s >= p.sides) break;
-    Out* to = row<Out>(p.kv[s].rows, token, head);
-    if constexpr (kChannels != ChannelParameters::None) {
-      const auto channels = load_channels<Op, In, kChannels>(p.kv[s], scale_data[s], head, {vec * kVecSize});
-      device::store_aligned(to + vec * kVecSize, device::convert_vec<Op, Out>(raw[s], channels));
-    } else if constexpr (kAligned) {
-      device::store_aligned(to + vec * kVecSize, device::convert_vec<Op, Out>(raw[s], Op::prepare(scales[s])));
-    } else {
-      const auto scale = Op::prepare(scales[s]);
-      const Slice slice = slice_of(to, vec, p.head_size);
-      if (slice.range.begin >= slice.range.end) continue;
-      raw[s] = device::load_any(from[s], slice.first, p.head_size, slice.range);
-      device::store_range(to + slice.first, device::convert_vec<Op, Out>(raw[s], scale), slice.range);
-    }
+    const KVViews& kv = p.kv[s];
+    Out* to = row<Out>(kv.rows, token, head);
+    const Slice slice = slice_of(to, vec, p.head_size);
+    if (slice.range.begin >= slice.range.end) continue;
+    const auto scale = Op::prepare(__ldg(kv.scales.data + at(kv.scales, block, offset, head)));
+    const Vec<In> raw = device::load_any(row<const In>(kv.cache, block, offset, head), slice.first, p.head_size, slice.range);
+    device::store_range(to + slice.first, device::convert_vec<Op, Out>(raw, scale), slice.range);
   }
 }
 
@@ -247,18 +222,14 @@ __global__ void __launch_bounds__(128, 6) gather_tokens(const __grid_constant__ 
   for (int t = 0; t < kTokens; ++t) {
     blocks[t] = -1;
     if (first + t >= p.num_tokens) continue;
-    const int token = static_cast<int>(p.first_token + first + t);
-    sequence = p.sequences.find(token, sequence);
-    const int position = p.sequences.position(token, sequence);
-    if (position < 0) continue;
-    const auto [index, offset] = p.block_size.divmod(static_cast<std::uint32_t>(position));
-    blocks[t] = p.sequences.block(sequence, index), offsets[t] = offset;
-    if (blocks[t] < 0) continue;
+    const auto [block, offset] = p.sequences.locate(static_cast<int>(p.first_token + first + t), sequence, p.block_size);
+    blocks[t] = block, offsets[t] = offset;
+    if (block < 0) continue;
 #pragma unroll
     for (int s = 0; s < 2; ++s)
       if (s < p.sides)
         raw[s][t] =
-            device::load_aligned(row<const In>(p.kv[s].cache, static_cast<std::uint32_t>(blocks[t]), offset, head) + column);
+            device::load_aligned(row<const In>(p.kv[s].cache, static_cast<std::uint32_t>(block), offset, head) + column);
   }
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
@@ -350,16 +321,14 @@ void launch_gather(const char* op, const CacheLayout& layout, const Sequences& s
                     .vecs_per_head = FastDiv(vecs),
                     .block_size = FastDiv(layout.block_size),
                     .steps = {steps(layout.k), steps(layout.v)}};
-  auto kernel = !plan.aligned               ? gather_vectorized<Op, In, Out, false>
-                : plan.vecs_per_thread == 1 ? gather_vectorized<Op, In, Out, true>
+  auto kernel = !plan.aligned               ? gather_unaligned<Op, In, Out>
+                : plan.vecs_per_thread == 1 ? gather_heads<Op, In, Out, 1>
                                             : gather_heads<Op, In, Out, 2>;
   if constexpr (core::kIsQuantized<In>)
     if (plan.path == KernelPath::PerColumn)
-      kernel = plan.tokens_per_thread == 2
-                   ? (layout.only_channel_scales() ? gather_tokens<Op, In, Out, 2, ChannelParameters::Scales>
-                                                   : gather_tokens<Op, In, Out, 2, ChannelParameters::Any>)
-                   : (layout.only_channel_scales() ? gather_vectorized<Op, In, Out, true, ChannelParameters::Scales>
-                                                   : gather_vectorized<Op, In, Out, true, ChannelParameters::Any>);
+      kernel = plan.tokens_per_thread == 1    ? gather_tokens<Op, In, Out, 1, ChannelParameters::Any>
+               : layout.only_channel_scales() ? gather_tokens<Op, In, Out, 2, ChannelParameters::Scales>
+                                              : gather_tokens<Op, In, Out, 2, ChannelParameters::Any>;
   for (; params.first_token < layout.num_tokens; params.first_token += params.num_tokens) {
     params.num_tokens = static_cast<std::uint32_t>(std::min(plan.tokens, layout.num_tokens - params.first_token));
     const std::int64_t batches = core::ceil_div(params.num_tokens, plan.tokens_per_thread);
