@@ -29,8 +29,6 @@ from fp8kv.transformers.step import Step
 NAME = "fp8kv"
 #: Longer steps dequantize their keys and values and use PyTorch's attention.
 MAX_NEW_TOKENS = 8
-#: Whether `fp8kv.paged_attention` takes values whose heads have another size than those of the keys.
-TWO_HEAD_SIZES = False
 
 _STORED = "_fp8kv_stored"
 _STARTS = "_fp8kv_starts"

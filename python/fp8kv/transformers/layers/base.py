@@ -158,14 +158,8 @@ class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             and key.shape[2] <= attention.MAX_NEW_TOKENS
             and attention.runs_on(key.device)
             and options.config._attn_implementation == attention.NAME
-            and self._has_attention()
             and not (torch.is_grad_enabled() and key.requires_grad)
         )
-
-    def _has_attention(self) -> bool:
-        """Whether `fp8kv.paged_attention` supports the heads of the storage."""
-        storage = self.storage
-        return attention.TWO_HEAD_SIZES or (storage is not None and storage.v_head_size == storage.head_size)
 
     def _append(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
         assert self.storage is not None
