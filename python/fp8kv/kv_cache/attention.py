@@ -141,7 +141,8 @@ def paged_attention(
     if out is None:
         dtype = query.dtype if query.dtype in REAL_DTYPES else torch.bfloat16
         out = torch.empty((*query.shape[:-1], *value_cache.shape[-1:]), dtype=dtype, device=query.device)
-    if workspace is None and query.is_cuda and (query.dim(), key_cache.dim(), block_table.dim()) == (3, 4, 2):
+    dims = (query.dim(), key_cache.dim(), value_cache.dim(), block_table.dim())
+    if workspace is None and query.is_cuda and dims == (3, 4, 4, 2):
         two_kinds = v_cache_dtype is not None or value_cache.shape != key_cache.shape
         size = attention_workspace_size(
             query, key_cache, block_table, max_query_len=max_query_len, num_splits=num_splits,
