@@ -142,9 +142,10 @@ int sharers_of(std::int64_t parts, const AttentionPlan& plan) {
 
 // Whether the last block of an item merges its parts, or another kernel, whose start takes longer but which has more blocks.
 void choose_merge(const AttentionLayout& l, std::int64_t parts, std::int64_t most_merges, AttentionPlan& plan) {
-  constexpr std::int64_t kMostBytes = 96 * 1024;  // that one block reads while the kernel starts
+  constexpr std::int64_t kMostElements = 1024, kMostBytes = 96 * 1024;  // that one block merges, and reads, as fast
   const std::int64_t columns = std::min<std::int64_t>(plan.columns, l.max_query_len * l.heads_per_kv_head());
-  if (plan.slots == 0 || parts * columns * (l.head_size + 4) * 4 <= kMostBytes) return;
+  const std::int64_t elements = columns * l.head_size;
+  if (plan.slots == 0 || (elements <= kMostElements && parts * elements * 4 <= kMostBytes)) return;
   plan.merges = most_merges;
   plan.merge_sharers = sharers_of(parts, plan);
 }

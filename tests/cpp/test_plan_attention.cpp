@@ -283,6 +283,18 @@ TEST(PlanAttention, AnItemCostsAsManyTilesAsWereReadMeanwhile) {
   EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192, .head_size = 256}).item_overhead, 32) << "larger tiles";
 }
 
+TEST(PlanAttention, AnotherKernelMergesWhatIsTooMuchForABlock) {
+  const auto merges = [](const Shape& s) { return plan_of(s).merges; };
+  EXPECT_EQ(merges({.seqs = 16, .max_len = 8192}), 0);
+  EXPECT_EQ(merges({.seqs = 1, .max_len = 8192}), 0);
+  EXPECT_EQ(merges({.seqs = 64, .max_len = 8192, .heads = 64}), 0);
+  EXPECT_EQ(merges({.seqs = 16, .max_len = 8192, .queries = 4}), kMultiprocessors) << "16 columns of 128";
+  EXPECT_EQ(merges({.seqs = 16, .max_len = 8192, .heads = 32, .kv_heads = 2, .head_size = 256}), kMultiprocessors);
+  EXPECT_EQ(merges({.seqs = 1, .max_len = 131072, .heads = 8, .kv_heads = 1}), kMultiprocessors) << "132 parts";
+  EXPECT_EQ(merges({.seqs = 1, .max_len = 131072, .heads = 8, .kv_heads = 1, .num_splits = 100}), 1);
+  EXPECT_EQ(merges({.seqs = 1, .max_len = 131072, .heads = 8, .kv_heads = 1, .num_splits = 4}), 0);
+}
+
 TEST(PlanAttention, AWindowBoundsTheTiles) {
   PagedAttention p = problem_of({.seqs = 1, .max_len = 131072});
   p.sliding_window = 128;
