@@ -200,11 +200,17 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def size(text: str) -> tuple[int, int]:
+    batch, context = map(int, text.split("x"))
+    return batch, context
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cuda", help='"cuda" or "cpu"')
     parser.add_argument("--layers", type=int, default=ALL_LAYERS, help="layers of the model, of 32")
-    parser.add_argument("--only", default="", help="only caches whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="only caches whose name contains one of these")
+    parser.add_argument("--sizes", nargs="+", type=size, metavar="BATCHxCONTEXT", help="default: 1x1024 1x32768 16x8192")
     parser.add_argument("--memory", type=float, help="GiB to fit into; default: the GPU's, or 80")
     parser.add_argument("--quick", action="store_true", help="a tiny model, short contexts")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
@@ -216,19 +222,20 @@ def main() -> None:
     layers = min(2, options.layers) if options.quick else options.layers
     model = make_model(LlamaConfig(**(QUICK_SHAPE if options.quick else SHAPE), num_hidden_layers=layers), device)
     rows = []
-    for batch, context in QUICK_SIZES if options.quick else SIZES:
+    for batch, context in options.sizes or (QUICK_SIZES if options.quick else SIZES):
         for kind in kinds():
-            if options.only in kind.name:
-                rows.append(measure(kind, model, batch, context, memory))
-                print(table(rows[-1:]).splitlines()[-1], flush=True)
+            if not any(part in kind.name for part in options.only):
+                continue
+            rows.append(measure(kind, model, batch, context, memory))
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
+            if options.json:
+                report = {
+                    "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+                    "fp8kv": fp8kv.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+                    "layers": layers, "memory_gib": memory, "rows": [asdict(row) for row in rows],
+                }  # fmt: skip
+                options.json.write_text(json.dumps(report, indent=1) + "\n")
     print("\n" + table(rows))
-    if options.json:
-        report = {
-            "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
-            "fp8kv": fp8kv.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
-            "layers": layers, "memory_gib": memory, "rows": [asdict(row) for row in rows],
-        }  # fmt: skip
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

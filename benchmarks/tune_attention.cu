@@ -1,5 +1,5 @@
-// Times of paged_attention on this GPU for plans other than the one that core::plan_attention makes: how many blocks, KV heads
-// per block and tiles per block are best for a shape. In CUDA graphs over rotating caches that are larger than the L2 cache.
+// Times of paged_attention on this GPU for plans other than the one that core::plan_attention makes: how many blocks and
+// warps per block are best for a shape. In CUDA graphs over rotating caches that are larger than the L2 cache.
 //
 //   nvcc -std=c++20 -O3 --expt-relaxed-constexpr -arch=sm_90 -Icsrc -Iinclude benchmarks/tune_attention.cu
 //       libfp8kv_cuda.a libfp8kv.a -o tune_attention
@@ -35,8 +35,7 @@ T* device_copy(const std::vector<T>& host) {
   return data;
 }
 
-void launch(const core::AttentionLayout& l, const AttentionPlan& plan, void* workspace, cudaStream_t stream,
-            bool merge = true) {
+void launch(const core::AttentionLayout& l, const AttentionPlan& plan, void* workspace, cudaStream_t stream) {
   switch (l.head_size) {
     case 64: cuda::attention::launch_tiled<64>(l, plan, workspace, stream); break;
     case 96: cuda::attention::launch_tiled<96>(l, plan, workspace, stream); break;
@@ -44,7 +43,7 @@ void launch(const core::AttentionLayout& l, const AttentionPlan& plan, void* wor
     case 192: cuda::attention::launch_tiled<192>(l, plan, workspace, stream); break;
     default: cuda::attention::launch_tiled<256>(l, plan, workspace, stream);
   }
-  if (plan.slots > 0 && merge) cuda::attention::launch_merge(l, plan, workspace, stream);
+  if (plan.merges > 0) cuda::attention::launch_merge(l, plan, workspace, stream);
 }
 
 const core::AttentionClusters& clusters(std::int64_t head_size) {
@@ -166,45 +165,46 @@ int main(int argc, char** argv) {
   const AttentionPlan chosen = core::plan_attention(layouts[0], limits, clusters(D));
   const auto run = [&](const AttentionPlan& plan, const char* what) {
     const double us = time_of(calls, [&](int i, cudaStream_t s) { launch(layouts[i % copies], plan, workspace, s); });
-    std::printf("  %-8s cluster %d warps %d heads %d tiles %d cw %d parts %ld blocks %4ld least %3ld: %8.2f us  %5.1f%%\n",
-                what, plan.cluster, plan.warps, plan.heads, plan.column_tiles, plan.column_warps, long(plan.parts),
-                long(plan.blocks), long(plan.least_units), us, 100 * floor / us);
+    std::printf(
+        "  %-8s cluster %d warps %d tiles %d cw %d parts %ld blocks %4ld least %3ld overhead %2d merges %4ld: %8.2f us"
+        "  %5.1f%%\n",
+        what, plan.cluster, plan.warps, plan.column_tiles, plan.column_warps, long(plan.parts), long(plan.blocks),
+        long(plan.least_units), plan.item_overhead, long(plan.merges), us, 100 * floor / us);
   };
   run(chosen, "chosen");
   if (chosen.slots > 0) {
-    const double us = time_of(calls, [&](int i, cudaStream_t s) { launch(layouts[i % copies], chosen, workspace, s, false); });
-    std::printf("  without the merging kernel: %.2f us\n", us);
+    AttentionPlan other = chosen;
+    other.merges = chosen.merges > 0 ? 0 : chosen.parts == 0 ? chosen.blocks : chosen.slots / chosen.parts;
+    run(other, "merge");
   }
-  const auto with = [&](int warps, int heads, std::int64_t blocks_wanted, std::int64_t least, std::int64_t parts) {
+  const auto with = [&](int warps, std::int64_t blocks_wanted, std::int64_t least, std::int64_t parts, int overhead) {
     AttentionPlan plan = chosen;
     plan.cluster = 1, plan.warps = warps;
-    plan.heads = heads, plan.head_groups = KV / heads, plan.parts = parts, plan.least_units = least;
-    plan.shared_memory =
-        core::AttentionMemory(int(D), plan.column_tiles, per_token, plan.warps, plan.heads * plan.columns).size;
-    const std::int64_t items = B * plan.head_groups * ((L * H / KV + plan.columns - 1) / plan.columns);
+    plan.parts = parts, plan.least_units = least;
+    plan.shared_memory = core::AttentionMemory(int(D), plan.column_tiles, per_token, plan.warps, plan.columns).size;
+    const std::int64_t items = B * KV * ((L * H / KV + plan.columns - 1) / plan.columns);
     plan.blocks = parts == 0 ? blocks_wanted : items * parts;
+    plan.item_overhead = overhead;
     plan.slots = parts == 1 ? 0 : parts == 0 ? 2 * plan.blocks : items * parts;
-    plan.merges = plan.slots == 0 ? 0 : parts == 0 ? plan.blocks : items;
-    const std::int64_t parts_of_item = parts == 0 ? plan.blocks / items + 1 : parts;
-    for (plan.merge_sharers = 1; plan.merge_sharers < 8 && 4 * plan.merge_sharers < parts_of_item;) plan.merge_sharers *= 2;
-    plan.workspace_size = plan.slots * plan.heads * plan.columns * (D + 4) * 4;
+    plan.merges = 0;
+    plan.workspace_size = core::slot_counters_size(plan.slots) + plan.slots * plan.columns * (D + 4) * 4;
     return plan;
   };
   const std::int64_t sms = limits.multiprocessors;
-  for (int warps : {chosen.warps, chosen.warps / 2})
-    for (int heads : {1, 2, 4, 8}) {
-      if (KV % heads || heads > warps || (heads > 1 && chosen.columns > 8) || chosen.column_warps > warps) continue;
-      const std::int64_t one_round = warps / heads, tiles = B * N / bs * (KV / heads);
-      for (std::int64_t n : {sms, 2 * sms, 4 * sms})
-        for (std::int64_t least : {one_round, 4 * one_round}) {
-          if (least > one_round && tiles / n > least) continue;
-          run(with(warps, heads, n, least, 0), "share");
-        }
-      for (std::int64_t parts : {1, 2, 4, 8, 16, 32}) {
-        const AttentionPlan plan = with(warps, heads, 0, 1, parts);
-        if (plan.blocks > 6 * sms || plan.workspace_size > (256 << 20) || (parts > 1 && plan.blocks < sms / 4)) continue;
-        run(plan, "parts");
+  for (int warps : {8, 4}) {
+    if (chosen.column_warps > warps) continue;
+    const std::int64_t tiles = B * N / bs * KV;
+    for (std::int64_t n : {sms, 2 * sms, 4 * sms})
+      for (std::int64_t least : {warps, 4 * warps}) {
+        if (least > warps && tiles / n > least) continue;
+        for (int overhead : {0, 16, 32, 64, 128})
+          if (ragged || overhead == 0) run(with(warps, n, least, 0, overhead), "share");
       }
+    for (std::int64_t parts : {1, 2, 4, 8, 16, 32}) {
+      const AttentionPlan plan = with(warps, 0, 1, parts, 0);
+      if (plan.workspace_size > (256 << 20) || plan.blocks < sms / 4 || (parts > 1 && plan.blocks > 6 * sms)) continue;
+      run(plan, "parts");
     }
+  }
   check(cudaDeviceSynchronize());
 }

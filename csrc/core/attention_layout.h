@@ -22,14 +22,16 @@ struct AttentionLayout {
   std::int64_t num_seqs = 0;
   std::int64_t num_heads = 0;
   std::int64_t num_kv_heads = 0;
-  std::int64_t head_size = 0;
+  std::int64_t head_size = 0;    // of query and K
+  std::int64_t v_head_size = 0;  // of V and out
   std::int64_t num_blocks = 0;
   std::int64_t block_size = 0;
   std::int64_t max_blocks = 0;         // columns of the block table
   std::int64_t capacity = 0;           // positions that it can hold, of those that Int32 can count
   DType query_dtype = DType::Float32;  // quantized: with q_scale
   DType out_dtype = DType::Float32;
-  DType cache_dtype = DType::Float32;  // not quantized: scales and offsets are not used
+  DType cache_dtype = DType::Float32;    // of K; not quantized: scales and offsets are not used
+  DType v_cache_dtype = DType::Float32;  // of V; likewise
   HeadsView query;
   HeadsView out;
   PagedView key_cache;
@@ -55,6 +57,7 @@ struct AttentionLayout {
   std::int64_t max_seq_len = 0;  // at least 1 where the table holds anything
   std::int64_t num_splits = 0;
 
+  constexpr bool of_one_kind() const { return head_size == v_head_size && cache_dtype == v_cache_dtype; }  // K and V
   constexpr std::int64_t heads_per_kv_head() const { return num_kv_heads > 0 ? num_heads / num_kv_heads : 0; }
   constexpr bool empty() const { return num_seqs == 0 || num_rows == 0 || num_heads == 0 || head_size == 0; }
 };

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 
 namespace fp8kv::core {
 
@@ -10,6 +11,7 @@ inline constexpr int kTile = 16;              // neighboring positions of a sequ
 inline constexpr int kRingTiles = 3;          // that a warp has in shared memory
 inline constexpr int kColumnTile = 8;         // columns of a matrix product
 inline constexpr int kReservedMemory = 1024;  // bytes of shared memory that every block costs beyond its own
+inline constexpr int kMaxParts = 0xffff;      // of an item that several blocks share
 
 // A tile: rows of K, rows of V, and the scales of its positions where each has its own. Rows of V are padded so
 // that their chunks of 16 bytes can be permuted to keep lanes off each other's banks. Tiles are aligned to 128 bytes: where a
@@ -32,7 +34,7 @@ struct AttentionMemory {
   static constexpr int kWorkBytes = 128;
   int sums_pitch, merged, softmax, scales, queries, missing, work, size;
 
-  // `columns`: of the block, over all of its KV heads.
+  // `columns`: of the block.
   constexpr AttentionMemory(int head_size, int column_tiles, bool per_token, int warps, int columns)
       : sums_pitch((head_size + 4) * 4),
         merged(warps * column_tiles * kColumnTile * sums_pitch),
@@ -46,5 +48,8 @@ struct AttentionMemory {
   // Whether what the block has of all columns fits behind the sums of its warps, for the other blocks of a cluster to read.
   constexpr bool holds_merged(int columns) const { return merged + columns * sums_pitch <= softmax; }
 };
+
+// A workspace begins with a counter of 8 bytes for each slot, and goes on with the slots (csrc/cuda/attention/schedule.cuh).
+constexpr std::int64_t slot_counters_size(std::int64_t slots) { return (slots + 1) / 2 * 16; }
 
 }  // namespace fp8kv::core

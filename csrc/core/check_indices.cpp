@@ -66,11 +66,16 @@ void check_slots(const char* op, const TensorView& slot_mapping, const CacheLayo
 
 void check_positions(const char* op, const TensorView& view, const RopeLayout& layout) {
   const Indices positions(view);
-  for (std::int64_t i = 0; i < layout.cache.num_tokens; ++i)
-    if (positions[i] < 0 || positions[i] >= layout.max_position)
-      fail(op, "positions",
-           "be from 0 to max_position - 1 = " + std::to_string(layout.max_position - 1) + ", rows of cos_sin_cache",
-           std::to_string(positions[i]) + " for token " + std::to_string(i));
+  for (int axis = 0; axis < layout.sections.axes; ++axis) {
+    for (std::int64_t i = 0; i < layout.cache.num_tokens; ++i) {
+      const std::int64_t position = layout.sections.axes == 1 ? positions[i] : positions(axis, i);
+      if (position < 0 || position >= layout.max_position)
+        fail(op, "positions",
+             "be from 0 to max_position - 1 = " + std::to_string(layout.max_position - 1) + ", rows of cos_sin_cache",
+             std::to_string(position) + " for token " + std::to_string(i) +
+                 (layout.sections.axes == 1 ? "" : " in row " + std::to_string(axis)));
+    }
+  }
 }
 
 void check_sequences(const CacheGather& p, const CacheLayout& layout) {

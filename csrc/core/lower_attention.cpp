@@ -43,6 +43,41 @@ void check_numbers(const PagedAttention& p) {
 
 // --- Tensors ----------
 
+// V beside K: what its elements are, its head size and its view.
+CacheLayout lower_values(const Argument& value_cache, std::optional<DType> wanted, const CacheLayout& keys,
+                         const Argument& key_cache, const Argument& query) {
+  const DType actual = value_cache.view.dtype;
+  CacheLayout values = keys;
+  if (!wanted) {
+    if (actual != key_cache.view.dtype)
+      fail(kOp, value_cache.name, std::string("be ") + name(key_cache.view.dtype) + " as key_cache is", name(actual));
+  } else {
+    values.cache_dtype = *wanted;
+    if (!is_real(*wanted) && !is_quantized(*wanted))
+      fail(kOp, "v_cache_dtype", "be " + names_of(RealTypes{} + QuantizedTypes{}), name(*wanted));
+    if (actual != *wanted && !(is_fp8(*wanted) && actual == DType::UInt8))
+      fail(kOp, value_cache.name,
+           std::string("be ") + name(*wanted) + (is_fp8(*wanted) ? " or uint8" : "") + " as v_cache_dtype is \"" +
+               std::string(cache_format_name(*wanted)) + "\"",
+           name(actual));
+  }
+  check_same_device(value_cache, query);
+  const TensorView& view = value_cache.view;
+  check_ndim(value_cache, 4, "[num_blocks, block_size, num_kv_heads, v_head_size]");
+  if (!std::equal(view.sizes, view.sizes + 3, key_cache.view.sizes))
+    fail(kOp, value_cache.name,
+         "have num_blocks=" + std::to_string(keys.num_blocks) + ", block_size=" + std::to_string(keys.block_size) +
+             " and num_kv_heads=" + std::to_string(keys.num_heads) + " as key_cache has",
+         "shape " + shape_string(view));
+  values.head_size = view.sizes[3];
+  if ((values.head_size == 0) != (keys.head_size == 0))
+    fail(kOp, value_cache.name,
+         std::string("have a head size of ") + (keys.head_size == 0 ? "0" : "at least 1") + " as key_cache has",
+         "shape " + shape_string(view));
+  values.v.cache = {view.data, view.strides[0], view.strides[1], view.strides[2], view.strides[3]};
+  return values;
+}
+
 View1D lower_sinks(const Argument& a, std::int64_t num_heads, const Argument& query) {
   check_view(a);
   if (!is_real(query.view.dtype)) check_float32(a);  // sinks are never FP8
@@ -95,24 +130,31 @@ AttentionLayout lower(const PagedAttention& p) {
                  k_offset = optional("k_offset", p.k_offset), v_offset = optional("v_offset", p.v_offset),
                  lse = optional("lse", p.lse), workspace = optional("workspace", p.workspace);
   for (const Argument* a : {&query, &key_cache, &value_cache, &out}) check_view(*a);
-  const CacheLayout cache = lower_caches(key_cache, value_cache, p.kv_cache_dtype, false, query);
+  const CacheLayout keys = lower_caches(key_cache, key_cache, p.kv_cache_dtype, false, query);
+  const CacheLayout values = lower_values(value_cache, p.v_cache_dtype, keys, key_cache, query);
   AttentionLayout layout;
-  layout.num_kv_heads = cache.num_heads;
-  layout.head_size = cache.head_size;
-  layout.num_blocks = cache.num_blocks;
-  layout.block_size = cache.block_size;
-  layout.cache_dtype = cache.cache_dtype;
-  layout.key_cache = cache.k.cache;
-  layout.value_cache = cache.v.cache;
+  layout.num_kv_heads = keys.num_heads;
+  layout.head_size = keys.head_size;
+  layout.v_head_size = values.head_size;
+  layout.num_blocks = keys.num_blocks;
+  layout.block_size = keys.block_size;
+  layout.cache_dtype = keys.cache_dtype;
+  layout.v_cache_dtype = values.cache_dtype;
+  layout.key_cache = keys.k.cache;
+  layout.value_cache = values.v.cache;
+  const bool one_dtype = keys.cache_dtype == values.cache_dtype;  // else messages tell K and V apart
+  const char *of_keys = one_dtype ? "the caches are" : "key_cache is",
+             *of_values = one_dtype ? "the caches are" : "value_cache is";
 
-  layout.query_dtype = real_or_as_caches(query, cache.cache_dtype);
+  layout.query_dtype = real_or_as_caches(query, keys.cache_dtype, of_keys);
   layout.num_heads = count_query_heads(query);
-  layout.query = lower_query_rows(query, layout.num_heads, cache);
-  check_group_of_heads(query, layout.num_heads, cache);
+  layout.query = lower_query_rows(query, layout.num_heads, keys);
+  check_group_of_heads(query, layout.num_heads, keys);
   check_real(out);
   check_same_device(out, query);
   layout.out_dtype = p.out.dtype;
-  layout.out = lower_query_rows(out, layout.num_heads, cache);
+  layout.out =
+      lower_query_rows(out, layout.num_heads, values, keys.head_size == values.head_size ? "head_size" : "v_head_size");
   layout.num_rows = std::min(p.query.sizes[0], p.out.sizes[0]);
   if (p.lse) {
     layout.lse = lower_lse(lse, layout.num_heads, query);
@@ -137,21 +179,22 @@ AttentionLayout lower(const PagedAttention& p) {
     layout.seq_starts = int32_view(*p.seq_starts);
   }
 
-  layout.k_scale = lower_scales(k_scale, cache, query, true);
-  layout.v_scale = lower_scales(v_scale, cache, query, true);
-  if (!is_quantized(cache.cache_dtype)) layout.k_scale = layout.v_scale = {};
+  layout.k_scale = lower_scales(k_scale, keys, query, true);
+  layout.v_scale = lower_scales(v_scale, values, query, true);
+  if (!is_quantized(keys.cache_dtype)) layout.k_scale = {};
+  if (!is_quantized(values.cache_dtype)) layout.v_scale = {};
   if (is_quantized(layout.query_dtype) != p.q_scale.has_value())
     fail(kOp, "q_scale",
          p.q_scale ? std::string("be None as query is ") + name(layout.query_dtype)
                    : std::string("be given as query is ") + name(p.query.dtype),
          p.q_scale ? "shape " + shape_string(*p.q_scale) : "None");
   if (p.q_scale) {
-    const QueryScales scales = lower_query_scales(q_scale, layout.num_heads, cache, query);
+    const QueryScales scales = lower_query_scales(q_scale, layout.num_heads, keys, query);
     layout.q_scale = scales.data, layout.q_scale_stride = scales.stride, layout.heads_per_q_scale = scales.heads_per_scale;
   }
   if (p.sinks) layout.sinks = lower_sinks(sinks, layout.num_heads, query);
-  layout.k_offset = lower_offsets(k_offset, cache, query);
-  layout.v_offset = lower_offsets(v_offset, cache, query);
+  layout.k_offset = lower_offsets(k_offset, keys, query, of_keys);
+  layout.v_offset = lower_offsets(v_offset, values, query, of_values);
   if (p.workspace) check_companion(workspace, query, check_uint8);
 
   check_numbers(p);

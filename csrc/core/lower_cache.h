@@ -44,8 +44,9 @@ std::int64_t even_stride(const Argument& a);
 // device.
 PagedScales lower_scales(const Argument& a, const CacheLayout& layout, const Argument& key, bool or_cache);
 
-// Offsets, one per channel, if they are given.
-OffsetView lower_offsets(const Argument& a, const CacheLayout& layout, const Argument& key);
+// Offsets, one per channel, if they are given. `caches`: what messages call what they are of.
+OffsetView lower_offsets(const Argument& a, const CacheLayout& layout, const Argument& key,
+                         const char* caches = "the caches are");
 
 // Scales and offsets of K or V for the operations that append or gather.
 void lower_parameters(KVViews& kv, const Argument& scale, const Argument& offset, const CacheLayout& layout,

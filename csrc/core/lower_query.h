@@ -11,11 +11,11 @@ namespace fp8kv::core {
 std::int64_t count_query_heads(const Argument& query);
 void check_group_of_heads(const Argument& query, std::int64_t num_heads, const CacheLayout& cache);
 
-// Rows of query heads: of query, or of what it becomes.
-HeadsView lower_query_rows(const Argument& a, std::int64_t num_heads, const CacheLayout& cache);
+// Rows of query heads: of query, or of what it becomes. `size`: what messages call the head size.
+HeadsView lower_query_rows(const Argument& a, std::int64_t num_heads, const CacheLayout& cache, const char* size = "head_size");
 
-// What it holds: an unquantized type, or the format of quantized caches.
-DType real_or_as_caches(const Argument& a, DType cache);
+// What it holds: an unquantized type, or the format of quantized caches, which messages call `caches`.
+DType real_or_as_caches(const Argument& a, DType cache, const char* caches = "the caches are");
 
 // Scales with 1, num_kv_heads or num_heads elements. Neighboring heads share one.
 struct QueryScales {

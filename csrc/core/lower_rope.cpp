@@ -1,5 +1,6 @@
 // Validation of the fused step and its RopeLayout.
 #include <algorithm>
+#include <array>
 #include <string>
 
 #include "core/formats.h"
@@ -25,17 +26,50 @@ void lower_query(RopeLayout& layout, const Argument& query, const Argument& quer
   check_group_of_heads(query, layout.num_heads, layout.cache);
 }
 
-void lower_rotation(RopeLayout& layout, const Argument& indices, const Argument& table, const Argument& query,
-                    const Argument& key) {
+// "[8, 12, 12]"
+std::string list_string(const std::array<std::int64_t, 3>& list) {
+  return "[" + std::to_string(list[0]) + ", " + std::to_string(list[1]) + ", " + std::to_string(list[2]) + "]";
+}
+
+// Once the sizes of positions and the table are known to be sound.
+Sections lower_sections(const RopeAppend& p, const RopeLayout& layout, const Argument& indices) {
+  if (!p.mrope_section) return {};
+  const auto& [time, height, width] = *p.mrope_section;
+  const std::int64_t count = layout.rotary_dim / 2;
+  // Each on its own first, so that the sum can't overflow.
+  const auto fits = [&](std::int64_t length) { return 0 <= length && length <= count; };
+  if (!fits(time) || !fits(height) || !fits(width) || time + height + width != count)
+    fail(indices.op, "mrope_section", "be lengths of at least 0 with the sum rotary_dim / 2 = " + std::to_string(count),
+         list_string(*p.mrope_section));
+  return {.axes = 3,
+          .interleaved = p.mrope_interleaved,
+          .height = p.mrope_interleaved ? 3 * height : time,
+          .width = p.mrope_interleaved ? 3 * width : time + height};
+}
+
+void check_shape_of_positions(const Argument& indices, bool sections, std::int64_t num_tokens) {
+  const bool three_rows = indices.view.ndim == 2 && indices.view.sizes[0] == 3;
+  if (three_rows && !sections) fail(indices.op, "mrope_section", "be given with positions of shape [3, num_tokens]", "None");
+  if (!sections) check_ndim(indices, 1, "[num_tokens]");
+  if (sections && !three_rows)
+    fail(indices.op, indices.name, "have the shape [3, num_tokens] with mrope_section", "shape " + shape_string(indices.view));
+  if (indices.view.sizes[indices.view.ndim - 1] < num_tokens)
+    fail(indices.op, indices.name,
+         "have at least " + std::to_string(num_tokens) + (sections ? " columns" : " elements") + ", as slot_mapping has",
+         "shape " + shape_string(indices.view));
+}
+
+void lower_rotation(RopeLayout& layout, const RopeAppend& p, const Argument& indices, const Argument& table,
+                    const Argument& query, const Argument& key) {
   if (is_given(indices) != is_given(table))
     fail(query.op, is_given(indices) ? table.name : indices.name,
          std::string("be given with ") + (is_given(indices) ? indices.name : table.name), "None");
-  if (!is_given(indices)) return;
+  if (!is_given(indices)) {
+    if (p.mrope_section) fail(query.op, "mrope_section", "be None without positions", list_string(*p.mrope_section));
+    return;
+  }
   check_companion(indices, key, check_int32_or_int64);
-  check_ndim(indices, 1, "[num_tokens]");
-  if (indices.view.sizes[0] < layout.cache.num_tokens)
-    fail(query.op, indices.name, "have at least " + std::to_string(layout.cache.num_tokens) + " elements, as slot_mapping has",
-         "shape " + shape_string(indices.view));
+  check_shape_of_positions(indices, p.mrope_section.has_value(), layout.cache.num_tokens);
   layout.cos_sin = lower_vector(table, query);
   check_ndim(table, 2, "[max_position, rotary_dim]");
   layout.max_position = table.view.sizes[0];
@@ -44,6 +78,7 @@ void lower_rotation(RopeLayout& layout, const Argument& indices, const Argument&
   if (layout.rotary_dim % 2 || layout.rotary_dim < 2 || layout.rotary_dim > layout.cache.head_size)
     fail(query.op, table.name, "have an even rotary_dim from 2 to head_size=" + std::to_string(layout.cache.head_size),
          "shape " + shape_string(table.view));
+  layout.sections = lower_sections(p, layout, indices);
 }
 
 View1D norm_weight(const Argument& a, const RopeLayout& layout, const Argument& query) {
@@ -71,22 +106,22 @@ void check_group_of_heads(const Argument& query, std::int64_t num_heads, const C
          "num_heads=" + std::to_string(num_heads));
 }
 
-HeadsView lower_query_rows(const Argument& a, std::int64_t num_heads, const CacheLayout& cache) {
+HeadsView lower_query_rows(const Argument& a, std::int64_t num_heads, const CacheLayout& cache, const char* size) {
   check_ndim(a, 3, "[num_tokens, num_heads, head_size]");
   const std::int64_t *n = a.view.sizes, *s = a.view.strides;
   if (n[1] != num_heads || n[2] != cache.head_size)
-    fail(a.op, a.name, "have num_heads=" + std::to_string(num_heads) + " and head_size=" + std::to_string(cache.head_size),
+    fail(a.op, a.name, "have num_heads=" + std::to_string(num_heads) + " and " + size + "=" + std::to_string(cache.head_size),
          "shape " + shape_string(a.view));
   return {a.view.data, s[0], s[1], s[2]};
 }
 
-DType real_or_as_caches(const Argument& a, DType cache) {
+DType real_or_as_caches(const Argument& a, DType cache, const char* caches) {
   const DType dtype = a.view.dtype;
   if (is_real(dtype)) return dtype;
   if (is_fp8(cache) && (dtype == cache || dtype == DType::UInt8)) return cache;
   fail(a.op, a.name,
-       is_fp8(cache) ? std::string("be ") + name(cache) + " or uint8 as the caches are, or " + names_of(RealTypes{})
-                     : "be " + names_of(RealTypes{}) + " as the caches are not FP8",
+       is_fp8(cache) ? std::string("be ") + name(cache) + " or uint8 as " + caches + ", or " + names_of(RealTypes{})
+                     : "be " + names_of(RealTypes{}) + " as " + caches + " not FP8",
        name(dtype));
 }
 
@@ -135,7 +170,8 @@ RopeLayout lower(const RopeAppend& p) {
   layout.q_scale = scales.data, layout.q_scale_stride = scales.stride, layout.heads_per_scale = scales.heads_per_scale;
   layout.is_neox = p.is_neox;
   layout.norm_eps = p.norm_eps;
-  lower_rotation(layout, positions, table, query, key);
+  layout.norm_after_rope = p.norm_after_rope;
+  lower_rotation(layout, p, positions, table, query, key);
   layout.norm_weights[0] = norm_weight(q_weight, layout, query);
   layout.norm_weights[1] = norm_weight(k_weight, layout, query);
 

@@ -203,11 +203,12 @@ struct CachePlan {
   bool aligned = false;                  // every vector is one aligned access to rows and cache; PerColumn: always
   int threads = 256;                     // per block
   std::int64_t vecs_per_head = 1;        // not Scalar
-  int tokens_per_thread = 1;             // PerColumn, of an append: 1 or 4
+  int tokens_per_thread = 1;             // aligned: of an append 1, 2 or 4; PerColumn, of a gather: 1 or 2
+  int vecs_per_thread = 1;               // aligned, of a gather: 1 or 2 of K and of V; with dynamic scales: 2 or 4
   std::int64_t tokens = 0;               // of one launch
   // With dynamic scales, neighboring threads hold a head in registers.
   int threads_per_head = 1;  // a power of two up to 32
-  int vecs_per_thread = 1;
+  int heads_per_thread = 1;  // 1, or 2 that are neighbors
 };
 
 FP8KV_API CachePlan plan_append(const CacheLayout& layout);
@@ -230,28 +231,31 @@ FP8KV_API RopeAppendPlan plan_rope_append(const RopeLayout& layout);
 enum class AttentionKernel : std::uint8_t {
   Generic,  // anything: one block per query row and head
   Tiled,    // on the tensor cores, for FP8 and INT8 caches of the usual head sizes and block sizes
+  Grouped,  // on the tensor cores, for FP8 and INT8 caches where K and V have two head sizes or dtypes
 };
 
-// A block of threads has `warps / heads` warps for each of its KV heads. `column_warps` of them multiply the same tiles of K
-// and V with columns of their own: query heads of the KV head times query tokens, 8 to a column tile. The others take other
-// tiles. How the work is divided between blocks: csrc/cuda/attention/schedule.cuh.
+// Elements of a head of K and one of V that the generic kernel has shared memory for.
+inline constexpr std::int64_t kMaxGenericHeadSizes = 48 * 1024 / sizeof(float) - 64;
+
+// `column_warps` warps of a block of threads multiply the same tiles of K and V with columns of their own: query heads of the
+// KV head times query tokens, 8 to a column tile. The others take other tiles. How the work is divided between blocks:
+// csrc/cuda/attention/schedule.cuh.
 //
 // Plans of one short sequence have clusters of `parts` blocks that share an item and merge it in their shared memory.
 struct AttentionPlan {
   AttentionKernel kernel = AttentionKernel::Generic;
   int warps = 4;                    // per block
-  int heads = 1;                    // KV heads per block
   int column_tiles = 1;             // per warp: 1, 2 or 4
   int column_warps = 1;             // 1, 2 or 4
-  int columns = 8;                  // per block and KV head
+  int columns = 8;                  // per block
   int shared_memory = 0;            // bytes per block
-  std::int64_t head_groups = 1;     // of `heads` KV heads
   std::int64_t blocks = 0;          // that are launched
   std::int64_t parts = 0;           // that the tiles of an item are divided into; 0: the blocks share all tiles equally
   std::int64_t least_units = 1;     // parts == 0: tiles that are worth a block
+  int item_overhead = 0;            // parts == 0: what an item costs beside its tiles, in tiles
   std::int64_t slots = 0;           // partial results in the workspace; 0: no item is divided
   int cluster = 1;                  // blocks that are a cluster: 1, or `parts`
-  std::int64_t merges = 0;          // items at most that another kernel merges
+  std::int64_t merges = 0;          // items at most that another kernel merges; 0: none, as the blocks do it
   int merge_sharers = 1;            // warps that merge the parts of a column: 1, 2, 4 or 8
   std::int64_t workspace_size = 0;  // bytes
 };

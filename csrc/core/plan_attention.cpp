@@ -2,6 +2,7 @@
 
 #include "core/attention_memory.h"
 #include "core/formats.h"
+#include "core/grouped_memory.h"
 #include "core/plan.h"
 
 namespace fp8kv::core {
@@ -10,6 +11,10 @@ namespace {
 constexpr int kMaxWarps = 8;
 constexpr int kMaxColumns = 64;  // that share a reading of K and V
 constexpr std::int64_t kMaxSlots = 1 << 30;
+// What it costs to begin with an item and to end with it, in bytes of K and V that a multiprocessor could have read in that
+// time.
+constexpr std::int64_t kItemOverhead = 256 * 1024;
+constexpr std::int64_t kMaxOverhead = 256;  // tiles
 
 bool is_tiled_head_size(std::int64_t size) { return size == 64 || size == 96 || size == 128 || size == 192 || size == 256; }
 
@@ -30,24 +35,23 @@ bool chunks_aligned(const AttentionLayout& l, const PagedView& view) {
          fits(view.offset, l.block_size) && fits(view.head, l.num_kv_heads);
 }
 
-bool query_vecs_aligned(const AttentionLayout& l) {
-  const auto fits = [](std::int64_t stride, std::int64_t size) { return stride % kVecSize == 0 || size == 1; };
-  return l.query.dim == 1 && base_aligned(l.query.data, l.query_dtype) && fits(l.query.token, l.num_rows) &&
-         fits(l.query.head, l.num_heads);
-}
-
 bool fits_tiles(const AttentionLayout& l) {
-  return is_quantized(l.cache_dtype) && is_tiled_head_size(l.head_size) && l.block_size % kTile == 0 &&
+  return l.of_one_kind() && is_quantized(l.cache_dtype) && is_tiled_head_size(l.head_size) && l.block_size % kTile == 0 &&
          chunks_aligned(l, l.key_cache) && chunks_aligned(l, l.value_cache) && query_vecs_aligned(l) &&
          l.num_rows < kMaxChunk / l.heads_per_kv_head() && l.num_blocks < kMaxChunk && l.num_seqs < kMaxChunk;
+}
+
+// The grouped kernel copies 16 bytes at a time too, and multiplies 16 elements of K.
+bool fits_groups(const AttentionLayout& l) {
+  return !l.of_one_kind() && is_quantized(l.cache_dtype) && is_quantized(l.v_cache_dtype) && l.head_size % 16 == 0 &&
+         l.v_head_size % 16 == 0 && l.head_size <= kMaxGenericHeadSizes && l.v_head_size <= GroupedShape::kValueSizes[1] &&
+         chunks_aligned(l, l.key_cache) && chunks_aligned(l, l.value_cache) && l.num_blocks < kMaxChunk;
 }
 
 bool scales_per_token(const AttentionLayout& l) { return l.k_scale.per_token() || l.v_scale.per_token(); }
 
 int memory_of(const AttentionLayout& l, const AttentionPlan& plan) {
-  return AttentionMemory(static_cast<int>(l.head_size), plan.column_tiles, scales_per_token(l), plan.warps,
-                         plan.heads * plan.columns)
-      .size;
+  return AttentionMemory(static_cast<int>(l.head_size), plan.column_tiles, scales_per_token(l), plan.warps, plan.columns).size;
 }
 
 // The columns of a block: as many as there are, if possible, so that K and V are read once.
@@ -86,7 +90,7 @@ std::int64_t max_items(const AttentionLayout& l, const AttentionPlan& plan, std:
   const std::int64_t group = l.heads_per_kv_head();
   const std::int64_t by_length = l.num_seqs * ceil_div(max_query_len * group, plan.columns);
   const std::int64_t by_rows = l.num_seqs + l.num_rows * group / plan.columns;
-  return std::min(by_length, by_rows) * plan.head_groups;
+  return std::min(by_length, by_rows) * l.num_kv_heads;
 }
 
 std::int64_t max_tiles(const AttentionLayout& l) {
@@ -95,10 +99,19 @@ std::int64_t max_tiles(const AttentionLayout& l) {
   return std::max<std::int64_t>(1, ceil_div(seen, kTile));
 }
 
-// Rows of two KV heads in one block, as they are neighbors in memory, where there are enough items without it.
-void choose_heads(const AttentionLayout& l, bool many_items, AttentionPlan& plan) {
-  if (plan.parts > 0 || plan.column_tiles > 1 || plan.column_warps > 1 || plan.warps < 2) return;
-  if (many_items && l.num_kv_heads % 2 == 0) plan.heads = 2;
+// How many blocks a multiprocessor has at once. One has enough bytes on their way, but for short rows. Where there are many
+// items, four smaller ones work while others are between two items.
+std::int64_t choose_residency(const AttentionLayout& l, const DeviceLimits& limits, AttentionPlan& plan) {
+  if (plan.column_tiles > 1 || l.head_size > 128) return 1;  // registers
+  const auto fits = [&](int blocks) { return blocks * (memory_of(l, plan) + kReservedMemory) <= limits.shared_memory; };
+  const int warps = plan.warps;
+  if (l.num_seqs * l.num_kv_heads > 3 * std::int64_t{limits.multiprocessors}) {
+    plan.warps = std::min(warps, 4);
+    if (fits(4)) return 4;
+    plan.warps = warps;
+    return fits(2) ? 2 : 1;
+  }
+  return l.head_size < 128 && fits(2) ? 2 : 1;
 }
 
 // Blocks per cluster of one short sequence, which is no more than two rounds of tiles for the warps of each block, and no less
@@ -123,64 +136,105 @@ int choose_cluster(const AttentionLayout& l, const DeviceLimits& limits, const A
 int sharers_of(std::int64_t parts, const AttentionPlan& plan) {
   constexpr std::int64_t kMostWarps = 8 * 2048;
   auto sharers = static_cast<int>(std::bit_ceil(static_cast<unsigned>(std::clamp<std::int64_t>(ceil_div(parts, 4), 1, 8))));
-  while (sharers > 1 && plan.merges * plan.heads * plan.columns * sharers > kMostWarps) sharers /= 2;
+  while (sharers > 1 && plan.merges * plan.columns * sharers > kMostWarps) sharers /= 2;
   return sharers;
 }
 
-AttentionPlan plan_generic(const AttentionLayout& l) {
-  // As many warps as fit what every kernel may have of shared memory; each has a row of its own.
-  constexpr std::int64_t kSharedFloats = 48 * 1024 / sizeof(float) - 64;
+// Whether the last block of an item merges its parts, or another kernel, whose start takes longer but which has more blocks.
+void choose_merge(const AttentionLayout& l, std::int64_t parts, std::int64_t most_merges, AttentionPlan& plan) {
+  constexpr std::int64_t kMostBytes = 96 * 1024;  // that one block reads while the kernel starts
+  const std::int64_t columns = std::min<std::int64_t>(plan.columns, l.max_query_len * l.heads_per_kv_head());
+  if (plan.slots == 0 || parts * columns * (l.head_size + 4) * 4 <= kMostBytes) return;
+  plan.merges = most_merges;
+  plan.merge_sharers = sharers_of(parts, plan);
+}
+
+// A block has as many query heads of a row and KV head as there are and fit. Where these are few, blocks share the positions.
+// Without columns they don't fit at all.
+AttentionPlan plan_grouped(const AttentionLayout& l, const DeviceLimits& limits) {
+  constexpr int kPositions = GroupedShape::kPositions, kLeastTiles = 4;  // that are worth a block
   AttentionPlan plan;
-  plan.warps = static_cast<int>(std::min<std::int64_t>(4, kSharedFloats / l.head_size - 1));
-  plan.shared_memory = static_cast<int>((1 + plan.warps) * l.head_size * static_cast<std::int64_t>(sizeof(float)));
+  plan.kernel = AttentionKernel::Grouped;
+  const auto group = static_cast<unsigned>(std::min<std::int64_t>(l.heads_per_kv_head(), kMaxColumns));
+  plan.columns = static_cast<int>(std::max(8u, std::bit_ceil(group)));
+  const auto memory = [&] { return grouped_memory(l, plan.columns, limits.shared_memory).size; };
+  while (plan.columns >= 8 && memory() > limits.shared_memory - kReservedMemory) plan.columns /= 2;
+  if (plan.columns < 8) return {.columns = 0};
+  const int value_size = GroupedShape::value_size(l.v_head_size);
+  plan.warps = GroupedShape::warps(plan.columns, value_size);
+  plan.shared_memory = memory();
+  plan.merges = l.num_rows * l.num_kv_heads * ceil_div(l.heads_per_kv_head(), std::int64_t{plan.columns});
+
+  std::int64_t seen = l.max_seq_len;
+  if (l.sliding_window > 0) seen = std::min(seen, l.sliding_window);
+  const std::int64_t tiles = std::max<std::int64_t>(1, ceil_div(seen, std::int64_t{kPositions}));
+  const std::int64_t resident =
+      std::int64_t{limits.multiprocessors} * std::min(GroupedShape::blocks_at_once(plan.columns, value_size),
+                                                      limits.shared_memory / (plan.shared_memory + kReservedMemory));
+  plan.parts = l.num_splits > 0 ? std::min(l.num_splits, tiles)
+                                : std::min(resident / plan.merges, ceil_div(tiles, std::int64_t{kLeastTiles}));
+  plan.parts = std::clamp<std::int64_t>(plan.parts, 1, std::max<std::int64_t>(1, kMaxSlots / plan.merges));
+  plan.blocks = plan.merges * plan.parts;
+  if (plan.parts == 1) {
+    plan.merges = 0;
+    return plan;
+  }
+  plan.slots = plan.blocks;
+  plan.merge_sharers = sharers_of(plan.parts, plan);
+  plan.workspace_size = slot_counters_size(plan.slots) + plan.slots * plan.columns * (l.v_head_size + 4) * 4;
+  return plan;
+}
+
+AttentionPlan plan_generic(const AttentionLayout& l) {
+  // As many warps as fit what every kernel may have of shared memory; each has a row of sums of its own.
+  AttentionPlan plan;
+  const std::int64_t rest = std::max<std::int64_t>(0, kMaxGenericHeadSizes - l.head_size);
+  plan.warps = static_cast<int>(std::min<std::int64_t>(4, rest / l.v_head_size));
+  plan.shared_memory = static_cast<int>((l.head_size + plan.warps * l.v_head_size) * static_cast<std::int64_t>(sizeof(float)));
   plan.blocks = l.num_rows * l.num_heads;
   return plan;
 }
 
 }  // namespace
 
+bool query_vecs_aligned(const AttentionLayout& l) {
+  const auto fits = [](std::int64_t stride, std::int64_t size) { return stride % kVecSize == 0 || size == 1; };
+  return l.query.dim == 1 && base_aligned(l.query.data, l.query_dtype) && fits(l.query.token, l.num_rows) &&
+         fits(l.query.head, l.num_heads);
+}
+
 AttentionPlan plan_attention(const AttentionLayout& l, const DeviceLimits& limits, const AttentionClusters& clusters) {
   if (l.empty()) return {};
+  if (fits_groups(l))
+    if (const AttentionPlan plan = plan_grouped(l, limits); plan.columns > 0) return plan;
   if (!fits_tiles(l)) return plan_generic(l);
   AttentionPlan plan;
   plan.kernel = AttentionKernel::Tiled;
   plan.warps = kMaxWarps;
-  plan.parts = std::min(l.num_splits, max_tiles(l));
+  plan.parts = std::min<std::int64_t>({l.num_splits, max_tiles(l), kMaxParts});
   choose_columns(l, plan);
   fit_memory(l, limits, plan);
-  // One block per multiprocessor has enough bytes on their way, but for short rows. With many items per block, a second one
-  // works while the first is between two of them.
-  const bool many_items = l.num_seqs * l.num_kv_heads > 3 * std::int64_t{limits.multiprocessors};
-  const auto resident = [&] {
-    const bool two = plan.column_tiles == 1 && (l.head_size < 128 || (l.head_size == 128 && many_items)) &&
-                     2 * (memory_of(l, plan) + kReservedMemory) <= limits.shared_memory;
-    return std::int64_t{limits.multiprocessors} * (two ? 2 : 1);
-  };
   // Units count in 31 bits.
-  plan.head_groups = l.num_kv_heads;
-  const std::int64_t tiles = std::max<std::int64_t>(1, ceil_div(l.capacity, kTile));
+  const std::int64_t tiles = std::max<std::int64_t>(1, ceil_div(l.capacity, kTile)) + kMaxOverhead;
   if (plan.parts == 0 && max_items(l, plan, l.num_rows) > kMaxChunk / tiles) plan.parts = 1;
   plan.cluster = choose_cluster(l, limits, clusters, plan);
   if (plan.cluster > 1) plan.parts = plan.cluster;
-  choose_heads(l, many_items, plan);
-  plan.head_groups = l.num_kv_heads / plan.heads;
+  const std::int64_t resident = plan.parts == 0 ? choose_residency(l, limits, plan) : 1;
   plan.shared_memory = memory_of(l, plan);
-
   const std::int64_t items = max_items(l, plan, l.max_query_len);
   if (plan.parts == 0) {
-    plan.least_units = plan.warps / plan.heads;
-    plan.blocks = std::min(resident(), ceil_div(items * max_tiles(l), plan.least_units));
+    plan.least_units = plan.warps;
+    plan.item_overhead = static_cast<int>(std::min(kMaxOverhead, kItemOverhead / (2 * kTile * l.head_size * resident)));
+    plan.blocks = std::min(limits.multiprocessors * resident, ceil_div(items * max_tiles(l), plan.least_units));
     plan.slots = plan.blocks > 1 ? 2 * plan.blocks : 0;
-    plan.merges = plan.slots > 0 ? plan.blocks : 0;
-    plan.merge_sharers = sharers_of(plan.blocks / items + 1, plan);
+    choose_merge(l, plan.blocks / items + 1, plan.blocks, plan);
   } else {
     plan.parts = std::max<std::int64_t>(1, std::min(plan.parts, kMaxSlots / items));
     plan.blocks = std::min<std::int64_t>(items * plan.parts, INT32_MAX);
     plan.slots = plan.parts > 1 && plan.cluster == 1 ? items * plan.parts : 0;
-    plan.merges = plan.slots > 0 ? items : 0;
-    plan.merge_sharers = sharers_of(plan.parts, plan);
+    choose_merge(l, plan.parts, items, plan);
   }
-  plan.workspace_size = plan.slots * plan.heads * plan.columns * (l.head_size + 4) * 4;
+  plan.workspace_size = slot_counters_size(plan.slots) + plan.slots * plan.columns * (l.head_size + 4) * 4;
   return plan;
 }
 

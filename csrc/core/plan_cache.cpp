@@ -51,11 +51,25 @@ CachePlan plan_append(const CacheLayout& layout) {
     // registers: smaller blocks fill a multiprocessor better.
     plan.tokens_per_thread = vecs >= 1 << 16 ? 4 : 1;
     plan.threads = plan.tokens_per_thread == 4 ? 64 : 128;
-  } else if (plan.aligned && vecs >= 1 << 20) {
-    plan.threads = 128;
+  } else if (plan.aligned && vecs >= 1 << 19) {
+    plan.tokens_per_thread = 2;
   }
   return plan;
 }
+
+namespace {
+
+// Whether 8 threads can hold two neighboring heads of 128, with one store for 16 elements.
+bool can_pair_heads(const CacheLayout& layout, const CachePlan& plan) {
+  const auto stores_aligned = [](const KVViews& kv) {
+    const PagedView& cache = kv.cache;
+    return (reinterpret_cast<std::uintptr_t>(cache.data) | cache.block | cache.offset | cache.head) % 16 == 0;
+  };
+  return plan.path == KernelPath::Vectorized && plan.aligned && size_of(layout.row_dtype) == 2 && layout.num_heads % 2 == 0 &&
+         plan.threads_per_head == 8 && plan.vecs_per_head == 16 && stores_aligned(layout.k) && stores_aligned(layout.v);
+}
+
+}  // namespace
 
 CachePlan plan_append_dynamic(const CacheLayout& layout) {
   CachePlan plan = plan_given_scales(layout, layout.num_slots() - 1);
@@ -64,6 +78,11 @@ CachePlan plan_append_dynamic(const CacheLayout& layout) {
     plan.vecs_per_thread = vecs;
     plan.threads_per_head = static_cast<int>(std::bit_ceil(static_cast<std::uint64_t>(ceil_div(plan.vecs_per_head, vecs))));
     plan.tokens = std::min(plan.tokens, (kMaxChunk - 1) / (layout.num_heads * plan.threads_per_head));
+    // Once there is enough to do for half as many threads, two heads share what is found of their token.
+    if (can_pair_heads(layout, plan) && plan.tokens * layout.num_heads * plan.vecs_per_head >= 1 << 20) {
+      plan.heads_per_thread = 2;
+      plan.threads = 128;
+    }
     return plan;
   }
   // One warp per head, whatever its size.
@@ -71,6 +90,20 @@ CachePlan plan_append_dynamic(const CacheLayout& layout) {
 }
 
 // Positions are int32 by themselves.
-CachePlan plan_gather(const CacheLayout& layout) { return plan_given_scales(layout, 0); }
+CachePlan plan_gather(const CacheLayout& layout) {
+  CachePlan plan = plan_given_scales(layout, 0);
+  // Once there is enough to do for half as many threads, two tokens share what their channels have, or two vectors what is
+  // found of their token.
+  const bool halves = layout.num_heads % 2 == 0 || plan.vecs_per_head % 2 == 0;
+  const std::int64_t vecs = plan.tokens * layout.num_heads * plan.vecs_per_head;
+  if (plan.path == KernelPath::PerColumn) {
+    plan.tokens_per_thread = vecs >= 1 << 17 ? 2 : 1;
+    plan.threads = 128;
+  } else if (plan.path == KernelPath::Vectorized && plan.aligned && halves && vecs >= 1 << 17) {
+    plan.vecs_per_thread = 2;
+    plan.threads = 128;
+  }
+  return plan;
+}
 
 }  // namespace fp8kv::core

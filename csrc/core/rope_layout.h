@@ -11,6 +11,22 @@ struct View1D {  // Float32 or the type of query; nullptr: none
   std::int64_t stride = 1;
   DType dtype = DType::Float32;
 };
+
+// Which of a token's positions a frequency takes: its only one, or time, height or width.
+struct Sections {
+  int axes = 1;  // positions of a token: 1 or 3
+  bool interleaved = false;
+  std::int64_t height = 0;  // the first frequency of height; interleaved: the first that is no longer of height
+  std::int64_t width = 0;
+
+  // With three axes.
+  constexpr int axis_of(std::int64_t frequency) const {
+    if (!interleaved) return frequency < height ? 0 : frequency < width ? 1 : 2;
+    const int axis = static_cast<int>(frequency % 3);
+    return axis > 0 && frequency < (axis == 1 ? height : width) ? axis : 0;
+  }
+};
+
 struct RopeLayout {
   CacheLayout cache;  // heads are never merged
   std::int64_t num_heads = 0;
@@ -25,8 +41,10 @@ struct RopeLayout {
   View1D cos_sin;  // row 0
   std::int64_t cos_sin_row = 0;
   bool is_neox = true;
+  Sections sections;
   View1D norm_weights[2];  // of Q and K
   float norm_eps = 0.0f;
+  bool norm_after_rope = false;
 
   constexpr bool empty() const { return cache.num_tokens == 0 || cache.head_size == 0 || num_heads + cache.num_heads == 0; }
   constexpr bool transforms(int which) const { return rotary_dim > 0 || norm_weights[which].data; }  // 0: Q, 1: K

@@ -82,9 +82,11 @@ class Attention {
       : layout_(layout),
         sequences_(problem),
         group_(layout.heads_per_kv_head()),
-        columns_(ceil_div(layout.head_size, kAttentionPadding) * kAttentionPadding),
+        k_columns_(padded(layout.head_size)),
+        v_columns_(padded(layout.v_head_size)),
         load_query_(kernels_for(layout.query_dtype, DType::Float32)),
-        load_cache_(kernels_for(layout.cache_dtype, DType::Float32)),
+        load_keys_(kernels_for(layout.cache_dtype, DType::Float32)),
+        load_values_(kernels_for(layout.v_cache_dtype, DType::Float32)),
         store_out_(kernels_for(DType::Float32, layout.out_dtype)),
         kernels_(kernels().attention) {
     // By the lengths alone, not by the number of threads: the same input gives the same bits. More parts than chunks would be
@@ -106,28 +108,33 @@ class Attention {
     const std::int64_t rows = layout_.num_rows * layout_.num_heads;
     if (splits_ > 1) {
       partials_.assign(rows * splits_, {});
-      outputs_.assign(rows * splits_ * columns_, 0.0f);
+      outputs_.assign(rows * splits_ * v_columns_, 0.0f);
     }
-    const std::int64_t elements = 2 * kSplitLength * layout_.head_size;
+    const std::int64_t elements = kSplitLength * (layout_.head_size + layout_.v_head_size);
     parallel(parallel_for, static_cast<std::int64_t>(items.size()), elements, [&](std::int64_t begin, std::int64_t end) {
       Buffers buffers(*this);
       for (; begin < end; ++begin) attend(items[begin], buffers);
     });
     if (splits_ == 1) return;
-    parallel(parallel_for, layout_.num_seqs, splits_ * layout_.num_heads * columns_, [&](std::int64_t begin, std::int64_t end) {
-      for (; begin < end; ++begin) merge_splits(begin);
-    });
+    parallel(parallel_for, layout_.num_seqs, splits_ * layout_.num_heads * v_columns_,
+             [&](std::int64_t begin, std::int64_t end) {
+               for (; begin < end; ++begin) merge_splits(begin);
+             });
   }
 
  private:
+  static constexpr std::int64_t padded(std::int64_t columns) {
+    return ceil_div(columns, kAttentionPadding) * kAttentionPadding;
+  }
+
   // What one thread needs. Padding stays zero.
   struct Buffers {
     explicit Buffers(const Attention& a)
         : tile_rows(std::max<std::int64_t>(1, kTileRows / a.group_) * a.group_),
-          queries(tile_rows * a.columns_),
-          outputs(tile_rows * a.columns_),
-          keys(kChunk * a.columns_),
-          values(kChunk * a.columns_),
+          queries(tile_rows * a.k_columns_),
+          outputs(tile_rows * a.v_columns_),
+          keys(kChunk * a.k_columns_),
+          values(kChunk * a.v_columns_),
           scores(tile_rows * kChunk),
           bases(tile_rows),
           powers(tile_rows),
@@ -149,7 +156,7 @@ class Attention {
   // the scale of the key, plus `base`.
   void load_query(const Item& item, std::int64_t token, std::int64_t in_group, Buffers& b, std::int64_t r) const {
     const std::int64_t head = item.kv_head * group_ + in_group;
-    float* query = b.queries.data() + r * columns_;
+    float* query = b.queries.data() + r * k_columns_;
     const StridedElements all{static_cast<std::byte*>(layout_.query.data), size_of(layout_.query_dtype), layout_.query.dim};
     const float one = 1.0f;
     const float* scale = layout_.q_scale ? layout_.q_scale + head / layout_.heads_per_q_scale * layout_.q_scale_stride : &one;
@@ -175,18 +182,19 @@ class Attention {
   void load_chunk(const Item& item, std::int64_t begin, std::int64_t end, Buffers& b) const {
     RowScales ones;
     ones.scale[0] = 1.0f;
-    load_cache_.prepare_rows(ones, 1);
+    load_keys_.prepare_rows(ones, 1);
     for (std::int64_t p = begin; p < end;) {
       const std::int64_t offset = p % layout_.block_size, count = std::min(end - p, layout_.block_size - offset);
-      const std::int64_t block = sequences_.block(item.sequence, p / layout_.block_size), at = (p - begin) * columns_;
-      const auto load = [&](const core::PagedView& view, float* to) {
-        const StridedElements all{static_cast<std::byte*>(view.data), size_of(layout_.cache_dtype), view.dim};
-        convert_strided_rows(load_cache_, all.at(block * view.block + offset * view.offset + item.kv_head * view.head),
-                             {reinterpret_cast<std::byte*>(to + at), sizeof(float), 1}, layout_.head_size,
-                             Rows{.count = count, .in = view.offset, .out = columns_, .scale = 0}, ones);
+      const std::int64_t block = sequences_.block(item.sequence, p / layout_.block_size);
+      const auto load = [&](const ElementwiseKernels& kernels, const core::PagedView& view, DType dtype, std::int64_t head_size,
+                            std::int64_t columns, float* to) {
+        const StridedElements all{static_cast<std::byte*>(view.data), size_of(dtype), view.dim};
+        convert_strided_rows(kernels, all.at(block * view.block + offset * view.offset + item.kv_head * view.head),
+                             {reinterpret_cast<std::byte*>(to + (p - begin) * columns), sizeof(float), 1}, head_size,
+                             Rows{.count = count, .in = view.offset, .out = columns, .scale = 0}, ones);
       };
-      load(layout_.key_cache, b.keys.data());
-      load(layout_.value_cache, b.values.data());
+      load(load_keys_, layout_.key_cache, layout_.cache_dtype, layout_.head_size, k_columns_, b.keys.data());
+      load(load_values_, layout_.value_cache, layout_.v_cache_dtype, layout_.v_head_size, v_columns_, b.values.data());
       const auto scale = [&](const core::ChannelScales& view, std::int64_t i) {
         if (!view.data || view.dim != 0) return 1.0f;
         return view.data[block * view.block + (offset + i) * view.offset + item.kv_head * view.head];
@@ -216,7 +224,8 @@ class Attention {
     partial.maximum = maximum;
     if (layout_.v_scale.per_token())
       for (std::int64_t i = 0; i < count; ++i) scores[i] *= b.value_scales[first + i];
-    kernels_.accumulate(scores, b.values.data() + first * columns_, b.outputs.data() + r * columns_, keep, count, columns_);
+    kernels_.accumulate(scores, b.values.data() + first * v_columns_, b.outputs.data() + r * v_columns_, keep, count,
+                        v_columns_);
   }
 
   void attend(const Item& item, Buffers& b) const {
@@ -232,12 +241,12 @@ class Attention {
     const std::int64_t length = sequences_.length(item.sequence), part = ceil_div(ceil_div(length, splits_), kChunk) * kChunk;
     begin = std::max(begin, item.split * part), end = std::min(end, (item.split + 1) * part);
     for (std::int64_t r = 0; r < rows; ++r) load_query(item, r / group_, r % group_, b, r);
-    std::fill(b.outputs.begin(), b.outputs.begin() + rows * columns_, 0.0f);
+    std::fill(b.outputs.begin(), b.outputs.begin() + rows * v_columns_, 0.0f);
     std::fill(b.partials.begin(), b.partials.begin() + rows, Partial{});
     for (std::int64_t next; begin < end; begin = next) {
       next = std::min(end, (begin / kChunk + 1) * kChunk);
       load_chunk(item, begin, next, b);
-      kernels_.scores(b.queries.data(), b.keys.data(), b.scores.data(), rows, next - begin, columns_, kChunk);
+      kernels_.scores(b.queries.data(), b.keys.data(), b.scores.data(), rows, next - begin, k_columns_, kChunk);
       for (std::int64_t r = 0; r < rows; ++r) {
         const std::int64_t first = std::max(seen[r / group_].begin, begin), last = std::min(seen[r / group_].end, next);
         if (first < last) attend_row(b, r, first - begin, last - begin);
@@ -245,13 +254,13 @@ class Attention {
     }
     for (std::int64_t r = 0; r < rows; ++r) {
       const std::int64_t row = row_of(item, r / group_), head = item.kv_head * group_ + r % group_;
-      float* out = b.outputs.data() + r * columns_;
+      float* out = b.outputs.data() + r * v_columns_;
       if (splits_ == 1) {
         finish(row, head, b.partials[r], out);
       } else {
         const std::int64_t at = (row * layout_.num_heads + head) * splits_ + item.split;
         partials_[at] = b.partials[r];
-        std::copy(out, out + columns_, outputs_.begin() + at * columns_);
+        std::copy(out, out + v_columns_, outputs_.begin() + at * v_columns_);
       }
     }
   }
@@ -261,9 +270,9 @@ class Attention {
       for (std::int64_t head = 0; head < layout_.num_heads; ++head) {
         const std::int64_t at = (row * layout_.num_heads + head) * splits_;
         Partial total = partials_[at];
-        float* out = outputs_.data() + at * columns_;
+        float* out = outputs_.data() + at * v_columns_;
         for (std::int64_t split = 1; split < splits_; ++split)
-          merge_into(total, out, partials_[at + split], out + split * columns_, columns_);
+          merge_into(total, out, partials_[at + split], out + split * v_columns_, v_columns_);
         finish(row, head, total, out);
       }
   }
@@ -282,7 +291,7 @@ class Attention {
     const float factor = saw_nothing ? 0.0f : std::exp(partial.maximum - total.maximum) / total.sum;
     const float seen = saw_nothing ? 0.0f : partial.sum * factor;  // the weight of all values together
     const core::ChannelScales& scale = layout_.v_scale;
-    for (std::int64_t d = 0; d < layout_.head_size; ++d) {
+    for (std::int64_t d = 0; d < layout_.v_head_size; ++d) {
       const float by = scale.data && !scale.per_token() ? scale.data[kv_head * scale.head + d * scale.dim] : 1.0f;
       out[d] = saw_nothing ? 0.0f : out[d] * factor * by;
       if (layout_.v_offset.data)
@@ -291,7 +300,7 @@ class Attention {
     const StridedElements all{static_cast<std::byte*>(layout_.out.data), size_of(layout_.out_dtype), layout_.out.dim};
     const float one = 1.0f;
     convert_strided_rows(store_out_, {reinterpret_cast<std::byte*>(out), sizeof(float), 1},
-                         all.at(row * layout_.out.token + head * layout_.out.head), layout_.head_size, Rows{}, &one);
+                         all.at(row * layout_.out.token + head * layout_.out.head), layout_.v_head_size, Rows{}, &one);
     if (layout_.lse.data)
       layout_.lse.data[row * layout_.lse.token + head * layout_.lse.head] =
           total.sum == 0.0f ? -kInfinity : total.maximum + std::log(total.sum);
@@ -299,8 +308,8 @@ class Attention {
 
   const AttentionLayout& layout_;
   const Sequences sequences_;
-  const std::int64_t group_, columns_;
-  const ElementwiseKernels load_query_, load_cache_, store_out_;
+  const std::int64_t group_, k_columns_, v_columns_;  // columns: of padded rows
+  const ElementwiseKernels load_query_, load_keys_, load_values_, store_out_;
   const AttentionKernels& kernels_;
   std::int64_t splits_ = 1;
   std::vector<float> sinks_buffer_;

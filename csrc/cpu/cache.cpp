@@ -31,13 +31,9 @@ void for_each_row(const CacheGather& problem, const CacheLayout& layout, std::in
   }
 }
 
-}  // namespace
+// The following handle one layout of a problem whose indices have been checked.
 
-void run(const CacheAppend& problem, const ParallelFor& parallel_for) {
-  constexpr const char* op = "reshape_and_cache_flash";
-  const CacheLayout layout = core::lower(problem);
-  core::check_on_device({op, "key", problem.key}, Device{});
-  core::check_slots(op, problem.slot_mapping, layout);
+void append(const CacheAppend& problem, const CacheLayout& layout, const ParallelFor& parallel_for) {
   if (layout.empty()) return;
   for_each_head_range(layout, true, parallel_for, [&](const HeadRange& range) {
     std::optional<HeadOffsets> offsets = offsets_of(layout, range);
@@ -53,12 +49,8 @@ void run(const CacheAppend& problem, const ParallelFor& parallel_for) {
   });
 }
 
-void run(const CacheAppendDynamic& problem, const ParallelFor& parallel_for) {
-  constexpr const char* op = "reshape_and_cache_flash_dynamic";
+void append(const CacheAppendDynamic& problem, const CacheLayout& layout, const ParallelFor& parallel_for) {
   constexpr float kNoBound = std::numeric_limits<float>::infinity();
-  const CacheLayout layout = core::lower(problem);
-  core::check_on_device({op, "key", problem.key}, Device{});
-  core::check_slots(op, problem.slot_mapping, layout);
   if (layout.empty()) return;
   for_each_head_range(layout, false, parallel_for, [&](const HeadRange& range) {
     std::optional<HeadOffsets> offsets = offsets_of(layout, range);
@@ -77,20 +69,18 @@ void run(const CacheAppendDynamic& problem, const ParallelFor& parallel_for) {
   });
 }
 
-void run(const CacheGather& problem, const ParallelFor& parallel_for) {
-  const CacheLayout layout = core::lower(problem);
-  core::check_on_device({"gather_and_dequant_cache", "key_cache", problem.key_cache}, Device{});
-  core::check_sequences(problem, layout);
+void gather(const CacheGather& problem, const CacheLayout& layout, const ParallelFor& parallel_for) {
   if (layout.empty()) return;
   const std::int64_t count = core::Indices(problem.cu_seq_lens)[problem.block_table.sizes[0]];
-  parallel(parallel_for, count, 2 * layout.num_heads * layout.head_size, [&](std::int64_t begin, std::int64_t end) {
-    for (const KVViews* kv : {&layout.k, &layout.v}) {
-      const HeadRange range{*kv, 0, layout.num_heads, 0, layout.head_size};
+  parallel(parallel_for, count, layout.sides * layout.num_heads * layout.head_size, [&](std::int64_t begin, std::int64_t end) {
+    for (int s = 0; s < layout.sides; ++s) {
+      const KVViews& kv = layout.side(s);
+      const HeadRange range{kv, 0, layout.num_heads, 0, layout.head_size};
       std::optional<HeadOffsets> offsets = offsets_of(layout, range);
       const ElementwiseKernels elementwise = kernels_for(layout.cache_dtype, offsets ? DType::Float32 : layout.row_dtype);
       std::optional<HeadScales> channels;
-      if (kv->scales.dim != 0) channels.emplace(elementwise, scales_of(range), range.heads, range.columns);
-      const Rows rows{range.heads, kv->cache.head, offsets ? range.columns : kv->rows.head, kv->scales.head};
+      if (kv.scales.dim != 0) channels.emplace(elementwise, scales_of(range), range.heads, range.columns);
+      const Rows rows{range.heads, kv.cache.head, offsets ? range.columns : kv.rows.head, kv.scales.head};
       for_each_row(problem, layout, begin, end, [&](std::int64_t row, std::int64_t block, std::int64_t offset) {
         const StridedElements from = in_cache(layout, range, block, offset), out = in_heads(layout, range, row);
         const StridedElements to = offsets ? offsets->heads() : out;
@@ -98,10 +88,35 @@ void run(const CacheGather& problem, const ParallelFor& parallel_for) {
           channels->convert(from, to, rows.in, rows.out);
         else
           convert_strided_rows(elementwise, from, to, range.columns, rows, scales_of(range, block, offset).data);
-        if (offsets) offsets->add_to(out, kv->rows.head);
+        if (offsets) offsets->add_to(out, kv.rows.head);
       });
     }
   });
+}
+
+}  // namespace
+
+void run(const CacheAppend& problem, const ParallelFor& parallel_for) {
+  constexpr const char* op = "reshape_and_cache_flash";
+  const CacheLayouts layouts = core::lower(problem);
+  core::check_on_device({op, "key", problem.key}, Device{});
+  core::check_slots(op, problem.slot_mapping, layouts.front());
+  for (const CacheLayout& layout : layouts) append(problem, layout, parallel_for);
+}
+
+void run(const CacheAppendDynamic& problem, const ParallelFor& parallel_for) {
+  constexpr const char* op = "reshape_and_cache_flash_dynamic";
+  const CacheLayouts layouts = core::lower(problem);
+  core::check_on_device({op, "key", problem.key}, Device{});
+  core::check_slots(op, problem.slot_mapping, layouts.front());
+  for (const CacheLayout& layout : layouts) append(problem, layout, parallel_for);
+}
+
+void run(const CacheGather& problem, const ParallelFor& parallel_for) {
+  const CacheLayouts layouts = core::lower(problem);
+  core::check_on_device({"gather_and_dequant_cache", "key_cache", problem.key_cache}, Device{});
+  core::check_sequences(problem, layouts.front());
+  for (const CacheLayout& layout : layouts) gather(problem, layout, parallel_for);
 }
 
 }  // namespace fp8kv::cpu

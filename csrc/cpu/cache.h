@@ -15,6 +15,7 @@
 namespace fp8kv::cpu {
 
 using core::CacheLayout;
+using core::CacheLayouts;
 using core::HeadsView;
 using core::KVViews;
 using core::PagedScales;
@@ -61,16 +62,16 @@ inline std::optional<HeadOffsets> offsets_of(const CacheLayout& layout, const He
 // Where there is one head, it is divided at multiples of this many columns.
 inline constexpr std::int64_t kColumns = 64;
 
-// body(range) for slices of K and V that cover all; `divide_head` where one head may be divided. One thread handles all tokens
-// of a range, in order: of several with one slot the last stays.
+// body(range) for slices of all sides that cover them; `divide_head` where one head may be divided. One thread handles all
+// tokens of a range, in order: of several with one slot the last stays.
 template <class Body>
 void for_each_head_range(const CacheLayout& layout, bool divide_head, const ParallelFor& parallel_for, const Body& body) {
   const bool by_columns = divide_head && layout.num_heads == 1;
-  const std::int64_t items = by_columns ? core::ceil_div(layout.head_size, kColumns) : layout.num_heads;  // of K, and of V
+  const std::int64_t items = by_columns ? core::ceil_div(layout.head_size, kColumns) : layout.num_heads;  // of a side
   const std::int64_t elements = layout.num_tokens * layout.num_heads * layout.head_size;
-  parallel(parallel_for, 2 * items, elements / items, [&](std::int64_t begin, std::int64_t end) {
+  parallel(parallel_for, layout.sides * items, elements / items, [&](std::int64_t begin, std::int64_t end) {
     while (begin < end) {
-      const KVViews& kv = begin < items ? layout.k : layout.v;
+      const KVViews& kv = layout.side(begin < items ? 0 : 1);
       const std::int64_t first = begin % items;
       std::int64_t count = std::min(items - first, end - begin);
       if (by_columns) {
@@ -88,7 +89,7 @@ void for_each_head_range(const CacheLayout& layout, bool divide_head, const Para
 // Whether what is appended is larger than the caches of a core: then it is written past them.
 inline bool streams(const CacheLayout& layout) {
   constexpr std::int64_t kCached = 1 << 20;
-  return 2 * layout.num_tokens * layout.num_heads * layout.head_size >= kCached;
+  return layout.sides * layout.num_tokens * layout.num_heads * layout.head_size >= kCached;
 }
 
 // Where a token goes.

@@ -1,4 +1,5 @@
 // rope_quant_and_cache on the CPU: norm and RoPE of some heads of a token into a buffer, then the kernels that append.
+#include <array>
 #include <deque>
 #include <vector>
 
@@ -9,6 +10,15 @@ namespace fp8kv::cpu {
 namespace {
 
 using core::RopeLayout;
+
+// Of a token: one, or time, height and width.
+using Position = std::array<std::int64_t, 3>;
+
+Position position_of(const RopeAppend& problem, const RopeLayout& layout, std::int64_t token) {
+  const core::Indices positions(*problem.positions);
+  if (layout.sections.axes == 1) return {positions[token]};
+  return {positions(0, token), positions(1, token), positions(2, token)};
+}
 
 // Norm and RoPE of neighboring heads of Q (0) or K (1), with the memory they need.
 class HeadTransformer {
@@ -23,10 +33,12 @@ class HeadTransformer {
     transform_.norm_eps = layout.norm_eps;
     transform_.pairs = layout.rotary_dim / 2;
     transform_.is_neox = layout.is_neox;
+    transform_.norm_after_rope = layout.norm_after_rope;
   }
 
-  void set_position(std::int64_t position) {
-    transform_.cos = in_fp32(layout_.cos_sin, position * layout_.cos_sin_row, layout_.rotary_dim, cos_sin_);
+  void set_position(const Position& position) {
+    transform_.cos = cos_sin_at(position[0], cos_sin_);
+    if (layout_.sections.axes == 3) transform_.cos = mixed(position);
     transform_.sin = transform_.cos + transform_.pairs;
   }
 
@@ -46,11 +58,28 @@ class HeadTransformer {
   }
 
  private:
+  const float* cos_sin_at(std::int64_t position, std::vector<float>& buffer) const {
+    return in_fp32(layout_.cos_sin, position * layout_.cos_sin_row, layout_.rotary_dim, buffer);
+  }
+
+  // Each frequency of the position of its section.
+  const float* mixed(const Position& position) {
+    const float* rows[3] = {transform_.cos};
+    for (int axis = 1; axis < 3; ++axis) rows[axis] = cos_sin_at(position[axis], other_cos_sin_[axis - 1]);
+    mixed_.resize(layout_.rotary_dim);
+    for (std::int64_t i = 0; i < transform_.pairs; ++i) {
+      const float* row = rows[layout_.sections.axis_of(i)];
+      mixed_[i] = row[i];
+      mixed_[transform_.pairs + i] = row[transform_.pairs + i];
+    }
+    return mixed_.data();
+  }
+
   const RopeLayout& layout_;
   std::int64_t columns_;
   TransformRows kernel_;
   HeadTransform transform_;
-  std::vector<float> weight_, cos_sin_, scratch_;
+  std::vector<float> weight_, cos_sin_, other_cos_sin_[2], mixed_, scratch_;
   std::vector<std::byte> staged_, result_;
 };
 
@@ -79,7 +108,7 @@ class HeadRoute {
   const HeadRange& range() const { return range_; }  // of K or V
 
   // Of a token at a position, if there are positions; `place` is not looked at for Q.
-  void run(std::int64_t token, std::int64_t position, const Place& place) {
+  void run(std::int64_t token, const Position& position, const Place& place) {
     StridedElements from = in_.at(token * in_token_);
     std::int64_t from_head = in_head_;
     if (transform_) {
@@ -117,7 +146,7 @@ class HeadRoute {
   std::optional<HeadScales> scales_;
 };
 
-// Asks for the cosines and sines of a position. Inlined for the reason of touch_pages.
+// Asks for the cosines and sines of a position of one axis. Inlined for the reason of touch_pages.
 [[gnu::always_inline]] inline void touch_position(const RopeLayout& layout, std::int64_t position) {
   constexpr std::int64_t kLine = 64;
   const std::int64_t size = size_of(layout.cos_sin.dtype);
@@ -142,11 +171,13 @@ void run_items(const RopeAppend& problem, const RopeLayout& layout, std::int64_t
     begin += count;
   }
   for_each_token(cache, ranges, problem.slot_mapping, [&](std::int64_t token, const Place& place) {
-    std::int64_t position = 0;
+    Position position{};
     if (problem.positions) {
-      const core::Indices positions(*problem.positions);
-      position = positions[token];
-      if (token + 1 < cache.num_tokens) touch_position(layout, positions[token + 1]);
+      position = position_of(problem, layout, token);
+      if (token + 1 < cache.num_tokens) {
+        const Position next = position_of(problem, layout, token + 1);
+        for (int axis = 0; axis < layout.sections.axes; ++axis) touch_position(layout, next[axis]);
+      }
     }
     for (HeadRoute& route : routes)
       if (route.is_query() || place.block >= 0) route.run(token, position, place);

@@ -43,6 +43,7 @@ const KernelTable& kernels() {
 }
 
 ElementwiseKernels kernels_for(DType in, DType out) {
+  if (in == out && core::is_quantized(in)) return {.prepare_rows = prepare_nothing, .rows = copy_rows<Int8, Int8>};
   if (core::is_quantized(out)) return kernels().quantize[core::real_index(in)][core::quantized_index(out)];
   if (core::is_quantized(in)) return kernels().dequantize[core::quantized_index(in)][core::real_index(out)];
   ElementwiseKernels copy{.prepare_rows = prepare_nothing};

@@ -16,7 +16,7 @@ namespace fp8kv::cpu {
 // Those of the active instruction set.
 const KernelTable& kernels();
 
-// Those that quantize, dequantize, or copy (by rows only) from one type to another.
+// Those that quantize, dequantize, or copy (by rows only) from one type to another; within a quantized type they copy.
 ElementwiseKernels kernels_for(DType in, DType out);
 
 // dynamic_scale() of a format. Call it where the floating-point environment is the default one (parallel.h).

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
 #include <optional>
 #include <string>
 #include <vector>
@@ -20,6 +21,7 @@ namespace fp8kv::torch_ops {
 
 using Tensor = torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using OptionalString = std::optional<std::string>;
 using IntList = std::optional<std::vector<std::int64_t>>;
 
 inline DType dtype_of(const Tensor& tensor) {
@@ -74,12 +76,20 @@ inline std::optional<GroupShape> group_shape(const char* op, const IntList& exte
   return GroupShape{(*extents)[0], (*extents)[1]};
 }
 
+// What names the format of a cache, and the cache.
+struct CacheNames {
+  const char* dtype = "kv_cache_dtype";
+  const char* cache = "key_cache";
+};
+
 // The format that kv_cache_dtype names. "auto" is a plain copy to whatever unquantized type the cache has.
-inline DType cache_dtype(const char* op, const std::string& text, const Tensor& key_cache, bool must_quantize = false) {
+inline DType cache_dtype(const char* op, const std::string& text, const Tensor& cache, bool must_quantize = false,
+                         const CacheNames& argument = {}) {
   if (text == "auto" && !must_quantize) {
-    const DType actual = dtype_of(key_cache);
+    const DType actual = dtype_of(cache);
     if (!core::is_real(actual))
-      core::fail(op, "key_cache", "be " + core::names_of(core::RealTypes{}) + " as kv_cache_dtype is \"auto\"", name(actual));
+      core::fail(op, argument.cache, "be " + core::names_of(core::RealTypes{}) + " as " + argument.dtype + " is \"auto\"",
+                 name(actual));
     return actual;
   }
   std::vector<std::string> names;
@@ -92,7 +102,14 @@ inline DType cache_dtype(const char* op, const std::string& text, const Tensor& 
   std::string expected = "be ";
   for (std::size_t i = 0; i < names.size(); ++i)
     expected += (i == 0 ? "\"" : i + 1 < names.size() ? ", \"" : " or \"") + names[i] + "\"";
-  core::fail(op, "kv_cache_dtype", expected, "\"" + text + "\"");
+  core::fail(op, argument.dtype, expected, "\"" + text + "\"");
+}
+
+// The same of v_cache_dtype, which may be absent.
+inline std::optional<DType> v_cache_dtype(const char* op, const OptionalString& text, const Tensor& value_cache,
+                                          bool must_quantize = false) {
+  if (!text) return std::nullopt;
+  return cache_dtype(op, *text, value_cache, must_quantize, {"v_cache_dtype", "value_cache"});
 }
 
 // --- quantize.h ----------
@@ -130,24 +147,28 @@ inline GroupAmax group_amax(const Tensor& amax, const Tensor& input, const std::
 inline CacheAppend reshape_and_cache_flash(const Tensor& key, const Tensor& value, const Tensor& key_cache,
                                            const Tensor& value_cache, const Tensor& slot_mapping,
                                            const std::string& kv_cache_dtype, const Tensor& k_scale, const Tensor& v_scale,
-                                           const OptionalTensor& k_offset, const OptionalTensor& v_offset) {
+                                           const OptionalTensor& k_offset, const OptionalTensor& v_offset,
+                                           const OptionalString& v_dtype) {
+  constexpr const char* op = "reshape_and_cache_flash";
   return {.key = view(key),
           .value = view(value),
           .key_cache = view(key_cache),
           .value_cache = view(value_cache),
           .slot_mapping = view(slot_mapping),
-          .kv_cache_dtype = cache_dtype("reshape_and_cache_flash", kv_cache_dtype, key_cache),
+          .kv_cache_dtype = cache_dtype(op, kv_cache_dtype, key_cache),
           .k_scale = view(k_scale),
           .v_scale = view(v_scale),
           .k_offset = view(k_offset),
-          .v_offset = view(v_offset)};
+          .v_offset = view(v_offset),
+          .v_cache_dtype = v_cache_dtype(op, v_dtype, value_cache)};
 }
 
 inline CacheAppendDynamic reshape_and_cache_flash_dynamic(const Tensor& key, const Tensor& value, const Tensor& key_cache,
                                                           const Tensor& value_cache, const Tensor& k_scale_cache,
                                                           const Tensor& v_scale_cache, const Tensor& slot_mapping,
                                                           const std::string& kv_cache_dtype, const OptionalTensor& k_offset,
-                                                          const OptionalTensor& v_offset) {
+                                                          const OptionalTensor& v_offset, const OptionalString& v_dtype) {
+  constexpr const char* op = "reshape_and_cache_flash_dynamic";
   return {.key = view(key),
           .value = view(value),
           .key_cache = view(key_cache),
@@ -155,31 +176,42 @@ inline CacheAppendDynamic reshape_and_cache_flash_dynamic(const Tensor& key, con
           .k_scale_cache = view(k_scale_cache),
           .v_scale_cache = view(v_scale_cache),
           .slot_mapping = view(slot_mapping),
-          .kv_cache_dtype = cache_dtype("reshape_and_cache_flash_dynamic", kv_cache_dtype, key_cache, true),
+          .kv_cache_dtype = cache_dtype(op, kv_cache_dtype, key_cache, true),
           .k_offset = view(k_offset),
-          .v_offset = view(v_offset)};
+          .v_offset = view(v_offset),
+          .v_cache_dtype = v_cache_dtype(op, v_dtype, value_cache, true)};
 }
 
 inline CacheGather gather_and_dequant_cache(const Tensor& key_cache, const Tensor& value_cache, const Tensor& key,
                                             const Tensor& value, const Tensor& block_table, const Tensor& cu_seq_lens,
                                             const std::string& kv_cache_dtype, const Tensor& k_scale, const Tensor& v_scale,
                                             const OptionalTensor& seq_starts, const OptionalTensor& k_offset,
-                                            const OptionalTensor& v_offset) {
+                                            const OptionalTensor& v_offset, const OptionalString& v_dtype) {
+  constexpr const char* op = "gather_and_dequant_cache";
   return {.key_cache = view(key_cache),
           .value_cache = view(value_cache),
           .key = view(key),
           .value = view(value),
           .block_table = view(block_table),
           .cu_seq_lens = view(cu_seq_lens),
-          .kv_cache_dtype = cache_dtype("gather_and_dequant_cache", kv_cache_dtype, key_cache),
+          .kv_cache_dtype = cache_dtype(op, kv_cache_dtype, key_cache),
           .k_scale = view(k_scale),
           .v_scale = view(v_scale),
           .seq_starts = view(seq_starts),
           .k_offset = view(k_offset),
-          .v_offset = view(v_offset)};
+          .v_offset = view(v_offset),
+          .v_cache_dtype = v_cache_dtype(op, v_dtype, value_cache)};
 }
 
 // --- rope.h ----------
+
+inline std::optional<std::array<std::int64_t, 3>> mrope_section(const IntList& lengths) {
+  if (!lengths) return std::nullopt;
+  if (lengths->size() != 3)
+    core::fail("rope_quant_and_cache", "mrope_section", "have three lengths, of time, height and width",
+               std::to_string(lengths->size()));
+  return std::array{(*lengths)[0], (*lengths)[1], (*lengths)[2]};
+}
 
 inline RopeAppend rope_quant_and_cache(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_out,
                                        const Tensor& key_cache, const Tensor& value_cache, const Tensor& slot_mapping,
@@ -187,7 +219,8 @@ inline RopeAppend rope_quant_and_cache(const Tensor& query, const Tensor& key, c
                                        const Tensor& v_scale, const OptionalTensor& positions,
                                        const OptionalTensor& cos_sin_cache, bool is_neox, const OptionalTensor& q_norm_weight,
                                        const OptionalTensor& k_norm_weight, double norm_eps, const OptionalTensor& k_offset,
-                                       const OptionalTensor& v_offset) {
+                                       const OptionalTensor& v_offset, const IntList& sections, bool mrope_interleaved,
+                                       bool norm_after_rope) {
   return {.query = view(query),
           .key = view(key),
           .value = view(value),
@@ -206,7 +239,10 @@ inline RopeAppend rope_quant_and_cache(const Tensor& query, const Tensor& key, c
           .k_norm_weight = view(k_norm_weight),
           .norm_eps = static_cast<float>(norm_eps),
           .k_offset = view(k_offset),
-          .v_offset = view(v_offset)};
+          .v_offset = view(v_offset),
+          .mrope_section = mrope_section(sections),
+          .mrope_interleaved = mrope_interleaved,
+          .norm_after_rope = norm_after_rope};
 }
 
 // --- attention.h ----------
@@ -218,7 +254,8 @@ inline PagedAttention paged_attention(const Tensor& query, const Tensor& key_cac
                                       std::int64_t max_seq_len, const OptionalTensor& q_scale, const OptionalTensor& seq_starts,
                                       std::int64_t sliding_window, double softcap, const OptionalTensor& sinks,
                                       const OptionalTensor& k_offset, const OptionalTensor& v_offset, const OptionalTensor& lse,
-                                      const OptionalTensor& workspace, std::int64_t num_splits) {
+                                      const OptionalTensor& workspace, std::int64_t num_splits,
+                                      const std::optional<std::string>& v_cache_text) {
   return {.query = view(query),
           .key_cache = view(key_cache),
           .value_cache = view(value_cache),
@@ -241,7 +278,8 @@ inline PagedAttention paged_attention(const Tensor& query, const Tensor& key_cac
           .v_offset = view(v_offset),
           .lse = view(lse),
           .workspace = view(workspace),
-          .num_splits = num_splits};
+          .num_splits = num_splits,
+          .v_cache_dtype = v_cache_dtype("paged_attention", v_cache_text, value_cache)};
 }
 
 }  // namespace fp8kv::torch_ops

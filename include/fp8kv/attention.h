@@ -14,6 +14,9 @@
 // A sink is one more logit in the denominator, without a value. A query that sees nothing gets zeros, and the logit of its sink
 // as lse, or -infinity. Bytes of positions that are not seen never matter, NaN included; a NaN that is seen gives NaN.
 //
+// K and V may have heads of two sizes and elements of two types. They may share memory, such as V as the first 512 of the 576
+// elements of K in a cache of latent attention.
+//
 // Example (one query per sequence, scales per head, on the CPU):
 //   fp8kv::PagedAttention problem{
 //       .query = fp8kv::contiguous(query, fp8kv::DType::BFloat16, {seqs, heads, head_size}),
@@ -42,15 +45,15 @@ namespace fp8kv {
 
 // Op name: paged_attention. num_heads is a multiple of num_kv_heads: query head h reads KV head h / (num_heads / num_kv_heads).
 struct PagedAttention {
-  TensorView query;        // [at least num_tokens, num_heads, head_size]: Float32, Float16, BFloat16, or the caches' FP8 type
+  TensorView query;        // [at least num_tokens, num_heads, head_size]: Float32, Float16, BFloat16, or K's FP8 type
   TensorView key_cache;    // [num_blocks, block_size, num_kv_heads, head_size], as for CacheAppend
-  TensorView value_cache;  // likewise
-  TensorView out;          // [at least num_tokens, num_heads, head_size]: Float32, Float16 or BFloat16, written
+  TensorView value_cache;  // [num_blocks, block_size, num_kv_heads, v_head_size], likewise
+  TensorView out;          // [at least num_tokens, num_heads, v_head_size]: Float32, Float16 or BFloat16, written
   TensorView block_table;  // Int32 [num_seqs, max_blocks]
   TensorView seq_lens;     // Int32 [num_seqs]
   std::optional<DType> kv_cache_dtype{};
-  // Float32 with 1 or num_kv_heads elements, or per channel [num_kv_heads, head_size], or per token and head
-  // [num_blocks, block_size, num_kv_heads]. Checked and not used where the caches are not quantized.
+  // Float32 with 1 or num_kv_heads elements, or per channel [num_kv_heads, head_size] (of V v_head_size), or per token and head
+  // [num_blocks, block_size, num_kv_heads]. Checked and not used where the cache is not quantized.
   TensorView k_scale;
   TensorView v_scale;
   float softmax_scale = 1.0f;
@@ -63,10 +66,11 @@ struct PagedAttention {
   float softcap = 0.0f;                    // 0: none
   std::optional<TensorView> sinks{};       // Float32 or the type of query [num_heads]
   std::optional<TensorView> k_offset{};    // Float32 [num_kv_heads, head_size]; quantized caches only
-  std::optional<TensorView> v_offset{};
-  std::optional<TensorView> lse{};        // Float32 [at least num_tokens, num_heads], written
-  std::optional<TensorView> workspace{};  // UInt8, on CUDA of cuda::workspace_size(problem) bytes, aligned to 16; written
-  std::int64_t num_splits = 0;            // parts that the keys of a sequence are divided into; 0: the plan chooses
+  std::optional<TensorView> v_offset{};    // Float32 [num_kv_heads, v_head_size]; likewise
+  std::optional<TensorView> lse{};         // Float32 [at least num_tokens, num_heads], written
+  std::optional<TensorView> workspace{};   // UInt8, on CUDA of cuda::workspace_size(problem) bytes, aligned to 16; written
+  std::int64_t num_splits = 0;             // parts that the keys of a sequence are divided into; 0: the plan chooses
+  std::optional<DType> v_cache_dtype{};    // format of value_cache; absent: that of key_cache
 };
 
 // Checks everything about a problem that can be checked without reading its elements. Throws Error.

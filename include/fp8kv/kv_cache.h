@@ -5,7 +5,11 @@
 // only. Slot s is the place (s / block_size, s % block_size). Views may have any strides and any alignment and may be empty; K
 // and V caches may be slices of one tensor. What is written must overlap nothing else.
 //
-// kv_cache_dtype says what the elements of a cache are; absent, the type of key_cache:
+// K and V may have heads of two sizes: `head_size` is that of key_cache for key, k_scale and k_offset, that of value_cache for
+// value, v_scale and v_offset. A size of 0 is a side that is not there, as in a cache of latent vectors.
+//
+// kv_cache_dtype says what the elements of key_cache are; absent, the type of key_cache. v_cache_dtype says it of value_cache;
+// absent, they are what those of key_cache are:
 //   E4M3, E5M2                   quantized: tensors of that type or of UInt8
 //   Int8                         quantized: tensors of that type
 //   Float32, Float16, BFloat16   a plain copy, rounded where the types differ: tensors of that type; scales are checked, not
@@ -46,9 +50,12 @@ namespace fp8kv {
 
 // cache[slot of token t, h] = quantize(key[t, h] - offset, scale), for K and V. Op name: reshape_and_cache_flash.
 // If a slot occurs twice, the last token wins on the CPU; on CUDA each element comes from any of them.
+//
+// Rows may also be of the quantized type of their cache (or UInt8, where that is FP8): what has been quantized with the scale
+// and the offset that are given is stored as it is.
 struct CacheAppend {
   TensorView key;           // Float32, Float16 or BFloat16 [at least num_tokens, num_kv_heads, head_size]
-  TensorView value;         // likewise
+  TensorView value;         // likewise; of the type of key, unless one of them is quantized
   TensorView key_cache;     // [num_blocks, block_size, num_kv_heads, head_size], written
   TensorView value_cache;   // likewise
   TensorView slot_mapping;  // Int32 or Int64 [num_tokens]
@@ -57,6 +64,7 @@ struct CacheAppend {
   TensorView v_scale;
   std::optional<TensorView> k_offset{};
   std::optional<TensorView> v_offset{};
+  std::optional<DType> v_cache_dtype{};
 };
 
 // The same with a scale for each token and head, dynamic_scale(largest finite |key[t, h] - offset|), stored at the token's
@@ -72,6 +80,7 @@ struct CacheAppendDynamic {
   std::optional<DType> kv_cache_dtype{};
   std::optional<TensorView> k_offset{};
   std::optional<TensorView> v_offset{};
+  std::optional<DType> v_cache_dtype{};
 };
 
 // The inverse: key[cu_seq_lens[s] + t] = dequantize(cache[position seq_starts[s] + t of sequence s]), for K and V. Op name:
@@ -90,6 +99,7 @@ struct CacheGather {
   std::optional<TensorView> seq_starts{};  // Int32 [num_seqs]: the first position wanted of each sequence; 0 if absent
   std::optional<TensorView> k_offset{};
   std::optional<TensorView> v_offset{};
+  std::optional<DType> v_cache_dtype{};
 };
 
 // Checks everything about a problem that can be checked without reading its elements. Throws Error.

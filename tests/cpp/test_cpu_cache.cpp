@@ -567,6 +567,61 @@ TEST(CpuCacheThreads, OneLongHeadIsDivided) {
 
 // --- Numbers --------------------------------
 
+// --- K and V that differ --------------------------------
+
+struct Side {
+  std::int64_t head_size;
+  DType row, element;
+};
+struct UnlikeSides {
+  Side k, v;
+};
+const UnlikeSides kUnlikeSides[] = {
+    {{192, DType::BFloat16, DType::E4M3}, {128, DType::BFloat16, DType::E4M3}},
+    {{20, DType::Float16, DType::E4M3}, {577, DType::Float16, DType::Int8}},
+    {{64, DType::Float32, DType::BFloat16}, {64, DType::Float32, DType::E5M2}},
+    {{80, DType::E4M3, DType::E4M3}, {80, DType::BFloat16, DType::E4M3}},
+    {{33, DType::E5M2, DType::E5M2}, {7, DType::E5M2, DType::E5M2}},
+    {{64, DType::BFloat16, DType::E4M3}, {0, DType::BFloat16, DType::E4M3}},
+};
+
+TEST_P(CpuIsa, AppendsKAndVThatDiffer) {
+  for (const UnlikeSides& sides : kUnlikeSides)
+    for (const char* order : {"2nshd", "n2hsd", "nsh2d", "2nshd:"}) {
+      SCOPED_TRACE(pair_name(sides.k.row, sides.k.element) + ", " + pair_name(sides.v.row, sides.v.element) + ", " + order);
+      std::vector<Pair> rows, caches, expected;
+      Tensor scales[2] = {make_scales(3, 4), make_scales(3, 5)};
+      const Slots slots = random_slots(19, 30, 6);
+      for (int kv = 0; kv < 2; ++kv) {
+        const Side& side = kv == 0 ? sides.k : sides.v;
+        const Case c{.name = "", .heads = 3, .head_size = side.head_size, .cache = order};
+        rows.push_back(c.make_rows(side.row)), caches.push_back(c.make_cache(side.element));
+        fill(rows[kv].storage(), 7 + kv);
+        Pair& result = expected.emplace_back(caches[kv]);
+        for (std::size_t t = 0; t < slots.size(); ++t)
+          for (std::int64_t i = 0; i < c.heads * c.head_size && slots[t] >= 0; ++i) {
+            const std::int64_t h = i / c.head_size, d = i % c.head_size;
+            const std::int64_t to = result.index(kv, {slots[t] / c.block_size, slots[t] % c.block_size, h, d}),
+                               from = rows[kv].index(kv, {static_cast<std::int64_t>(t), h, d});
+            if (side.row == side.element)
+              std::memcpy(result.storage().at(to), rows[kv].storage().at(from), size_of(side.row));
+            else
+              convert(result.storage(), to, rows[kv].storage(), from, scale_at(scales[kv], h, 0));
+          }
+      }
+      Tensor mapping = int64s(slots);
+      cpu::run(CacheAppend{.key = rows[0].key(),
+                           .value = rows[1].value(),
+                           .key_cache = caches[0].key(),
+                           .value_cache = caches[1].value(),
+                           .slot_mapping = mapping.view(),
+                           .k_scale = scales[0].view(),
+                           .v_scale = scales[1].view(),
+                           .v_cache_dtype = sides.v.element});
+      for (int kv = 0; kv < 2; ++kv) EXPECT_EQ(caches[kv].storage().storage(), expected[kv].storage().storage());
+    }
+}
+
 TEST_P(CpuIsa, AppendsEveryPatternWithHostileScales) {
   const std::vector<float> hostile = hostile_scales();
   const auto heads = static_cast<std::int64_t>(hostile.size());

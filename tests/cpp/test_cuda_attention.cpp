@@ -4,8 +4,10 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <functional>
 #include <numeric>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda_support.h"
@@ -33,8 +35,28 @@ struct Case {
   Scales scales = Scales::Head;
   std::int64_t window = 0;
   bool hnd = false;
-  std::int64_t skip = 0;  // elements before the first of query and out
+  std::int64_t skip = 0;         // elements before the first of query and out
+  std::int64_t v_head_size = 0;  // 0: head_size
+  DType v_cache = DType::Other;  // of V; Other: `cache`
+  bool shared = false;           // V is the first elements of the heads of K
+
+  std::int64_t v_size() const { return v_head_size > 0 ? v_head_size : head_size; }
+  DType v_dtype() const { return v_cache == DType::Other ? cache : v_cache; }
 };
+
+// K and V of two kinds: E4M3, scales per head, no window.
+Case of_two_kinds(const char* name, std::int64_t heads, std::int64_t kv_heads, std::int64_t head_size, std::int64_t v_head_size,
+                  std::vector<int> lengths, std::vector<int> queries = {}, std::int64_t num_splits = 0,
+                  DType v_cache = DType::Other) {
+  return {
+      name, heads, kv_heads, head_size,   16,     std::move(lengths), std::move(queries), num_splits, DType::E4M3, Scales::Head,
+      0,    false, 0,        v_head_size, v_cache};
+}
+
+Case changed(Case c, const std::function<void(Case&)>& change) {
+  change(c);
+  return c;
+}
 
 const Case kCases[] = {
     {"head_64", 8, 2, 64, 16, {1, 17, 200}, {}},
@@ -63,6 +85,25 @@ const Case kCases[] = {
     {"blocks_of_7", 6, 3, 80, 7, {100, 37}, {2, 1}},
     {"plain", 6, 3, 40, 7, {100, 37}, {}, 0, DType::BFloat16},
     {"no_sequences", 8, 2, 128, 16, {}, {}},
+    // The grouped kernel, with 8, 16, 32 and 64 columns.
+    of_two_kinds("grouped_192_128", 16, 2, 192, 128, {1000, 33, 2, 0}),
+    of_two_kinds("grouped_24_16_is_generic", 4, 2, 24, 16, {100, 33, 1}),
+    of_two_kinds("grouped_16_columns", 32, 2, 64, 96, {300, 5}, {4, 2}),
+    of_two_kinds("grouped_32_columns", 32, 1, 576, 512, {300, 50}, {3, 1}, 1),
+    of_two_kinds("grouped_64_columns", 48, 1, 192, 128, {300, 50}, {}, 3),
+    of_two_kinds("grouped_72_heads", 72, 1, 48, 32, {300, 50}, {}, 5),
+    of_two_kinds("grouped_of_two_formats", 8, 2, 128, 128, {300, 50}, {8, 8}, 0, DType::E5M2),
+    of_two_kinds("grouped_of_int8_values", 8, 2, 96, 256, {300, 50}, {}, 0, DType::Int8),
+    of_two_kinds("grouped_prompts", 8, 2, 64, 48, {100, 37, 5}, {100, 20, 7}),
+    of_two_kinds("generic_of_two_formats", 6, 3, 40, 56, {100, 37}, {2, 1}, 0, DType::BFloat16),
+    of_two_kinds("generic_of_plain_values", 8, 2, 64, 64, {100, 37}, {2, 1}, 0, DType::BFloat16),
+    changed(of_two_kinds("latent", 128, 1, 576, 512, {1000, 33, 2}), [](Case& c) { c.shared = true; }),
+    changed(of_two_kinds("latent_of_one_sequence", 16, 1, 576, 512, {3000}), [](Case& c) { c.shared = true; }),
+    changed(of_two_kinds("latent_of_odd_blocks", 16, 1, 576, 512, {300, 7}),
+            [](Case& c) { c.shared = true, c.block_size = 7, c.window = 50; }),
+    changed(of_two_kinds("grouped_of_tokens", 8, 2, 192, 128, {500, 37}, {3, 1}, 2),
+            [](Case& c) { c.scales = Scales::Token, c.hnd = true, c.block_size = 32; }),
+    changed(of_two_kinds("grouped_misaligned", 8, 2, 192, 128, {100, 37}), [](Case& c) { c.skip = 1; }),
 };
 
 struct Problem {
@@ -78,13 +119,13 @@ struct Problem {
     return most;
   }
 
-  Tensor cache() const {
-    const std::int64_t n = c.block_size, h = c.kv_heads, d = c.head_size;
-    if (c.hnd) return Tensor(c.cache, {blocks, n, h, d}, {n * h * d, d, n * d, 1}, 0);
-    return Tensor(c.cache, {blocks, n, h, d}, {n * h * d, h * d, d, 1}, 0);
+  Tensor cache(DType dtype, std::int64_t d) const {
+    const std::int64_t n = c.block_size, h = c.kv_heads;
+    if (c.hnd) return Tensor(dtype, {blocks, n, h, d}, {n * h * d, d, n * d, 1}, 0);
+    return Tensor(dtype, {blocks, n, h, d}, {n * h * d, h * d, d, 1}, 0);
   }
-  Tensor heads(DType dtype) const {
-    return Tensor(dtype, {rows, c.heads, c.head_size}, {c.heads * c.head_size, c.head_size, 1}, c.skip);
+  Tensor heads(DType dtype, std::int64_t head_size) const {
+    return Tensor(dtype, {rows, c.heads, head_size}, {c.heads * head_size, head_size, 1}, c.skip);
   }
   Tensor scale() const {
     if (c.scales == Scales::Head) return Tensor(DType::Float32, {c.kv_heads}, {1}, 0);
@@ -97,7 +138,8 @@ struct Problem {
   Case c;
   std::int64_t rows = rows_of(c), seqs = static_cast<std::int64_t>(c.lengths.size()), max_blocks = max_blocks_of(c);
   std::int64_t blocks = std::max<std::int64_t>(1, seqs* max_blocks);
-  Tensor query = heads(DType::BFloat16), key_cache = cache(), value_cache = cache(), out = heads(DType::Float32);
+  Tensor query = heads(DType::BFloat16, c.head_size), out = heads(DType::Float32, c.v_size());
+  Tensor key_cache = cache(c.cache, c.head_size), value_cache = cache(c.v_dtype(), c.v_size());
   Tensor lse = Tensor(DType::Float32, {rows, c.heads}, {c.heads, 1}, 0);
   Tensor table = indices(seqs, max_blocks), lengths = indices(1, seqs), sums = indices(1, seqs + 1);
   Tensor k_scale = scale(), v_scale = scale();
@@ -121,6 +163,8 @@ struct Problem {
                      .sliding_window = c.window,
                      .lse = at(lse),
                      .num_splits = c.num_splits};
+    if (c.v_cache != DType::Other) p.v_cache_dtype = c.v_cache;
+    if (c.shared) p.value_cache = p.key_cache, p.value_cache.sizes[3] = c.v_size();
     if (!c.queries.empty())
       p.cu_query_lens = row(at(sums)), p.max_query_len = *std::max_element(c.queries.begin(), c.queries.end());
     return p;
@@ -153,6 +197,7 @@ class CudaAttention : public Cuda, public testing::WithParamInterface<Case> {
         switch (view.dtype) {
           case DType::BFloat16: values<BFloat16>(*t)[i] = from_float<BFloat16>(x); break;
           case DType::E4M3: values<E4M3>(*t)[i] = encode<E4M3>(x); break;
+          case DType::Int8: values<std::int8_t>(*t)[i] = static_cast<std::int8_t>(std::lround(x)); break;
           default: values<E5M2>(*t)[i] = encode<E5M2>(x);
         }
       }
@@ -171,11 +216,19 @@ class CudaAttention : public Cuda, public testing::WithParamInterface<Case> {
   }
 
   // With a workspace of exactly the size it needs, of any contents.
-  static void run(PagedAttention problem) {
-    const std::int64_t size = cuda::workspace_size(problem);
-    Tensor workspace(DType::UInt8, {size}, {1}, 0);
+  void run(const PagedAttention& problem) {
+    Tensor workspace = make_workspace(problem);
+    for (auto& byte : workspace.bytes()) byte = static_cast<unsigned char>(random());
+    run(problem, workspace);
+  }
+
+  static Tensor make_workspace(const PagedAttention& problem) {
+    return Tensor(DType::UInt8, {std::max<std::int64_t>(1, cuda::workspace_size(problem))}, {1}, 0);
+  }
+
+  static void run(PagedAttention problem, Tensor& workspace) {
     workspace.upload();
-    if (size > 0) problem.workspace = workspace.on_device();
+    problem.workspace = workspace.on_device();
     cuda::run(problem);
     testing_support::check(cudaDeviceSynchronize());
   }
@@ -210,6 +263,31 @@ TEST_P(CudaAttention, GivesTheSameBitsAgain) {
   run(p.on_device());
   expect_same(p.out, "out");
   expect_same(p.lse, "lse");
+}
+
+// What the call before left there, too.
+TEST_P(CudaAttention, TheWorkspaceMayHoldAnything) {
+  Problem p(GetParam());
+  fill(p);
+  p.upload();
+  Tensor workspace = make_workspace(p.on_device());
+  run(p.on_device(), workspace);
+  p.out.bytes() = p.out.download(), p.lse.bytes() = p.lse.download();
+  for (int contents : {-1, 0x00, 0xff}) {
+    if (contents < 0)
+      workspace.bytes() = workspace.download();
+    else
+      std::fill(workspace.bytes().begin(), workspace.bytes().end(), static_cast<unsigned char>(contents));
+    for (Tensor* t : {&p.out, &p.lse}) {
+      std::vector<unsigned char> expected(t->bytes().size(), 0xA5);
+      t->bytes().swap(expected);
+      t->upload();
+      t->bytes().swap(expected);
+    }
+    run(p.on_device(), workspace);
+    expect_same(p.out, "out");
+    expect_same(p.lse, "lse");
+  }
 }
 
 // Index tensors and values of any contents: whatever they say, nothing else is touched.

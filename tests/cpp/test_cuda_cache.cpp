@@ -243,11 +243,12 @@ TEST_P(CudaCache, DynamicAppendGivesTheBytesOfTheCpu) {
   }
 }
 
-// Without a norm, whose sum has no fixed order.
+// Without a norm, whose sum has no fixed order. Modes 3 and 4 have three positions for a token.
 TEST_P(CudaCache, RopeGivesTheBytesOfTheCpu) {
   const auto& [c, formats] = GetParam();
   const std::int64_t positions = 23, groups = 2;
-  for (int mode : {0, 1, 2}) {
+  for (int mode : {0, 1, 2, 3, 4}) {
+    const std::int64_t axes = mode < 3 ? 1 : 3;
     const std::int64_t rotary_dim = c.head_size % 16 ? c.head_size / 2 * 2 : c.head_size / 2;
     if (mode > 0 && rotary_dim < 2) continue;
     for (Form form : forms_of(formats.element)) {
@@ -257,9 +258,10 @@ TEST_P(CudaCache, RopeGivesTheBytesOfTheCpu) {
       Tensor query = make_rows(of_query, formats.real);
       Tensor out = make_rows(of_query, query_out_dtype(formats));
       Tensor slots = make_slots(c), table(DType::Float32, {positions, rotary_dim}, {rotary_dim + c.gap, 1}, c.skip);
-      Tensor where(DType::Int32, {c.tokens}, {1}, 0);
+      Tensor where =
+          axes == 1 ? Tensor(DType::Int32, {c.tokens}, {1}, 0) : Tensor(DType::Int32, {axes, c.tokens}, {c.tokens, 1}, 0);
       auto* position = reinterpret_cast<std::int32_t*>(where.bytes().data());
-      for (std::int64_t t = 0; t < c.tokens; ++t) position[t] = static_cast<std::int32_t>(random() % positions);
+      for (std::int64_t t = 0; t < axes * c.tokens; ++t) position[t] = static_cast<std::int32_t>(random() % positions);
       Tensor q_scale(DType::Float32, {c.heads}, {1}, 0);
       Parameters parameters = make_parameters(c, form);
       fill_reals(key), fill_reals(value), fill_reals(query), fill_reals(table), fill_scales(q_scale);
@@ -276,7 +278,11 @@ TEST_P(CudaCache, RopeGivesTheBytesOfTheCpu) {
                      .q_scale = at(q_scale),
                      .k_scale = at(parameters.k_scale),
                      .v_scale = at(parameters.v_scale)};
-        if (mode > 0) p.positions = at(where), p.cos_sin_cache = at(table), p.is_neox = mode == 1;
+        if (mode > 0) p.positions = at(where), p.cos_sin_cache = at(table), p.is_neox = mode % 2 == 1;
+        if (axes == 3) {
+          const std::int64_t count = rotary_dim / 2, part = count / 3;
+          p.mrope_section = {count - 2 * part, part, part}, p.mrope_interleaved = mode == 4;
+        }
         p.k_offset = optional_at(at, parameters.k_offset), p.v_offset = optional_at(at, parameters.v_offset);
         return p;
       };
@@ -295,12 +301,13 @@ TEST_P(CudaCache, RopeSurvivesNonsense) {
   if (c.head_size < 2) return;
   Tensor key = make_rows(c, formats.real), value = make_rows(c, formats.real), caches = make_caches(c, formats.element);
   Tensor out = make_rows(c, query_out_dtype(formats));
-  Tensor slots(DType::Int64, {c.tokens}, {1}, 0), where(DType::Int64, {c.tokens}, {1}, 0), scale(DType::Float32, {1}, {1}, 0);
+  Tensor slots(DType::Int64, {c.tokens}, {1}, 0), where(DType::Int64, {3, c.tokens}, {c.tokens, 1}, 0),
+      scale(DType::Float32, {1}, {1}, 0);
   Tensor table(DType::Float32, {5, 2}, {2, 1}, 0), weight(DType::Float32, {c.head_size}, {1}, 0);
   fill_reals(key), fill_reals(value), fill_reals(table), fill_reals(weight), fill_scales(scale);
   for (Tensor* t : {&slots, &where}) {
     auto* values = reinterpret_cast<std::int64_t*>(t->bytes().data());
-    for (std::int64_t i = 0; i < c.tokens; ++i)  // far too large, or negative
+    for (std::int64_t i = 0; i < t->on_host().numel(); ++i)  // far too large, or negative
       values[i] =
           random() % 2 == 0 ? (static_cast<std::int64_t>(random()) + 1) << 16 : -1 - static_cast<std::int64_t>(random());
   }
@@ -316,8 +323,10 @@ TEST_P(CudaCache, RopeSurvivesNonsense) {
                scale.on_device(),
                scale.on_device(),
                scale.on_device()};
-  p.positions = where.on_device(), p.cos_sin_cache = table.on_device();
+  p.positions = where.on_device(), p.cos_sin_cache = table.on_device(), p.mrope_section = {1, 0, 0};
   p.q_norm_weight = p.k_norm_weight = weight.on_device();
+  cuda::run(p);
+  p.positions->ndim = 1, p.positions->sizes[0] = c.tokens, p.positions->strides[0] = 1, p.mrope_section.reset();
   cuda::run(p);
   ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
   expect_same(out, "query_out");
@@ -414,6 +423,75 @@ std::string case_name(const testing::TestParamInfo<Param>& info) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, CudaCache, testing::ValuesIn(params()), case_name);
+
+// K and V with heads of two sizes, of two types, and already quantized.
+TEST_F(Cuda, KAndVThatDifferGiveTheBytesOfTheCpu) {
+  struct Side {
+    std::int64_t head_size;
+    DType row, element;
+  };
+  const struct {
+    Side k, v;
+  } problems[] = {
+      {{192, DType::BFloat16, DType::E4M3}, {128, DType::BFloat16, DType::E4M3}},
+      {{20, DType::Float16, DType::E4M3}, {577, DType::Float16, DType::Int8}},
+      {{64, DType::Float32, DType::BFloat16}, {64, DType::Float32, DType::E5M2}},
+      {{80, DType::E4M3, DType::E4M3}, {80, DType::BFloat16, DType::E4M3}},
+      {{33, DType::E5M2, DType::E5M2}, {7, DType::E5M2, DType::E5M2}},
+      {{64, DType::Int8, DType::Int8}, {0, DType::BFloat16, DType::Int8}},
+  };
+  constexpr std::int64_t kTokens = 37, kHeads = 3, kBlocks = 6, kBlockSize = 7;
+  for (const auto& p : problems)
+    for (std::int64_t skip : {0, 1}) {
+      SCOPED_TRACE(std::string(name(p.k.row)) + " and " + name(p.v.row) + ", skip " + std::to_string(skip));
+      const auto rows = [&](const Side& s, DType dtype) {
+        return Tensor(dtype, {kTokens, kHeads, s.head_size}, {kHeads * s.head_size, s.head_size, 1}, skip);
+      };
+      const auto cache = [&](const Side& s) {
+        const std::int64_t token = kHeads * s.head_size;
+        return Tensor(s.element, {kBlocks, kBlockSize, kHeads, s.head_size}, {kBlockSize * token, token, s.head_size, 1}, skip);
+      };
+      Tensor key = rows(p.k, p.k.row), value = rows(p.v, p.v.row), key_cache = cache(p.k), value_cache = cache(p.v);
+      Tensor slots(DType::Int32, {kTokens}, {1}, 0), scale(DType::Float32, {kHeads}, {1}, 0);
+      auto* numbers = reinterpret_cast<std::int32_t*>(slots.bytes().data());
+      for (std::int64_t t = 0; t < kTokens; ++t) numbers[t] = t % 6 == 5 ? -1 : static_cast<std::int32_t>(t * 5 % 42);
+      fill_reals(key), fill_reals(value), fill_scales(scale);
+      for (Tensor* t : {&key, &value, &key_cache, &value_cache, &slots, &scale}) t->upload();
+      const auto append = [&](const auto& at) {
+        return CacheAppend{.key = at(key),
+                           .value = at(value),
+                           .key_cache = at(key_cache),
+                           .value_cache = at(value_cache),
+                           .slot_mapping = at(slots),
+                           .k_scale = at(scale),
+                           .v_scale = at(scale),
+                           .v_cache_dtype = p.v.element};
+      };
+      cuda::run(append(kOnDevice));
+      cpu::run(append(kOnHost));
+      expect_same(key_cache, "key_cache"), expect_same(value_cache, "value_cache");
+
+      Tensor table(DType::Int32, {2, 3}, {3, 1}, 0), sums(DType::Int32, {3}, {1}, 0);
+      const std::int32_t blocks[] = {5, 0, 3, 1, 4, 2}, lengths[] = {0, 20, 37};
+      std::memcpy(table.bytes().data(), blocks, sizeof blocks), std::memcpy(sums.bytes().data(), lengths, sizeof lengths);
+      Tensor keys = rows(p.k, DType::BFloat16), values = rows(p.v, DType::BFloat16);
+      for (Tensor* t : {&table, &sums, &keys, &values}) t->upload();
+      const auto gather = [&](const auto& at) {
+        return CacheGather{.key_cache = at(key_cache),
+                           .value_cache = at(value_cache),
+                           .key = at(keys),
+                           .value = at(values),
+                           .block_table = at(table),
+                           .cu_seq_lens = at(sums),
+                           .k_scale = at(scale),
+                           .v_scale = at(scale),
+                           .v_cache_dtype = p.v.element};
+      };
+      cuda::run(gather(kOnDevice));
+      cpu::run(gather(kOnHost));
+      expect_same(keys, "key"), expect_same(values, "value");
+    }
+}
 
 // Some kernels have a thread for each element to write: here there is none.
 TEST_F(Cuda, RopeOfNoQueryHeadsAndNoSlotsDoesNothing) {

@@ -100,6 +100,13 @@ TEST_F(CudaDebug, APositionBeyondTheTable) {
   EXPECT_EQ(error_of([&] { cuda::run(problem); }),
             "fp8kv::rope_quant_and_cache: positions must be from 0 to max_position - 1 = 9, rows of cos_sin_cache, got 10 for "
             "token 1");
+  RopeAppend three_rows = problem;
+  TensorView& positions = *three_rows.positions;
+  positions.ndim = 2, positions.sizes[0] = 3, positions.sizes[1] = 2, positions.strides[0] = 0, positions.strides[1] = 1;
+  three_rows.mrope_section = {problem.cos_sin_cache->sizes[1] / 2, 0, 0};
+  EXPECT_EQ(error_of([&] { cuda::run(three_rows); }),
+            "fp8kv::rope_quant_and_cache: positions must be from 0 to max_position - 1 = 9, rows of cos_sin_cache, got 10 for "
+            "token 1 in row 0");
   expect_nothing_written();
 }
 

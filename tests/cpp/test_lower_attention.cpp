@@ -40,6 +40,15 @@ void set_unquantized(PagedAttention& p) {
   set_caches(p, DType::BFloat16), set_real_query(p), p.k_offset.reset(), p.v_offset.reset();
 }
 
+// V with heads of another size.
+void set_v_head_size(PagedAttention& p, std::int64_t size) {
+  p.value_cache = value_cache({10, 16, 4, size}), p.out = out({5, 8, size});
+  p.v_offset = reals(kValueOffset, {4, size});
+}
+
+// V in a format of its own.
+void set_v_format(PagedAttention& p, DType dtype) { p.v_cache_dtype = p.value_cache.dtype = dtype; }
+
 struct Mistake {
   const char* name;
   std::function<void(PagedAttention&)> make;
@@ -99,8 +108,60 @@ const Mistake kMistakes[] = {
     {"plain_caches_of_another_type_than_query", [](auto& p) { set_unquantized(p), p.query.dtype = DType::Float32; }, ""},
     {"cache_dims", [](auto& p) { p.key_cache = key_cache({160, 4, 64}); },
      "key_cache must have the shape [num_blocks, block_size, num_kv_heads, head_size], got shape [160, 4, 64]"},
-    {"cache_shapes", [](auto& p) { p.value_cache = value_cache({10, 16, 4, 32}); },
-     "value_cache must have the shape of key_cache, [10, 16, 4, 64], got shape [10, 16, 4, 32]"},
+    {"value_cache_dims", [](auto& p) { p.value_cache = value_cache({160, 4, 64}); },
+     "value_cache must have the shape [num_blocks, block_size, num_kv_heads, v_head_size], got shape [160, 4, 64]"},
+    {"value_cache_of_other_blocks", [](auto& p) { p.value_cache = value_cache({9, 16, 4, 64}); },
+     "value_cache must have num_blocks=10, block_size=16 and num_kv_heads=4 as key_cache has, got shape [9, 16, 4, 64]"},
+    {"value_cache_of_another_block_size", [](auto& p) { p.value_cache = value_cache({10, 8, 4, 64}); },
+     "value_cache must have num_blocks=10, block_size=16 and num_kv_heads=4 as key_cache has, got shape [10, 8, 4, 64]"},
+    {"value_cache_of_other_heads", [](auto& p) { p.value_cache = value_cache({10, 16, 2, 64}); },
+     "value_cache must have num_blocks=10, block_size=16 and num_kv_heads=4 as key_cache has, got shape [10, 16, 2, 64]"},
+    {"value_cache_without_elements", [](auto& p) { p.value_cache = value_cache({10, 16, 4, 0}); },
+     "value_cache must have a head size of at least 1 as key_cache has, got shape [10, 16, 4, 0]"},
+    {"value_cache_with_elements", [](auto& p) { p.key_cache = key_cache({10, 16, 4, 0}); },
+     "value_cache must have a head size of 0 as key_cache has, got shape [10, 16, 4, 64]"},
+    // Two head sizes.
+    {"two_head_sizes", [](auto& p) { set_v_head_size(p, 48); }, ""},
+    {"larger_heads_of_v", [](auto& p) { set_v_head_size(p, 96); }, ""},
+    {"out_of_the_head_size_of_k", [](auto& p) { set_v_head_size(p, 48), p.out = out({5, 8, 64}); },
+     "out must have num_heads=8 and v_head_size=48, got shape [5, 8, 64]"},
+    {"out_of_other_heads_beside_two_head_sizes", [](auto& p) { set_v_head_size(p, 48), p.out = out({5, 4, 48}); },
+     "out must have num_heads=8 and v_head_size=48, got shape [5, 4, 48]"},
+    {"query_of_the_head_size_of_v", [](auto& p) { set_v_head_size(p, 48), p.query = query({5, 8, 48}); },
+     "query must have num_heads=8 and head_size=64, got shape [5, 8, 48]"},
+    {"v_scale_per_channel_of_k", [](auto& p) { set_v_head_size(p, 48), p.v_scale = v_scale({4, 64}); },
+     "v_scale must have 1 or num_kv_heads=4 elements, or the shape [num_kv_heads, head_size=48] or [num_blocks=10, "
+     "block_size=16, num_kv_heads], got shape [4, 64]"},
+    {"k_scale_per_channel_of_v", [](auto& p) { set_v_head_size(p, 48), p.k_scale = k_scale({4, 48}); }, "k_scale of [4, 48]"},
+    {"v_offset_of_k", [](auto& p) { set_v_head_size(p, 48), p.v_offset = reals(kValueOffset, {4, 64}); },
+     "v_offset must have the shape [num_kv_heads=4, head_size=48], got shape [4, 64]"},
+    {"k_offset_of_v", [](auto& p) { set_v_head_size(p, 48), p.k_offset = reals(kKeyOffset, {4, 48}); },
+     "k_offset must have the shape [num_kv_heads=4, head_size=64], got shape [4, 48]"},
+    // Two formats.
+    {"e4m3_and_e5m2", [](auto& p) { set_v_format(p, DType::E5M2); }, ""},
+    {"e4m3_and_bytes_of_e5m2", [](auto& p) { set_v_format(p, DType::E5M2), p.value_cache.dtype = DType::UInt8; }, ""},
+    {"one_format_named_twice", [](auto& p) { p.kv_cache_dtype = p.v_cache_dtype = DType::E4M3; }, ""},
+    {"e4m3_and_bytes_of_e4m3", [](auto& p) { set_v_format(p, DType::E4M3), p.value_cache.dtype = DType::UInt8; }, ""},
+    {"int8_and_e4m3", [](auto& p) { set_real_query(p), p.key_cache.dtype = DType::Int8, p.v_cache_dtype = DType::E4M3; }, ""},
+    {"plain_and_e4m3",
+     [](auto& p) { set_real_query(p), p.key_cache.dtype = DType::BFloat16, p.v_cache_dtype = DType::E4M3, p.k_offset.reset(); },
+     ""},
+    {"e4m3_and_plain", [](auto& p) { set_v_format(p, DType::Float16), p.v_offset.reset(); }, ""},
+    {"v_cache_format", [](auto& p) { p.v_cache_dtype = DType::E5M2; },
+     "value_cache must be float8_e5m2 or uint8 as v_cache_dtype is \"fp8_e5m2\", got float8_e4m3fn"},
+    {"v_cache_format_int8", [](auto& p) { p.v_cache_dtype = DType::Int8, p.value_cache.dtype = DType::UInt8; },
+     "value_cache must be int8 as v_cache_dtype is \"int8\", got uint8"},
+    {"v_cache_format_that_is_none", [](auto& p) { set_v_format(p, DType::UInt8); },
+     "v_cache_dtype must be float32, float16, bfloat16, float8_e4m3fn, float8_e5m2 or int8, got uint8"},
+    {"query_of_the_format_of_v", [](auto& p) { set_v_format(p, DType::E5M2), p.query.dtype = DType::E5M2; },
+     "query must be float8_e4m3fn or uint8 as key_cache is, or float32, float16 or bfloat16, got float8_e5m2"},
+    {"fp8_query_beside_int8_keys", [](auto& p) { p.key_cache.dtype = DType::Int8, p.v_cache_dtype = DType::E4M3; },
+     "query must be float32, float16 or bfloat16 as key_cache is not FP8, got float8_e4m3fn"},
+    {"k_offset_of_plain_keys",
+     [](auto& p) { set_real_query(p), p.key_cache.dtype = DType::BFloat16, p.v_cache_dtype = DType::E4M3; },
+     "k_offset must be None as key_cache is not quantized, got shape [4, 64]"},
+    {"v_offset_of_plain_values", [](auto& p) { set_v_format(p, DType::Float16); },
+     "v_offset must be None as value_cache is not quantized, got shape [4, 64]"},
     // Out.
     {"out_dtype", [](auto& p) { p.out.dtype = DType::E4M3; }, "out must be float32, float16 or bfloat16, got float8_e4m3fn"},
     {"out_of_any_real_type", [](auto& p) { p.out.dtype = DType::Float16; }, ""},
@@ -339,6 +400,53 @@ TEST(AttentionLayout, Types) {
   EXPECT_EQ(types(DType::E5M2, DType::UInt8, DType::E5M2, DType::Float32), Pair(DType::E5M2, DType::E5M2));
   EXPECT_EQ(types(DType::Float16, DType::Float16, {}, DType::Float16), Pair(DType::Float16, DType::Float16));
   EXPECT_EQ(types(DType::Float16, DType::BFloat16, DType::BFloat16, DType::Float32), Pair(DType::Float16, DType::BFloat16));
+}
+
+TEST(AttentionLayout, TwoHeadSizes) {
+  PagedAttention p = attention_problem();
+  set_v_head_size(p, 48);
+  p.v_scale = v_scale({4, 48});
+  const AttentionLayout layout = lower(p);
+  EXPECT_EQ(layout.head_size, 64);
+  EXPECT_EQ(layout.v_head_size, 48);
+  EXPECT_FALSE(layout.of_one_kind());
+  EXPECT_EQ(layout.value_cache.offset, 4 * 48);
+  EXPECT_EQ(layout.out.token, 8 * 48);
+  EXPECT_EQ(layout.v_scale.head, 48);
+  EXPECT_EQ(layout.v_scale.dim, 1);
+  EXPECT_EQ(layout.v_offset.head, 48);
+  EXPECT_TRUE(lower(attention_problem()).of_one_kind());
+}
+
+TEST(AttentionLayout, VMayBeAPartOfK) {
+  PagedAttention p = plain_attention_problem();
+  p.query = query({3, 8, 64}, DType::BFloat16), p.out = out({3, 8, 48});
+  p.value_cache = view_at(kKeyCache, DType::E4M3, {10, 16, 4, 48}, {4096, 256, 64, 1});
+  const AttentionLayout layout = lower(p);
+  EXPECT_EQ(layout.value_cache.data, layout.key_cache.data);
+  EXPECT_EQ(layout.value_cache.head, 64);
+  EXPECT_EQ(layout.v_head_size, 48);
+}
+
+TEST(AttentionLayout, TwoFormats) {
+  PagedAttention p = plain_attention_problem();
+  p.k_scale = k_scale({4}), p.v_scale = v_scale({10, 16, 4});
+  p.kv_cache_dtype = DType::E4M3, p.v_cache_dtype = DType::Int8, p.value_cache.dtype = DType::Int8;
+  AttentionLayout layout = lower(p);
+  EXPECT_EQ(layout.cache_dtype, DType::E4M3);
+  EXPECT_EQ(layout.v_cache_dtype, DType::Int8);
+  EXPECT_FALSE(layout.of_one_kind());
+  EXPECT_EQ(layout.k_scale.head, 1);
+  EXPECT_TRUE(layout.v_scale.per_token());
+  p.v_cache_dtype = p.value_cache.dtype = DType::BFloat16;
+  layout = lower(p);
+  EXPECT_EQ(layout.k_scale.data, p.k_scale.data);
+  EXPECT_EQ(layout.v_scale.data, nullptr) << "V is not quantized";
+  p.key_cache.dtype = DType::Float16, p.kv_cache_dtype.reset(), p.v_cache_dtype = p.value_cache.dtype = DType::E5M2;
+  layout = lower(p);
+  EXPECT_EQ(layout.cache_dtype, DType::Float16);
+  EXPECT_EQ(layout.k_scale.data, nullptr) << "K is not quantized";
+  EXPECT_TRUE(layout.v_scale.per_token());
 }
 
 TEST(AttentionLayout, ViewsKeepTheirStrides) {

@@ -33,8 +33,8 @@ TEST(CacheErrors, NoneWithoutAMistake) {
 
 TEST(CacheErrors, DtypeOfKeyAndValue) {
   CacheAppend p = append_problem();
-  p.key.dtype = DType::E4M3;
-  EXPECT_EQ(sentence(p), kAppend + "key must be float32, float16 or bfloat16, got float8_e4m3fn");
+  p.key.dtype = DType::Float64;
+  EXPECT_EQ(sentence(p), kAppend + "key must be float32, float16 or bfloat16, got float64");
   p = append_problem();
   p.value.dtype = DType::Float16;
   EXPECT_EQ(sentence(p), kAppend + "value must be bfloat16 as key is, got float16");
@@ -93,7 +93,7 @@ TEST(CacheErrors, FormatAndDtypeOfTheCacheMustSayTheSame) {
     p.key_cache.dtype = p.value_cache.dtype = f.cache;
     EXPECT_EQ(sentence(p), *f.expected ? kAppend + f.expected : "");
     if (f.element == DType::Other) continue;
-    EXPECT_EQ(lower(p).cache_dtype, f.element);
+    EXPECT_EQ(lower(p).front().cache_dtype, f.element);
   }
 }
 
@@ -113,7 +113,52 @@ TEST(CacheErrors, ADynamicAppendMustQuantize) {
 TEST(CacheErrors, CachesOfTwoDtypes) {
   CacheAppend p = append_problem();
   p.value_cache.dtype = DType::UInt8;
-  EXPECT_EQ(sentence(p), kAppend + "value_cache must be float8_e4m3fn as key_cache is, got uint8");
+  EXPECT_EQ(sentence(p),
+            kAppend + "value_cache must be float8_e4m3fn as key_cache is, as v_cache_dtype is not given, got uint8");
+  p.v_cache_dtype = DType::E5M2;
+  EXPECT_EQ(sentence(p), "");
+  p.value_cache.dtype = DType::Int8;
+  EXPECT_EQ(sentence(p), kAppend + "value_cache must be float8_e5m2 or uint8 as v_cache_dtype is \"fp8_e5m2\", got int8");
+  p.v_cache_dtype = DType::Int16;
+  EXPECT_EQ(sentence(p),
+            kAppend + "v_cache_dtype must be float32, float16, bfloat16, float8_e4m3fn, float8_e5m2 or int8, got int16");
+  CacheAppendDynamic d = append_dynamic_problem();
+  d.value_cache.dtype = DType::BFloat16, d.v_cache_dtype = DType::BFloat16;
+  EXPECT_EQ(sentence(d), kDynamic + "v_cache_dtype must be float8_e4m3fn, float8_e5m2 or int8, got bfloat16");
+  CacheGather g = gather_problem();
+  g.value_cache.dtype = DType::BFloat16, g.v_cache_dtype = DType::BFloat16;
+  EXPECT_EQ(sentence(g), "");
+}
+
+TEST(CacheErrors, QuantizedRows) {
+  CacheAppend p = append_problem();
+  const std::string real = "float32, float16 or bfloat16";
+  for (DType stored : {DType::E4M3, DType::UInt8}) {
+    p.key.dtype = stored;
+    EXPECT_EQ(sentence(p), "");
+    p.value.dtype = DType::E4M3;
+    EXPECT_EQ(sentence(p), "");
+    p.value.dtype = DType::Float32;
+    EXPECT_EQ(sentence(p), "") << "only rows that are both unquantized must have one type";
+  }
+  for (DType other : {DType::E5M2, DType::Int8, DType::E4M3Fnuz}) {
+    p.key.dtype = other;
+    EXPECT_EQ(sentence(p), kAppend + "key must be " + real + ", or float8_e4m3fn to be stored as it is, got " + name(other));
+  }
+  p.key_cache.dtype = p.value_cache.dtype = DType::Int8, p.key.dtype = DType::Int8;
+  EXPECT_EQ(sentence(p), "");
+  p.key.dtype = DType::UInt8;
+  EXPECT_EQ(sentence(p), kAppend + "key must be " + real + ", or int8 to be stored as it is, got uint8");
+  p.key_cache.dtype = p.value_cache.dtype = DType::Float16, p.key.dtype = DType::E4M3;
+  EXPECT_EQ(sentence(p), kAppend + "key must be " + real + ", got float8_e4m3fn");
+  CacheAppendDynamic d = append_dynamic_problem();
+  d.key.dtype = DType::E4M3;
+  EXPECT_EQ(sentence(d), kDynamic + "key must be " + real + ", got float8_e4m3fn");
+  CacheGather g = gather_problem();
+  g.value.dtype = DType::E4M3;
+  EXPECT_EQ(sentence(g), kGather + "value must be bfloat16 as key is, got float8_e4m3fn");
+  p = append_problem(), p.value.dtype = DType::E5M2;
+  EXPECT_EQ(sentence(p), kAppend + "value must be bfloat16 as key is, or float8_e4m3fn to be stored as it is, got float8_e5m2");
 }
 
 TEST(CacheErrors, Devices) {
@@ -148,7 +193,13 @@ TEST(CacheErrors, ShapesOfTheCaches) {
       sentence(p),
       kAppend + "key_cache must have the shape [num_blocks, block_size, num_kv_heads, head_size], got shape [10, 16, 256]");
   p = append_problem(), p.value_cache = value_cache({10, 4, 16, 64});
-  EXPECT_EQ(sentence(p), kAppend + "value_cache must have the shape of key_cache, [10, 16, 4, 64], got shape [10, 4, 16, 64]");
+  EXPECT_EQ(sentence(p), kAppend +
+                             "value_cache must have num_blocks=10, block_size=16 and num_kv_heads=4 as key_cache has, "
+                             "got shape [10, 4, 16, 64]");
+  p.value_cache = value_cache({10, 16, 256});
+  EXPECT_EQ(
+      sentence(p),
+      kAppend + "value_cache must have the shape [num_blocks, block_size, num_kv_heads, head_size], got shape [10, 16, 256]");
 }
 
 TEST(CacheErrors, ShapesOfKeyAndValue) {
@@ -160,7 +211,61 @@ TEST(CacheErrors, ShapesOfKeyAndValue) {
   p = append_problem(), p.key = key({5, 8, 64});
   EXPECT_EQ(sentence(p), kAppend + "key must have num_kv_heads=4 and head_size=64 as key_cache has, got shape [5, 8, 64]");
   p = append_problem(), p.value = value({5, 4, 128});
-  EXPECT_EQ(sentence(p), kAppend + "value must have num_kv_heads=4 and head_size=64 as key_cache has, got shape [5, 4, 128]");
+  EXPECT_EQ(sentence(p), kAppend + "value must have num_kv_heads=4 and head_size=64 as value_cache has, got shape [5, 4, 128]");
+}
+
+// Of 4 heads of 64 for K and of `size` for V.
+template <class Problem>
+Problem with_value_size(Problem p, std::int64_t size) {
+  p.value = value({5, 4, size});
+  p.value_cache = value_cache({10, 16, 4, size});
+  return p;
+}
+
+TEST(CacheErrors, HeadsOfTwoSizes) {
+  for (std::int64_t size : {48, 1, 0, 200}) {
+    SCOPED_TRACE(size);
+    EXPECT_EQ(sentence(with_value_size(append_problem(), size)), "");
+    EXPECT_EQ(sentence(with_value_size(append_dynamic_problem(), size)), "");
+    EXPECT_EQ(sentence(with_value_size(gather_problem(), size)), "");
+  }
+  CacheAppend p = with_value_size(append_problem(), 48);
+  p.k_scale = k_scale({4, 64}), p.v_scale = v_scale({4, 48});
+  p.v_offset = view_at(kValueOffset, DType::Float32, {4, 48});
+  EXPECT_EQ(sentence(p), "");
+  p.v_scale = v_scale({4, 64});
+  EXPECT_EQ(sentence(p), kAppend +
+                             "v_scale must have 1 or num_kv_heads=4 elements, or the shape [num_kv_heads, head_size=48], "
+                             "got shape [4, 64]");
+  p.v_scale = v_scale({1}), p.v_offset = view_at(kValueOffset, DType::Float32, {4, 64});
+  EXPECT_EQ(sentence(p), kAppend + "v_offset must have the shape [num_kv_heads=4, head_size=48], got shape [4, 64]");
+  p = with_value_size(append_problem(), 48), p.value = value({5, 4, 64});
+  EXPECT_EQ(sentence(p), kAppend + "value must have num_kv_heads=4 and head_size=48 as value_cache has, got shape [5, 4, 64]");
+}
+
+TEST(CacheErrors, WithoutVItsScalesMayBeThoseOfK) {
+  CacheAppendDynamic p = with_value_size(append_dynamic_problem(), 0);
+  p.v_scale_cache = p.k_scale_cache;
+  EXPECT_EQ(sentence(p), "");
+  p = with_value_size(append_dynamic_problem(), 1), p.v_scale_cache = p.k_scale_cache;
+  EXPECT_EQ(sentence(p), kDynamic + "k_scale_cache must not overlap v_scale_cache, got views that share memory");
+}
+
+TEST(CacheErrors, HeadsOfTwoSizesInOneTensor) {
+  // K and V beside each other in heads of `pitch` elements.
+  const auto problem = [](std::int64_t size, std::int64_t pitch, std::int64_t begin) {
+    CacheAppend p = with_value_size(append_problem(), size);
+    p.key_cache = key_cache({10, 16, 4, 64}, {64 * pitch, 4 * pitch, pitch, 1});
+    p.value_cache = view_at(kKeyCache + begin, DType::E4M3, {10, 16, 4, size}, {64 * pitch, 4 * pitch, pitch, 1});
+    return p;
+  };
+  EXPECT_EQ(sentence(problem(48, 112, 64)), "");
+  EXPECT_EQ(sentence(problem(1, 65, 64)), "");
+  EXPECT_EQ(sentence(problem(40, 112, 72)), "");
+  const std::string shared = kAppend + "key_cache must not overlap value_cache, got views that share memory";
+  EXPECT_EQ(sentence(problem(48, 112, 63)), shared);
+  EXPECT_EQ(sentence(problem(49, 112, 64)), shared);
+  EXPECT_EQ(sentence(problem(64, 112, 0)), shared);
 }
 
 // --- Sentences about slots and scales --------------------------------
@@ -272,7 +377,7 @@ TEST(CacheErrors, OffsetsOfPlainCopies) {
   CacheAppend a = append_problem();
   a.key_cache.dtype = a.value_cache.dtype = DType::BFloat16;
   a.v_offset = view_at(kValueOffset, DType::Float32, {4, 64});
-  EXPECT_EQ(sentence(a), kAppend + "v_offset must be None as the caches are not quantized, got shape [4, 64]");
+  EXPECT_EQ(sentence(a), kAppend + "v_offset must be None as value_cache is not quantized, got shape [4, 64]");
 }
 
 // All views of a problem to CUDA.
@@ -562,7 +667,7 @@ std::string text(const CacheLayout& layout) {
 
 template <class Problem>
 std::string layout_text(const Problem& problem) {
-  return text(lower(problem));
+  return text(lower(problem).front());
 }
 
 TEST(CacheLayout, HeadsThatShareAScaleAreOne) {
@@ -574,14 +679,14 @@ TEST(CacheLayout, HeadsWithScalesOfTheirOwnAreNot) {
   CacheAppend p = append_problem();
   p.v_scale = v_scale({4});
   EXPECT_EQ(layout_text(p), "5x4x64 in 10x16: 256,64,1 4096,256,64,1 0,0,0");
-  EXPECT_EQ(text(lower(p).v), "256,64,1 4096,256,64,1 0,0,1");
+  EXPECT_EQ(text(lower(p).front().v), "256,64,1 4096,256,64,1 0,0,1");
 }
 
 TEST(CacheLayout, HeadsWithScalesPerChannelAreOneWhereTheseAreContiguousToo) {
   const auto text_with = [](const Sizes& strides) {
     CacheAppend p = append_problem();
     p.k_scale = k_scale({4, 64}, strides);
-    const PagedScales scales = lower(p).k.scales;
+    const PagedScales scales = lower(p).front().k.scales;
     EXPECT_EQ(scales.head, strides[0]);
     EXPECT_EQ(scales.dim, strides[1]);
     EXPECT_FALSE(scales.per_token());
@@ -597,28 +702,28 @@ TEST(CacheLayout, HeadsWithScalesPerChannelAreOneWhereTheseAreContiguousToo) {
 TEST(CacheLayout, AScalePerChannelIsOnePerHeadWhereItIsTheSameForAll) {
   CacheGather p = gather_problem();
   p.v_scale = v_scale({4, 64}, {3, 0});
-  EXPECT_EQ(lower(p).v.scales.head, 3);
-  EXPECT_EQ(lower(p).v.scales.dim, 0);
+  EXPECT_EQ(lower(p).front().v.scales.head, 3);
+  EXPECT_EQ(lower(p).front().v.scales.dim, 0);
   p.key_cache.dtype = p.value_cache.dtype = DType::Float16;
   p.v_scale = v_scale({4, 64});
-  EXPECT_EQ(lower(p).v.scales.dim, 0) << "a plain copy";
+  EXPECT_EQ(lower(p).front().v.scales.dim, 0) << "a plain copy";
 }
 
 TEST(CacheLayout, Offsets) {
   CacheAppend p = append_problem();
-  EXPECT_EQ(lower(p).k.offsets.data, nullptr);
+  EXPECT_EQ(lower(p).front().k.offsets.data, nullptr);
   p.v_offset = view_at(kValueOffset, DType::Float32, {4, 64});
   EXPECT_EQ(layout_text(p), "5x1x256 in 10x16: 256,64,1 4096,256,64,1 0,0,0");
-  EXPECT_EQ(lower(p).k.offsets.data, nullptr);
-  EXPECT_EQ(lower(p).v.offsets.data, p.v_offset->data);
+  EXPECT_EQ(lower(p).front().k.offsets.data, nullptr);
+  EXPECT_EQ(lower(p).front().v.offsets.data, p.v_offset->data);
   p.v_offset->strides[0] = 100, p.v_offset->strides[1] = 2;
   EXPECT_EQ(layout_text(p), "5x4x64 in 10x16: 256,64,1 4096,256,64,1 0,0,0");
-  EXPECT_EQ(lower(p).v.offsets.head, 100);
-  EXPECT_EQ(lower(p).v.offsets.dim, 2);
+  EXPECT_EQ(lower(p).front().v.offsets.head, 100);
+  EXPECT_EQ(lower(p).front().v.offsets.dim, 2);
   CacheAppendDynamic d = append_dynamic_problem();
   d.k_offset = view_at(kKeyOffset, DType::Float32, {4, 64});
-  EXPECT_EQ(lower(d).k.offsets.data, d.k_offset->data);
-  EXPECT_EQ(lower(d).v.offsets.data, nullptr);
+  EXPECT_EQ(lower(d).front().k.offsets.data, d.k_offset->data);
+  EXPECT_EQ(lower(d).front().v.offsets.data, nullptr);
 }
 
 TEST(CacheLayout, DynamicScalesKeepTheHeads) {
@@ -629,7 +734,7 @@ TEST(CacheLayout, ScaleCachesKeepTheHeadsOfAGather) {
   CacheGather p = gather_problem();
   p.k_scale = k_scale({10, 16, 4}, {64, 1, 16});
   EXPECT_EQ(layout_text(p), "5x4x64 in 10x16: 256,64,1 4096,256,64,1 64,1,16");
-  EXPECT_EQ(text(lower(p).v), "256,64,1 4096,256,64,1 0,0,0");
+  EXPECT_EQ(text(lower(p).front().v), "256,64,1 4096,256,64,1 0,0,0");
 }
 
 TEST(CacheLayout, PlainCopiesDoNotNeedTheScales) {
@@ -645,7 +750,7 @@ TEST(CacheLayout, HeadsThatAreApartInAnyViewAreNotOne) {
   EXPECT_EQ(layout_text(p), "5x4x64 in 10x16: 256,64,1 4096,64,1024,1 0,0,0");
   p = append_problem(), p.value_cache = value_cache(kCacheSizes, kHnd);
   EXPECT_EQ(layout_text(p), "5x4x64 in 10x16: 256,64,1 4096,256,64,1 0,0,0");
-  EXPECT_EQ(text(lower(p).v), "256,64,1 4096,64,1024,1 0,0,0");
+  EXPECT_EQ(text(lower(p).front().v), "256,64,1 4096,64,1024,1 0,0,0");
   p = append_problem(), p.key = key({5, 4, 64}, {320, 80, 1});
   EXPECT_EQ(layout_text(p), "5x4x64 in 10x16: 320,80,1 4096,256,64,1 0,0,0");
   p = append_problem(), p.value = value({5, 4, 64}, {320, 80, 1});
@@ -670,7 +775,7 @@ TEST(CacheLayout, ScalesOfOneOrOfEachHeadInAnyShape) {
   const auto step = [](const Sizes& sizes, const Sizes& strides = {}) {
     CacheAppend p = append_problem();
     p.k_scale = k_scale(sizes, strides);
-    return lower(p).k.scales.head;
+    return lower(p).front().k.scales.head;
   };
   EXPECT_EQ(step({}), 0);
   EXPECT_EQ(step({1, 1}, {7, 9}), 0);
@@ -700,14 +805,14 @@ TEST(CacheLayout, AScaleOfOneElementIsPerTensorEvenInACacheOfOneSlot) {
 TEST(CacheLayout, TokensAreCountedBySlotsAndByRowsOfAGather) {
   CacheAppend a = append_problem();
   a.key = key({9, 4, 64}), a.value = value({7, 4, 64});
-  EXPECT_EQ(lower(a).num_tokens, 5);
-  EXPECT_EQ(lower(gather_problem()).num_tokens, 5);
+  EXPECT_EQ(lower(a).front().num_tokens, 5);
+  EXPECT_EQ(lower(gather_problem()).front().num_tokens, 5);
 }
 
 TEST(CacheLayout, TypesAndAddresses) {
   CacheAppend p = append_problem();
   p.kv_cache_dtype = DType::E5M2, p.key_cache.dtype = p.value_cache.dtype = DType::UInt8;
-  const CacheLayout layout = lower(p);
+  const CacheLayout layout = lower(p).front();
   EXPECT_EQ(layout.row_dtype, DType::BFloat16);
   EXPECT_EQ(layout.cache_dtype, DType::E5M2);
   EXPECT_EQ(layout.k.rows.data, p.key.data);
@@ -718,12 +823,71 @@ TEST(CacheLayout, TypesAndAddresses) {
   EXPECT_EQ(layout.v.scales.data, p.v_scale.data);
 }
 
-TEST(CacheLayout, EmptyProblems) {
-  EXPECT_FALSE(lower(append_problem()).empty());
-  EXPECT_TRUE(lower(append_problem(kCacheSizes, 0)).empty());
-  EXPECT_TRUE(lower(append_problem({10, 16, 0, 64})).empty());
+TEST(CacheLayout, OneLayoutWhereKAndVAreAlike) {
+  for (const CacheLayouts& layouts : {lower(append_problem()), lower(append_dynamic_problem()), lower(gather_problem())}) {
+    EXPECT_EQ(layouts.count, 1);
+    EXPECT_EQ(layouts.front().sides, 2);
+    EXPECT_EQ(layouts.front().k.cache.data, reinterpret_cast<void*>(kKeyCache));
+    EXPECT_EQ(layouts.front().side(1).cache.data, reinterpret_cast<void*>(kValueCache));
+  }
+}
+
+// K, then V, each with its own sizes and merged by itself.
+TEST(CacheLayout, TwoLayoutsOfOneSideForTwoHeadSizes) {
+  CacheAppend p = with_value_size(append_problem(), 48);
+  p.v_scale = v_scale({4}), p.v_offset = view_at(kValueOffset, DType::Float32, {4, 48});
+  const CacheLayouts layouts = lower(p);
+  ASSERT_EQ(layouts.count, 2);
+  for (const CacheLayout& layout : layouts) EXPECT_EQ(layout.sides, 1);
+  EXPECT_EQ(text(layouts.parts[0]), "5x1x256 in 10x16: 256,64,1 4096,256,64,1 0,0,0");
+  EXPECT_EQ(text(layouts.parts[1]), "5x4x48 in 10x16: 192,48,1 3072,192,48,1 0,0,1");
+  EXPECT_EQ(layouts.parts[1].k.offsets.data, p.v_offset->data);
+  EXPECT_FALSE(layouts.empty());
+}
+
+TEST(CacheLayout, ASideWithoutElementsIsEmpty) {
+  const CacheLayouts layouts = lower(with_value_size(append_problem(), 0));
+  ASSERT_EQ(layouts.count, 2);
+  EXPECT_FALSE(layouts.parts[0].empty());
+  EXPECT_TRUE(layouts.parts[1].empty());
+  EXPECT_FALSE(layouts.empty());
   EXPECT_TRUE(lower(append_problem({10, 16, 4, 0})).empty());
-  const CacheLayout no_blocks = lower(append_problem({0, 16, 4, 64}));
+}
+
+TEST(CacheLayout, TwoLayoutsForTwoTypes) {
+  CacheAppend p = append_problem();
+  p.value_cache.dtype = DType::BFloat16, p.v_cache_dtype = DType::BFloat16;
+  p.k_scale = k_scale({4, 64}), p.v_scale = v_scale({4, 64});
+  p.k_offset = view_at(kKeyOffset, DType::Float32, {4, 64});
+  const CacheLayouts layouts = lower(p);
+  ASSERT_EQ(layouts.count, 2);
+  EXPECT_EQ(layouts.parts[0].cache_dtype, DType::E4M3);
+  EXPECT_TRUE(layouts.parts[0].has_channels());
+  EXPECT_EQ(layouts.parts[1].cache_dtype, DType::BFloat16);
+  EXPECT_FALSE(layouts.parts[1].has_channels()) << "a plain copy";
+  p.v_offset = view_at(kValueOffset, DType::Float32, {4, 64});
+  EXPECT_EQ(sentence(p), kAppend + "v_offset must be None as value_cache is not quantized, got shape [4, 64]");
+}
+
+TEST(CacheLayout, QuantizedRowsUseNoScales) {
+  CacheAppend p = append_problem();
+  p.key.dtype = DType::UInt8;
+  p.k_scale = k_scale({4, 64}), p.v_scale = v_scale({4, 64});
+  p.k_offset = view_at(kKeyOffset, DType::Float32, {4, 64});
+  const CacheLayouts layouts = lower(p);
+  ASSERT_EQ(layouts.count, 2);
+  EXPECT_EQ(layouts.parts[0].row_dtype, DType::E4M3);
+  EXPECT_FALSE(layouts.parts[0].has_channels());
+  EXPECT_TRUE(layouts.parts[1].has_channels());
+  EXPECT_EQ(layouts.parts[1].row_dtype, DType::BFloat16);
+}
+
+TEST(CacheLayout, EmptyProblems) {
+  EXPECT_FALSE(lower(append_problem()).front().empty());
+  EXPECT_TRUE(lower(append_problem(kCacheSizes, 0)).front().empty());
+  EXPECT_TRUE(lower(append_problem({10, 16, 0, 64})).front().empty());
+  EXPECT_TRUE(lower(append_problem({10, 16, 4, 0})).front().empty());
+  const CacheLayout no_blocks = lower(append_problem({0, 16, 4, 64})).front();
   EXPECT_FALSE(no_blocks.empty()) << "there are tokens, whose slots may be negative";
   EXPECT_EQ(no_blocks.num_slots(), 0);
 }
@@ -733,7 +897,7 @@ TEST(CacheLayout, HugeCachesDoNotOverflow) {
   CacheAppend p = append_problem(sizes);
   p.key_cache.data = reinterpret_cast<void*>(std::uintptr_t{1} << 45);
   p.value_cache.data = reinterpret_cast<void*>(std::uintptr_t{1} << 46);
-  const CacheLayout layout = lower(p);
+  const CacheLayout layout = lower(p).front();
   EXPECT_EQ(layout.num_slots(), std::int64_t{1} << 34);
   EXPECT_EQ(text(layout), "5x1x1024 in 1073741824x16: 1024,128,1 16384,1024,128,1 0,0,0");
 }

@@ -2,6 +2,8 @@
 // from.
 #include <gtest/gtest.h>
 
+#include <array>
+#include <cstdint>
 #include <functional>
 #include <optional>
 #include <string>
@@ -27,6 +29,10 @@ TensorView cos_sin(const Sizes& sizes, const Sizes& strides = {}) { return view_
 TensorView positions(const Sizes& sizes) { return view_at(kPositions, DType::Int64, sizes); }
 TensorView offset(std::uintptr_t address, const Sizes& sizes) { return view_at(address, DType::Float32, sizes); }
 TensorView weight(const Sizes& sizes, DType dtype = DType::BFloat16) { return view_at(kKeyWeight, dtype, sizes); }
+
+void set_sections(RopeAppend& p, const std::array<std::int64_t, 3>& lengths) {
+  p.positions = positions({3, 5}), p.mrope_section = lengths;
+}
 
 void set_caches(RopeAppend& p, DType dtype) { p.key_cache.dtype = p.value_cache.dtype = dtype; }
 
@@ -122,6 +128,29 @@ const Mistake kMistakes[] = {
     {"rotary_dim_beyond_a_head", [](auto& p) { p.cos_sin_cache = cos_sin({100, 66}); },
      "cos_sin_cache must have an even rotary_dim from 2 to head_size=64, got shape [100, 66]"},
     {"all_of_a_head", [](auto& p) { p.cos_sin_cache = cos_sin({100, 64}); }, ""},
+    // Multimodal RoPE.
+    {"sections", [](auto& p) { set_sections(p, {4, 6, 6}); }, ""},
+    {"interleaved_sections", [](auto& p) { set_sections(p, {6, 5, 5}), p.mrope_interleaved = true; }, ""},
+    {"empty_sections", [](auto& p) { set_sections(p, {16, 0, 0}); }, ""},
+    {"norm_after_rope", [](auto& p) { p.norm_after_rope = true; }, ""},
+    {"sections_without_positions", [](auto& p) { set_sections(p, {4, 6, 6}), p.positions.reset(), p.cos_sin_cache.reset(); },
+     "mrope_section must be None without positions, got [4, 6, 6]"},
+    {"sections_of_one_position", [](auto& p) { p.mrope_section = {4, 6, 6}; },
+     "positions must have the shape [3, num_tokens] with mrope_section, got shape [5]"},
+    {"four_rows_of_positions", [](auto& p) { set_sections(p, {4, 6, 6}), p.positions = positions({4, 5}); },
+     "positions must have the shape [3, num_tokens] with mrope_section, got shape [4, 5]"},
+    {"three_rows_without_sections", [](auto& p) { p.positions = positions({3, 5}); },
+     "mrope_section must be given with positions of shape [3, num_tokens], got None"},
+    {"columns_of_positions", [](auto& p) { set_sections(p, {4, 6, 6}), p.positions = positions({3, 4}); },
+     "positions must have at least 5 columns, as slot_mapping has, got shape [3, 4]"},
+    {"more_columns_of_positions", [](auto& p) { set_sections(p, {4, 6, 6}), p.positions = positions({3, 9}); }, ""},
+    {"sum_of_sections", [](auto& p) { set_sections(p, {4, 6, 7}); },
+     "mrope_section must be lengths of at least 0 with the sum rotary_dim / 2 = 16, got [4, 6, 7]"},
+    {"negative_section", [](auto& p) { set_sections(p, {-1, 11, 6}); },
+     "mrope_section must be lengths of at least 0 with the sum rotary_dim / 2 = 16, got [-1, 11, 6]"},
+    {"huge_sections", [](auto& p) { set_sections(p, {INT64_MAX, INT64_MAX, 18}); },  // 16, if the sum wrapped around
+     "mrope_section must be lengths of at least 0 with the sum rotary_dim / 2 = 16, got [9223372036854775807, "
+     "9223372036854775807, 18]"},
     // Norms.
     {"weight_dtype", [](auto& p) { p.q_norm_weight->dtype = DType::Float16; },
      "q_norm_weight must be float32 or bfloat16 as query is, got float16"},
@@ -267,6 +296,28 @@ TEST(RopeLayout, CosinesAndSines) {
   EXPECT_FALSE(layout.is_neox);
 }
 
+// Which of the three positions each of 16 frequencies takes.
+std::string axes(const std::array<std::int64_t, 3>& lengths, bool interleaved) {
+  RopeAppend p = rope_problem();
+  set_sections(p, lengths), p.mrope_interleaved = interleaved;
+  const Sections sections = lower(p).sections;
+  EXPECT_EQ(sections.axes, 3);
+  std::string text;
+  for (std::int64_t i = 0; i < 16; ++i) text += "thw"[sections.axis_of(i)];
+  return text;
+}
+
+TEST(RopeLayout, FrequenciesOfSections) {
+  EXPECT_EQ(axes({4, 6, 6}, false), "tttthhhhhhwwwwww");
+  EXPECT_EQ(axes({0, 16, 0}, false), "hhhhhhhhhhhhhhhh");
+  EXPECT_EQ(axes({8, 0, 8}, false), "ttttttttwwwwwwww");
+  EXPECT_EQ(axes({6, 5, 5}, true), "thwthwthwthwthwt");
+  EXPECT_EQ(axes({8, 4, 4}, true), "thwthwthwthwtttt");
+  EXPECT_EQ(axes({11, 2, 3}, true), "thwthwttwttttttt");
+  EXPECT_EQ(axes({16, 0, 0}, true), "tttttttttttttttt");
+  EXPECT_EQ(lower(rope_problem()).sections.axes, 1);
+}
+
 TEST(RopeLayout, NormsOfQAndK) {
   RopeAppend p = rope_problem();
   p.k_norm_weight = view_at(kKeyWeight, DType::Float32, {64}, {3});
@@ -279,6 +330,9 @@ TEST(RopeLayout, NormsOfQAndK) {
   EXPECT_EQ(layout.norm_weights[1].dtype, DType::Float32);
   EXPECT_EQ(layout.norm_weights[1].stride, 3);
   EXPECT_EQ(layout.norm_eps, 0.25f);
+  EXPECT_FALSE(layout.norm_after_rope);
+  p.norm_after_rope = true;
+  EXPECT_TRUE(lower(p).norm_after_rope);
 }
 
 TEST(RopeLayout, WhatIsTransformed) {

@@ -1,7 +1,10 @@
 // Plans of attention: which kernel, how many columns a block takes, how the work is divided, and what workspace that needs.
 #include <gtest/gtest.h>
 
+#include <bit>
+
 #include "core/attention_memory.h"
+#include "core/grouped_memory.h"
 #include "plan_support.h"
 
 namespace fp8kv::core {
@@ -14,17 +17,20 @@ struct Shape {
   std::int64_t seqs = 4, max_len = 1024, heads = 32, kv_heads = 8, head_size = 128, block_size = 16;
   std::int64_t queries = 1;  // of each sequence; more than 1: with cu_query_lens
   std::int64_t num_splits = 0;
+  std::int64_t v_head_size = 0;  // 0: head_size
+
+  std::int64_t v_size() const { return v_head_size > 0 ? v_head_size : head_size; }
 };
 
 PagedAttention problem_of(const Shape& s) {
   const std::int64_t rows = s.seqs * s.queries, max_blocks = s.max_len / s.block_size;
-  const auto cache = [&](int number) {
-    return contiguous(address(number), DType::E4M3, {s.seqs * max_blocks, s.block_size, s.kv_heads, s.head_size});
+  const auto cache = [&](int number, std::int64_t head_size) {
+    return contiguous(address(number), DType::E4M3, {s.seqs * max_blocks, s.block_size, s.kv_heads, head_size});
   };
   PagedAttention p{.query = contiguous(address(1), DType::BFloat16, {rows, s.heads, s.head_size}),
-                   .key_cache = cache(2),
-                   .value_cache = cache(3),
-                   .out = contiguous(address(4), DType::BFloat16, {rows, s.heads, s.head_size}),
+                   .key_cache = cache(2, s.head_size),
+                   .value_cache = cache(3, s.v_size()),
+                   .out = contiguous(address(4), DType::BFloat16, {rows, s.heads, s.v_size()}),
                    .block_table = contiguous(address(5), DType::Int32, {s.seqs, max_blocks}),
                    .seq_lens = contiguous(address(6), DType::Int32, {s.seqs}),
                    .k_scale = contiguous(address(7), DType::Float32, {s.kv_heads}),
@@ -86,6 +92,135 @@ TEST(PlanAttention, GenericBlocksAreRowsTimesHeads) {
   EXPECT_EQ(plan_of({.head_size = 4000}).warps, 2);
 }
 
+TEST(PlanAttention, TwoKindsAreGrouped) {
+  const auto kernel = [](auto change) {
+    PagedAttention p = problem_of({.head_size = 192, .v_head_size = 128});
+    change(p);
+    return plan_of(p).kernel;
+  };
+  EXPECT_EQ(kernel([](auto&) {}), AttentionKernel::Grouped);
+  EXPECT_EQ(kernel([](auto& p) { p.query.data = address(1, 2), p.query.strides[2] = 3; }), AttentionKernel::Grouped);
+  EXPECT_EQ(kernel([](auto& p) { p.key_cache.data = address(2, 8); }), AttentionKernel::Generic);
+  EXPECT_EQ(kernel([](auto& p) { p.value_cache.strides[1] += 8; }), AttentionKernel::Generic);
+  EXPECT_EQ(kernel([](auto& p) { p.key_cache.dtype = p.value_cache.dtype = DType::BFloat16; }), AttentionKernel::Generic);
+  EXPECT_EQ(plan_of({.head_size = 24, .v_head_size = 16}).kernel, AttentionKernel::Generic);
+  EXPECT_EQ(plan_of({.head_size = 128, .v_head_size = 72}).kernel, AttentionKernel::Generic);
+  EXPECT_EQ(plan_of({.head_size = 64, .v_head_size = 528}).kernel, AttentionKernel::Generic) << "registers";
+  EXPECT_EQ(plan_of({.head_size = 4096, .v_head_size = 64}).kernel, AttentionKernel::Generic) << "shared memory";
+  EXPECT_EQ(plan_of({.block_size = 7, .v_head_size = 64}).kernel, AttentionKernel::Grouped) << "any block size";
+}
+
+TEST(PlanAttention, TwoFormatsAreNeverTiled) {
+  PagedAttention p = problem_of({});
+  ASSERT_EQ(plan_of(p).kernel, AttentionKernel::Tiled);
+  p.v_cache_dtype = DType::E4M3;
+  EXPECT_EQ(plan_of(p).kernel, AttentionKernel::Tiled) << "the same format, by its name";
+  for (DType dtype : {DType::E5M2, DType::Int8}) {
+    p.v_cache_dtype = p.value_cache.dtype = dtype;
+    EXPECT_EQ(plan_of(p).kernel, AttentionKernel::Grouped);
+  }
+  p.v_cache_dtype = p.value_cache.dtype = DType::BFloat16;
+  EXPECT_EQ(plan_of(p).kernel, AttentionKernel::Generic);
+}
+
+TEST(PlanAttention, GenericMemoryOfTwoHeadSizes) {
+  const AttentionPlan plan = plan_of({.head_size = 24, .v_head_size = 20});
+  EXPECT_EQ(plan.warps, 4);
+  EXPECT_EQ(plan.shared_memory, (24 + 4 * 20) * 4);
+  EXPECT_EQ(plan_of({.head_size = 8000, .v_head_size = 2000}).warps, 2);
+  EXPECT_EQ(plan_of({.head_size = 2000, .v_head_size = 8000}).warps, 1);
+  EXPECT_EQ(plan_of({.head_size = 8000, .v_head_size = 8000}).warps, 0) << "refused";
+}
+
+// --- The grouped kernel --------------------------------
+
+TEST(PlanAttention, GroupedColumnsAreTheHeadsOfAGroup) {
+  const auto plan = [](std::int64_t heads, std::int64_t kv_heads) {
+    return plan_of({.seqs = 1000, .heads = heads, .kv_heads = kv_heads, .head_size = 192, .v_head_size = 128});
+  };
+  EXPECT_EQ(plan(8, 8).columns, 8);
+  EXPECT_EQ(plan(64, 8).columns, 8);
+  EXPECT_EQ(plan(9, 1).columns, 16);
+  EXPECT_EQ(plan(32, 1).columns, 32);
+  EXPECT_EQ(plan(33, 1).columns, 64);
+  EXPECT_EQ(plan(128, 1).columns, 64);
+  EXPECT_EQ(plan(64, 8).blocks, 1000 * 8);
+  EXPECT_EQ(plan(128, 1).blocks, 1000 * 2);
+  EXPECT_EQ(plan(72, 1).blocks, 1000 * 2);
+  EXPECT_EQ(plan(128, 1).workspace_size, 0);
+}
+
+TEST(PlanAttention, FewItemsShareTheirPositions) {
+  const auto plan = [](std::int64_t seqs, std::int64_t max_len, std::int64_t num_splits) {
+    return plan_of({.seqs = seqs,
+                    .max_len = max_len,
+                    .heads = 128,
+                    .kv_heads = 1,
+                    .head_size = 576,
+                    .num_splits = num_splits,
+                    .v_head_size = 512});
+  };
+  EXPECT_EQ(plan(1, 65536, 0).parts, kMultiprocessors / 2);
+  EXPECT_EQ(plan(16, 65536, 0).parts, kMultiprocessors / 32);
+  EXPECT_EQ(plan(66, 65536, 0).parts, 1);
+  EXPECT_EQ(plan(1, 1024, 0).parts, 8) << "4 tiles each";
+  EXPECT_EQ(plan(1, 1024, 1).parts, 1);
+  EXPECT_EQ(plan(1, 1024, 5).parts, 5);
+  EXPECT_EQ(plan(1, 1024, 1000).parts, 32) << "no more parts than tiles";
+  const AttentionPlan five = plan(3, 1024, 5);
+  EXPECT_EQ(five.blocks, 3 * 2 * 5);
+  EXPECT_EQ(five.slots, 3 * 2 * 5);
+  EXPECT_EQ(five.merges, 3 * 2);
+  EXPECT_EQ(five.workspace_size, 3 * 2 * 5 * (8 + 64 * (512 + 4) * 4));
+}
+
+TEST(PlanAttention, GroupedMemoryFitsEveryDevice) {
+  for (int bytes : {100 * 1024, 164 * 1024, 228 * 1024})
+    for (auto [head_size, v_head_size] : {std::pair{576, 512}, {192, 128}, {64, 128}, {16, 512}})
+      for (std::int64_t heads : {1, 16, 32, 128}) {
+        const PagedAttention p =
+            problem_of({.heads = heads, .kv_heads = 1, .head_size = head_size, .v_head_size = v_head_size});
+        const AttentionPlan plan = plan_of(p, with_shared_memory(bytes));
+        if (plan.kernel == AttentionKernel::Generic) {
+          EXPECT_GT(GroupedMemory(head_size, v_head_size, 8, false, 1).size, bytes - 1024);
+          continue;
+        }
+        EXPECT_EQ(plan.shared_memory, grouped_memory(lower(p), plan.columns, bytes).size);
+        EXPECT_LE(plan.shared_memory, bytes - 1024);
+      }
+}
+
+TEST(PlanAttention, AsManyStagesAsFitBesideTheOtherBlocks) {
+  const auto stages = [](std::int64_t heads, std::int64_t head_size, std::int64_t v_head_size, int bytes) {
+    const PagedAttention p = problem_of({.heads = heads, .kv_heads = 1, .head_size = head_size, .v_head_size = v_head_size});
+    return grouped_memory(lower(p), plan_of(p).columns, bytes).stages;
+  };
+  EXPECT_EQ(stages(8, 192, 128, 228 * 1024), 3) << "of three blocks";
+  EXPECT_EQ(stages(128, 576, 512, 228 * 1024), 1) << "of one";
+  EXPECT_EQ(stages(8, 192, 128, 164 * 1024), 1);
+}
+
+TEST(PlanAttention, VInKNeedsNoMemoryOfItsOwn) {
+  PagedAttention p = problem_of({.heads = 128, .kv_heads = 1, .head_size = 576, .v_head_size = 512});
+  EXPECT_FALSE(values_in_keys(lower(p)));
+  p.value_cache = p.key_cache, p.value_cache.sizes[3] = 512;
+  EXPECT_TRUE(values_in_keys(lower(p)));
+  EXPECT_EQ(plan_of(p).kernel, AttentionKernel::Grouped);
+  EXPECT_EQ(GroupedMemory(576, 512, 64, false, 1).size - GroupedMemory(576, 512, 64, true, 1).size,
+            32 * (2 * 512 + 16) + 32 * 512);
+  p.value_cache.data = address(2, 64);
+  EXPECT_FALSE(values_in_keys(lower(p)));
+}
+
+TEST(PlanAttention, AllWarpsOfAGroupHaveLogitsToCalculate) {
+  for (int columns : {8, 16, 32, 64})
+    for (int value_size : GroupedShape::kValueSizes) {
+      const int warps = GroupedShape::warps(columns, value_size), parts = GroupedShape::key_parts(columns, value_size);
+      EXPECT_EQ(warps / parts * 16, std::max(columns, 16)) << columns << " " << value_size;
+      EXPECT_EQ(value_size % (16 * warps), 0);
+    }
+}
+
 // --- Columns --------------------------------
 
 struct Columns {
@@ -114,8 +249,7 @@ TEST(PlanAttention, SharedMemoryFitsEveryDevice) {
           PagedAttention p = problem_of({.head_size = head_size, .queries = queries});
           if (per_token) p.k_scale = contiguous(address(7), DType::Float32, {4 * 64, 16, 8});
           const AttentionPlan plan = plan_of(p, with_shared_memory(bytes));
-          const AttentionMemory memory(static_cast<int>(head_size), plan.column_tiles, per_token, plan.warps,
-                                       plan.heads * plan.columns);
+          const AttentionMemory memory(static_cast<int>(head_size), plan.column_tiles, per_token, plan.warps, plan.columns);
           EXPECT_EQ(plan.shared_memory, memory.size);
           EXPECT_LE(plan.shared_memory, bytes - 1024);
           EXPECT_GE(plan.warps, 4);
@@ -127,7 +261,7 @@ TEST(PlanAttention, SharedMemoryFitsEveryDevice) {
 
 TEST(PlanAttention, BlocksFillTheDeviceWhereThereIsEnoughToDo) {
   EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192}).blocks, kMultiprocessors);
-  EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192}).blocks, 2 * kMultiprocessors) << "many items";
+  EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192}).blocks, 4 * kMultiprocessors) << "many items";
   EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192, .head_size = 64}).blocks, 2 * kMultiprocessors) << "short rows";
   EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192, .head_size = 256}).blocks, kMultiprocessors);
   EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192, .queries = 8}).blocks, kMultiprocessors);
@@ -136,23 +270,17 @@ TEST(PlanAttention, BlocksFillTheDeviceWhereThereIsEnoughToDo) {
   EXPECT_EQ(plan_of({.seqs = 1, .max_len = 1024}).blocks, 64);
 }
 
-TEST(PlanAttention, TwoKvHeadsShareABlockWhereThereAreManyItems) {
-  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192}).heads, 1);
-  const AttentionPlan plan = plan_of({.seqs = 64, .max_len = 8192});
-  EXPECT_EQ(plan.heads, 2);
-  EXPECT_EQ(plan.head_groups, 4);
-  EXPECT_EQ(plan_of({.seqs = 512, .max_len = 8192, .heads = 14, .kv_heads = 7}).heads, 1);
-  EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192, .num_splits = 1}).heads, 1);
+TEST(PlanAttention, ManySmallerBlocksWhereThereAreManyItems) {
+  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192}).warps, 8);
+  EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192}).warps, 4);
+  EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192, .queries = 8}).warps, 8) << "more columns";
+  EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192, .num_splits = 1}).warps, 8) << "depends on no other sequence";
 }
 
-TEST(PlanAttention, TheMergingKernelCanStartEarly) {
-  for (std::int64_t seqs : {1, 7, 64, 256})
-    for (std::int64_t heads : {8, 32, 64})
-      for (std::int64_t head_size : {64, 128, 256}) {
-        const AttentionPlan plan = plan_of({.seqs = seqs, .max_len = 32768, .heads = heads, .head_size = head_size});
-        EXPECT_GE(plan.merge_sharers, 1);
-        EXPECT_LE(plan.merges * plan.heads * plan.columns * plan.merge_sharers, 8 * 2048);
-      }
+TEST(PlanAttention, AnItemCostsAsManyTilesAsWereReadMeanwhile) {
+  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192}).item_overhead, 64);
+  EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192}).item_overhead, 16) << "by one of four blocks";
+  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192, .head_size = 256}).item_overhead, 32) << "larger tiles";
 }
 
 TEST(PlanAttention, AWindowBoundsTheTiles) {
@@ -164,11 +292,10 @@ TEST(PlanAttention, AWindowBoundsTheTiles) {
 TEST(PlanAttention, OnePartNeedsNoWorkspaceAndDependsOnNoBound) {
   const AttentionPlan one = plan_of(Shape{.num_splits = 1});
   EXPECT_EQ(one.workspace_size, 0);
-  EXPECT_EQ(one.merges, 0);
+  EXPECT_EQ(one.slots, 0);
   EXPECT_EQ(one.blocks, 4 * 8);
   const AttentionPlan other = plan_of({.seqs = 100, .max_len = 65536, .queries = 7, .num_splits = 1});
   EXPECT_EQ(other.warps, one.warps);
-  EXPECT_EQ(other.heads, one.heads);
   EXPECT_EQ(other.columns, one.columns);
   EXPECT_EQ(other.column_warps, one.column_warps);
 }
@@ -178,16 +305,14 @@ TEST(PlanAttention, PartsAreItemsTimesSplits) {
   EXPECT_EQ(plan.parts, 3);
   EXPECT_EQ(plan.blocks, 4 * 8 * 3);
   EXPECT_EQ(plan.slots, 4 * 8 * 3);
-  EXPECT_EQ(plan.merges, 4 * 8);
-  EXPECT_EQ(plan.workspace_size, plan.slots * plan.columns * (128 + 4) * 4);
+  EXPECT_EQ(plan.workspace_size, plan.slots * (8 + plan.columns * (128 + 4) * 4)) << "a counter and a slot for each";
   EXPECT_EQ(plan_of({.max_len = 64, .num_splits = 1000}).parts, 4) << "no more parts than tiles";
 }
 
 TEST(PlanAttention, TwoSlotsPerBlock) {
   const AttentionPlan plan = plan_of({.seqs = 8, .max_len = 8192});
   EXPECT_EQ(plan.slots, 2 * plan.blocks);
-  EXPECT_EQ(plan.merges, plan.blocks);
-  EXPECT_EQ(plan.workspace_size, plan.slots * 8 * (128 + 4) * 4);
+  EXPECT_EQ(plan.workspace_size, plan.slots * (8 + 8 * (128 + 4) * 4));
 }
 
 AttentionClusters clusters_of(int blocks_at_once) {
@@ -206,7 +331,7 @@ TEST(PlanAttention, OneShortSequenceIsMergedInClusters) {
   EXPECT_EQ(plan.parts, 8);
   EXPECT_EQ(plan.blocks, 8 * 8);
   EXPECT_EQ(plan.workspace_size, 0);
-  EXPECT_EQ(plan.merges, 0);
+  EXPECT_EQ(plan.slots, 0);
   EXPECT_EQ(plan_with({.seqs = 1, .max_len = 1024}, 32).cluster, 4) << "no room for more at once";
   EXPECT_EQ(plan_with({.seqs = 1, .max_len = 1024}, 0).cluster, 1);
   EXPECT_EQ(plan_with({.seqs = 1, .max_len = 512}, 132).cluster, 4) << "a tile for each warp";
@@ -230,12 +355,19 @@ TEST(PlanAttention, WhatAClusterMergesFitsTheRings) {
 // fp8kv.attention_workspace_size, which allocates before there is a plan.
 std::int64_t upper_bound(const Shape& s, int multiprocessors) {
   if (s.num_splits == 1) return 0;
-  const std::int64_t bytes_per_column = 4 * (s.head_size + 4), group = s.heads / s.kv_heads, rows = s.seqs * s.queries;
-  if (s.num_splits == 0) return 2 * multiprocessors * (s.head_size <= 128 ? 2 : 1) * 64 * bytes_per_column;
+  const std::int64_t head_size = std::max(s.head_size, s.v_size());
+  const std::int64_t bytes_per_column = 4 * (head_size + 4) + 1, group = s.heads / s.kv_heads, rows = s.seqs * s.queries;
+  if (s.num_splits == 0) return 2 * multiprocessors * 64 * bytes_per_column;
   std::int64_t columns = 8;
   while (columns < std::min<std::int64_t>(64, group * s.queries)) columns *= 2;
   const std::int64_t by_length = s.seqs * ceil_div(group * s.queries, columns), by_rows = s.seqs + rows * group / columns;
-  return std::min(by_length, by_rows) * s.kv_heads * s.num_splits * columns * bytes_per_column;
+  std::int64_t all_columns = std::min(by_length, by_rows) * columns;
+  if (s.v_head_size > 0) {
+    const auto of_row =
+        static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(std::clamp<std::int64_t>(group, 8, 64))));
+    all_columns = std::max(all_columns, rows * ceil_div(group, of_row) * of_row);
+  }
+  return all_columns * s.kv_heads * s.num_splits * bytes_per_column + 8;
 }
 
 TEST(PlanAttention, NeedsNoMoreThanTheUpperBound) {
@@ -248,6 +380,21 @@ TEST(PlanAttention, NeedsNoMoreThanTheUpperBound) {
               const Shape s{seqs, 4096, heads, kv_heads, head_size, 16, queries, num_splits};
               const AttentionPlan plan = plan_of(s, with_shared_memory(bytes));
               ASSERT_EQ(plan.kernel, AttentionKernel::Tiled);
+              EXPECT_LE(plan.workspace_size, upper_bound(s, kMultiprocessors))
+                  << seqs << " " << heads << " " << kv_heads << " " << head_size << " " << queries << " " << num_splits;
+            }
+}
+
+TEST(PlanAttention, GroupedNeedsNoMoreThanTheUpperBound) {
+  for (int bytes : {164 * 1024, 228 * 1024})
+    for (std::int64_t seqs : {1, 7, 300})
+      for (auto [heads, kv_heads] : {std::pair{32, 8}, {8, 8}, {36, 4}, {128, 1}, {40, 1}, {10, 5}})
+        for (auto [head_size, v_head_size] : {std::pair{576, 512}, {192, 128}, {64, 96}, {16, 256}})
+          for (std::int64_t queries : {1, 2, 100})
+            for (std::int64_t num_splits : {0, 1, 2, 5}) {
+              const Shape s{seqs, 4096, heads, kv_heads, head_size, 16, queries, num_splits, v_head_size};
+              const AttentionPlan plan = plan_of(problem_of(s), with_shared_memory(bytes));
+              ASSERT_EQ(plan.kernel, AttentionKernel::Grouped);
               EXPECT_LE(plan.workspace_size, upper_bound(s, kMultiprocessors))
                   << seqs << " " << heads << " " << kv_heads << " " << head_size << " " << queries << " " << num_splits;
             }

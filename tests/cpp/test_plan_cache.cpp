@@ -9,7 +9,7 @@ namespace {
 using namespace testing_support;
 
 TEST(PlanCache, HeadsOfWholeVectorsAreAligned) {
-  const CachePlan plan = plan_append(lower(append_of({128, 8, 128})));
+  const CachePlan plan = plan_append(lower(append_of({128, 8, 128})).front());
   EXPECT_EQ(plan.path, KernelPath::Vectorized);
   EXPECT_TRUE(plan.aligned);
   EXPECT_EQ(plan.vecs_per_head, 16);
@@ -17,14 +17,14 @@ TEST(PlanCache, HeadsOfWholeVectorsAreAligned) {
 }
 
 TEST(PlanCache, OddHeadsOfOneScaleAreOneAlignedRow) {
-  EXPECT_FALSE(plan_append(lower(append_of({16, 8, 20}))).aligned);
-  const CachePlan merged = plan_append(lower(append_of({16, 8, 20, 64, 16, false})));
+  EXPECT_FALSE(plan_append(lower(append_of({16, 8, 20})).front()).aligned);
+  const CachePlan merged = plan_append(lower(append_of({16, 8, 20, 64, 16, false})).front());
   EXPECT_TRUE(merged.aligned);
   EXPECT_EQ(merged.vecs_per_head, 20);
 }
 
 TEST(PlanCache, MisalignedRowsAreDividedAtAlignedAddresses) {
-  const CachePlan plan = plan_append(lower(append_of({16, 8, 128, 64, 16, true, 1})));
+  const CachePlan plan = plan_append(lower(append_of({16, 8, 128, 64, 16, true, 1})).front());
   EXPECT_EQ(plan.path, KernelPath::Vectorized);
   EXPECT_FALSE(plan.aligned);
   EXPECT_EQ(plan.vecs_per_head, 17);  // 128 elements that begin up to 7 into a vector
@@ -33,24 +33,24 @@ TEST(PlanCache, MisalignedRowsAreDividedAtAlignedAddresses) {
 TEST(PlanCache, StridesOfSizeOneDoNotMatter) {
   CacheAppend p = append_of({16, 1, 128});
   p.key.strides[1] = p.key_cache.strides[2] = 3;
-  EXPECT_TRUE(plan_append(lower(p)).aligned);
+  EXPECT_TRUE(plan_append(lower(p).front()).aligned);
 }
 
 TEST(PlanCache, SpacedElementsGoOneByOne) {
   CacheAppend p = append_of({16, 2, 64});
   for (int d = 0; d < 3; ++d) p.key.strides[d] *= 2;
-  EXPECT_EQ(plan_append(lower(p)).path, KernelPath::Scalar);
+  EXPECT_EQ(plan_append(lower(p).front()).path, KernelPath::Scalar);
 }
 
 TEST(PlanCache, SlotsBeyond32BitsGoOneByOne) {
   constexpr std::int64_t kSlots = std::int64_t{1} << 31;
-  EXPECT_EQ(plan_append(lower(append_of({16, 1, 8, kSlots / 16, 16}))).path, KernelPath::Vectorized);
-  EXPECT_EQ(plan_append(lower(append_of({16, 1, 8, kSlots / 16 + 1, 16}))).path, KernelPath::Scalar);
+  EXPECT_EQ(plan_append(lower(append_of({16, 1, 8, kSlots / 16, 16})).front()).path, KernelPath::Vectorized);
+  EXPECT_EQ(plan_append(lower(append_of({16, 1, 8, kSlots / 16 + 1, 16})).front()).path, KernelPath::Scalar);
 }
 
 TEST(PlanCache, ManyTokensAreLaunchedInChunks) {
   const std::int64_t tokens = 1 << 25;  // of 128 vectors
-  const CachePlan plan = plan_append(lower(append_of({tokens, 8, 128})));
+  const CachePlan plan = plan_append(lower(append_of({tokens, 8, 128})).front());
   EXPECT_LT(plan.tokens, tokens);
   EXPECT_LT(plan.tokens * 128, kMaxChunk);
   EXPECT_GE((plan.tokens + 1) * 128, kMaxChunk);
@@ -62,7 +62,7 @@ CachePlan plan_dynamic_append(std::int64_t head_size) {
   TensorView others = scales;
   others.data = address(8);
   return plan_append_dynamic(
-      lower(CacheAppendDynamic{p.key, p.value, p.key_cache, p.value_cache, scales, others, p.slot_mapping}));
+      lower(CacheAppendDynamic{p.key, p.value, p.key_cache, p.value_cache, scales, others, p.slot_mapping}).front());
 }
 
 TEST(PlanCache, ThreadsOfAWarpHoldAHead) {
@@ -80,6 +80,25 @@ TEST(PlanCache, ThreadsOfAWarpHoldAHead) {
   }
 }
 
+TEST(PlanCache, LargeDynamicAppendsTakeTwoHeadsPerThread) {
+  const auto plan = [](const Geometry& g) {
+    const CacheAppend p = append_of(g);
+    const auto scales = [&](int number) {
+      return contiguous(address(number), DType::Float32, {g.blocks, g.block_size, g.heads});
+    };
+    return plan_append_dynamic(
+        lower(CacheAppendDynamic{p.key, p.value, p.key_cache, p.value_cache, scales(7), scales(8), p.slot_mapping}).front());
+  };
+  EXPECT_EQ(plan({8191, 8, 128}).heads_per_thread, 1);
+  EXPECT_EQ(plan({8192, 8, 128}).heads_per_thread, 2);
+  EXPECT_EQ(plan({8192, 8, 128}).threads_per_head, 8);
+  EXPECT_EQ(plan({16384, 8, 64}).heads_per_thread, 1);
+  EXPECT_EQ(plan({8192, 7, 128}).heads_per_thread, 1);
+  EXPECT_EQ(plan({8192, 8, 120}).heads_per_thread, 1);
+  EXPECT_EQ(plan({8192, 8, 128, 64, 16, true, 8}).heads_per_thread, 1);
+  EXPECT_TRUE(plan({8192, 8, 128, 64, 16, true, 8}).aligned);
+}
+
 TEST(PlanCache, HeadsThatNoWarpHoldsAreReadTwice) {
   const CachePlan plan = plan_dynamic_append(1032);
   EXPECT_EQ(plan.path, KernelPath::Scalar);
@@ -87,14 +106,14 @@ TEST(PlanCache, HeadsThatNoWarpHoldsAreReadTwice) {
 }
 
 TEST(PlanCache, NoTokensAreNoLaunch) {
-  EXPECT_EQ(plan_append(lower(append_of({0, 8, 128}))).tokens, 0);
-  EXPECT_EQ(plan_append_dynamic(lower(append_of({0, 8, 128}))).tokens, 0);
+  EXPECT_EQ(plan_append(lower(append_of({0, 8, 128})).front()).tokens, 0);
+  EXPECT_EQ(plan_append_dynamic(lower(append_of({0, 8, 128})).front()).tokens, 0);
 }
 
 // The blocks of a gather come from a table of 32 bits, however many there are.
 TEST(PlanCache, AGatherTakesVectorsFromCachesOfAnySize) {
   constexpr std::int64_t kSlots = std::int64_t{1} << 32;
-  const CacheLayout layout = lower(append_of({16, 1, 8, kSlots / 16, 16}));
+  const CacheLayout layout = lower(append_of({16, 1, 8, kSlots / 16, 16})).front();
   EXPECT_EQ(plan_append(layout).path, KernelPath::Scalar);
   EXPECT_EQ(plan_gather(layout).path, KernelPath::Vectorized);
 }
@@ -108,29 +127,29 @@ CacheAppend channels_append(const Geometry& g, std::int64_t misalignment = 0) {
 
 TEST(PlanCache, ChannelsAreVectorsOfScales) {
   const Geometry g{128, 8, 128};
-  const CachePlan plan = plan_append(lower(channels_append(g)));
+  const CachePlan plan = plan_append(lower(channels_append(g)).front());
   EXPECT_EQ(plan.path, KernelPath::PerColumn);
   EXPECT_TRUE(plan.aligned);
   EXPECT_EQ(plan.vecs_per_head, 16);
   CacheAppend with_offset = append_of(g);
   with_offset.v_offset = channels_of(g, 9);
-  EXPECT_EQ(plan_append(lower(with_offset)).path, KernelPath::PerColumn);
-  EXPECT_EQ(plan_gather(lower(with_offset)).path, KernelPath::PerColumn);
+  EXPECT_EQ(plan_append(lower(with_offset).front()).path, KernelPath::PerColumn);
+  EXPECT_EQ(plan_gather(lower(with_offset).front()).path, KernelPath::PerColumn);
 }
 
 TEST(PlanCache, ChannelsOfOddHeadsAreOneAlignedRow) {
   const Geometry g{16, 8, 20};
   CacheAppend p = channels_append(g);
-  EXPECT_EQ(plan_append(lower(p)).path, KernelPath::Scalar) << "V has scales per head";
+  EXPECT_EQ(plan_append(lower(p).front()).path, KernelPath::Scalar) << "V has scales per head";
   p.v_scale = channels_of(g, 10);
-  const CachePlan plan = plan_append(lower(p));
+  const CachePlan plan = plan_append(lower(p).front());
   EXPECT_EQ(plan.path, KernelPath::PerColumn);
   EXPECT_EQ(plan.vecs_per_head, 20);
 }
 
 TEST(PlanCache, ChannelsThatNoVectorReadsGoOneByOne) {
   const Geometry g{128, 8, 128};
-  const auto path = [](const CacheAppend& p) { return plan_append(lower(p)).path; };
+  const auto path = [](const CacheAppend& p) { return plan_append(lower(p).front()).path; };
   EXPECT_EQ(path(channels_append(g, 8)), KernelPath::Scalar) << "an address";
   CacheAppend p = channels_append(g);
   p.k_scale.strides[0] = 130;
@@ -145,10 +164,12 @@ TEST(PlanCache, ChannelsThatNoVectorReadsGoOneByOne) {
 }
 
 TEST(PlanCache, ManyTokensShareTheScalesOfChannels) {
-  EXPECT_EQ(plan_append(lower(channels_append({511, 8, 128}))).tokens_per_thread, 1);
-  EXPECT_EQ(plan_append(lower(channels_append({512, 8, 128}))).tokens_per_thread, 4);
-  EXPECT_EQ(plan_append(lower(append_of({8192, 8, 128}))).tokens_per_thread, 1);
-  EXPECT_EQ(plan_gather(lower(channels_append({8192, 8, 128}))).tokens_per_thread, 1);
+  EXPECT_EQ(plan_append(lower(channels_append({511, 8, 128})).front()).tokens_per_thread, 1);
+  EXPECT_EQ(plan_append(lower(channels_append({512, 8, 128})).front()).tokens_per_thread, 4);
+  EXPECT_EQ(plan_append(lower(append_of({4095, 8, 128})).front()).tokens_per_thread, 1);
+  EXPECT_EQ(plan_append(lower(append_of({4096, 8, 128})).front()).tokens_per_thread, 2);
+  EXPECT_EQ(plan_gather(lower(channels_append({1023, 8, 128})).front()).tokens_per_thread, 1);
+  EXPECT_EQ(plan_gather(lower(channels_append({1024, 8, 128})).front()).tokens_per_thread, 2);
 }
 
 TEST(PlanCache, DynamicAppendsWithOffsetsHoldAHeadToo) {
@@ -158,17 +179,24 @@ TEST(PlanCache, DynamicAppendsWithOffsetsHoldAHeadToo) {
                    v_scales = contiguous(address(8), DType::Float32, {64, 16, 8});
   CacheAppendDynamic dynamic{p.key, p.value, p.key_cache, p.value_cache, k_scales, v_scales, p.slot_mapping};
   dynamic.v_offset = channels_of(g, 9);
-  const CachePlan plan = plan_append_dynamic(lower(dynamic));
+  const CachePlan plan = plan_append_dynamic(lower(dynamic).front());
   EXPECT_EQ(plan.path, KernelPath::PerColumn);
   EXPECT_EQ(plan.threads_per_head, 8);
   EXPECT_EQ(plan.vecs_per_thread, 2);
   dynamic.v_offset = channels_of(g, 9, 4);
-  EXPECT_EQ(plan_append_dynamic(lower(dynamic)).path, KernelPath::Scalar);
+  EXPECT_EQ(plan_append_dynamic(lower(dynamic).front()).path, KernelPath::Scalar);
 }
 
-TEST(PlanCache, LargeAppendsTakeSmallerBlocks) {
-  EXPECT_EQ(plan_append(lower(append_of({8191, 8, 128}))).threads, 256);
-  EXPECT_EQ(plan_append(lower(append_of({8192, 8, 128}))).threads, 128);
+TEST(PlanCache, LargeGathersTakeTwoVectorsPerThread) {
+  const auto plan = [](const Geometry& g) { return plan_gather(lower(append_of(g)).front()); };
+  EXPECT_EQ(plan({1023, 8, 128}).vecs_per_thread, 1);
+  EXPECT_EQ(plan({1023, 8, 128}).threads, 256);
+  EXPECT_EQ(plan({1024, 8, 128}).vecs_per_thread, 2);
+  EXPECT_EQ(plan({1024, 8, 128}).threads, 128);
+  EXPECT_EQ(plan({8192, 1, 128}).vecs_per_thread, 2) << "halves of a head";
+  EXPECT_EQ(plan({8192, 5, 120}).vecs_per_thread, 1) << "neither heads nor vectors can be halved";
+  EXPECT_EQ(plan({8192, 8, 20}).vecs_per_thread, 1) << "not aligned";
+  EXPECT_EQ(plan_gather(lower(channels_append({8192, 8, 128})).front()).vecs_per_thread, 1);
 }
 
 }  // namespace

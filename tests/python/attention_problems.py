@@ -45,7 +45,10 @@ class Problem:
         lengths: tokens of each sequence.
         queries: of each sequence; None: one each, and no cu_query_lens.
         heads: num_heads, num_kv_heads.
-        query: dtype of the query; None: that of the caches.
+        v_head_size: of V; None: that of K.
+        v_cache: what the elements of V are; None: what those of K are.
+        shared: V is the first elements of each head of K.
+        query: dtype of the query; None: that of K.
         out: dtype of the result; None: as the op chooses.
         scales: "tensor", "head", "channel" or "slot", of K and of V.
         size: factor of the query; the scale of the logits is divided by it.
@@ -83,6 +86,9 @@ class Problem:
     index_layout: str = "contiguous"
     scale_layout: str = "contiguous"
     seed: int = 0
+    v_head_size: int | None = None
+    v_cache: str | None = None
+    shared: bool = False
 
     def num_queries(self) -> list[int]:
         return [1] * len(self.lengths) if self.queries is None else list(self.queries)
@@ -115,10 +121,11 @@ def make(problem: Problem) -> Inputs:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    name, dtype, element = CACHES[problem.cache]
+    kinds = (problem.cache, problem.v_cache or problem.cache)
+    elements = [CACHES[kind][2] for kind in kinds]
+    quantized = [kind in QUANTIZED_CACHES for kind in kinds]
     num_heads, num_kv_heads = problem.heads
     head_size, block_size = problem.head_size, problem.block_size
-    quantized = problem.cache in QUANTIZED_CACHES
     seen = problem.seen()
     num_tokens = sum(problem.num_queries())
 
@@ -138,30 +145,33 @@ def make(problem: Problem) -> Inputs:
     is_seen = is_seen.view(num_blocks, block_size)
 
     # Around another mean for each channel, of 8 times the size that the scales bring it to
-    shape = (num_blocks, block_size, num_kv_heads, head_size)
-    kv = [8 * (normal(*shape) + normal(*shape[2:])) if quantized else normal(*shape) for _ in "kv"]
-    spread = 8.0
+    slots_and_heads = (num_blocks, block_size, num_kv_heads)
+    shapes = [(*slots_and_heads, size) for size in (head_size, problem.v_head_size or head_size)]
+    kv = [8 * (normal(*x) + normal(*x[2:])) if q else normal(*x) for x, q in zip(shapes, quantized, strict=True)]
+    spreads = [8.0, 8.0]
     if problem.extreme:
-        spread = FORMATS[element].max
-        kv = [spread * x.sign() for x in kv]
+        spreads = [FORMATS[element].max for element in elements]
+        kv = [spread * x.sign() for x, spread in zip(kv, spreads, strict=True)]
     nan = torch.full((), math.nan)
-    caches = [torch.where(is_seen[..., None, None], x, nan).to(element) for x in kv]
-    shapes = {"tensor": (1,), "head": (num_kv_heads,), "channel": shape[2:], "slot": shape[:3]}
-    scales = [(normal(*shapes[kind]).clamp(-2, 2) / 2).exp2() / spread for kind in problem.scales]
-    for i, kind in enumerate(problem.scales):
-        if kind == "slot":
-            scales[i] = torch.where(is_seen[..., None], scales[i], nan)
-    offsets = [normal(*shape[2:]) if problem.offsets else None for _ in "kv"]
+    caches = [torch.where(is_seen[..., None, None], x, nan).to(element) for x, element in zip(kv, elements, strict=True)]
+    if problem.shared:
+        caches[1] = caches[0][..., : shapes[1][3]]
+    scales = []
+    for kind, shape, spread in zip(problem.scales, shapes, spreads, strict=True):
+        of_kind = {"tensor": (1,), "head": (num_kv_heads,), "channel": shape[2:], "slot": shape[:3]}[kind]
+        scale = (normal(*of_kind).clamp(-2, 2) / 2).exp2() / spread
+        scales.append(torch.where(is_seen[..., None], scale, nan) if kind == "slot" else scale)
+    offsets = [normal(*x[2:]) if problem.offsets and q else None for x, q in zip(shapes, quantized, strict=True)]
 
     query = normal(num_tokens + problem.spare_rows[0], num_heads, head_size)
     query = query * torch.tensor(problem.sizes).view(-1, 1)
-    query = (query * problem.size if problem.query else 8 * query).to(problem.query or element)
+    query = (query * problem.size if problem.query else 8 * query).to(problem.query or elements[0])
     q_scale = None if problem.query else (normal(problem.q_scales) / 4).exp2() / 8
 
     # The largest |v| that each query sees
     v = caches[1].double()
-    if quantized:
-        views = {"tensor": (1, 1), "head": (-1, 1), "channel": shape[2:], "slot": (*shape[:3], 1)}
+    if quantized[1]:
+        views = {"tensor": (1, 1), "head": (-1, 1), "channel": shapes[1][2:], "slot": (*slots_and_heads, 1)}
         v = v * scales[1].double().view(views[problem.scales[1]])
         v = v if offsets[1] is None else v + offsets[1].double()
     largest = torch.zeros(num_tokens, num_heads, dtype=torch.float64)
@@ -174,9 +184,10 @@ def make(problem: Problem) -> Inputs:
                 largest[row] = of_kv_heads.repeat_interleave(num_heads // num_kv_heads)
             row += 1
 
+    (name, k_dtype, _), (v_name, v_dtype, _) = (CACHES[kind] for kind in kinds)
     return Inputs(
-        query.view(torch.uint8) if dtype == torch.uint8 and problem.query is None else query,
-        (caches[0].view(dtype), caches[1].view(dtype)),
+        query.view(torch.uint8) if k_dtype == torch.uint8 and problem.query is None else query,
+        (caches[0].view(k_dtype), caches[1].view(v_dtype)),
         table.to(torch.int32),
         {
             "seq_lens": int32(*problem.lengths),
@@ -195,6 +206,7 @@ def make(problem: Problem) -> Inputs:
             "k_offset": offsets[0],
             "v_offset": offsets[1],
             "num_splits": problem.num_splits,
+            "v_cache_dtype": None if problem.v_cache is None else v_name,
         },
         largest,
     )
@@ -215,12 +227,10 @@ def check(device: torch.device, problem: Problem | None = None, **changes: Any) 
         for k, x in inputs.options.items()
     }
     table = placed(inputs.table, problem.index_layout, device)
-    key_cache, value_cache, _ = empty_caches(inputs.caches[0].shape, inputs.caches[0].dtype, problem.cache_layout, device)
-    copy_bits(key_cache, inputs.caches[0])
-    copy_bits(value_cache, inputs.caches[1])
+    key_cache, value_cache = place_caches(problem, inputs, device)
     query = placed(inputs.query, problem.layouts[0], device)
     chosen = problem.out or (query.dtype if problem.query else torch.bfloat16)
-    shape = (num_heads, problem.head_size)
+    shape = (num_heads, problem.v_head_size or problem.head_size)
     out, out_buffer = empty_view((num_tokens + problem.spare_rows[1], *shape), chosen, problem.layouts[1], device)
     lse, lse_buffer = empty_view((num_tokens + problem.spare_rows[2], num_heads), torch.float32, problem.layouts[2], device)
     result = fp8kv.paged_attention(query, key_cache, value_cache, table, **kwargs, out=out, lse=lse)
@@ -235,6 +245,19 @@ def check(device: torch.device, problem: Problem | None = None, **changes: Any) 
     assert_near(actual, exact[:num_tokens], inputs.largest_v)
     assert_near_lse(actual_lse, exact_lse[:num_tokens], rounded=problem.query == torch.float32)
     return actual, actual_lse
+
+
+def place_caches(problem: Problem, inputs: Inputs, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Its caches on `device`, in their layout."""
+    keys, values = inputs.caches
+    key_cache, value_cache, _ = empty_caches(keys.shape, keys.dtype, problem.cache_layout, device)
+    copy_bits(key_cache, keys)
+    if problem.shared:
+        return key_cache, key_cache[..., : values.shape[3]].view(values.dtype)
+    if (values.shape, values.dtype) != (keys.shape, keys.dtype):
+        _, value_cache, _ = empty_caches(values.shape, values.dtype, problem.cache_layout, device)
+    copy_bits(value_cache, values)
+    return key_cache, value_cache
 
 
 def assert_untouched(view: Tensor, buffer: Tensor, num_rows: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -246,6 +246,18 @@ def every_dtype_but(name: str, sentence: str, *allowed: str) -> list[Case]:
     ]
 
 
+def every_dtype_of_rows(name: str, sentence: str, allowed: tuple[str, ...], *, or_stored: bool) -> list[Case]:
+    """Dtypes of one byte are told what else they may be, where rows may be quantized."""
+    cases = every_dtype_but(name, sentence, *allowed, *(("float8_e4m3fn", "uint8") if or_stored else ()))
+    of_one_byte = {name for name, dtype in (OTHER_DTYPES | EVERY_DTYPE).items() if dtype.itemsize == 1}
+    return [
+        replace(case, sentence=case.sentence.replace(", got", ", or float8_e4m3fn to be stored as it is, got"))
+        if or_stored and case.sentence.split()[-1] in of_one_byte
+        else case
+        for case in cases
+    ]
+
+
 def wrong_shape(name: str, sentence: str, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Case]:
     return [
         Case(
@@ -257,28 +269,38 @@ def wrong_shape(name: str, sentence: str, dtype: torch.dtype, *shapes: tuple[int
     ]
 
 
-def wrong_caches() -> list[Case]:
-    """What is the same for all operators."""
-    fits = "num_kv_heads=4 and head_size=6 as key_cache has"
+def wrong_caches(*, alike: bool = False, or_stored: bool = False) -> list[Case]:
+    """What is the same for all operators.
+
+    Args:
+        alike: K and V must have heads of one size and elements of one dtype.
+        or_stored: key and value may be quantized.
+    """
+    fits = "num_kv_heads=4 and head_size=6 as {} has"
+    names = {name: "key_cache" if alike else f"{name}_cache" for name in ("key", "value")}
+    one_dtype = "float8_e4m3fn as key_cache is" + ("" if alike else ", as v_cache_dtype is not given")
+    sizes = (
+        "the shape of key_cache, [2, 5, 4, 6]" if alike else "num_blocks=2, block_size=5 and num_kv_heads=4 as key_cache has"
+    )
+    shapes = [(3, 5, 4, 6), (2, 4, 5, 6), *([(5, 4, 6)] if alike else [])]
     return [
         *(too_many_dimensions(name, F32) for name in ("key", "value")),
         *(too_many_dimensions(name, E4M3) for name in ("key_cache", "value_cache")),
-        *every_dtype_but("key", REAL, "float32", "float16", "bfloat16"),
-        *every_dtype_but("value", "float32 as key is", "float32"),
+        *every_dtype_of_rows("key", REAL, ("float32", "float16", "bfloat16"), or_stored=or_stored),
+        *every_dtype_of_rows("value", "float32 as key is", ("float32",), or_stored=or_stored),
         *every_dtype_but(
             "key_cache", 'float8_e4m3fn or uint8 as kv_cache_dtype is "fp8"', "float8_e4m3fn", "uint8"
         ),
-        *every_dtype_but("value_cache", "float8_e4m3fn as key_cache is", "float8_e4m3fn"),
+        *every_dtype_but("value_cache", one_dtype, "float8_e4m3fn"),
         *wrong_shape("key_cache", f"the shape {CACHE}", E4M3, (5, 4, 6), (1, 2, 5, 4, 6), ()),
-        *wrong_shape(
-            "value_cache", "the shape of key_cache, [2, 5, 4, 6]", E4M3, (3, 5, 4, 6), (2, 4, 5, 6), (5, 4, 6)
-        ),
+        *wrong_shape("value_cache", sizes, E4M3, *shapes),
+        *([] if alike else wrong_shape("value_cache", f"the shape {CACHE}", E4M3, (5, 4, 6))),
         *(
             case
             for name in ("key", "value")
             for case in (
                 *wrong_shape(name, f"the shape {HEADS}", F32, (3, 24), (1, 3, 4, 6), ()),
-                *wrong_shape(name, fits, F32, (3, 6, 4), (3, 4, 7), (3, 1, 6), (3, 0, 6)),
+                *wrong_shape(name, fits.format(names[name]), F32, (3, 6, 4), (3, 4, 7), (3, 1, 6), (3, 0, 6)),
             )
         ),
     ]  # fmt: skip
@@ -390,7 +412,15 @@ def wrong_attention() -> list[Case]:
         ),
         *every_dtype_but("value_cache", "float8_e4m3fn as key_cache is", "float8_e4m3fn"),
         *wrong_shape("key_cache", f"the shape {CACHE}", E4M3, (5, 4, 6), ()),
-        *wrong_shape("value_cache", "the shape of key_cache, [2, 5, 4, 6]", E4M3, (3, 5, 4, 6), (5, 4, 6)),
+        *wrong_shape(
+            "value_cache", "the shape [num_blocks, block_size, num_kv_heads, v_head_size]", E4M3, (5, 4, 6), (),
+        ),
+        *wrong_shape(
+            "value_cache", "num_blocks=2, block_size=5 and num_kv_heads=4 as key_cache has", E4M3,
+            (3, 5, 4, 6), (2, 4, 4, 6), (2, 5, 2, 6), (2, 5, 1, 3),
+        ),
+        *wrong_shape("value_cache", "a head size of at least 1 as key_cache has", E4M3, (2, 5, 4, 0)),
+        *of_two_kinds(),
         *(
             case
             for name in ("block_table", "seq_lens", "cu_query_lens", "seq_starts")
@@ -466,13 +496,84 @@ def wrong_attention() -> list[Case]:
     ]  # fmt: skip
 
 
+def of_two_kinds() -> list[Case]:
+    """K and V of two head sizes or formats."""
+    smaller = {"value_cache": new(2, 5, 4, 3, dtype=E4M3), "out": sevens(3, 8, 3, dtype=F32)}
+    plain = {"value_cache": new(2, 5, 4, 6, dtype=torch.bfloat16), "v_cache_dtype": text("auto")}
+    plain_keys = {
+        "key_cache": new(2, 5, 4, 6, dtype=torch.bfloat16),
+        "kv_cache_dtype": text("auto"),
+        "v_cache_dtype": text("fp8"),
+    }
+    quantized_query = {"query": new(3, 8, 6, dtype=E4M3), "q_scale": new(1)}
+    shapes = (
+        "1 or num_kv_heads=4 elements, or the shape [num_kv_heads, head_size={}] or [num_blocks=2, block_size=5, num_kv_heads]"
+    )
+    names = '"auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2" or "int8"'
+    return [
+        Case(
+            "out as wide as K", "out must have num_heads=8 and v_head_size=3, got shape [3, 8, 6]",
+            {**smaller, "out": sevens(3, 8, 6, dtype=F32)},
+        ),
+        Case(
+            "query as wide as V", "query must have num_heads=8 and head_size=6, got shape [3, 8, 3]",
+            {**smaller, "query": new(3, 8, 3)},
+        ),
+        Case(
+            "v_scale of the channels of K", f"v_scale must have {shapes.format(3)}, got shape [4, 6]",
+            {**smaller, "v_scale": new(4, 6)},
+        ),
+        Case(
+            "k_scale of the channels of V", f"k_scale must have {shapes.format(6)}, got shape [4, 3]",
+            {**smaller, "k_scale": new(4, 3)},
+        ),
+        Case(
+            "v_offset of the channels of K",
+            "v_offset must have the shape [num_kv_heads=4, head_size=3], got shape [4, 6]",
+            {**smaller, "v_offset": new(4, 6)},
+        ),
+        Case("a format that is none", f'v_cache_dtype must be {names}, got "fp4"', {"v_cache_dtype": text("fp4")}),
+        Case(
+            "another format of V", 'value_cache must be float8_e5m2 or uint8 as v_cache_dtype is "fp8_e5m2", '
+            "got float8_e4m3fn", {"v_cache_dtype": text("fp8_e5m2")},
+        ),
+        Case(
+            "int8 V in bytes", 'value_cache must be int8 as v_cache_dtype is "int8", got uint8',
+            {"v_cache_dtype": text("int8"), "value_cache": new(2, 5, 4, 6, dtype=torch.uint8)},
+        ),
+        Case(
+            "V that is not plain", f'value_cache must be {REAL} as v_cache_dtype is "auto", '
+            "got float8_e4m3fn", {"v_cache_dtype": text("auto")},
+        ),
+        Case(
+            "FP8 query beside a K in bfloat16",
+            f"query must be {REAL} as key_cache is not FP8, got float8_e4m3fn", {**plain_keys, **quantized_query},
+        ),
+        Case(
+            "k_offset of a K in bfloat16",
+            "k_offset must be None as key_cache is not quantized, got shape [4, 6]",
+            {**plain_keys, "k_offset": new(4, 6)},
+        ),
+        Case(
+            "v_offset of a V in bfloat16",
+            "v_offset must be None as value_cache is not quantized, got shape [4, 6]",
+            {**plain, "v_offset": new(4, 6)},
+        ),
+    ]  # fmt: skip
+
+
 def plain_caches(make: Callable[..., Make]) -> dict[str, Make]:
     caches = make(2, 5, 4, 6, dtype=torch.bfloat16)
     return {"key_cache": caches, "value_cache": caches, "kv_cache_dtype": text("auto")}
 
 
-def wrong_offsets(unquantized: dict[str, Make]) -> list[Case]:
-    """`unquantized`: arguments with caches that are not. Without them, where caches must be quantized."""
+def wrong_offsets(unquantized: dict[str, Make], *, alike: bool = True) -> list[Case]:
+    """`unquantized`: arguments with caches that are not. Without them, where caches must be quantized.
+
+    Args:
+        alike: K and V must have elements of one dtype.
+    """
+    caches = {"k_offset": "key_cache is", "v_offset": "value_cache is"}
     per_channel = "the shape [num_kv_heads=4, head_size=6]"
     return [
         case
@@ -485,7 +586,7 @@ def wrong_offsets(unquantized: dict[str, Make]) -> list[Case]:
                 [
                     Case(
                         f"{name} of plain caches",
-                        f"{name} must be None as the caches are not quantized, got shape [4, 6]",
+                        f"{name} must be None as {'the caches are' if alike else caches[name]} not quantized, got shape [4, 6]",
                         {name: new(4, 6), **unquantized},
                     )
                 ]
@@ -712,8 +813,8 @@ CASES: dict[str, list[Case]] = {
         ),
     ],
     "reshape_and_cache_flash": [
-        *wrong_caches(), *contradictions(quantized_only=False), *wrong_slots(),
-        *wrong_cache_scales(or_cache=False), *wrong_offsets(plain_caches(sevens)),
+        *wrong_caches(or_stored=True), *contradictions(quantized_only=False), *wrong_slots(),
+        *wrong_cache_scales(or_cache=False), *wrong_offsets(plain_caches(sevens), alike=False),
         *cache_overlaps("reshape_and_cache_flash", *OFFSETS),
     ],
     "reshape_and_cache_flash_dynamic": [
@@ -721,14 +822,14 @@ CASES: dict[str, list[Case]] = {
         *wrong_offsets({}), *cache_overlaps("reshape_and_cache_flash_dynamic", *OFFSETS),
     ],
     "rope_quant_and_cache": [
-        *wrong_caches(), *contradictions(quantized_only=False), *wrong_slots(),
+        *wrong_caches(alike=True), *contradictions(quantized_only=False), *wrong_slots(),
         *wrong_cache_scales(or_cache=False),
         *wrong_offsets(plain_caches(sevens) | {"query_out": sevens(3, 8, 6, dtype=torch.bfloat16)}),
         *cache_overlaps("rope_quant_and_cache", *OFFSETS),
     ],
     "gather_and_dequant_cache": [
         *wrong_caches(), *contradictions(quantized_only=False), *wrong_cache_scales(or_cache=True),
-        *wrong_sequences(), *wrong_offsets(plain_caches(new)),
+        *wrong_sequences(), *wrong_offsets(plain_caches(new), alike=False),
         *cache_overlaps("gather_and_dequant_cache", ("seq_starts", new(2, dtype=INT32)), *OFFSETS),
     ],
     "paged_attention": [

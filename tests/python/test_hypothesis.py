@@ -267,12 +267,17 @@ def test_step(device: torch.device, data: st.DataObject) -> None:
     scales = draw_scales(data, generator, forms_of(device, shape))
     offsets = draw_offsets(data, device, shape, dtype, generator)
     rope: list[Any] = [None, None, True]
+    sections: dict[str, Any] = {}
     if head_size >= 2 and data.draw(st.booleans(), "rope"):
         rotary_dim = 2 * data.draw(st.integers(1, head_size // 2), "half of rotary_dim")
         table = torch.randn(9, rotary_dim, generator=generator)
         table = table.to(data.draw(st.sampled_from([torch.float32, query.dtype]), "table"))
-        positions = torch.randint(0, 9, (len(slots),), generator=generator)
-        rope = [positions, table, data.draw(st.booleans(), "is_neox")]
+        positions = torch.randint(0, 9, (3, len(slots)), generator=generator)
+        if data.draw(st.booleans(), "three positions"):
+            ends = sorted(data.draw(st.tuples(*[st.integers(0, rotary_dim // 2)] * 2), "ends of sections"))
+            sections["mrope_section"] = [ends[0], ends[1] - ends[0], rotary_dim // 2 - ends[1]]
+            sections["mrope_interleaved"] = data.draw(st.booleans(), "mrope_interleaved")
+        rope = [positions if sections else positions[0], table, data.draw(st.booleans(), "is_neox")]
     others = [data.draw(layouts, name) for name in ("query", "query_out", "positions", "cos_sin_cache")]
 
     places = [others[0], *places]
@@ -286,7 +291,7 @@ def test_step(device: torch.device, data: st.DataObject) -> None:
         op = rope_quant_and_cache if not buffers else reference.rope_quant_and_cache
         op(
             *inputs, out, key_cache, value_cache, slots.to(at), name,
-            *(scale.to(at) for scale in (q_scale, *scales)), *rope, **offsets,
+            *(scale.to(at) for scale in (q_scale, *scales)), *rope, **offsets, **sections,
         )  # fmt: skip
         buffers.append([*caches, out_buffer])
     for a, e in zip(*buffers, strict=True):

@@ -39,10 +39,14 @@ def paged(x: Tensor, block_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def attend(query: Tensor, key: Tensor, value: Tensor, block_size: int = 4, **options: Any) -> Tensor:
     """All rows of `query` belong to the one sequence of K and V, whose scales are 1 unless given."""
     (key_cache, table), (value_cache, _) = paged(key, block_size), paged(value, block_size)
-    name = {FP8["e4m3"]: "fp8", FP8["e5m2"]: "fp8_e5m2"}.get(key.dtype, "auto")
-    out = torch.empty(query.shape, dtype=torch.float64)
+    names = {FP8["e4m3"]: "fp8", FP8["e5m2"]: "fp8_e5m2", torch.int8: "int8"}
+    name, v_name = (names.get(x.dtype, "auto") for x in (key, value))
+    out = torch.empty(*query.shape[:2], value.shape[2], dtype=torch.float64)
     options = {"k_scale": ONE, "v_scale": ONE, "cu_query_lens": int32(0, len(query)), "out": out} | options
-    return reference.paged_attention(query, key_cache, value_cache, table, int32(len(key)), kv_cache_dtype=name, **options)
+    return reference.paged_attention(
+        query, key_cache, value_cache, table, int32(len(key)), kv_cache_dtype=name,
+        v_cache_dtype=None if value.dtype == key.dtype else v_name, **options,
+    )  # fmt: skip
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
@@ -135,6 +139,29 @@ def test_an_fp8_query(fp8: torch.dtype, count: int) -> None:
     offset = random(2, 8)
     actual = attend(query, key, value, q_scale=q_scale, k_offset=offset)
     assert_near(actual, dense(q, key.double() + offset.double(), value, causal(3, 9)))
+
+
+@pytest.mark.parametrize(("k_size", "v_size"), [(24, 16), (8, 13), (1, 5)])
+def test_two_head_sizes(k_size: int, v_size: int) -> None:
+    query, key, value = random(3, 4, k_size), random(9, 2, k_size), random(9, 2, v_size)
+    assert_near(attend(query, key, value), dense(query, key, value, causal(3, 9)))
+    key, value = key.to(FP8["e4m3"]), value.to(FP8["e4m3"])
+    scale, offset = random(2, v_size).exp(), random(2, v_size, seed=1)
+    expected = dense(query, key, value.double() * scale.double() + offset.double(), causal(3, 9))
+    assert_near(attend(query, key, value, v_scale=scale, v_offset=offset), expected)
+
+
+@pytest.mark.parametrize("k_dtype", [FP8["e4m3"], torch.int8, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("v_dtype", [FP8["e5m2"], torch.int8, torch.bfloat16], ids=str)
+def test_two_dtypes(k_dtype: torch.dtype, v_dtype: torch.dtype) -> None:
+    query, key, value = random(3, 4, 8), (3 * random(9, 2, 8)).to(k_dtype), (3 * random(9, 2, 6)).to(v_dtype)
+    k_scale, v_scale = random(2).exp(), random(2, seed=1).exp()
+    k, v = (
+        x.double() * scale.double().view(1, 2, 1) if x.dtype.itemsize == 1 else x
+        for x, scale in ((key, k_scale), (value, v_scale))
+    )
+    actual = attend(query, key, value, k_scale=k_scale, v_scale=v_scale)
+    assert_near(actual, dense(query, k, v, causal(3, 9)))
 
 
 def test_a_batch_of_all_kinds_of_sequences() -> None:
@@ -305,6 +332,8 @@ def test_a_nan_that_is_seen_gives_nan_to_those_who_see_it() -> None:
         ({"q_scale": ONE}, "q_scale goes with an FP8 query"),
         ({"k_offset": torch.ones(2)}, "offsets must be float32"),
         ({"k_scale": torch.ones(3)}, "scales can't be"),
+        ({"v_cache_dtype": "fp8_e5m2"}, "caches can't be torch.float8_e4m3fn in the format 'fp8_e5m2'"),
+        ({"out": torch.full((2, 2, 7), 7.0)}, r"out must be \[num_tokens, 2, 8\]"),
     ],
 )  # fmt: skip
 def test_a_wrong_call_writes_nothing(options: dict[str, Any], sentence: str) -> None:

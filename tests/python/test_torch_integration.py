@@ -102,10 +102,40 @@ def test_opcheck_with_scales_per_channel_and_offsets(device: torch.device, op: s
 
 
 @pytest.mark.usefixtures("_allclose_knows_fp8")
+def test_opcheck_with_three_positions(device: torch.device) -> None:
+    positional = list(arguments(device)["rope_quant_and_cache"])
+    positional[11] = positional[11].expand(3, -1)
+    options = {"mrope_section": [2, 1, 1], "mrope_interleaved": True, "norm_after_rope": True}
+    torch.library.opcheck(ops.rope_quant_and_cache.default, tuple(positional), options)
+
+
+@pytest.mark.usefixtures("_allclose_knows_fp8")
+@pytest.mark.parametrize("op", ["reshape_and_cache_flash", "reshape_and_cache_flash_dynamic", "gather_and_dequant_cache"])
+def test_opcheck_with_values_of_another_head_size_and_dtype(device: torch.device, op: str) -> None:
+    positional = list(arguments(device)[op])
+    value_cache = 1 if op == "gather_and_dequant_cache" else 3
+    positional[value_cache] = positional[value_cache][..., :16].to(torch.int8)
+    value = 3 if op == "gather_and_dequant_cache" else 1
+    positional[value] = positional[value][..., :16]
+    torch.library.opcheck(getattr(ops, op).default, tuple(positional), {"v_cache_dtype": "int8"})
+
+
+@pytest.mark.usefixtures("_allclose_knows_fp8")
 def test_opcheck_of_attention_with_defaults(device: torch.device) -> None:
     all_arguments = arguments(device)["paged_attention"]
     query = torch.ones(2, 4, 24, dtype=torch.bfloat16, device=device)
     torch.library.opcheck(ops.paged_attention.default, (query, *all_arguments[1:3], query.clone(), *all_arguments[4:10]))
+
+
+@pytest.mark.usefixtures("_allclose_knows_fp8")
+def test_opcheck_of_attention_with_k_and_v_of_two_kinds(device: torch.device) -> None:
+    _, key_cache, _, _, *others = arguments(device)["paged_attention"][:10]
+    query = torch.ones(2, 4, 24, dtype=torch.bfloat16, device=device)
+    value_cache = torch.ones(*key_cache.shape[:3], 16, dtype=torch.float16, device=device)
+    out = torch.zeros(2, 4, 16, dtype=torch.bfloat16, device=device)
+    torch.library.opcheck(
+        ops.paged_attention.default, (query, key_cache, value_cache, out, *others), {"v_cache_dtype": "float16"}
+    )
 
 
 @pytest.mark.usefixtures("_allclose_knows_fp8")
@@ -124,24 +154,25 @@ SCHEMAS = {
     "group_amax": "(Tensor(a!) amax, Tensor input, int[] group_shape) -> ()",
     "reshape_and_cache_flash": "(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
     "Tensor slot_mapping, str kv_cache_dtype, Tensor k_scale, Tensor v_scale, "
-    "Tensor? k_offset=None, Tensor? v_offset=None) -> ()",
+    "Tensor? k_offset=None, Tensor? v_offset=None, str? v_cache_dtype=None) -> ()",
     "reshape_and_cache_flash_dynamic": "(Tensor key, Tensor value, Tensor(a!) key_cache, "
     "Tensor(b!) value_cache, Tensor(c!) k_scale_cache, Tensor(d!) v_scale_cache, Tensor slot_mapping, "
-    "str kv_cache_dtype, Tensor? k_offset=None, Tensor? v_offset=None) -> ()",
+    "str kv_cache_dtype, Tensor? k_offset=None, Tensor? v_offset=None, str? v_cache_dtype=None) -> ()",
     "rope_quant_and_cache": "(Tensor query, Tensor key, Tensor value, Tensor(a!) query_out, "
     "Tensor(b!) key_cache, Tensor(c!) value_cache, Tensor slot_mapping, str kv_cache_dtype, Tensor q_scale, "
     "Tensor k_scale, Tensor v_scale, Tensor? positions=None, Tensor? cos_sin_cache=None, bool is_neox=True, "
     "Tensor? q_norm_weight=None, Tensor? k_norm_weight=None, float norm_eps=9.9999999999999995e-07, "
-    "Tensor? k_offset=None, Tensor? v_offset=None) -> ()",
+    "Tensor? k_offset=None, Tensor? v_offset=None, int[]? mrope_section=None, bool mrope_interleaved=False, "
+    "bool norm_after_rope=False) -> ()",
     "gather_and_dequant_cache": "(Tensor key_cache, Tensor value_cache, Tensor(a!) key, Tensor(b!) value, "
     "Tensor block_table, Tensor cu_seq_lens, str kv_cache_dtype, Tensor k_scale, Tensor v_scale, "
-    "Tensor? seq_starts=None, Tensor? k_offset=None, Tensor? v_offset=None) -> ()",
+    "Tensor? seq_starts=None, Tensor? k_offset=None, Tensor? v_offset=None, str? v_cache_dtype=None) -> ()",
     "paged_attention": "(Tensor query, Tensor key_cache, Tensor value_cache, Tensor(a!) out, "
     "Tensor block_table, Tensor seq_lens, str kv_cache_dtype, Tensor k_scale, Tensor v_scale, "
     "float softmax_scale, Tensor? cu_query_lens=None, int max_query_len=1, int max_seq_len=0, "
     "Tensor? q_scale=None, Tensor? seq_starts=None, int sliding_window=0, float softcap=0., "
     "Tensor? sinks=None, Tensor? k_offset=None, Tensor? v_offset=None, Tensor(b!)? lse=None, "
-    "Tensor(c!)? workspace=None, int num_splits=0) -> ()",
+    "Tensor(c!)? workspace=None, int num_splits=0, str? v_cache_dtype=None) -> ()",
 }
 
 

@@ -64,8 +64,9 @@ FP8KV_INLINE void transform_any(const Real* in, Real* out, std::int64_t columns,
     const F32 values = load(rest);
     for (std::int64_t k = i; k < columns; ++k) x[k] = values[k - i];
   }
-  if (t.norm_weight) normalize(x, columns, t);
+  if (t.norm_weight && !t.norm_after_rope) normalize(x, columns, t);
   rotate(x, t);
+  if (t.norm_weight && t.norm_after_rope) normalize(x, columns, t);
   for (i = 0; i + kPair <= columns; i += kPair) store_rounded(load(x + i), load(x + i + kLanes), out + i);
   if (i < columns) {
     float rest[kPair] = {};
@@ -95,7 +96,7 @@ FP8KV_INLINE void norm_factors(const Real* in, std::int64_t stride, std::int64_t
   for (int r = 0; r < kHeads; ++r) factors[r] = norm_factor(sums[r], columns, t);
 }
 
-// The same where sizes are multiples of kPair and pairs are those of neox, without leaving the registers.
+// The same where sizes are multiples of kPair, pairs are those of neox and the norm comes first, without leaving the registers.
 template <bool kNorm, class Real>
 FP8KV_INLINE void transform_vectors(const Real* in, Real* out, std::int64_t columns, const HeadTransform& t,
                                     [[maybe_unused]] F32 factor) {
@@ -125,7 +126,8 @@ void transform_rows(const void* in_data, void* out_data, std::int64_t columns, c
                     float* scratch) {
   const auto* in = static_cast<const Real*>(in_data);
   auto* out = static_cast<Real*>(out_data);
-  const bool whole_vectors = (t.is_neox || t.pairs == 0) && t.pairs % kPair == 0 && columns % kPair == 0;
+  const bool norm_first = !t.norm_weight || !t.norm_after_rope || t.pairs == 0;
+  const bool whole_vectors = norm_first && (t.is_neox || t.pairs == 0) && t.pairs % kPair == 0 && columns % kPair == 0;
   if (!whole_vectors) {
     for (std::int64_t r = 0; r < rows.count; ++r) transform_any(in + r * rows.in, out + r * rows.out, columns, t, scratch);
   } else if (!t.norm_weight) {

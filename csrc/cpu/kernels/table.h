@@ -76,6 +76,7 @@ struct HeadTransform {
   const float* sin = nullptr;
   std::int64_t pairs = 0;  // rotated
   bool is_neox = true;
+  bool norm_after_rope = false;
 };
 
 // `scratch` has room for a row.

@@ -17,7 +17,9 @@ constexpr int kAlignment = 16;  // of the workspace
 
 void check_plan(const PagedAttention& p, const AttentionLayout& layout, const AttentionPlan& plan) {
   if (plan.warps < 1)
-    core::fail(kOp, "query", "have a head_size of at most 6112", "head_size=" + std::to_string(layout.head_size));
+    core::fail(kOp, "key_cache",
+               "have heads of at most " + std::to_string(core::kMaxGenericHeadSizes) + " elements together with value_cache",
+               std::to_string(layout.head_size) + " and " + std::to_string(layout.v_head_size));
   if (plan.blocks > INT32_MAX) core::fail(kOp, "query", "have less than 2^31 rows times heads", std::to_string(plan.blocks));
   if (plan.workspace_size == 0) return;
   const std::string expected = "have at least " + std::to_string(plan.workspace_size) + " bytes, aligned to 16";
@@ -42,13 +44,16 @@ decltype(auto) with_head_size(std::int64_t head_size, const F& f) {
 
 void launch(const AttentionLayout& layout, const AttentionPlan& plan, void* workspace, cudaStream_t stream) {
   if (plan.kernel == AttentionKernel::Generic) return attention::launch_generic(layout, plan, stream);
-  with_head_size(layout.head_size, [&](auto size) { attention::launch_tiled<size>(layout, plan, workspace, stream); });
-  if (plan.slots > 0) attention::launch_merge(layout, plan, workspace, stream);
+  if (plan.kernel == AttentionKernel::Grouped)
+    attention::launch_grouped(layout, plan, workspace, stream);
+  else
+    with_head_size(layout.head_size, [&](auto size) { attention::launch_tiled<size>(layout, plan, workspace, stream); });
+  if (plan.merges > 0) attention::launch_merge(layout, plan, workspace, stream);
 }
 
 AttentionPlan plan_of(const AttentionLayout& layout) {
   const AttentionPlan plan = core::plan_attention(layout, device_limits());
-  if (plan.kernel == AttentionKernel::Generic || layout.num_seqs != 1) return plan;
+  if (plan.kernel != AttentionKernel::Tiled || layout.num_seqs != 1) return plan;
   const auto& clusters =
       with_head_size(layout.head_size, [](auto size) -> const core::AttentionClusters& { return attention::clusters<size>(); });
   return core::plan_attention(layout, device_limits(), clusters);

@@ -3,6 +3,7 @@
 #include "core/dispatch.h"
 #include "cuda/attention/finish.cuh"
 #include "cuda/attention/kernels.h"
+#include "cuda/attention/rows.cuh"
 #include "device/pdl.cuh"
 
 namespace fp8kv::cuda::attention {
@@ -15,28 +16,6 @@ struct GenericArgs {
   AttentionLayout layout;
   AttentionPlan plan;
 };
-
-// The sequence of a query row: the last that begins at or before it; -1 for a row of none.
-__device__ std::int64_t sequence_of(const AttentionLayout& l, std::int64_t row) {
-  if (!l.cu_query_lens.data) return row < l.num_seqs ? row : -1;
-  if (row >= index_at(l.cu_query_lens, l.num_seqs)) return -1;
-  std::int64_t low = 0, high = l.num_seqs;  // index_at(high) > row, or high is the end
-  while (high - low > 1) {
-    const std::int64_t middle = low + (high - low) / 2;
-    (index_at(l.cu_query_lens, middle) <= row ? low : high) = middle;
-  }
-  return low;
-}
-
-__device__ __forceinline__ float sum_of_warp(float x) {
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
-  return x;
-}
-
-__device__ __forceinline__ float max_of_warp(float x) {
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lanes));
-  return x;
-}
 
 // The query of a row and head in fp32, times the scales of K's channels and a power of two, so that products neither overflow
 // nor vanish. Logits are products with it times `factor`, plus `base`. By one warp.
@@ -63,8 +42,29 @@ struct Query {
   }
 };
 
-// Shared memory: the query [head_size], then for each warp its sum of values [head_size]. A warp takes every warps-th position;
-// its lanes share the elements of a head.
+// The elements of K or V, of a type that is known at compile time.
+template <class T>
+struct Elements {
+  const T* data;
+
+  __device__ Elements(const core::PagedView& view, DType) : data(static_cast<const T*>(view.data)) {}
+  __device__ float at(std::int64_t i) const { return decode(data[i]); }
+};
+
+// Of any type.
+template <>
+struct Elements<void> {
+  const void* data;
+  DType dtype;
+
+  __device__ Elements(const core::PagedView& view, DType dtype) : data(view.data), dtype(dtype) {}
+  __device__ float at(std::int64_t i) const {
+    return dtype == DType::Int8 ? decode(static_cast<const Int8*>(data)[i]) : load_element(data, dtype, i);
+  }
+};
+
+// Shared memory: the query [head_size], then for each warp its sum of values [v_head_size]. A warp takes every warps-th
+// position; its lanes share the elements of a head. `Cache`: the type of K and V; void: of two types.
 template <class Cache>
 __global__ void __launch_bounds__(kMaxWarps* kWarp) attention_generic(const __grid_constant__ GenericArgs args) {
   extern __shared__ __align__(16) std::byte shared_memory[];
@@ -81,14 +81,15 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) attention_generic(const __gr
   const std::int64_t kv_head = column.head / l.heads_per_kv_head();
   const int lane = static_cast<int>(threadIdx.x % kWarp), warp = static_cast<int>(threadIdx.x / kWarp);
   float* query = reinterpret_cast<float*>(shared_memory);
-  float* values = query + (1 + warp) * l.head_size;
+  float* values = query + l.head_size + warp * l.v_head_size;
   if (warp == 0) {
     const Query loaded = Query::load(l, column, kv_head, query);
     if (lane == 0) shared_query = loaded;
   }
-  for (std::int64_t d = lane; d < l.head_size; d += kWarp) values[d] = 0.0f;
+  for (std::int64_t d = lane; d < l.v_head_size; d += kWarp) values[d] = 0.0f;
   __syncthreads();
 
+  const Elements<Cache> keys(l.key_cache, l.cache_dtype), all_values(l.value_cache, l.v_cache_dtype);
   Softmax softmax;
   for (std::int64_t p = seen.begin + warp; p < seen.end; p += warps) {
     const std::int64_t block =
@@ -96,15 +97,15 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) attention_generic(const __gr
     if (block < 0 || block >= l.num_blocks) continue;
     const std::int64_t offset = p % l.block_size;
     const auto row = [&](const core::PagedView& view) {
-      return static_cast<const Cache*>(view.data) + block * view.block + offset * view.offset + kv_head * view.head;
+      return block * view.block + offset * view.offset + kv_head * view.head;
     };
     const auto scale_at = [&](const core::ChannelScales& scale) {
       return scale.data[block * scale.block + offset * scale.offset + kv_head * scale.head];
     };
-    const Cache *key = row(l.key_cache), *value = row(l.value_cache);
+    const std::int64_t key = row(l.key_cache), value = row(l.value_cache);
     float product = 0.0f;
     for (std::int64_t d = lane; d < l.head_size; d += kWarp)
-      product = __fmaf_rn(query[d], decode(key[d * l.key_cache.dim]), product);
+      product = __fmaf_rn(query[d], keys.at(key + d * l.key_cache.dim), product);
     float logit = sum_of_warp(product) * shared_query.factor;
     if (l.k_scale.data && l.k_scale.dim == 0) logit *= scale_at(l.k_scale);
     if (l.softcap > 0.0f) logit = l.softcap * tanhf((logit + shared_query.base) / l.softcap);
@@ -113,8 +114,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) attention_generic(const __gr
     const float keep = exp2f(softmax.maximum - maximum), weight = exp2f(logit - maximum);
     softmax = {maximum, softmax.sum * keep + weight};
     const float by = l.v_scale.per_token() ? weight * scale_at(l.v_scale) : weight;
-    for (std::int64_t d = lane; d < l.head_size; d += kWarp)
-      values[d] = __fmaf_rn(by, decode(value[d * l.value_cache.dim]), values[d] * keep);
+    for (std::int64_t d = lane; d < l.v_head_size; d += kWarp)
+      values[d] = __fmaf_rn(by, all_values.at(value + d * l.value_cache.dim), values[d] * keep);
   }
   if (lane == 0) parts[warp] = softmax;
   __syncthreads();
@@ -123,9 +124,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) attention_generic(const __gr
   for (int w = 0; w < warps; ++w) total.maximum = fmaxf(total.maximum, parts[w].maximum);
   for (int w = 0; w < warps; ++w) total.sum += parts[w].sum * exp2f(parts[w].maximum - total.maximum);
   const Finish end(l, column, static_cast<int>(kv_head), total, l.softcap > 0.0f ? 0.0f : shared_query.base * kLog2e);
-  for (std::int64_t d = threadIdx.x; d < l.head_size; d += blockDim.x) {
+  for (std::int64_t d = threadIdx.x; d < l.v_head_size; d += blockDim.x) {
     float sum = 0.0f;
-    for (int w = 0; w < warps; ++w) sum += query[(1 + w) * l.head_size + d] * exp2f(parts[w].maximum - total.maximum);
+    for (int w = 0; w < warps; ++w) sum += query[l.head_size + w * l.v_head_size + d] * exp2f(parts[w].maximum - total.maximum);
     end.store(d, sum);
   }
   if (threadIdx.x == 0) end.store_lse();
@@ -140,10 +141,13 @@ void launch_generic(const AttentionLayout& layout, const AttentionPlan& plan, cu
                           .threads = plan.warps * kWarp,
                           .shared_memory = plan.shared_memory,
                           .dependent = launches_dependent(blocks)};
-  core::visit(core::RealTypes{} + core::QuantizedTypes{}, layout.cache_dtype, [&]<class Cache>(core::Type<Cache>) {
-    launch(attention_generic<Cache>, shape, stream, args);
-    check_launch("paged_attention");
-  });
+  if (layout.cache_dtype != layout.v_cache_dtype) {
+    launch(attention_generic<void>, shape, stream, args);
+  } else {
+    core::visit(core::RealTypes{} + core::QuantizedTypes{}, layout.cache_dtype,
+                [&]<class Cache>(core::Type<Cache>) { launch(attention_generic<Cache>, shape, stream, args); });
+  }
+  check_launch("paged_attention");
 }
 
 }  // namespace fp8kv::cuda::attention

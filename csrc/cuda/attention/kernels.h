@@ -12,6 +12,9 @@ using core::AttentionPlan;
 void launch_generic(const AttentionLayout& layout, const AttentionPlan& plan, cudaStream_t stream);
 
 // `workspace`: of plan.workspace_size bytes, aligned to 16.
+void launch_grouped(const AttentionLayout& layout, const AttentionPlan& plan, void* workspace, cudaStream_t stream);
+
+// Likewise.
 template <int kHeadSize>
 void launch_tiled(const AttentionLayout& layout, const AttentionPlan& plan, void* workspace, cudaStream_t stream);
 
@@ -19,7 +22,7 @@ void launch_tiled(const AttentionLayout& layout, const AttentionPlan& plan, void
 template <int kHeadSize>
 const core::AttentionClusters& clusters();
 
-// Merges the parts of items that tiled kernels left in the workspace.
+// Merges the parts of items that tiled and grouped kernels left in the workspace for it.
 void launch_merge(const AttentionLayout& layout, const AttentionPlan& plan, void* workspace, cudaStream_t stream);
 
 }  // namespace fp8kv::cuda::attention

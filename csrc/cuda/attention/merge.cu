@@ -1,4 +1,5 @@
-// The end of items that several blocks of the tiled kernel have parts of.
+// The end of items that several blocks of the tiled or the grouped kernel have parts of, where these are too many or too large
+// for the last of the blocks.
 #include "cuda/attention/finish.cuh"
 #include "cuda/attention/kernels.h"
 #include "device/pdl.cuh"
@@ -38,13 +39,10 @@ __global__ void __launch_bounds__(32 * kWarps) merge_parts(const __grid_constant
   const AttentionPlan& plan = args.plan;
   const Slots slots(l, plan, args.workspace);
   device::wait_then_release();
-  // parts == 0: an item begins in the second slot of a block and goes on in the first slots of those behind it.
-  const bool shared = plan.parts == 0;
-  const std::int64_t first = shared ? 2 * std::int64_t{blockIdx.x} + 1 : blockIdx.x * plan.parts;
+  const auto first = static_cast<int>(plan.parts == 0 ? 2 * blockIdx.x + 1 : blockIdx.x * plan.parts);
   const Slots::Header header = slots.header(first);
   if (header.parts == 0) return;
-  const int in_slot = static_cast<int>(blockIdx.y * blockDim.z + threadIdx.z), sharers = static_cast<int>(blockDim.y);
-  const int head = in_slot >> __popc(plan.columns - 1), column = in_slot & (plan.columns - 1);
+  const int column = static_cast<int>(blockIdx.y * blockDim.z + threadIdx.z), sharers = static_cast<int>(blockDim.y);
   const bool exists = column < header.num_columns;
   const int warp = static_cast<int>(threadIdx.z * blockDim.y + threadIdx.y), lane = static_cast<int>(threadIdx.x);
   for (int four = lane; four < (l.head_size + 127) / 128 * 32; four += 32) {
@@ -54,10 +52,10 @@ __global__ void __launch_bounds__(32 * kWarps) merge_parts(const __grid_constant
     if (active) {
 #pragma unroll 4
       for (int i = static_cast<int>(threadIdx.y); i < header.parts; i += sharers) {
-        const std::int64_t slot = first + (i == 0 ? 0 : shared ? 2 * i - 1 : i);
-        const float4 softmax = __ldcg(reinterpret_cast<const float4*>(slots.softmax(slot, in_slot)));
+        const int slot = slots.slot_of(first, i);
+        const float4 softmax = __ldcg(reinterpret_cast<const float4*>(slots.softmax(slot, column)));
         base = softmax.z;
-        part.add({softmax.x, softmax.y}, __ldcg(reinterpret_cast<const float4*>(slots.sums(slot, in_slot)) + four));
+        part.add({softmax.x, softmax.y}, __ldcg(reinterpret_cast<const float4*>(slots.sums(slot, column)) + four));
       }
     }
     if (sharers > 1) {
@@ -69,11 +67,10 @@ __global__ void __launch_bounds__(32 * kWarps) merge_parts(const __grid_constant
     }
     if (!active) continue;
     const auto [query, in_group] = args.group.divmod(static_cast<std::uint32_t>(header.first_column + column));
-    const int kv_head = header.first_head + head;
     const Finish end(l,
                      {header.first_row + static_cast<int>(query),
-                      kv_head * static_cast<int>(args.group.divisor) + static_cast<int>(in_group)},
-                     kv_head, part.softmax, base);
+                      header.kv_head * static_cast<int>(args.group.divisor) + static_cast<int>(in_group)},
+                     header.kv_head, part.softmax, base);
     end.store(4 * four, part.sums.x);
     end.store(4 * four + 1, part.sums.y);
     end.store(4 * four + 2, part.sums.z);
@@ -85,9 +82,10 @@ __global__ void __launch_bounds__(32 * kWarps) merge_parts(const __grid_constant
 }  // namespace
 
 void launch_merge(const AttentionLayout& layout, const AttentionPlan& plan, void* workspace, cudaStream_t stream) {
-  const MergeArgs args{layout, plan, FastDiv(layout.heads_per_kv_head()), workspace};
+  MergeArgs args{layout, plan, FastDiv(layout.heads_per_kv_head()), workspace};
+  args.layout.head_size = layout.v_head_size;  // what slots have of each column
   const auto sharers = static_cast<unsigned>(plan.merge_sharers), columns = kWarps / sharers;
-  const dim3 grid(static_cast<unsigned>(plan.merges), (plan.heads * plan.columns + columns - 1) / columns);
+  const dim3 grid(static_cast<unsigned>(plan.merges), (plan.columns + columns - 1) / columns);
   const LaunchShape shape{.grid = grid, .threads = dim3(32, sharers, columns), .dependent = can_depend(grid.x * grid.y)};
   launch(merge_parts, shape, stream, args);
   check_launch("paged_attention");

@@ -1,13 +1,15 @@
 // How blocks of threads share the work of attention. Lengths are known on the device only, so every block finds its share
 // there.
 //
-// A tile is 16 neighboring positions of a sequence. An item is what a block does at a time: the tiles of one sequence, for some
-// of its KV heads and some of its queries. Items are counted in units, in the order of the sequences:
-//   parts == 0: a unit is a tile of an item. The blocks divide all units equally, however long each sequence is, or where all
-//               are equally long, those of each item; an item that falls to several blocks is merged from their partial
-//               results.
+// A tile is 16 neighboring positions of a sequence. An item is what a block does at a time: the tiles of one sequence and KV
+// head, for some of its queries. Items are counted in units, in the order of the sequences:
+//   parts == 0: a unit is a tile of an item. The blocks divide all units equally, of which an item has some more for what it
+//               costs to begin with it. Where all sequences are alike, the same number of blocks divide each item, or each
+//               block has whole items, at the same time as its neighbors those next to them.
 //   parts > 0:  a unit is one of so many nearly equal parts of the tiles of an item, one for each block.
-// The first warp of a block finds its items, one after the other, and leaves them in shared memory.
+// The first warp of a block finds its items, one after the other, and leaves them in shared memory. Of an item that falls to
+// several blocks, each leaves a partial result in the workspace. The last one to do so merges them, or another kernel
+// (plan.merges > 0).
 #pragma once
 
 #include "core/attention_memory.h"
@@ -78,16 +80,18 @@ struct Sequence {
   }
 };
 
-// What a block does at a time: a sequence, some of its queries, some KV heads, a range of its tiles.
+// What a block does at a time: a sequence, a KV head, some queries, a range of tiles.
 struct Item {
   Sequence sequence;
-  int index;         // of the sequence
-  int first_head;    // KV head
+  int index;  // of the sequence
+  int kv_head;
   int first_column;  // of those of the sequence and a KV head
   int num_columns;
   Positions tiles;
   int slot;                                           // of the workspace, or one of these
   static constexpr int kWhole = -1, kInCluster = -2;  // the block has all tiles; its cluster has them
+  int first_slot;                                     // that of the first part of the item
+  int parts;                                          // of the item
   bool nothing;                                       // the block has done all its work
 };
 
@@ -98,13 +102,19 @@ class Slots {
   // Of an item whose first part is in the slot.
   struct Header {
     int parts;  // 0: there is no such item
-    int first_row, first_column, num_columns, first_head;
+    int first_row, first_column, num_columns, kv_head;
   };
 
   __device__ Slots(const AttentionLayout& layout, const AttentionPlan& plan, void* workspace)
-      : data_(static_cast<float*>(workspace)),
-        columns_(plan.heads * plan.columns),
-        head_size_(static_cast<int>(layout.head_size)) {}
+      : counters_(static_cast<unsigned long long*>(workspace)),
+        data_(reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + core::slot_counters_size(plan.slots))),
+        columns_(plan.columns),
+        head_size_(static_cast<int>(layout.head_size)),
+        step_(plan.parts == 0 ? 2 : 1) {}
+
+  // The slot of a part of an item: the first one is in the second slot of its block, or the only one, and the others are in the
+  // first slots of the blocks behind it.
+  __device__ int slot_of(int first_slot, int part) const { return first_slot + (part == 0 ? 0 : part * step_ - (step_ - 1)); }
 
   __device__ float* sums(std::int64_t slot, int column) const { return at(slot) + column * head_size_; }
   __device__ float* softmax(std::int64_t slot, int column) const { return at(slot) + columns_ * head_size_ + column * 4; }
@@ -114,11 +124,31 @@ class Slots {
     store_word(slot, 1, header.first_row);
     store_word(slot, 2, header.first_column);
     store_word(slot, 3, header.num_columns);
-    store_word(slot, 4, header.first_head);
+    store_word(slot, 4, header.kv_head);
   }
   __device__ void store_no_item(std::int64_t slot) const { store_word(slot, 0, 0); }
   __device__ Header header(std::int64_t slot) const {
     return {word(slot, 0), word(slot, 1), word(slot, 2), word(slot, 3), word(slot, 4)};
+  }
+
+  // Counts a part of an item, by one thread; true: it is the last one. A workspace may hold anything at first: a counter has a
+  // mark in its upper bits, and what has none counts as 0. The last part leaves 0.
+  __device__ bool arrives_last(int first_slot, int parts) const {
+    constexpr unsigned long long kNone = 0xa7c3'5e91'd26b'0000;
+    static_assert((kNone & core::kMaxParts) == 0);
+    const auto is_counter = [&](unsigned long long x) { return x - kNone < static_cast<unsigned>(parts); };
+    unsigned long long* counter = counters_ + first_slot;
+    unsigned long long before = atomicAdd(counter, 1);
+    while (!is_counter(before)) {
+      const unsigned long long found = atomicCAS(counter, before + 1, kNone + 1);
+      if (found == before + 1)
+        before = kNone;
+      else
+        before = is_counter(found) ? atomicAdd(counter, 1) : found - 1;
+    }
+    const bool last = before == kNone + parts - 1;
+    if (last) *counter = kNone;
+    return last;
   }
 
  private:
@@ -126,9 +156,20 @@ class Slots {
   __device__ void store_word(std::int64_t slot, int i, int word) const { softmax(slot, i)[3] = __int_as_float(word); }
   __device__ int word(std::int64_t slot, int i) const { return __float_as_int(__ldcg(softmax(slot, i) + 3)); }
 
+  unsigned long long* counters_;  // of items, in the place of their first slots
   float* data_;
-  int columns_;  // of all KV heads of an item; at least 8
+  int columns_;  // at least 8
   int head_size_;
+  int step_;
+};
+
+// The smallest and the largest of numbers.
+struct Range {
+  unsigned least = 0xffffffffu, most = 0;
+
+  __device__ void add(unsigned x) { least = min(least, x), most = max(most, x); }
+  // Of all lanes.
+  __device__ bool is_one_value() const { return __reduce_min_sync(kAllLanes, least) == __reduce_max_sync(kAllLanes, most); }
 };
 
 // Where a block is in its work, and how all blocks share it. Units count in 31 bits: the plan sees to that.
@@ -138,7 +179,10 @@ struct Cursor {
   int index;            // of the sequence
   unsigned units;       // parts == 0: of every block, or of every block of an item; the first `longer` ones have one more
   unsigned longer;
+  unsigned step;            // from a whole item to the next one; 0: the share is contiguous
+  unsigned of_sequence;     // units of every sequence, if there is a step
   unsigned blocks_of_item;  // 0: shares end anywhere
+  unsigned overhead;        // units of an item before those of its tiles
 };
 
 // All threads of a warp call everything together.
@@ -151,19 +195,23 @@ class Schedule {
   __device__ void begin(Cursor& cursor) const {
     const int count = static_cast<int>(l_.num_seqs), per_lane = (count + 31) / 32;
     const int first = min(lane_ * per_lane, count), last = min(first + per_lane, count);
-    unsigned units = 0, items = 0, least = 0xffffffffu, most = 0;
+    unsigned units = 0, items = 0;
+    Range of_items, of_sequences;
     for (int s = first; s < last; ++s) {
       const Sequence sequence = Sequence::load(l_, s);
       const unsigned of_item = units_of_item(tiles_of(sequence));
-      const unsigned in_sequence = static_cast<unsigned>(plan_.head_groups) * column_blocks_of(sequence);
+      const unsigned in_sequence = static_cast<unsigned>(l_.num_kv_heads) * column_blocks_of(sequence);
       items += in_sequence;
       units += in_sequence * of_item;
-      if (in_sequence > 0) least = min(least, of_item), most = max(most, of_item);
+      of_items.add(of_item);
+      of_sequences.add(in_sequence * of_item);
     }
-    const unsigned sum = inclusive_sum(units);
-    const bool equal = __reduce_min_sync(kAllLanes, least) == __reduce_max_sync(kAllLanes, most);
+    const bool alike = of_items.is_one_value() && of_sequences.is_one_value();
     Cursor c{};
-    share_out(__shfl_sync(kAllLanes, sum, 31), equal ? __reduce_add_sync(kAllLanes, items) : 0, c);
+    if (plan_.parts == 0 && !alike) c.overhead = static_cast<unsigned>(plan_.item_overhead);
+    units += items * c.overhead;
+    const unsigned sum = inclusive_sum(units);
+    share_out(__shfl_sync(kAllLanes, sum, 31), alike ? __reduce_add_sync(kAllLanes, items) : 0, c);
     const int found = __ffs(__ballot_sync(kAllLanes, sum > c.unit)) - 1;
     c.first_unit = __shfl_sync(kAllLanes, sum - units, max(found, 0));
     c.index = found * per_lane;
@@ -202,20 +250,21 @@ class Schedule {
     return value;
   }
 
-  // `items`: their number if all have the same number of units, else 0.
+  // `items`: their number if all sequences are alike, else 0.
   __device__ void share_out(unsigned total, unsigned items, Cursor& c) const {
     const unsigned block = blockIdx.x;
     if (plan_.parts > 0) {
       c.unit = block;
       c.end = total;
-      if (lane_ == 0 && block >= total && block < plan_.slots) slots_.store_no_item(block);
+      if (lane_ == 0 && plan_.merges > 0 && block >= total && block < plan_.slots) slots_.store_no_item(block);
       return;
     }
-    if (lane_ == 0 && plan_.slots > 0) slots_.store_no_item(2 * std::int64_t{block} + 1);
+    if (lane_ == 0 && plan_.merges > 0) slots_.store_no_item(2 * std::int64_t{block} + 1);
     if (total == 0) return;
     // Blocks beyond those that are worth starting have nothing to do.
     const unsigned least = static_cast<unsigned>(plan_.least_units);
     const unsigned blocks = min(static_cast<unsigned>(plan_.blocks), (total + least - 1) / least);
+    const unsigned rounds = (items + blocks - 1) / blocks;
     if (items > 0 && items <= blocks) {
       // The same number of blocks for each item: none has to begin twice.
       const unsigned of_item = total / items, blocks_of_item = blocks / items, item = block / blocks_of_item;
@@ -225,6 +274,13 @@ class Schedule {
       c.longer = of_item - c.units * blocks_of_item;
       c.unit = min(item * of_item + part * c.units + min(part, c.longer), total);
       c.end = item < items ? c.unit + c.units + (part < c.longer) : c.unit;
+    } else if (10 * items > 9 * rounds * blocks) {
+      // Whole items, as no more than a tenth of the blocks are idle in the last round.
+      const unsigned of_item = total / items;
+      c.step = blocks * of_item;
+      c.of_sequence = total / static_cast<unsigned>(l_.num_seqs);
+      c.unit = min(block * of_item, total);
+      c.end = block < blocks ? total : c.unit;
     } else {
       c.units = total / blocks;
       c.longer = total - c.units * blocks;
@@ -237,6 +293,10 @@ class Schedule {
     Sequence sequence;
     Positions all;  // tiles
     unsigned column_blocks, units;
+    if (c.step > 0) {
+      c.index = static_cast<int>(c.unit / c.of_sequence);
+      c.first_unit = c.index * c.of_sequence;
+    }
     while (true) {
       if (c.index >= static_cast<int>(l_.num_seqs)) {
         item.nothing = true;
@@ -245,18 +305,18 @@ class Schedule {
       sequence = Sequence::load(l_, c.index);
       column_blocks = column_blocks_of(sequence);
       all = tiles_of(sequence);
-      units = units_of_item(all);
-      const unsigned in_sequence = static_cast<unsigned>(plan_.head_groups) * column_blocks * units;
+      units = units_of_item(all) + c.overhead;
+      const unsigned in_sequence = static_cast<unsigned>(l_.num_kv_heads) * column_blocks * units;
       if (c.unit - c.first_unit < in_sequence) break;
       c.first_unit += in_sequence;
       ++c.index;
     }
     const unsigned number = (c.unit - c.first_unit) / units, from = c.unit - c.first_unit - number * units;
-    const unsigned head_group = column_blocks == 1 ? number : number / column_blocks;
+    const unsigned kv_head = column_blocks == 1 ? number : number / column_blocks;
     item.sequence = sequence;
     item.index = c.index;
-    item.first_head = static_cast<int>(head_group) * plan_.heads;
-    item.first_column = static_cast<int>(number - head_group * column_blocks) * plan_.columns;
+    item.kv_head = static_cast<int>(kv_head);
+    item.first_column = static_cast<int>(number - kv_head * column_blocks) * plan_.columns;
     item.num_columns = min(plan_.columns, sequence.num_queries * static_cast<int>(group_.divisor) - item.first_column);
     item.slot = Item::kWhole;
 
@@ -264,18 +324,22 @@ class Schedule {
     const unsigned tiles = max(all.end - all.begin, 0);
     unsigned first = 0, last = tiles;
     if (plan_.parts == 0) {
-      const unsigned to = min(units, from + (c.end - c.unit));
-      // A block has at most two items that it doesn't finish alone: the one it begins with and the one it ends with.
-      if (from > 0 || to < units) {
-        item.slot = static_cast<int>(2 * blockIdx.x + (from == 0));
-        first = from;
-        last = to;
+      const unsigned to = min(units, from + (c.end - c.unit)), begin = c.unit - from + c.overhead;
+      c.unit += c.step > 0 ? c.step : to - from;
+      if (to <= c.overhead) {
+        item.nothing = true;  // the share ends before the first tile
+        return;
       }
-      c.unit += to - from;
-      if (from == 0 && to < units) {
-        const unsigned blocks =
-            c.blocks_of_item > 0 ? c.blocks_of_item : block_of(c, c.unit + (units - to) - 1) - blockIdx.x + 1;
-        store_header(item, min(blocks, static_cast<unsigned>(plan_.blocks) - blockIdx.x));
+      // A block has at most two items that it doesn't finish alone: the one it begins with and the one it ends with.
+      if (from > c.overhead || to < units) {
+        const unsigned block = blockIdx.x, end = begin + (units - c.overhead);
+        const unsigned first_block = c.blocks_of_item > 0 ? block - block % c.blocks_of_item : min(block_of(c, begin), block);
+        const unsigned last_block = c.blocks_of_item > 0 ? first_block + c.blocks_of_item - 1 : block_of(c, end - 1);
+        item.slot = static_cast<int>(2 * block + (from <= c.overhead));
+        item.first_slot = static_cast<int>(2 * first_block + 1);
+        item.parts = static_cast<int>(min(last_block, static_cast<unsigned>(plan_.blocks) - 1) - first_block + 1);
+        first = max(from, c.overhead) - c.overhead;
+        last = to - c.overhead;
       }
     } else {
       // Without a slot the first part has everything.
@@ -283,15 +347,22 @@ class Schedule {
       if (has_slot || plan_.cluster > 1) {
         const unsigned share = tiles / units, longer = tiles - share * units;
         item.slot = has_slot ? static_cast<int>(c.unit) : Item::kInCluster;
+        item.first_slot = static_cast<int>(c.unit - from);
+        item.parts = static_cast<int>(units);
         first = share * from + min(from, longer);
         last = first + share + (from < longer);
-        if (has_slot && from == 0) store_header(item, units);
       } else if (from > 0) {
         last = 0;
         item.num_columns = 0;
       }
       c.unit = c.unit + gridDim.x < c.unit ? c.end : c.unit + gridDim.x;
     }
+    if (lane_ == 0 && plan_.merges > 0 && item.slot >= 0 && item.slot == item.first_slot)
+      slots_.store(item.slot, {.parts = item.parts,
+                               .first_row = sequence.first_row,
+                               .first_column = item.first_column,
+                               .num_columns = item.num_columns,
+                               .kv_head = item.kv_head});
     Positions seen = all;
     if (column_blocks > 1) {
       const auto first_query = static_cast<int>(group_.div(item.first_column)),
@@ -301,19 +372,10 @@ class Schedule {
     item.tiles = {max(all.begin + static_cast<int>(first), seen.begin), min(all.begin + static_cast<int>(last), seen.end)};
   }
 
-  // parts == 0: the block that a unit falls to.
+  // parts == 0: the block that a unit falls to, where shares end anywhere.
   __device__ unsigned block_of(const Cursor& c, unsigned unit) const {
     const unsigned in_longer = c.longer * (c.units + 1);
     return unit < in_longer ? unit / (c.units + 1) : c.longer + (unit - in_longer) / c.units;
-  }
-
-  __device__ void store_header(const Item& item, unsigned parts) const {
-    if (lane_ > 0) return;
-    slots_.store(item.slot, {.parts = static_cast<int>(parts),
-                             .first_row = item.sequence.first_row,
-                             .first_column = item.first_column,
-                             .num_columns = item.num_columns,
-                             .first_head = item.first_head});
   }
 
   const AttentionLayout& l_;

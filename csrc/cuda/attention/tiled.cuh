@@ -84,12 +84,19 @@ class TiledAttention {
   using Shape = TileShape<kHeadSize, kPerToken>;
   static constexpr int kSteps = Shape::kSteps;
   static constexpr int kWarpColumns = kColumnTiles * core::kColumnTile;
+  static constexpr int kPiece = kHeadSize % 64 == 0 ? 64 : 32;  // elements of a column that a warp merges at once
+  static constexpr int kPieces = kHeadSize / kPiece, kPerLane = kPiece / 32;
   static constexpr int kQueryFours = (kHeadSize / 4 + 31) / 32;  // of a row that a lane loads
 
   struct QueryRow {
     float elements[kQueryFours][4];
     float factor;   // with softcap of logits, else of logits in units of log2(e)
     float k_scale;  // 1 unless there is one for all of its keys
+  };
+
+  // What a lane has of a piece.
+  struct alignas(4 * kPerLane) Lane {
+    float x[kPerLane];
   };
 
  public:
@@ -104,10 +111,7 @@ class TiledAttention {
         warp_(static_cast<int>(threadIdx.x / 32)),
         g_(lane_ / 4),
         t_(lane_ % 4),
-        tile_warps_(warps_ >> log2_of(args.plan.heads)),
-        head_(warp_ >> log2_of(tile_warps_)),
-        place_(warp_ & (tile_warps_ - 1)),
-        column_warp_(place_ & (args.plan.column_warps - 1)),
+        column_warp_(warp_ & (args.plan.column_warps - 1)),
         ring_address_(device::shared_address(tile_memory(warp_, 0))) {}
 
   // The item, by all threads of the block.
@@ -125,7 +129,7 @@ class TiledAttention {
       device::wait_for_copies<core::kRingTiles - 2>();
       sync_tile_warps();
       start_copy(i + kLast, stage == 0 ? kLast : stage - 1);
-      const int tile = first_tile_ + i * tile_warps_ - column_warp_;
+      const int tile = first_tile_ + i * warps_ - column_warp_;
 #pragma unroll 1
       for (int w = 0; w < column_warps; ++w)
         if (tile + w >= tiles_.begin && tile + w < tiles_.end) take_tile(warp_ - column_warp_ + w, stage, tile + w);
@@ -157,11 +161,11 @@ class TiledAttention {
     all_ = {sequence.seen_by(l_, last_query).begin, sequence.seen_by(l_, first_query_).end};
     // Whatever range of tiles a block has, a tile falls to the same warp.
     tiles_ = item_.tiles;
-    const int first = tiles_.begin & ~(tile_warps_ - 1);
-    iterations_ = tiles_.empty() ? 0 : (tiles_.end - first + tile_warps_ - 1) >> log2_of(tile_warps_);
-    first_tile_ = first + place_;
+    const int first = tiles_.begin & ~(warps_ - 1);
+    iterations_ = tiles_.empty() ? 0 : (tiles_.end - first + warps_ - 1) >> log2_of(warps_);
+    first_tile_ = first + warp_;
 
-    const int row = lane_ / Shape::kChunks, chunk = lane_ % Shape::kChunks, kv_head = item_.first_head + head_;
+    const int row = lane_ / Shape::kChunks, chunk = lane_ % Shape::kChunks, kv_head = item_.kv_head;
     key_from_ = kv_head * args_.keys.head + row * args_.keys.offset + chunk * 16;
     value_from_ = kv_head * args_.values.head + row * args_.values.offset + chunk * 16;
     table_ = static_cast<const int*>(l_.block_table.data) + item_.index * l_.block_table_row;
@@ -177,7 +181,7 @@ class TiledAttention {
 
   // The block of the cache of this warp's tile; -1 if there is none.
   __device__ int block_of_iteration(int iteration) const {
-    const int tile = first_tile_ + iteration * tile_warps_;
+    const int tile = first_tile_ + iteration * warps_;
     if (tile < tiles_.begin || tile >= tiles_.end) return -1;
     const auto column = static_cast<int>(args_.tiles_per_block.div(static_cast<std::uint32_t>(tile)));
     const int block = __ldg(table_ + column * l_.block_table.stride);
@@ -191,7 +195,7 @@ class TiledAttention {
       blocks_ = next_blocks_;
       next_blocks_ = block_of_iteration(iteration + 32 + lane_);
     }
-    const int tile = first_tile_ + iteration * tile_warps_;
+    const int tile = first_tile_ + iteration * warps_;
     if (tile >= tiles_.begin && tile < tiles_.end) {
       const int block = __shfl_sync(kAllLanes, blocks_, iteration & 31);
       int within = 0;  // the block
@@ -241,7 +245,7 @@ class TiledAttention {
     const core::ChannelScales& scale = lane_ < kTile ? l_.k_scale : l_.v_scale;
     const int row = lane_ % kTile;
     const bool seen = static_cast<unsigned>(row - first) < static_cast<unsigned>(rows) && scale.dim == 0;
-    const float* from = scale.data + (item_.first_head + head_) * scale.head;
+    const float* from = scale.data + item_.kv_head * scale.head;
     if (seen) from += block * scale.block + (std::int64_t{within} + row) * scale.offset;
     device::copy4_async(to + lane_ * 4, from, seen ? 4 : 0);
   }
@@ -262,16 +266,16 @@ class TiledAttention {
     return static_cast<int>(args_.group.div(static_cast<std::uint32_t>(item_.first_column + column)));
   }
 
-  __device__ Column place_of(int head, int column) const {
+  __device__ Column place_of(int column) const {
     const auto [query, in_group] = args_.group.divmod(static_cast<std::uint32_t>(item_.first_column + column));
     return {item_.sequence.first_row + static_cast<int>(query),
-            (item_.first_head + head) * static_cast<int>(args_.group.divisor) + static_cast<int>(in_group)};
+            item_.kv_head * static_cast<int>(args_.group.divisor) + static_cast<int>(in_group)};
   }
 
   // The queries as right operands of the first product, in shared memory: a lane reads those elements of column g whose K it
   // reads. A row is scaled by a power of two so that it fits fp16; factor_ takes it back.
   __device__ void share_queries(QueryRow row) {
-    const int columns = args_.plan.heads * args_.plan.columns;
+    const int columns = args_.plan.columns;
 #pragma unroll 1
     for (int i = warp_; i < columns; i += warps_) {
       if (i != warp_) row = load_query(i);
@@ -281,9 +285,9 @@ class TiledAttention {
 #pragma unroll
     for (int j = 0; j < kColumnTiles; ++j)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) factor_[j][i] = scales()[column_in_block(head_, column_of(j, 2 * t_ + i))].x;
+      for (int i = 0; i < 2; ++i) factor_[j][i] = scales()[column_of(j, 2 * t_ + i)].x;
     if constexpr (kColumnTiles == 1) {
-      const uint2* query = query_fragments(head_, column_warp_, 0);
+      const uint2* query = query_fragments(column_warp_, 0);
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
         const uint2 halves = query[32 * k + lane_];
@@ -294,42 +298,37 @@ class TiledAttention {
   }
 
   __device__ float2* scales() const { return reinterpret_cast<float2*>(shared_ + memory_.scales); }
-  __device__ int column_in_block(int head, int column) const { return head * args_.plan.columns + column; }
 
   // Of a column tile: operands of all lanes for each step. With one column tile per warp they go to registers, and the stage
   // of the ring that is copied to last holds them until then.
-  __device__ uint2* query_fragments(int head, int column_warp, int column_tile) const {
+  __device__ uint2* query_fragments(int column_warp, int column_tile) const {
     if constexpr (kColumnTiles == 1) {
-      const int warp = head * tile_warps_ + column_warp;
-      return reinterpret_cast<uint2*>(tile_memory(warp, core::kRingTiles - 1));
+      return reinterpret_cast<uint2*>(tile_memory(column_warp, core::kRingTiles - 1));
     } else {
-      const int tile = (head * args_.plan.column_warps + column_warp) * kColumnTiles + column_tile;
+      const int tile = column_warp * kColumnTiles + column_tile;
       return reinterpret_cast<uint2*>(shared_ + memory_.queries) + tile * kSteps * 32;
     }
   }
 
   // A row of queries by a warp: of a column of the block, zeros if the item doesn't have it.
-  __device__ QueryRow load_query(int column_in_block) const {
-    const int head = column_in_block >> log2_of(args_.plan.columns), column = column_in_block & (args_.plan.columns - 1);
+  __device__ QueryRow load_query(int column) const {
     QueryRow row{};
-    if (head >= args_.plan.heads || column >= item_.num_columns) return row;
-    const Column place = place_of(head, column);
+    if (column >= item_.num_columns) return row;
+    const Column place = place_of(column);
     const std::int64_t at = place.row * l_.query.token + place.head * l_.query.head;
 #pragma unroll
     for (int n = 0; n < kQueryFours; ++n)
       if (lane_ + 32 * n < kHeadSize / 4) load_four(at + 4 * (lane_ + 32 * n), row.elements[n]);
     row.factor = l_.softcap > 0.0f ? l_.softmax_scale : l_.softmax_scale * kLog2e;
     if (l_.q_scale) row.factor *= __ldg(l_.q_scale + place.head / static_cast<int>(l_.heads_per_q_scale) * l_.q_scale_stride);
-    row.k_scale = l_.k_scale.dim == 0 && !l_.k_scale.per_token()
-                      ? __ldg(l_.k_scale.data + (item_.first_head + head) * l_.k_scale.head)
-                      : 1.0f;
+    row.k_scale =
+        l_.k_scale.dim == 0 && !l_.k_scale.per_token() ? __ldg(l_.k_scale.data + item_.kv_head * l_.k_scale.head) : 1.0f;
     return row;
   }
 
   // As operands for all lanes in shared memory.
-  __device__ void share_query(int column_in_block, QueryRow& row) const {
-    const int head = column_in_block >> log2_of(args_.plan.columns), column = column_in_block & (args_.plan.columns - 1);
-    const std::int64_t kv_head = item_.first_head + head;
+  __device__ void share_query(int column, QueryRow& row) const {
+    const std::int64_t kv_head = item_.kv_head;
     float largest = 0.0f, product = 0.0f;
 #pragma unroll
     for (int n = 0; n < kQueryFours; ++n) {
@@ -356,7 +355,7 @@ class TiledAttention {
     }
     const int exponent = exponent_of(largest);
     const PowerOfTwo down(-exponent), up(exponent);
-    uint2* fragments = query_fragments(head, column / kWarpColumns, column % kWarpColumns / 8) + 4 * (column % 8);
+    uint2* fragments = query_fragments(column / kWarpColumns, column % kWarpColumns / 8) + 4 * (column % 8);
 #pragma unroll
     for (int n = 0; n < kQueryFours; ++n) {
       const int four = lane_ + 32 * n;
@@ -367,7 +366,7 @@ class TiledAttention {
       fragments[32 * step + lane] = {device::half2_of(down.times(x[0]), down.times(x[1])),
                                      device::half2_of(down.times(x[2]), down.times(x[3]))};
     }
-    if (lane_ == 0) scales()[column_in_block] = {up.times(row.factor * row.k_scale), row.factor * product};
+    if (lane_ == 0) scales()[column] = {up.times(row.factor * row.k_scale), row.factor * product};
   }
 
   // Elements at to at + 3 of the query in fp32.
@@ -464,7 +463,7 @@ class TiledAttention {
         if constexpr (kColumnTiles == 1) {
           device::multiply_add(sums[j][k % kSums], a0, a1, a2, a3, query_[k][0], query_[k][1]);
         } else {
-          const uint2 query = query_fragments(head_, column_warp_, j)[32 * k + lane_];
+          const uint2 query = query_fragments(column_warp_, j)[32 * k + lane_];
           device::multiply_add(sums[j][0], a0, a1, a2, a3, query.x, query.y);
         }
       }
@@ -494,7 +493,7 @@ class TiledAttention {
       for (int j = 0; j < kColumnTiles; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float base = scales()[column_in_block(head_, column_of(j, 2 * t_ + i % 2))].y;
+          const float base = scales()[column_of(j, 2 * t_ + i % 2)].y;
           logits[j][i] = l_.softcap * tanh_of((logits[j][i] + base) * __frcp_rn(l_.softcap)) * kLog2e;
         }
     }
@@ -649,47 +648,46 @@ class TiledAttention {
     return reinterpret_cast<float*>(shared_ + (warp * kWarpColumns + column) * memory_.sums_pitch);
   }
 
-  // A warp takes a column at a time, of which each lane has every 32nd element.
+  // A warp takes a piece of a column at a time.
   __device__ void finish() {
     __syncthreads();  // the rings are free
     write_warp();
     __syncthreads();
-    constexpr int kPerLane = kHeadSize / 32;
-    const int columns = args_.plan.columns, step = args_.plan.column_warps;
+    const int step = args_.plan.column_warps;
     const Slots slots(l_, args_.plan, args_.workspace);
 #pragma unroll 1
-    for (int i = warp_; i < args_.plan.heads * columns; i += warps_) {
-      const int head = i >> log2_of(columns), column = i & (columns - 1);
-      if (column >= item_.num_columns) continue;
-      const int first_warp = head * tile_warps_ + column / kWarpColumns, in_warp = column % kWarpColumns;
+    for (int i = warp_; i < item_.num_columns * kPieces; i += warps_) {
+      const int column = i / kPieces, dim = i % kPieces * kPiece + lane_ * kPerLane;
+      const int first_warp = column / kWarpColumns, in_warp = column % kWarpColumns;
       // A lane looks at the part of one warp, in every eight lanes the same ones.
-      const int parts = tile_warps_ >> log2_of(step);
+      const int parts = warps_ >> log2_of(step);
       Softmax total;
       if ((lane_ & 7) < parts) total = warp_softmax(first_warp + (lane_ & 7) * step)[in_warp];
       const float kept = merge_lanes<kMaxWarps>(total);
       float sums[kPerLane] = {};
-#pragma unroll 2
+#pragma unroll 4
       for (int p = 0; p < parts; ++p) {
         const float kept_of_part = __shfl_sync(kAllLanes, kept, p);
 #pragma unroll
-        for (int n = 0; n < kPerLane; ++n) sums[n] += warp_sums(first_warp + p * step, in_warp)[lane_ + 32 * n] * kept_of_part;
+        for (int n = 0; n < kPerLane; ++n) sums[n] += warp_sums(first_warp + p * step, in_warp)[dim + n] * kept_of_part;
       }
-      const float base = l_.softcap > 0.0f ? 0.0f : scales()[i].y;
+      const float base = l_.softcap > 0.0f ? 0.0f : scales()[column].y;
       if (item_.slot == Item::kWhole) {
-        const Finish end(l_, place_of(head, column), item_.first_head + head, total, base);
+        const Finish end(l_, place_of(column), item_.kv_head, total, base);
 #pragma unroll
-        for (int n = 0; n < kPerLane; ++n) end.store(lane_ + 32 * n, sums[n]);
-        if (lane_ == 0) end.store_lse();
+        for (int n = 0; n < kPerLane; ++n) end.store(dim + n, sums[n]);
+        if (dim == 0) end.store_lse();
       } else {
         const bool in_cluster = item_.slot == Item::kInCluster;
-        float* to = in_cluster ? merged(i) : slots.sums(item_.slot, i);
+        float* to = in_cluster ? merged(column) : slots.sums(item_.slot, column);
 #pragma unroll
-        for (int n = 0; n < kPerLane; ++n) to[lane_ + 32 * n] = sums[n];
-        float* softmax = in_cluster ? merged(i) + kHeadSize : slots.softmax(item_.slot, i);
-        if (lane_ == 0) softmax[0] = total.maximum, softmax[1] = total.sum, softmax[2] = base;
+        for (int n = 0; n < kPerLane; ++n) to[dim + n] = sums[n];
+        float* softmax = in_cluster ? merged(column) + kHeadSize : slots.softmax(item_.slot, column);
+        if (dim == 0) softmax[0] = total.maximum, softmax[1] = total.sum, softmax[2] = base;
       }
     }
     if (item_.slot == Item::kInCluster) merge_cluster();
+    if (item_.slot >= 0 && args_.plan.merges == 0) merge_slots(slots);
     __syncthreads();  // before rings, scales and queries of the next item
   }
 
@@ -712,34 +710,93 @@ class TiledAttention {
     return reinterpret_cast<float*>(shared_ + memory_.merged + column * memory_.sums_pitch);
   }
 
-  // The warps of all blocks of the cluster take 32 elements of a column at a time, and read what each block has of them.
+  // A piece of a column from all parts of the item. `softmax(part)` is a maximum, a sum and a base, `sums(part)` this lane's
+  // elements.
+  template <class LoadSoftmax, class LoadSums>
+  __device__ void merge_parts(int column, int dim, int parts, const LoadSoftmax& softmax, const LoadSums& sums) {
+    Softmax total;
+    float base = 0.0f, merged[kPerLane] = {};
+#pragma unroll 1
+    for (int first = 0; first < parts; first += 32) {
+      Softmax of_lanes;
+      if (first + lane_ < parts) {
+        const float4 loaded = softmax(first + lane_);
+        of_lanes = {loaded.x, loaded.y};
+        base = loaded.z;
+      }
+      float kept = merge_lanes<32>(of_lanes);
+      const float maximum = fmaxf(total.maximum, of_lanes.maximum);
+      const float earlier = device::exp2_approximation(total.maximum - maximum);
+      const float later = device::exp2_approximation(of_lanes.maximum - maximum);
+      total = {maximum, total.sum * earlier + of_lanes.sum * later};
+      kept *= later;
+#pragma unroll
+      for (int n = 0; n < kPerLane; ++n) merged[n] *= earlier;
+      const int count = min(32, parts - first);
+#pragma unroll 8
+      for (int p = 0; p < count; ++p) {
+        const Lane part = sums(first + p);
+        const float kept_of_part = __shfl_sync(kAllLanes, kept, p);
+#pragma unroll
+        for (int n = 0; n < kPerLane; ++n) merged[n] += kept_of_part * part.x[n];
+      }
+    }
+    base = __shfl_sync(kAllLanes, base, 0);
+    const Finish end(l_, place_of(column), item_.kv_head, total, base);
+#pragma unroll
+    for (int n = 0; n < kPerLane; ++n) end.store(dim + n, merged[n]);
+    if (dim == 0) end.store_lse();
+  }
+
+  // The warps of all blocks of the cluster take pieces, and read what each block has of them.
   __device__ void merge_cluster() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     const auto cluster = cooperative_groups::this_cluster();
     cluster.sync();
     const int blocks = args_.plan.cluster, rank = static_cast<int>(cluster.block_rank());
-    constexpr int kPieces = kHeadSize / 32;
 #pragma unroll 1
     for (int i = warp_ * blocks + rank; i < item_.num_columns * kPieces; i += warps_ * blocks) {
-      const int column = i / kPieces, dim = i % kPieces * 32 + lane_;
-      Softmax total;
-      float base = 0.0f;
-      if (lane_ < blocks) {
-        const float* softmax = cluster.map_shared_rank(merged(column) + kHeadSize, lane_);
-        total = {softmax[0], softmax[1]}, base = softmax[2];
-      }
-      const float kept = merge_lanes<32>(total);
-      base = __shfl_sync(kAllLanes, base, 0);
-      float sum = 0.0f;
-#pragma unroll 8
-      for (int p = 0; p < blocks; ++p)
-        sum += __shfl_sync(kAllLanes, kept, p) * *cluster.map_shared_rank(merged(column) + dim, p);
-      const Finish end(l_, place_of(0, column), item_.first_head, total, base);
-      end.store(dim, sum);
-      if (dim == 0) end.store_lse();
+      const int column = i / kPieces, dim = i % kPieces * kPiece + lane_ * kPerLane;
+      merge_parts(
+          column, dim, blocks,
+          [&](int part) {
+            const float* softmax = cluster.map_shared_rank(merged(column) + kHeadSize, part);
+            return float4{softmax[0], softmax[1], softmax[2], 0.0f};
+          },
+          [&](int part) { return *reinterpret_cast<const Lane*>(cluster.map_shared_rank(merged(column) + dim, part)); });
     }
     cluster.sync();  // before its blocks write what comes next, or end
 #endif
+  }
+
+  // The last block to write its part of the item merges all of them.
+  __device__ void merge_slots(const Slots& slots) {
+    __syncthreads();
+    bool last = false;
+    if (threadIdx.x == 0) {
+      __threadfence();
+      last = slots.arrives_last(item_.first_slot, item_.parts);
+      __threadfence();
+    }
+    if (!__syncthreads_or(last)) return;
+#pragma unroll 1
+    for (int i = warp_; i < item_.num_columns * kPieces; i += warps_) {
+      const int column = i / kPieces, dim = i % kPieces * kPiece + lane_ * kPerLane;
+      merge_parts(
+          column, dim, item_.parts,
+          [&](int part) {
+            return __ldcg(reinterpret_cast<const float4*>(slots.softmax(slots.slot_of(item_.first_slot, part), column)));
+          },
+          [&](int part) {
+            const float* from = slots.sums(slots.slot_of(item_.first_slot, part), column) + dim;
+            if constexpr (kPerLane == 2) {
+              const float2 pair = __ldcg(reinterpret_cast<const float2*>(from));
+              return Lane{pair.x, pair.y};
+            } else {
+              return Lane{__ldcg(from)};
+            }
+          });
+    }
   }
 
   __device__ void write_warp() {
@@ -770,9 +827,6 @@ class TiledAttention {
   std::byte* shared_;
   core::AttentionMemory memory_;
   int warps_, lane_, warp_, g_, t_;
-  int tile_warps_;  // that share the tiles of a KV head
-  int head_;        // KV head of the block
-  int place_;       // of this warp among these
   int column_warp_;
   std::uint32_t ring_address_;  // of this warp
 
@@ -800,8 +854,7 @@ template <class Fp8, int kHeadSize, int kColumnTiles, bool kPerToken>
 __global__ void __launch_bounds__(32 * kMaxWarps, blocks_per_multiprocessor(kHeadSize, kColumnTiles))
     attention_tiled(const __grid_constant__ TiledArgs args) {
   extern __shared__ __align__(128) std::byte shared_memory[];
-  const core::AttentionMemory memory(kHeadSize, kColumnTiles, kPerToken, static_cast<int>(blockDim.x / 32),
-                                     args.plan.heads * args.plan.columns);
+  const core::AttentionMemory memory(kHeadSize, kColumnTiles, kPerToken, static_cast<int>(blockDim.x / 32), args.plan.columns);
   static_assert(sizeof(Work) <= core::AttentionMemory::kWorkBytes);
   Work& work = *reinterpret_cast<Work*>(shared_memory + memory.work);
   device::wait_then_release();

@@ -12,11 +12,11 @@ namespace {
 struct AppendDynamicArgs {
   KVViews kv[2];
   TokenIndices slots;
-  std::uint32_t count;  // heads of all tokens
+  std::uint32_t count;  // heads of all tokens, or pairs of them
   std::uint32_t head_size;
   std::uint32_t vecs_per_head;
   std::uint32_t threads_log2;  // threads of a head
-  FastDiv num_heads;
+  FastDiv num_heads;           // of a token, or pairs
   FastDiv block_size;
 };
 
@@ -103,6 +103,78 @@ __global__ void __launch_bounds__(256) append_dynamic_vectorized(const __grid_co
   }
 }
 
+// Of 16 neighboring elements.
+template <class T>
+struct Neighbors {
+  Vec<T> halves[2];
+
+  __device__ __forceinline__ static Neighbors load(const T* from) {
+    return {device::load_aligned(from), device::load_aligned(from + kVecSize)};
+  }
+};
+
+// The largest magnitude bits of 16-bit values, without those that are not finite if `only_finite`.
+template <class In>
+__device__ __forceinline__ std::uint32_t max_bits(const Neighbors<In>& x, bool only_finite) {
+  if (only_finite) return max(device::finite_max_bits(x.halves[0]), device::finite_max_bits(x.halves[1]));
+  std::uint32_t m = 0;
+#pragma unroll
+  for (const Vec<In>& half : x.halves) {
+#pragma unroll
+    for (int i = 0; i < Vec<In>::kWords; ++i) m = __vmaxu2(m, half.words[i] & 0x7fff7fffu);
+  }
+  return max(m & 0xffffu, m >> 16);
+}
+
+// Where all is aligned to 16 bytes: kLanes threads hold two neighboring heads of 128 elements, whose maxima are the halves of
+// one word.
+template <class Fp8, class In>
+__global__ void __launch_bounds__(128, 8) append_dynamic_pairs(const __grid_constant__ AppendDynamicArgs p) {
+  constexpr int kLanes = 8;
+  using Op = device::QuantizeOp<Fp8>;
+  const KVViews& kv = p.kv[blockIdx.y];
+  const std::uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x, lane = thread % kLanes, index = thread / kLanes;
+  const auto [token, pair] = p.num_heads.divmod(min(index, p.count - 1));  // whole warps take part in the maximum
+  const std::uint32_t head = 2 * pair, column = lane * 2 * kVecSize;
+  device::wait_then_release();
+  const std::int64_t slot = p.slots[token];
+  const In* from = row<const In>(kv.rows, token, head) + column;
+  Neighbors<In> raw[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) raw[h] = Neighbors<In>::load(from + h * kv.rows.head);
+
+  const auto largest = [&](bool only_finite) {
+    std::uint32_t bits = max_bits(raw[0], only_finite) | max_bits(raw[1], only_finite) << 16;
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2) bits = __vmaxu2(bits, __shfl_xor_sync(0xffffffffu, bits, step));
+    return bits;
+  };
+  std::uint32_t bits = largest(false);
+  constexpr std::uint32_t kInfinity = device::kInfinityBits<In>;
+  if (__any_sync(0xffffffffu, (bits & 0xffffu) >= kInfinity || bits >> 16 >= kInfinity)) bits = largest(true);
+  if (index >= p.count || !p.slots.contains(slot)) return;
+
+  const auto [block, offset] = p.block_size.divmod(static_cast<std::uint32_t>(slot));
+  Fp8* to = row<Fp8>(kv.cache, block, offset, head) + column;
+  float* stored_scale = kv.scales.data + at(kv.scales, block, offset, head);
+  float scales[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+    scales[h] = device::fast_dynamic_scale<Fp8>(device::magnitude<In>(h == 0 ? bits & 0xffffu : bits >> 16));
+  if (lane < 2) stored_scale[lane * kv.scales.head] = lane == 0 ? scales[0] : scales[1];  // of neighboring heads at once
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const auto prepared = Op::prepare(scales[h]);
+    std::uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const Vec<Fp8> half = device::convert_vec<Op, Fp8>(raw[h].halves[i], prepared);
+      words[2 * i] = half.words[0], words[2 * i + 1] = half.words[1];
+    }
+    *reinterpret_cast<uint4*>(to + h * kv.cache.head) = {words[0], words[1], words[2], words[3]};
+  }
+}
+
 // Anything: one warp per head, which is read twice.
 template <class Fp8, class In, bool kOffsets>
 __global__ void __launch_bounds__(256) append_dynamic_scalar(const __grid_constant__ ScalarAppendArgs p) {
@@ -140,8 +212,8 @@ __global__ void __launch_bounds__(256) append_dynamic_scalar(const __grid_consta
 
 template <class Fp8, class In>
 void launch_append_dynamic(const CacheLayout& layout, const TokenIndices& slots, const CachePlan& plan, cudaStream_t stream) {
-  const std::int64_t heads = layout.num_tokens * layout.num_heads;
-  const dim3 grid = grid_of(heads * plan.threads_per_head, plan);
+  const std::int64_t heads = layout.num_tokens * layout.num_heads / plan.heads_per_thread;
+  const dim3 grid = grid_of(heads * plan.threads_per_head, plan, layout);
   if (plan.path == KernelPath::Scalar) {
     const auto kernel = layout.has_channels() ? append_dynamic_scalar<Fp8, In, true> : append_dynamic_scalar<Fp8, In, false>;
     launch_dependent(kernel, grid, plan.threads, stream, ScalarAppendArgs(layout, slots, heads));
@@ -154,13 +226,15 @@ void launch_append_dynamic(const CacheLayout& layout, const TokenIndices& slots,
       .head_size = static_cast<std::uint32_t>(layout.head_size),
       .vecs_per_head = static_cast<std::uint32_t>(plan.vecs_per_head),
       .threads_log2 = static_cast<std::uint32_t>(std::countr_zero(static_cast<unsigned>(plan.threads_per_head))),
-      .num_heads = FastDiv(layout.num_heads),
+      .num_heads = FastDiv(layout.num_heads / plan.heads_per_thread),
       .block_size = FastDiv(layout.block_size)};
   const auto choose = [&]<int kVecs>() {
     if (plan.path == KernelPath::PerColumn) return append_dynamic_vectorized<Fp8, In, kVecs, true, true>;
     return plan.aligned ? append_dynamic_vectorized<Fp8, In, kVecs, true> : append_dynamic_vectorized<Fp8, In, kVecs, false>;
   };
-  const auto kernel = plan.vecs_per_thread == 4 ? choose.template operator()<4>() : choose.template operator()<2>();
+  auto kernel = plan.vecs_per_thread == 4 ? choose.template operator()<4>() : choose.template operator()<2>();
+  if constexpr (sizeof(In) == 2)
+    if (plan.heads_per_thread == 2) kernel = append_dynamic_pairs<Fp8, In>;
   launch_dependent(kernel, grid, plan.threads, stream, params);
 }
 
@@ -168,20 +242,24 @@ void launch_append_dynamic(const CacheLayout& layout, const TokenIndices& slots,
 
 void run(const CacheAppendDynamic& problem, Stream stream) {
   constexpr const char* op = "reshape_and_cache_flash_dynamic";
-  const CacheLayout layout = core::lower(problem);
+  const CacheLayouts layouts = core::lower(problem);
   core::check_on_device({op, "key", problem.key}, current_device());
-  if (layout.empty()) return;
-  if (debugging(stream)) debug_check_slots(op, problem.slot_mapping, layout, stream);
-  if (layout.num_slots() == 0) return;
-  const CachePlan plan = core::plan_append_dynamic(layout);
-  core::visit_real(layout.row_dtype, [&]<class In>(core::Type<In>) {
-    core::visit_quantized(layout.cache_dtype, [&]<class Out>(core::Type<Out>) {
-      for_each_token_chunk(layout, plan.tokens, problem.slot_mapping, [&](const CacheLayout& chunk, const TokenIndices& slots) {
-        launch_append_dynamic<Out, In>(chunk, slots, plan, stream);
-        check_launch(op);
+  if (layouts.empty()) return;
+  if (debugging(stream)) debug_check_slots(op, problem.slot_mapping, layouts.front(), stream);
+  if (layouts.front().num_slots() == 0) return;
+  for (const CacheLayout& layout : layouts) {
+    if (layout.empty()) continue;
+    const CachePlan plan = core::plan_append_dynamic(layout);
+    core::visit_real(layout.row_dtype, [&]<class In>(core::Type<In>) {
+      core::visit_quantized(layout.cache_dtype, [&]<class Out>(core::Type<Out>) {
+        for_each_token_chunk(layout, plan.tokens, problem.slot_mapping,
+                             [&](const CacheLayout& chunk, const TokenIndices& slots) {
+                               launch_append_dynamic<Out, In>(chunk, slots, plan, stream);
+                               check_launch(op);
+                             });
       });
     });
-  });
+  }
 }
 
 }  // namespace fp8kv::cuda

@@ -14,6 +14,7 @@
 
 namespace fp8kv::cuda {
 
+using core::CacheLayouts;
 using core::CachePlan;
 using core::HeadsView;
 using core::KernelPath;
@@ -174,9 +175,9 @@ void for_each_token_chunk(const CacheLayout& layout, std::int64_t tokens, const 
   }
 }
 
-// Blocks for so many threads; K and V in the second dimension of the grid.
-inline dim3 grid_of(std::int64_t threads, const CachePlan& plan) {
-  return {static_cast<unsigned>(core::ceil_div(threads, plan.threads)), 2};
+// Blocks for so many threads of each side; K and V in the second dimension of the grid.
+inline dim3 grid_of(std::int64_t threads, const CachePlan& plan, const CacheLayout& layout) {
+  return {static_cast<unsigned>(core::ceil_div(threads, plan.threads)), static_cast<unsigned>(layout.sides)};
 }
 
 // Calls f.operator()<Op, In, Out>() for an append of values of type `real` to a cache of type `element`.

@@ -15,6 +15,37 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 enum class Rope { None, Neox, Interleaved };
 
+// The positions of tokens: one for each, or time, height and width.
+struct Positions {
+  TokenIndices axes[3];  // with the rows of the table as their limit
+  core::Sections sections;
+
+  static Positions of(const RopeAppend& problem, const RopeLayout& layout) {
+    Positions positions{.sections = layout.sections};
+    if (!problem.positions) return positions;
+    const TensorView& view = *problem.positions;
+    for (int i = 0; i < layout.sections.axes; ++i)
+      positions.axes[i] = {core::address_of(view, i * view.strides[0]), view.strides[view.ndim - 1], layout.max_position,
+                           view.dtype == DType::Int64};
+    return positions;
+  }
+  Positions after(std::int64_t count) const {
+    Positions rest = *this;
+    for (int i = 0; i < sections.axes; ++i) rest.axes[i] = axes[i].after(count);
+    return rest;
+  }
+
+  // Whether all positions of a token are in the table, of which the first is known.
+  __device__ __forceinline__ bool in_table(std::int64_t token, std::int64_t first) const {
+    bool all = axes[0].contains(first);
+    for (int i = 1; i < sections.axes; ++i) all &= axes[i].contains(axes[i][token]);
+    return all;
+  }
+  __device__ __forceinline__ std::int64_t of_frequency(std::int64_t token, std::int64_t frequency) const {
+    return axes[sections.axes == 1 ? 0 : sections.axis_of(frequency)][token];
+  }
+};
+
 // Q, K or V, in blocks of its own.
 struct Segment {
   const void* in;
@@ -34,7 +65,7 @@ struct Segment {
 struct RopeAppendArgs {
   Segment segments[3];
   TokenIndices slots;
-  TokenIndices positions;  // with the rows of the table as their limit
+  Positions positions;
   const void* cos_sin;
   std::int64_t cos_sin_row;
   FastDiv block_size;
@@ -46,6 +77,7 @@ struct RopeAppendArgs {
   bool wide_cos_sin;  // Float32
   bool wide_weights[2];
   bool quantizes_query;
+  bool norm_after_rope;
   KVViews kv[2];  // for scales and offsets per channel
 };
 
@@ -74,6 +106,30 @@ __device__ __forceinline__ void load_half(const void* data, bool wide, std::int6
     load_half(static_cast<const float*>(data) + offset, to);
   else
     load_half(static_cast<const In*>(data) + offset, to);
+}
+
+template <class In>
+__device__ __forceinline__ float load_element(const void* data, bool wide, std::int64_t offset) {
+  return wide ? __ldg(static_cast<const float*>(data) + offset) : decode(static_cast<const In*>(data)[offset]);
+}
+
+// Cosines and sines of the frequencies first to first + 3 of a token, whose first position is known.
+template <class In>
+__device__ __forceinline__ void load_cos_sin(const RopeAppendArgs& p, std::uint32_t token, std::int64_t position,
+                                             std::uint32_t first, float (&cos)[kHalf], float (&sin)[kHalf]) {
+  const std::uint32_t sines = p.rotary_vecs * kHalf;
+  if (p.positions.sections.axes == 1) {
+    const std::int64_t at = position * p.cos_sin_row + first;
+    load_half<In>(p.cos_sin, p.wide_cos_sin, at, cos);
+    load_half<In>(p.cos_sin, p.wide_cos_sin, at + sines, sin);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    const std::int64_t at = p.positions.of_frequency(token, first + i) * p.cos_sin_row + first + i;
+    cos[i] = load_element<In>(p.cos_sin, p.wide_cos_sin, at);
+    sin[i] = load_element<In>(p.cos_sin, p.wide_cos_sin, at + sines);
+  }
 }
 
 // (a, b) rotated; no contraction.
@@ -119,7 +175,7 @@ __global__ void __launch_bounds__(256) rope_append_vectorized(const __grid_const
   const std::uint32_t first_head = head_batch * kHeads;
 
   device::wait_then_release();
-  const std::int64_t position = kRope == Rope::None ? 0 : p.positions[token];
+  const std::int64_t position = kRope == Rope::None ? 0 : p.positions.axes[0][token];
   const std::int64_t slot = is_query ? 0 : p.slots[token];
   const bool rotates = kRope != Rope::None && transforms && vec < p.rotary_vecs;
   const bool apart = kRope == Rope::Neox && rotates;
@@ -142,15 +198,11 @@ __global__ void __launch_bounds__(256) rope_append_vectorized(const __grid_const
       raw[h] = device::load_aligned(from + h * s.in_head);
     }
   }
-  const bool in_table = kRope == Rope::None || p.positions.contains(position);
+  const bool in_table = kRope == Rope::None || p.positions.in_table(token, position);
 
   if (transforms) {
     float cos[kHalf], sin[kHalf], weights[2][kHalf];
-    if (rotates && in_table) {
-      const std::int64_t at = position * p.cos_sin_row + vec * kHalf;
-      load_half<In>(p.cos_sin, p.wide_cos_sin, at, cos);
-      load_half<In>(p.cos_sin, p.wide_cos_sin, at + p.rotary_vecs * kHalf, sin);
-    }
+    if (rotates && in_table) load_cos_sin<In>(p, token, position, vec * kHalf, cos, sin);
     const bool normalizes = kNorm && s.norm_weight != nullptr;
     if (normalizes && holds) {
       load_half<In>(s.norm_weight, p.wide_weights[which], begin, weights[0]);
@@ -160,7 +212,7 @@ __global__ void __launch_bounds__(256) rope_append_vectorized(const __grid_const
     for (int h = 0; h < kHeads; ++h) {
       float x[kVecSize];
       device::unpack(raw[h], x);
-      if (normalizes) {
+      const auto normalize = [&] {
         float sum = 0.0f;
 #pragma unroll
         for (int i = 0; i < kVecSize; ++i) sum = __fmaf_rn(x[i], x[i], sum);
@@ -169,7 +221,8 @@ __global__ void __launch_bounds__(256) rope_append_vectorized(const __grid_const
         const float factor = rsqrtf(__fmaf_rn(sum, p.per_element, p.norm_eps));
 #pragma unroll
         for (int i = 0; i < kVecSize; ++i) x[i] = __fmul_rn(__fmul_rn(x[i], factor), weights[i / kHalf][i % kHalf]);
-      }
+      };
+      if (normalizes && !p.norm_after_rope) normalize();
       if (rotates) {
 #pragma unroll
         for (int i = 0; i < kHalf; ++i) {
@@ -179,6 +232,7 @@ __global__ void __launch_bounds__(256) rope_append_vectorized(const __grid_const
             rotate(x[2 * i], x[2 * i + 1], cos[i], sin[i]);
         }
       }
+      if (normalizes && p.norm_after_rope) normalize();
       raw[h] = device::pack_any_nan<In>(x);
       if (is_query && !p.quantizes_query) device::make_nan_canonical(raw[h]);
     }
@@ -215,14 +269,14 @@ __global__ void __launch_bounds__(256) rope_append_vectorized(const __grid_const
 struct ScalarRopeAppendArgs {
   RopeLayout layout;
   TokenIndices slots;
-  TokenIndices positions;
+  Positions positions;
   std::int64_t heads;  // of Q, K and V together
 };
 
+// At an offset counted in elements.
 template <class In>
 __device__ __forceinline__ float load(const View1D& v, std::int64_t offset) {
-  return v.dtype == DType::Float32 ? __ldg(static_cast<const float*>(v.data) + offset)
-                                   : decode(static_cast<const In*>(v.data)[offset]);
+  return load_element<In>(v.data, v.dtype == DType::Float32, offset);
 }
 
 // Norm and RoPE of a head, element by element; a warp calls it.
@@ -232,33 +286,44 @@ struct ScalarTransform {
   const In* head;
   std::int64_t dim;  // from one element of the head to the next
   View1D weight;
-  std::int64_t cos_sin;  // of the position
+  const Positions& positions;
+  std::int64_t token;
   float factor = 1.0f;
 
   __device__ void find_factor(unsigned lane) {
     if (!weight.data) return;
     float sum = 0.0f;
     for (std::int64_t d = lane; d < layout.cache.head_size; d += 32) {
-      const float x = decode(head[d * dim]);
+      const float x = layout.norm_after_rope ? rotated(d) : element(d);
       sum = __fmaf_rn(x, x, sum);
     }
     for (int lanes = 16; lanes > 0; lanes /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, lanes));
     factor = rsqrtf(__fmaf_rn(sum, 1.0f / static_cast<float>(layout.cache.head_size), layout.norm_eps));
   }
 
-  __device__ float normalized(std::int64_t d) const {
-    const float x = decode(head[d * dim]);
+  __device__ float element(std::int64_t d) const { return decode(head[d * dim]); }
+
+  __device__ float normalized(float x, std::int64_t d) const {
     return weight.data ? __fmul_rn(__fmul_rn(x, factor), load<In>(weight, d * weight.stride)) : x;
   }
 
-  __device__ In operator()(std::int64_t d) const {
-    if (d >= layout.rotary_dim) return from_float<In>(normalized(d));
+  // Element d as RoPE finds it.
+  __device__ float before_rope(std::int64_t d) const { return layout.norm_after_rope ? element(d) : normalized(element(d), d); }
+
+  __device__ float rotated(std::int64_t d) const {
+    if (d >= layout.rotary_dim) return before_rope(d);
     const std::int64_t half = layout.rotary_dim / 2, pair = layout.is_neox ? d % half : d / 2;
     const bool is_second = layout.is_neox ? d >= half : d % 2 != 0;
-    float a = normalized(layout.is_neox ? pair : 2 * pair), b = normalized(layout.is_neox ? pair + half : 2 * pair + 1);
+    float a = before_rope(layout.is_neox ? pair : 2 * pair), b = before_rope(layout.is_neox ? pair + half : 2 * pair + 1);
     const View1D& table = layout.cos_sin;
-    rotate(a, b, load<In>(table, cos_sin + pair * table.stride), load<In>(table, cos_sin + (half + pair) * table.stride));
-    return from_float<In>(is_second ? b : a);
+    const std::int64_t row = positions.of_frequency(token, pair) * layout.cos_sin_row;
+    rotate(a, b, load<In>(table, row + pair * table.stride), load<In>(table, row + (half + pair) * table.stride));
+    return is_second ? b : a;
+  }
+
+  __device__ In operator()(std::int64_t d) const {
+    const float x = rotated(d);
+    return from_float<In>(layout.norm_after_rope ? normalized(x, d) : x);
   }
 };
 
@@ -297,8 +362,7 @@ __global__ void __launch_bounds__(256) rope_append_scalar(const __grid_constant_
   const std::int64_t head = is_query ? index : (index - l.num_heads) % l.cache.num_heads;
   const std::int64_t slot = is_query ? 0 : p.slots[token];
   if (!is_query && !p.slots.contains(slot)) return;
-  const std::int64_t position = l.rotary_dim > 0 ? p.positions[token] : 0;
-  if (l.rotary_dim > 0 && !p.positions.contains(position)) return;
+  if (l.rotary_dim > 0 && !p.positions.in_table(token, p.positions.axes[0][token])) return;
 
   const KVViews& kv = which < 2 ? l.cache.k : l.cache.v;
   const HeadsView& in = is_query ? l.query : kv.rows;
@@ -306,7 +370,7 @@ __global__ void __launch_bounds__(256) rope_append_scalar(const __grid_constant_
   const float* scales =
       is_query ? l.q_scale + head / l.heads_per_scale * l.q_scale_stride : kv.scales.data + head * kv.scales.head;
   const auto scale = Op::prepare(__ldg(scales));
-  ScalarTransform<In> transform{l, from, in.dim, which < 2 ? l.norm_weights[which] : View1D{}, position * l.cos_sin_row};
+  ScalarTransform<In> transform{l, from, in.dim, which < 2 ? l.norm_weights[which] : View1D{}, p.positions, token};
   transform.find_factor(lane);
   const bool transforms = which < 2 && (l.rotary_dim > 0 || transform.weight.data);
   Out* to = is_query ? nullptr : row<Out>(kv.cache, slot / l.cache.block_size, slot % l.cache.block_size, head);
@@ -323,8 +387,8 @@ __global__ void __launch_bounds__(256) rope_append_scalar(const __grid_constant_
 }
 
 template <class In, class Fp8, int kHeads>
-void launch_vectorized(const RopeLayout& l, const TokenIndices& slots, const TokenIndices& positions,
-                       const RopeAppendPlan& plan, cudaStream_t stream) {
+void launch_vectorized(const RopeLayout& l, const TokenIndices& slots, const Positions& positions, const RopeAppendPlan& plan,
+                       cudaStream_t stream) {
   const CacheLayout& cache = l.cache;
   std::uint32_t blocks = 0;
   const auto segment = [&](const HeadsView& in, std::int64_t heads, const float* scales, std::int64_t scale_stride) {
@@ -354,6 +418,7 @@ void launch_vectorized(const RopeLayout& l, const TokenIndices& slots, const Tok
                         .per_element = 1.0f / static_cast<float>(cache.head_size),
                         .wide_cos_sin = l.cos_sin.dtype == DType::Float32,
                         .quantizes_query = core::is_quantized(l.query_out_dtype),
+                        .norm_after_rope = l.norm_after_rope,
                         .kv = {cache.k, cache.v}};
   Segment& query = params.segments[0] = segment(l.query, l.num_heads, l.q_scale, l.q_scale_stride);
   query.out = l.query_out.data;
@@ -387,7 +452,7 @@ void launch_vectorized(const RopeLayout& l, const TokenIndices& slots, const Tok
 }
 
 template <class Op, class In, class Out>
-void launch_rope_append(const RopeLayout& layout, const TokenIndices& slots, const TokenIndices& positions,
+void launch_rope_append(const RopeLayout& layout, const TokenIndices& slots, const Positions& positions,
                         const RopeAppendPlan& plan, cudaStream_t stream) {
   if constexpr (sizeof(In) == 2 && core::kIsQuantized<Out>)
     if (plan.path == KernelPath::Vectorized)
@@ -416,7 +481,7 @@ void run(const RopeAppend& problem, Stream stream) {
   const RopeAppendPlan plan = core::plan_rope_append(layout);
   visit_append(cache.row_dtype, cache.cache_dtype, [&]<class Op, class In, class Out>() {
     RopeLayout part = layout;
-    TokenIndices positions = problem.positions ? TokenIndices::of(*problem.positions, layout.max_position) : TokenIndices{};
+    Positions positions = Positions::of(problem, layout);
     for_each_token_chunk(cache, plan.tokens, problem.slot_mapping, [&](const CacheLayout& chunk, const TokenIndices& slots) {
       part.cache = chunk;
       launch_rope_append<Op, In, Out>(part, slots, positions, plan, stream);

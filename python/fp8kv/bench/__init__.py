@@ -46,10 +46,13 @@ class Suite(NamedTuple):
     cpu_peers: tuple[str, ...] = ("torch eager", "torch.compile")
     floor: str = "copy"
 
-    def chosen_peers(self, device: torch.device, asked: bool) -> tuple[str, ...]:
-        if device.type == "cuda":
-            return self.peers if asked else ()
-        return tuple(name for name in self.cpu_peers if asked or name != "torch.compile")
+    def chosen_peers(self, device: torch.device, asked: bool | str) -> tuple[str, ...]:
+        names = self.peers if device.type == "cuda" else self.cpu_peers
+        if isinstance(asked, str):
+            return tuple(name for name in names if re.search(asked, name))
+        if asked:
+            return names
+        return () if device.type == "cuda" else tuple(name for name in names if name != "torch.compile")
 
 
 SUITES = {
@@ -72,7 +75,7 @@ def run(
     *,
     quick: bool = False,
     only: str = "",
-    peers: bool = False,
+    peers: bool | str = False,
     warm: bool = False,
     host: bool = True,
     progress: Callable[[str], None] = lambda _: None,
@@ -87,8 +90,8 @@ def run(
             TOKENSx... models", for attention "name BATCHxCONTEXTx... models") matches it.
         peers: also measures PyTorch eager, torch.compile and, if installed, vLLM (quantization and appends)
             and FlashInfer (steps); for attention on CUDA, the attention of PyTorch, vLLM and FlashInfer. One
-            that raises is omitted, with a note in the report. On the CPU, all except torch.compile are always
-            measured.
+            that raises is omitted, with a note in the report. On the CPU, all except torch.compile are measured
+            by default. A string: only those whose name matches this regular expression.
         warm: keeps all buffers within the L2 cache, on CUDA; omits cases that don't fit.
         host: also measures the host time of an eager call.
         progress: called with the name of the next case.
@@ -105,11 +108,12 @@ def run(
     if warm and device.type != "cuda":
         raise ValueError("fp8kv.bench: warm buffers are measured on cuda only")
     suite = SUITES[what]
-    try:
-        wanted = re.compile(only)
-    except re.error as error:
-        raise ValueError(f"fp8kv.bench: only must be a regular expression, got {only!r}: {error}") from error
-    cases = [case for case in suite.cases(device, quick, warm) if wanted.search(case.name)]
+    for argument, expression in (("only", only), ("peers", peers)):
+        try:
+            re.compile(expression if isinstance(expression, str) else "")
+        except re.error as error:
+            raise ValueError(f"fp8kv.bench: {argument} must be a regular expression, got {expression!r}: {error}") from error
+    cases = [case for case in suite.cases(device, quick, warm) if re.search(only, case.name)]
     if not cases:
         raise ValueError(f"fp8kv.bench: no work matches {only!r}")
     with torch.inference_mode():

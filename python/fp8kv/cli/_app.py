@@ -92,6 +92,7 @@ def bench(
     quick: Annotated[bool, typer.Option(help="Fewer shapes and repetitions.")] = False,
     only: Annotated[str, typer.Option(help='Only cases whose "name SHAPE models" matches this regular expression.')] = "",
     peers: Annotated[bool, typer.Option(help="Also measure PyTorch and, if installed, vLLM and FlashInfer.")] = False,
+    peer: Annotated[str, typer.Option(help="Only peers whose name matches this regular expression.")] = "",
     warm: Annotated[bool, typer.Option(help="Keep all buffers in the GPU's L2 cache.")] = False,
     json: Json = None,
     plot: Annotated[OptionalPath, typer.Option(help="Write a chart (PNG) to this file.")] = None,
@@ -107,7 +108,7 @@ def bench(
     try:
         place = device_of(device)
         with console.status("...") as status:
-            report = benchmarks.run(place, what, quick=quick, only=only, peers=peers, warm=warm, progress=status.update)
+            report = benchmarks.run(place, what, quick=quick, only=only, peers=peer or peers, warm=warm, progress=status.update)
     except CommandError as error:
         _fail(error.sentence, error.status)
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -38,6 +39,7 @@ def paged_attention(
     num_splits: int = 0,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
+    v_cache_dtype: str | None = None,
 ) -> Tensor:
     """Causal attention of queries to sequences in a paged cache, which is dequantized as it is read.
 
@@ -53,23 +55,25 @@ def paged_attention(
 
     Head h of the query reads head ``h // (num_heads // num_kv_heads)`` of K and V. A query that sees nothing
     gets zeros, and as `lse` the sink or -inf. Bytes and scales of positions that are not seen never matter.
+    K and V may have heads of two sizes and elements of two dtypes, and may share memory.
     The result is within ``2^-8 * max|v|`` of `fp8kv.reference.paged_attention`, which computes in fp64.
 
     Lengths stay on the device: nothing is synchronized, so calls can be captured in CUDA graphs.
 
     Args:
         query: ``[num_tokens, num_heads, head_size]``, any strides, such as a slice of a fused QKV tensor:
-            float32, float16, bfloat16, or of the FP8 dtype of the caches, with `q_scale`. num_heads is a
+            float32, float16, bfloat16, or of the FP8 dtype of `key_cache`, with `q_scale`. num_heads is a
             multiple of num_kv_heads. Rows that belong to no sequence are padding.
         key_cache: as for `reshape_and_cache_flash`, as is `value_cache`; read.
-        value_cache: likewise.
+        value_cache: ``[num_blocks, block_size, num_kv_heads, v_head_size]``. In a cache of latent attention it
+            is a slice of `key_cache`, such as ``key_cache[..., :512]`` of 576.
         block_table: int32 ``[num_seqs, max_blocks]``; entries of positions that are not seen may be anything.
         seq_lens: int32 ``[num_seqs]``, tokens of each sequence in the cache, those of its queries included.
         kv_cache_dtype: as for `reshape_and_cache_flash`.
         k_scale: float32: 1 or num_kv_heads elements; per channel ``[num_kv_heads, head_size]``; or the scales
             of `reshape_and_cache_flash_dynamic`, ``[num_blocks, block_size, num_kv_heads]``. Not used
             where the caches are not quantized.
-        v_scale: likewise.
+        v_scale: likewise, per channel ``[num_kv_heads, v_head_size]``.
         softmax_scale: None: ``head_size ** -0.5``.
         cu_query_lens: int32 ``[num_seqs + 1]``, 0 and the running sums of the numbers of queries: those of
             sequence s are the rows ``cu_query_lens[s]`` to ``cu_query_lens[s + 1]``. None: row s is the one
@@ -84,17 +88,19 @@ def paged_attention(
         softcap: 0: none.
         sinks: float32 or the dtype of `query`, ``[num_heads]``; None: no sinks.
         k_offset: float32 ``[num_kv_heads, head_size]``; None: 0. For quantized caches.
-        v_offset: likewise.
+        v_offset: likewise, ``[num_kv_heads, v_head_size]``.
         lse: float32 ``[num_tokens, num_heads]``, any strides; written. With it, results for parts of a
             sequence can be merged: `merge_attention`.
         num_splits: into how many parts the keys of a sequence are divided; 0: as many as are best. The same
             number gives the same bits in every run; with 1 they do not depend on the rest of the batch.
-        out: float32, float16 or bfloat16 ``[num_tokens, num_heads, head_size]``, any strides; written. Rows
+        out: float32, float16 or bfloat16 ``[num_tokens, num_heads, v_head_size]``, any strides; written. Rows
             that belong to no sequence stay as they are. None: a new tensor of the dtype of `query`, bfloat16
             for an FP8 query, in which such rows are not initialized.
         workspace: on CUDA, uint8 of `attention_workspace_size` bytes with any contents, for results of parts
             of sequences. Calls behind each other on one stream can share it. None: a new tensor, where one
             is needed.
+        v_cache_dtype: the format of `value_cache`, one that `kv_cache_dtype` can be; None: that of
+            `key_cache`.
 
     Returns:
         `out`, or the new tensor.
@@ -116,6 +122,15 @@ def paged_attention(
         >>> out.shape, out.dtype, out.round(decimals=2).unique().tolist()
         (torch.Size([1, 8, 64]), torch.float32, [1.0])
 
+        V with smaller heads, in a format of its own:
+
+        >>> value_cache = torch.full((4, 16, 1, 48), 2.0, dtype=torch.bfloat16)
+        >>> out = fp8kv.paged_attention(
+        ...     torch.randn(1, 8, 64), key_cache, value_cache, table, lengths, k_scale=one, v_scale=one,
+        ...     v_cache_dtype="bfloat16")
+        >>> out.shape, out.round(decimals=2).unique().tolist()
+        (torch.Size([1, 8, 48]), [2.0])
+
     See also: `reshape_and_cache_flash`, `PagedKVCache.attend`, `merge_attention`.
     """
     # Of any number of dimensions, as it is the operator that refuses a query without three.
@@ -125,20 +140,31 @@ def paged_attention(
         max_query_len = 1 if cu_query_lens is None else max(1, math.prod(query.shape[:1]))
     if out is None:
         dtype = query.dtype if query.dtype in REAL_DTYPES else torch.bfloat16
-        out = torch.empty(query.shape, dtype=dtype, device=query.device)
-    if workspace is None and query.is_cuda and (query.dim(), key_cache.dim(), block_table.dim()) == (3, 4, 2):
-        size = attention_workspace_size(query, key_cache, block_table, max_query_len=max_query_len, num_splits=num_splits)
+        out = torch.empty((*query.shape[:-1], *value_cache.shape[-1:]), dtype=dtype, device=query.device)
+    dims = (query.dim(), key_cache.dim(), value_cache.dim(), block_table.dim())
+    if workspace is None and query.is_cuda and dims == (3, 4, 4, 2):
+        two_kinds = v_cache_dtype is not None or value_cache.shape != key_cache.shape
+        size = attention_workspace_size(
+            query, key_cache, block_table, max_query_len=max_query_len, num_splits=num_splits,
+            value_cache=value_cache if two_kinds else None,
+        )  # fmt: skip
         workspace = torch.empty(size, dtype=torch.uint8, device=query.device) if size > 0 else None
     attention(
         query, key_cache, value_cache, out, block_table, seq_lens, kv_cache_dtype, k_scale, v_scale,
         softmax_scale, cu_query_lens, max_query_len, max_seq_len or 0, q_scale, seq_starts,
-        sliding_window or 0, softcap, sinks, k_offset, v_offset, lse, workspace, num_splits,
+        sliding_window or 0, softcap, sinks, k_offset, v_offset, lse, workspace, num_splits, v_cache_dtype,
     )  # fmt: skip
     return out
 
 
 def attention_workspace_size(
-    query: Tensor, key_cache: Tensor, block_table: Tensor, *, max_query_len: int = 1, num_splits: int = 0
+    query: Tensor,
+    key_cache: Tensor,
+    block_table: Tensor,
+    *,
+    max_query_len: int = 1,
+    num_splits: int = 0,
+    value_cache: Tensor | None = None,
 ) -> int:
     """Bytes of workspace with which `paged_attention` works for tensors like these, whatever they hold.
 
@@ -151,6 +177,8 @@ def attention_workspace_size(
         block_table: ``[num_seqs, max_blocks]``.
         max_query_len: as for `paged_attention`.
         num_splits: likewise.
+        value_cache: ``[num_blocks, block_size, num_kv_heads, v_head_size]``, where K and V have two head sizes
+            or dtypes; None: they don't.
 
     Returns:
         0 where none is needed: on the CPU, and with ``num_splits=1``.
@@ -168,17 +196,20 @@ def attention_workspace_size(
         ("query", query, 3),
         ("key_cache", key_cache, 4),
         ("block_table", block_table, 2),
+        ("value_cache", value_cache, 4),
     ):
-        if tensor.dim() != dims:
+        if tensor is not None and tensor.dim() != dims:
             raise ValueError(f"attention_workspace_size: {name} must have {dims} dimensions, got {tensor.dim()}")
     if not query.is_cuda or num_splits == 1:
         return 0
     num_tokens, num_heads, head_size = query.shape
-    bytes_per_column = 4 * (head_size + 4)  # weighted sums of V, and what they are divided by
+    if value_cache is not None:
+        head_size = max(head_size, value_cache.shape[3])
+    # Weighted sums of V, what they are divided by, and of at least 8 columns a counter of 8 bytes.
+    bytes_per_column = 4 * (head_size + 4) + 1
     if num_splits == 0:
-        # Two items per block of threads that are not finished, of 64 columns at most.
-        blocks = torch.cuda.get_device_properties(query.device).multi_processor_count
-        return 2 * blocks * (2 if head_size <= 128 else 1) * 64 * bytes_per_column
+        # Two items per block of threads that are not finished; 64 columns, and 4 blocks, per multiprocessor at most.
+        return 2 * _num_multiprocessors(query.device) * 64 * bytes_per_column
     num_seqs, num_kv_heads = block_table.shape[0], key_cache.shape[2]
     group = max(1, num_heads // max(1, num_kv_heads))
     columns = 8
@@ -186,7 +217,19 @@ def attention_workspace_size(
         columns *= 2
     by_length = num_seqs * -(-group * min(max_query_len, max(1, num_tokens)) // columns)
     by_rows = num_seqs + num_tokens * group // columns
-    return min(by_length, by_rows) * num_kv_heads * num_splits * columns * bytes_per_column
+    all_columns = min(by_length, by_rows) * columns
+    if value_cache is not None:
+        # Items of a query token each.
+        columns = 8
+        while columns < min(64, group):
+            columns *= 2
+        all_columns = max(all_columns, num_tokens * -(-group // columns) * columns)
+    return all_columns * num_kv_heads * num_splits * bytes_per_column + 8
+
+
+@functools.cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

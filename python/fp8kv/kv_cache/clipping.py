@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fp8kv._dtypes import REAL_DTYPES
+
 #: Elements that `ClipCounter.add` looks at in one go, which bounds its temporary memory.
 _CHUNK = 1 << 21
 
@@ -34,6 +36,7 @@ class ClipCounter:
     Args:
         limit: the largest value of the format.
         device: of the cache.
+        v_limit: that of V, if it has another format; infinite for a side that is not quantized.
 
     Attributes:
         counts: int64 ``[2]``: of K and of V.
@@ -49,8 +52,9 @@ class ClipCounter:
         Clipped(k=2, v=0)
     """
 
-    def __init__(self, limit: float, device: torch.device) -> None:
+    def __init__(self, limit: float, device: torch.device, v_limit: float | None = None) -> None:
         self.limit = limit
+        self.v_limit = limit if v_limit is None else v_limit
         # A tensor made in inference mode could not be changed outside of it.
         with torch.inference_mode(False):
             self.counts = torch.zeros(2, dtype=torch.int64, device=device)
@@ -69,7 +73,8 @@ class ClipCounter:
         """Counts tokens that are stored: elements with ``|x - offset| > scale * limit``, infinite ones too.
 
         Args:
-            key: ``[num_tokens, num_kv_heads, head_size]``; rows beyond the slots are not counted.
+            key: ``[num_tokens, num_kv_heads, head_size]``; rows beyond the slots are not counted, nor rows
+                that are quantized already.
             value: likewise.
             slot_mapping: ``[num_tokens]``; tokens with a negative slot are not counted.
             k_scale: float32 of 1 or num_kv_heads elements, or ``[num_kv_heads, head_size]``.
@@ -78,18 +83,20 @@ class ClipCounter:
             v_offset: likewise.
         """
         num_tokens = slot_mapping.shape[0]
-        given = ((key, k_scale, k_offset), (value, v_scale, v_offset))
-        for index, (x, scale, offset) in enumerate(given):
+        given = ((key, k_scale, k_offset, self.limit), (value, v_scale, v_offset, self.v_limit))
+        for index, (x, scale, offset, limit) in enumerate(given):
+            if limit == math.inf or x.dtype not in REAL_DTYPES:
+                continue
             x = x.detach()[:num_tokens]
-            if offset is not None or not self._is_within(x, scale):
-                self.counts[index].add_(_num_beyond(x, scale * self.limit, offset, slot_mapping))
+            if offset is not None or not self._is_within(x, scale, limit):
+                self.counts[index].add_(_num_beyond(x, scale * limit, offset, slot_mapping))
 
-    def _is_within(self, x: Tensor, scale: Tensor) -> bool:
+    def _is_within(self, x: Tensor, scale: Tensor, limit: float) -> bool:
         """Whether nothing is beyond the range, as one operation tells on the CPU; False: unknown."""
         if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) is not Tensor:
             return False
         # A NaN makes the norm NaN. Rounding of `scale * limit` to float32 can't pass a float32 norm below it.
-        lowest = min(scale.flatten().tolist()) * self.limit
+        lowest = min(scale.flatten().tolist(), default=math.inf) * limit
         return x.numel() == 0 or float(torch.linalg.vector_norm(x, math.inf)) <= lowest
 
     def read(self) -> Clipped:

@@ -1,11 +1,14 @@
 """One documented function per operator of the paged KV cache.
 
 A cache is ``[num_blocks, block_size, num_kv_heads, head_size]`` with any strides: the layouts NHD and HND
-differ in those only. Slot ``s`` is the place ``s % block_size`` of block ``s // block_size``. Formulas are in
-docs/numerics.md, and as plain PyTorch in `fp8kv.reference`, which gives the same bytes.
+differ in those only. K and V may have heads of two sizes, and elements of two dtypes. Slot ``s`` is the place
+``s % block_size`` of block ``s // block_size``. Formulas are in docs/numerics.md, and as plain PyTorch in
+`fp8kv.reference`, which gives the same bytes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -28,26 +31,31 @@ def reshape_and_cache_flash(
     v_scale: Tensor,
     k_offset: Tensor | None = None,
     v_offset: Tensor | None = None,
+    v_cache_dtype: str | None = None,
 ) -> None:
     """Stores tokens in a paged cache: ``cache[slot of token t, h] = quantize(key[t, h] - offset, scale)``.
 
     Args:
         key: float32, float16 or bfloat16 ``[num_tokens, num_kv_heads, head_size]``, any strides, such as a
-            slice of a fused QKV tensor. It may have more rows than there are slots; those are left out.
-        value: likewise, of the dtype of `key`.
+            slice of a fused QKV tensor. It may have more rows than there are slots; those are left out. Of
+            the quantized dtype of its cache (or uint8, of an FP8 cache): bytes that were made with these
+            scales and offsets, stored as they are.
+        value: likewise; of the dtype of `key`, unless one of them is quantized. Its head_size may be another.
         key_cache: ``[num_blocks, block_size, num_kv_heads, head_size]``, any strides; written.
-        value_cache: likewise; both may be slices of one tensor.
+        value_cache: likewise, with the head_size of `value`; both may be slices of one tensor.
         slot_mapping: int32 or int64 ``[num_tokens]``. Tokens with a negative slot are skipped. If a slot
             occurs twice, the last token wins on the CPU; on CUDA each element comes from any of them.
         kv_cache_dtype: "fp8" or "fp8_e4m3", "fp8_e5m2" (caches of that dtype or uint8), "int8"; "float32",
             "float16", "bfloat16" (caches of that dtype), "auto" (whichever of these three the caches are):
             not quantized, rounded where the dtypes differ.
         k_scale: float32, 1 or num_kv_heads elements, evenly strided, in any shape; or one for each channel,
-            ``[num_kv_heads, head_size]``, any strides. Not used by caches that are not quantized.
+            ``[num_kv_heads, head_size]``, any strides. Not used where nothing is quantized.
         v_scale: likewise.
         k_offset: float32 ``[num_kv_heads, head_size]``, any strides, for quantized caches: what is quantized
             is the difference, in float32. None: 0.
         v_offset: likewise.
+        v_cache_dtype: of `value_cache`, in the words of `kv_cache_dtype`, which then is of `key_cache` alone.
+            None: both are the same.
 
     Raises:
         RuntimeError: an argument doesn't fit, or, on the CPU, a slot lies beyond the cache. Nothing is
@@ -65,7 +73,10 @@ def reshape_and_cache_flash(
         >>> key_cache[1, 1, 0, 0].item(), value_cache[3, 15, 7, 63].item()
         (4.0, 6.0)
     """
-    append(key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale, k_offset, v_offset)
+    append(
+        key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale, k_offset, v_offset,
+        v_cache_dtype,
+    )  # fmt: skip
 
 
 def reshape_and_cache_flash_dynamic(
@@ -79,6 +90,7 @@ def reshape_and_cache_flash_dynamic(
     kv_cache_dtype: str,
     k_offset: Tensor | None = None,
     v_offset: Tensor | None = None,
+    v_cache_dtype: str | None = None,
 ) -> None:
     """Stores tokens with a scale for each token and head, which is computed and stored at the token's slot.
 
@@ -86,7 +98,8 @@ def reshape_and_cache_flash_dynamic(
     offsets are subtracted.
 
     Args:
-        key: as for `reshape_and_cache_flash`, as are `value`, `key_cache`, `value_cache`, `slot_mapping`.
+        key: as for `reshape_and_cache_flash`, as are `value`, `key_cache`, `value_cache`, `slot_mapping`;
+            not quantized.
         value: likewise.
         key_cache: likewise; written.
         value_cache: likewise; written.
@@ -96,6 +109,7 @@ def reshape_and_cache_flash_dynamic(
         kv_cache_dtype: "fp8" or "fp8_e4m3", "fp8_e5m2", "int8".
         k_offset: as for `reshape_and_cache_flash`.
         v_offset: likewise.
+        v_cache_dtype: likewise.
 
     Raises:
         RuntimeError: as `reshape_and_cache_flash`.
@@ -112,7 +126,7 @@ def reshape_and_cache_flash_dynamic(
     """
     append_dynamic(
         key, value, key_cache, value_cache, k_scale_cache, v_scale_cache, slot_mapping, kv_cache_dtype,
-        k_offset, v_offset,
+        k_offset, v_offset, v_cache_dtype,
     )  # fmt: skip
 
 
@@ -136,11 +150,15 @@ def rope_quant_and_cache(
     norm_eps: float = 1e-6,
     k_offset: Tensor | None = None,
     v_offset: Tensor | None = None,
+    mrope_section: Sequence[int] | None = None,
+    mrope_interleaved: bool = False,
+    norm_after_rope: bool = False,
 ) -> None:
     """Does in one launch what an attention layer does between its projection and attention.
 
     RMSNorm of every head of Q and K where weights are given, as in Qwen3; RoPE of Q and K where positions are
-    given; both in fp32 with one rounding to the dtype of `query`. Then Q goes to `query_out`, quantized if
+    given, one a token or, as in Qwen-VL models, three; both in fp32 with one rounding to the dtype of
+    `query`. Then Q goes to `query_out`, quantized if
     that is FP8, and K and V are stored as by `reshape_and_cache_flash`. The bytes are those of the separate
     operations; after a norm they may differ by one step of FP8, as the order of its sum is not fixed.
 
@@ -162,7 +180,8 @@ def rope_quant_and_cache(
             `query_out` is not FP8.
         k_scale: as for `reshape_and_cache_flash`.
         v_scale: likewise.
-        positions: int32 or int64 ``[num_tokens]``, with `cos_sin_cache`; None: no RoPE.
+        positions: int32 or int64 ``[num_tokens]``, or with `mrope_section` ``[3, num_tokens]``: time, height
+            and width; any strides, with `cos_sin_cache`. None: no RoPE.
         cos_sin_cache: float32 or the dtype of `query`, ``[max_position, rotary_dim]``: rotary_dim / 2
             cosines, then as many sines. rotary_dim is even and at most head_size; elements of a head from
             there on are not rotated.
@@ -172,6 +191,13 @@ def rope_quant_and_cache(
         norm_eps: added to the mean of the squares.
         k_offset: as for `reshape_and_cache_flash`: of K after RoPE.
         v_offset: likewise.
+        mrope_section: for multimodal RoPE, how many of the rotary_dim / 2 frequencies belong to time, height
+            and width; they sum up to all. In this order, as in Qwen2-VL and GLM-4V: frequency i takes the
+            position of its section. None: one position for all.
+        mrope_interleaved: the frequencies take turns instead, as in Qwen3-VL and Qwen3.5: i takes height if
+            ``i % 3 == 1 and i < 3 * mrope_section[1]``, width if
+            ``i % 3 == 2 and i < 3 * mrope_section[2]``, else time. Without `mrope_section` it says nothing.
+        norm_after_rope: the norm comes after RoPE, as in HunYuan; else before it.
 
     Raises:
         RuntimeError: an argument doesn't fit, or, on the CPU, a slot lies beyond the cache or a position
@@ -192,12 +218,19 @@ def rope_quant_and_cache(
         >>> torch.equal(value_cache[1, 1].float(), fp8kv.quantize(value[0], scale)[0].float())
         True
 
+        Multimodal RoPE: a patch of an image at time 42, in row 45 and column 43.
+
+        >>> patch = torch.tensor([[42], [45], [43]])
+        >>> fp8kv.rope_quant_and_cache(
+        ...     query, key, value, query_out, key_cache, value_cache, slot, "fp8", scale, scale, scale,
+        ...     patch, cos_sin_cache, mrope_section=[8, 12, 12])
+
     See also: `reshape_and_cache_flash`.
     """
     rope_append(
         query, key, value, query_out, key_cache, value_cache, slot_mapping, kv_cache_dtype, q_scale, k_scale,
         v_scale, positions, cos_sin_cache, is_neox, q_norm_weight, k_norm_weight, norm_eps, k_offset,
-        v_offset,
+        v_offset, mrope_section, mrope_interleaved, norm_after_rope,
     )  # fmt: skip
 
 
@@ -214,6 +247,7 @@ def gather_and_dequant_cache(
     seq_starts: Tensor | None = None,
     k_offset: Tensor | None = None,
     v_offset: Tensor | None = None,
+    v_cache_dtype: str | None = None,
 ) -> None:
     """Reads sequences out of a paged cache into packed rows: the inverse of `reshape_and_cache_flash`.
 
@@ -226,7 +260,7 @@ def gather_and_dequant_cache(
         value_cache: likewise.
         key: float32, float16 or bfloat16 ``[num_rows, num_kv_heads, head_size]`` with at least
             ``cu_seq_lens[-1]`` rows, any strides; written.
-        value: likewise, of the dtype and with the rows of `key`.
+        value: likewise, of the dtype and with the rows of `key`, and the head_size of `value_cache`.
         block_table: int32 ``[num_seqs, max_blocks]``; entries of positions that are not read may be anything.
         cu_seq_lens: int32 ``[num_seqs + 1]``, 0 and the running sums of the lengths.
         kv_cache_dtype: as for `reshape_and_cache_flash`.
@@ -236,6 +270,7 @@ def gather_and_dequant_cache(
         seq_starts: int32 ``[num_seqs]``, the first position of each sequence; None: 0.
         k_offset: as for `reshape_and_cache_flash`: added, in float32, to what is dequantized.
         v_offset: likewise.
+        v_cache_dtype: as for `reshape_and_cache_flash`.
 
     Raises:
         RuntimeError: an argument doesn't fit, or, on the CPU, the sums fall or exceed the rows, or a position
@@ -255,5 +290,5 @@ def gather_and_dequant_cache(
     """
     gather(
         key_cache, value_cache, key, value, block_table, cu_seq_lens, kv_cache_dtype, k_scale, v_scale,
-        seq_starts, k_offset, v_offset,
+        seq_starts, k_offset, v_offset, v_cache_dtype,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from fp8kv.kv_cache.attention import paged_attention
 from fp8kv.kv_cache.clipping import ClipCounter, Clipped, clipped_sentence
 
 _INT32 = torch.iinfo(torch.int32)
+#: Bytes that V, and the next block, begin at a multiple of where K and V have two sizes or dtypes.
+_ALIGNMENT = 16
 
 
 class PagedKVCache:
@@ -27,14 +30,18 @@ class PagedKVCache:
         block_size: tokens of a block.
         num_kv_heads: heads of K, and of V.
         head_size: elements of a head.
+        v_head_size: elements of a head of V; None: `head_size`. 0: there is no V, as in a cache of latent
+            vectors, whose one head is both K and V.
         dtype: "fp8" or "fp8_e4m3", "fp8_e5m2", "int8", "float16", "bfloat16", "float32", or the torch dtype.
+        v_dtype: likewise, of V; None: `dtype`.
         layout: "NHD" or "HND": whether the heads of a token, or the tokens of a head, lie together.
         device: None is PyTorch's default device.
         scales: None: 1.0, and what that clips is counted; see `clipped`. An object with ``.k`` and ``.v``:
             floats, or tensors of any floating-point dtype, of 1 or num_kv_heads elements, or one for each
             channel, ``[num_kv_heads, head_size]``; they are copied, as are its ``.k_offset`` and
-            ``.v_offset`` if it has them. "dynamic": one scale for each token and head, which `append`
-            computes. FP8 and int8 only.
+            ``.v_offset`` if it has them. Without V, ``.v`` may be None or must be the same as ``.k``.
+            "dynamic": one scale for each token and head, which `append` computes. FP8 and int8 only; of two
+            dtypes, the other uses none.
         k_offset: floating-point ``[num_kv_heads, head_size]``, which is subtracted from K before it is
             quantized, and added again when it is read; None: that of `scales`, or 0.
         v_offset: likewise, of V.
@@ -42,20 +49,24 @@ class PagedKVCache:
     Attributes:
         storage: the one tensor of K and V, 0 at first: NHD
             ``[num_blocks, 2, block_size, num_kv_heads, head_size]``, HND
-            ``[num_blocks, 2, num_kv_heads, block_size, head_size]``. A block is contiguous in memory.
+            ``[num_blocks, 2, num_kv_heads, block_size, head_size]``. A block is contiguous in memory. With two
+            head sizes or dtypes, ``[num_blocks, elements of a block]``: its K, then its V, each in this order
+            and from a multiple of 16 bytes on; of two dtypes as uint8.
         key_cache: the view ``[num_blocks, block_size, num_kv_heads, head_size]`` of it.
-        value_cache: likewise.
+        value_cache: likewise, with `v_head_size`.
         k_scale: float32 ``[1]``, ``[num_kv_heads]`` or ``[num_kv_heads, head_size]``; of a dynamic cache
             ``[num_blocks, block_size, num_kv_heads]``.
         v_scale: likewise.
         k_offset: float32 ``[num_kv_heads, head_size]``; None: 0.
         v_offset: likewise.
         kv_cache_dtype: the string for the operators.
-        dtype: the dtype of `storage`.
+        v_cache_dtype: likewise, of V.
+        dtype: the dtype of `key_cache`.
+        v_dtype: the dtype of `value_cache`.
         dynamic: whether there is a scale for each token and head.
         clip_counter: the `fp8kv.kv_cache.clipping.ClipCounter` of a cache that was given no scales; else
             None. One cache may go on with the counter of another.
-        num_blocks, block_size, num_kv_heads, head_size, layout, device: as above.
+        num_blocks, block_size, num_kv_heads, head_size, v_head_size, layout, device: as above.
 
     Raises:
         ValueError: an argument can't be used, a scale is not finite or not above 0, an offset is not finite,
@@ -83,22 +94,29 @@ class PagedKVCache:
         num_kv_heads: int,
         head_size: int,
         *,
+        v_head_size: int | None = None,
         dtype: str | torch.dtype = "fp8",
+        v_dtype: str | torch.dtype | None = None,
         layout: str = "NHD",
         device: torch.device | str | int | None = None,
         scales: Any = None,
         k_offset: Tensor | None = None,
         v_offset: Tensor | None = None,
     ) -> None:
+        v_head_size = head_size if v_head_size is None else v_head_size
         sizes = {"block_size": block_size, "num_kv_heads": num_kv_heads, "head_size": head_size}
-        for name, size, least in (("num_blocks", num_blocks, 0), *((*item, 1) for item in sizes.items())):
+        at_least = [("num_blocks", num_blocks, 0), *((*item, 1) for item in sizes.items()), ("v_head_size", v_head_size, 0)]
+        for name, size, least in at_least:
             if size < least:
                 raise ValueError(f"PagedKVCache: {name} must be at least {least}, got {size}")
         check_choice("PagedKVCache: layout", layout, LAYOUTS)
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.num_kv_heads, self.head_size = num_kv_heads, head_size
+        self.num_kv_heads, self.head_size, self.v_head_size = num_kv_heads, head_size, v_head_size
         self.layout = layout
-        self.kv_cache_dtype, self.dtype = _cache_dtype(dtype)
+        self.kv_cache_dtype, self.dtype = _cache_dtype("dtype", dtype)
+        self.v_cache_dtype, self.v_dtype = _cache_dtype("v_dtype", dtype if v_dtype is None else v_dtype)
+        if v_head_size == 0 and self.v_dtype != self.dtype:
+            raise ValueError(f"PagedKVCache: v_dtype must be None without V, as v_head_size is 0, got {v_dtype!r}")
         self.dynamic = isinstance(scales, str) and scales == "dynamic"
         given = self._checked_scales(scales)
         offsets = [
@@ -106,9 +124,9 @@ class PagedKVCache:
             for name, offset in (("k_offset", k_offset), ("v_offset", v_offset))
         ]
 
-        inner = (block_size, num_kv_heads) if layout == "NHD" else (num_kv_heads, block_size)
         device = torch.get_default_device() if device is None else device
-        self.storage = torch.zeros((num_blocks, 2, *inner, head_size), dtype=self.dtype, device=device)
+        shape, storage_dtype = self._storage_form()
+        self.storage = torch.zeros(shape, dtype=storage_dtype, device=device)
         self.device = self.storage.device
         self.key_cache, self.value_cache = self._views()
         self.k_scale, self.v_scale = (
@@ -118,46 +136,77 @@ class PagedKVCache:
             for scale in given
         )
         self.k_offset, self.v_offset = (None if offset is None else offset.to(self.device, copy=True) for offset in offsets)
-        counts = scales is None and self.dtype in FORMATS
-        self.clip_counter = ClipCounter(FORMATS[self.dtype].max, self.device) if counts else None
+        if v_head_size == 0:
+            self.v_scale, self.v_offset = self.k_scale, self.k_offset
+        limits = [FORMATS[one].max if one in FORMATS else math.inf for one in (self.dtype, self.v_dtype)]
+        counts = scales is None and self._is_quantized
+        self.clip_counter = ClipCounter(limits[0], self.device, limits[1]) if counts else None
+
+    @property
+    def _is_quantized(self) -> bool:
+        """Whether K or V is."""
+        return self.dtype in FORMATS or self.v_dtype in FORMATS
+
+    def _formats(self) -> dict[str, torch.dtype]:
+        """By the letter of K and of V."""
+        return {"k": self.dtype, "v": self.v_dtype}
+
+    def _channels(self, name: str) -> tuple[int, int]:
+        """Heads and their elements, for scales and offsets of K or V; without V, those of V are those of K."""
+        size = self.v_head_size if name.startswith("v") and self.v_head_size > 0 else self.head_size
+        return self.num_kv_heads, size
 
     def _checked_scales(self, scales: Any) -> tuple[Tensor | None, Tensor | None]:
         """Those of K and V, on the host; None where they are computed."""
+        one = torch.ones(1, device="cpu")
         if scales is None:
-            return self._checked_scale("scales.k", 1.0), self._checked_scale("scales.v", 1.0)
-        if self.dtype not in FORMATS:
+            return one, one
+        if not self._is_quantized:
             raise ValueError(
                 f"PagedKVCache: scales must be None with dtype {self.kv_cache_dtype!r}, as only FP8 and int8 use them"
             )
         if self.dynamic:
+            if any(dtype not in FORMATS for dtype in self._formats().values()):
+                raise ValueError(
+                    'PagedKVCache: scales must not be "dynamic" if only K or only V is FP8 or int8, got dtype '
+                    f"{self.kv_cache_dtype!r} and v_dtype {self.v_cache_dtype!r}"
+                )
             return None, None
         if not (hasattr(scales, "k") and hasattr(scales, "v")):
             raise ValueError(f'PagedKVCache: scales must be None, "dynamic" or have .k and .v, got {scales!r}')
-        check_format("PagedKVCache", self.kv_cache_dtype, getattr(scales, "dtype", None))
-        return self._checked_scale("scales.k", scales.k), self._checked_scale("scales.v", scales.v)
+        found = []
+        for side, name in (("k", self.kv_cache_dtype), ("v", self.v_cache_dtype)):
+            scale = getattr(scales, side)
+            if scale is None and side == "v" and self.v_head_size == 0:
+                scale = scales.k
+            if self._formats()[side] in FORMATS:
+                check_format("PagedKVCache", name, getattr(scales, "dtype", None))
+            elif scale is None:
+                scale = one
+            found.append(self._checked_scale(side, scale))
+        if self.v_head_size == 0 and not torch.equal(*found):
+            raise ValueError("PagedKVCache: scales.v must be None or the same as scales.k, as there is no V, got another")
+        return found[0], found[1]
 
-    def _checked_scale(self, name: str, scale: Any) -> Tensor:
+    def _checked_scale(self, side: str, scale: Any) -> Tensor:
+        name = f"scales.{side}"
         if isinstance(scale, (int, float)):
             scale = torch.tensor(scale, dtype=torch.float64, device="cpu")
         if not (isinstance(scale, Tensor) and scale.is_floating_point()):
             raise ValueError(f"PagedKVCache: {name} must be a float or a floating-point tensor, got {_kind(scale)}")
-        if not self._is_scale_shape(scale):
-            raise ValueError(f"PagedKVCache: {name} must have {self._shapes()}, got shape {list(scale.shape)}")
+        if not self._is_scale_shape(side, scale):
+            raise ValueError(f"PagedKVCache: {name} must have {self._shapes(side)}, got shape {list(scale.shape)}")
         host = scale.detach().to("cpu", torch.float32, copy=True)
         host = host.reshape(-1) if host.numel() in (1, self.num_kv_heads) else host
         check_scale_values(f"PagedKVCache: {name}", host)
         return host
 
-    def _is_scale_shape(self, scale: Tensor) -> bool:
-        return scale.numel() in (1, self.num_kv_heads) or scale.shape == self._channels
+    def _is_scale_shape(self, name: str, scale: Tensor) -> bool:
+        return scale.numel() in (1, self.num_kv_heads) or scale.shape == self._channels(name)
 
-    def _shapes(self) -> str:
-        heads, channels = f"num_kv_heads={self.num_kv_heads}", list(self._channels)
+    def _shapes(self, name: str) -> str:
+        heads, channels = f"num_kv_heads={self.num_kv_heads}", list(self._channels(name))
         return f"1 or {heads} elements, or the shape [num_kv_heads, head_size]={channels}"
-
-    @property
-    def _channels(self) -> tuple[int, int]:
-        return self.num_kv_heads, self.head_size
 
     def _checked_offset(self, name: str, given: Any, of_scales: Any) -> Tensor | None:
         """On the host."""
@@ -166,16 +215,17 @@ class PagedKVCache:
         name, offset = (name, given) if of_scales is None else (f"scales.{name}", of_scales)
         if offset is None:
             return None
-        if self.dtype not in FORMATS:
-            raise ValueError(
-                f"PagedKVCache: {name} must be None with dtype {self.kv_cache_dtype!r}, as only FP8 and int8 use offsets"
-            )
+        if self.v_head_size == 0 and "v_offset" in name:
+            raise ValueError(f"PagedKVCache: {name} must be None, as there is no V, got shape {list(offset.shape)}")
+        if self._formats()[name.removeprefix("scales.")[0]] not in FORMATS:
+            of_side = self.v_cache_dtype if "v_offset" in name else self.kv_cache_dtype
+            raise ValueError(f"PagedKVCache: {name} must be None with dtype {of_side!r}, as only FP8 and int8 use offsets")
         if not (isinstance(offset, Tensor) and offset.is_floating_point()):
             raise ValueError(f"PagedKVCache: {name} must be a floating-point tensor, got {_kind(offset)}")
-        if offset.shape != self._channels:
+        channels = self._channels(name.removeprefix("scales."))
+        if offset.shape != channels:
             raise ValueError(
-                f"PagedKVCache: {name} must have the shape [num_kv_heads, head_size]="
-                f"{list(self._channels)}, got {list(offset.shape)}"
+                f"PagedKVCache: {name} must have the shape [num_kv_heads, head_size]={list(channels)}, got {list(offset.shape)}"
             )
         host = offset.detach().to("cpu", torch.float32, copy=True)
         check_offset_values(f"PagedKVCache: {name}", host)
@@ -196,9 +246,9 @@ class PagedKVCache:
         Args:
             k_scale: float32 of 1 or num_kv_heads elements, or ``[num_kv_heads, head_size]``, on the device of
                 the cache.
-            v_scale: likewise.
+            v_scale: likewise; `k_scale` itself, if there is no V.
             k_offset: float32 ``[num_kv_heads, head_size]``, on this device; None: that of the cache stays.
-            v_offset: likewise.
+            v_offset: likewise; None, if there is no V.
 
         Raises:
             ValueError: the cache is dynamic or not quantized, or a tensor doesn't fit.
@@ -212,18 +262,22 @@ class PagedKVCache:
             >>> cache.k_scale
             tensor([0.5000, 0.5000])
         """
-        if self.dynamic or self.dtype not in FORMATS:
+        if self.dynamic or not self._is_quantized:
             what = "scales of its own" if self.dynamic else f"dtype {self.kv_cache_dtype!r} and no scales"
             raise ValueError(f"PagedKVCache.use_scales: the cache must take given scales, but has {what}")
+        if self.v_head_size == 0 and (v_scale is not k_scale or v_offset is not None):
+            raise ValueError("PagedKVCache.use_scales: v_scale must be k_scale, and v_offset None, as there is no V")
         for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-            self._check_in_use(name, scale, self._is_scale_shape(scale), f"with {self._shapes()}")
+            self._check_in_use(name, scale, self._is_scale_shape(name, scale), f"with {self._shapes(name)}")
         for name, offset in (("k_offset", k_offset), ("v_offset", v_offset)):
             if offset is not None:
-                fits = offset.shape == self._channels
-                self._check_in_use(name, offset, fits, f"of shape {list(self._channels)}")
+                channels = self._channels(name)
+                self._check_in_use(name, offset, offset.shape == channels, f"of shape {list(channels)}")
         self.k_scale, self.v_scale = k_scale, v_scale
         self.k_offset = self.k_offset if k_offset is None else k_offset
         self.v_offset = self.v_offset if v_offset is None else v_offset
+        if self.v_head_size == 0:
+            self.v_offset = self.k_offset
         self.clip_counter = None
 
     def _check_in_use(self, name: str, x: Tensor, fits: bool, expected: str) -> None:
@@ -233,12 +287,13 @@ class PagedKVCache:
                 f"got {dtype_name(x.dtype)} of shape {list(x.shape)} on {x.device}"
             )
 
-    def append(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+    def append(self, key: Tensor, value: Tensor | None, slot_mapping: Tensor) -> None:
         """Stores tokens at their slots.
 
         Args:
-            key: float32, float16 or bfloat16 ``[num_tokens, num_kv_heads, head_size]``, any strides.
-            value: likewise, of the dtype of `key`.
+            key: float32, float16 or bfloat16 ``[num_tokens, num_kv_heads, head_size]``, any strides; or
+                quantized already, as for `reshape_and_cache_flash`, if the cache is not dynamic.
+            value: likewise, ``[num_tokens, num_kv_heads, v_head_size]``; None in a cache without V.
             slot_mapping: int32 or int64 ``[num_tokens]``; tokens with a negative slot are skipped.
 
         Raises:
@@ -252,19 +307,25 @@ class PagedKVCache:
             >>> cache.key_cache[1, 4].tolist(), cache.k_scale[1, 4].tolist()
             ([[448.0, -224.0]], [0.015625])
         """
+        if value is None:
+            if self.v_head_size > 0:
+                raise ValueError("PagedKVCache.append: value must be a tensor, as the cache has V, got None")
+            value = key[..., :0]
         key_cache, value_cache = self._caches()
+        v_scale = self._of_values(self.v_scale)
+        v_offset = None if self.v_offset is None else self._of_values(self.v_offset)
         if self.dynamic:
             ops.append_dynamic(
-                key, value, key_cache, value_cache, self.k_scale, self.v_scale, slot_mapping,
-                self.kv_cache_dtype, self.k_offset, self.v_offset,
+                key, value, key_cache, value_cache, self.k_scale, v_scale, slot_mapping,
+                self.kv_cache_dtype, self.k_offset, v_offset, self.v_cache_dtype,
             )  # fmt: skip
         else:
             ops.append(
                 key, value, key_cache, value_cache, slot_mapping, self.kv_cache_dtype, self.k_scale,
-                self.v_scale, self.k_offset, self.v_offset,
+                v_scale, self.k_offset, v_offset, self.v_cache_dtype,
             )  # fmt: skip
         if self.clip_counter is not None:
-            self.clip_counter.add(key, value, slot_mapping, self.k_scale, self.v_scale, self.k_offset, self.v_offset)
+            self.clip_counter.add(key, value, slot_mapping, self.k_scale, v_scale, self.k_offset, v_offset)
             # Looking at the count of a GPU would make every step wait, and traced tensors have no values.
             on_host = self.device.type == "cpu" and type(self.clip_counter.counts) is Tensor
             if on_host and not torch.compiler.is_compiling():
@@ -296,7 +357,7 @@ class PagedKVCache:
         clipped = counter.read()
         if any(clipped) and not counter.warned:
             counter.warned = True
-            warnings.warn(clipped_sentence("PagedKVCache", clipped, counter.limit), stacklevel=3)
+            warnings.warn(clipped_sentence("PagedKVCache", clipped, min(counter.limit, counter.v_limit)), stacklevel=3)
         return clipped
 
     def gather(
@@ -323,7 +384,8 @@ class PagedKVCache:
                 ``sum(seq_lens)`` rows, any strides; further rows stay as they are.
 
         Returns:
-            ``(key, value)``: `out`, or ``[sum(seq_lens), num_kv_heads, head_size]``.
+            ``(key, value)``: `out`, or ``[sum(seq_lens), num_kv_heads, head_size]``; value with
+            `v_head_size`, so of no element without V.
 
         Raises:
             ValueError: index tensors are not integers, or lengths are negative or too many.
@@ -349,10 +411,10 @@ class PagedKVCache:
                 f"got {lengths.min().item()} to {lengths.max().item()}"
             )
         if out is None:
-            shape = (int(sums[-1]), self.num_kv_heads, self.head_size)
+            rows, heads = int(sums[-1]), self.num_kv_heads
             out = (
-                torch.empty(shape, dtype=dtype, device=self.device),
-                torch.empty(shape, dtype=dtype, device=self.device),
+                torch.empty((rows, heads, self.head_size), dtype=dtype, device=self.device),
+                torch.empty((rows, heads, self.v_head_size), dtype=dtype, device=self.device),
             )
         table, cu_seq_lens = self._int32("block_table", block_table), self._int32("seq_lens", sums)
         starts = None if seq_starts is None else self._int32("seq_starts", seq_starts)
@@ -405,11 +467,11 @@ class PagedKVCache:
             v_offset: likewise, to V.
             lse: ``[num_tokens, num_heads]``, written.
             num_splits: parts of the keys; 0: as many as are best.
-            out: ``[num_tokens, num_heads, head_size]`` to write into.
+            out: ``[num_tokens, num_heads, v_head_size]`` to write into.
             workspace: on CUDA, of `attention_workspace_size` bytes; None: a new one.
 
         Returns:
-            `out`, or a tensor of the shape of `query`.
+            `out`, or a new tensor of its shape.
 
         Raises:
             ValueError: index tensors are not integers.
@@ -425,6 +487,11 @@ class PagedKVCache:
             [3.0, 4.0]
         """
 
+        if self.v_head_size == 0:
+            raise ValueError(
+                "PagedKVCache.attend: the cache must have V, got v_head_size=0; paged_attention takes a part of key_cache as V"
+            )
+
         def indices(name: str, values: Sequence[int] | Tensor | None) -> Tensor | None:
             return None if values is None else self._int32(name, values, "attend")
 
@@ -439,6 +506,7 @@ class PagedKVCache:
             k_offset=self.k_offset if k_offset is None else k_offset,
             v_offset=self.v_offset if v_offset is None else v_offset,
             lse=lse, num_splits=num_splits, out=out, workspace=workspace,
+            v_cache_dtype=None if self.v_dtype == self.dtype else self.v_cache_dtype,
         )  # fmt: skip
 
     def _caches(self) -> tuple[Tensor, Tensor]:
@@ -449,9 +517,45 @@ class PagedKVCache:
         """
         return self._views() if torch.compiler.is_compiling() else (self.key_cache, self.value_cache)
 
+    def _storage_form(self) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of `storage`."""
+        heads, size = self.num_kv_heads, self.head_size
+        inner = (self.block_size, heads, size) if self.layout == "NHD" else (heads, self.block_size, size)
+        if self.v_head_size == 0:
+            return (self.num_blocks, *inner), self.dtype
+        if (self.v_head_size, self.v_dtype) == (size, self.dtype):
+            return (self.num_blocks, 2, *inner), self.dtype
+        dtype = self.dtype if self.v_dtype == self.dtype else torch.uint8
+        return (self.num_blocks, self._parts(dtype)[-1]), dtype
+
+    def _parts(self, dtype: torch.dtype) -> list[int]:
+        """Where, in elements of `dtype`, the K and the V of a block end, and what begins next begins."""
+        bounds, end = [], 0
+        for size, element in ((self.head_size, self.dtype), (self.v_head_size, self.v_dtype)):
+            bytes_end = end * dtype.itemsize + self.block_size * self.num_kv_heads * size * element.itemsize
+            end = -(-bytes_end // _ALIGNMENT) * _ALIGNMENT // dtype.itemsize
+            bounds += [bytes_end // dtype.itemsize, end]
+        return bounds
+
     def _views(self) -> tuple[Tensor, Tensor]:
-        key, value = self.storage.unbind(1)
+        if self.v_head_size == 0:
+            key, value = self.storage, self.storage[..., :0]
+        elif self.storage.dim() > 2:
+            key, value = self.storage.unbind(1)
+        else:
+            k_end, v_begin, v_end, _ = self._parts(self.storage.dtype)
+            key = self._view(self.storage[:, :k_end], self.head_size, self.dtype)
+            value = self._view(self.storage[:, v_begin:v_end], self.v_head_size, self.v_dtype)
         return (key, value) if self.layout == "NHD" else (key.transpose(1, 2), value.transpose(1, 2))
+
+    def _view(self, part: Tensor, head_size: int, dtype: torch.dtype) -> Tensor:
+        inner = (self.block_size, self.num_kv_heads) if self.layout == "NHD" else (self.num_kv_heads, self.block_size)
+        return part.view(dtype).view(self.num_blocks, *inner, head_size)
+
+    def _of_values(self, x: Tensor) -> Tensor:
+        """A scale or an offset of V for the operators; of no channel, if there is no V."""
+        per_channel = x.shape == (self.num_kv_heads, self.head_size)
+        return x[:, :0] if per_channel and self.v_head_size == 0 else x
 
     def _int32(self, name: str, values: Sequence[int] | Tensor, method: str = "gather") -> Tensor:
         """On the device of the cache. What int32 can't hold becomes its largest or smallest value."""
@@ -469,7 +573,7 @@ class PagedKVCache:
         Args:
             block_mapping: pairs of source block and destination block: a list, or integers ``[n, 2]`` on any
                 device. No destination may appear twice.
-            source: a cache with the block_size, num_kv_heads, head_size, dtype and scales of this one. Its
+            source: a cache with the block_size, num_kv_heads, head sizes, dtypes and scales of this one. Its
                 layout, device and num_blocks may differ: so blocks are swapped to the CPU and back. None:
                 this cache.
 
@@ -495,44 +599,44 @@ class PagedKVCache:
             self._check_source(source)
         mapping = self._checked_mapping(block_mapping, source)
         origin, target = mapping[:, 0].to(source.device), mapping[:, 1].to(self.device)
-        copies = [part.index_select(0, origin) for part in source._words()]
-        if source.layout != self.layout:
-            copies[0] = copies[0].transpose(2, 3)
-        for part, copied in zip(self._words(), copies, strict=True):
+        whole = source.layout == self.layout
+        copies = [part.index_select(0, origin) for part in source._words(whole)]
+        for part, copied in zip(self._words(whole), copies, strict=True):
             part.index_copy_(0, target, copied.to(self.device))
 
     def _check_source(self, source: PagedKVCache) -> None:
-        for name in ("block_size", "num_kv_heads", "head_size", "dtype", "dynamic"):
+        for name in ("block_size", "num_kv_heads", "head_size", "v_head_size", "dtype", "v_dtype", "dynamic"):
             ours, theirs = getattr(self, name), getattr(source, name)
             if ours != theirs:
                 raise ValueError(f"PagedKVCache.copy_blocks: source must have {name}={ours} as this cache, got {theirs}")
-        if self.dtype not in FORMATS:
-            return
         for name in ("k_offset", "v_offset", *(() if self.dynamic else ("k_scale", "v_scale"))):
+            if self._formats()[name[0]] not in FORMATS:
+                continue
             ours, theirs = getattr(self, name), getattr(source, name)
             # As they are now on their devices: a copy on the host would not see changes in place.
             if ours is theirs:
                 continue
-            differ = self._of_channels(ours) != self._of_channels(theirs)
+            differ = self._of_channels(name, ours) != self._of_channels(name, theirs)
             if differ.any():
                 raise ValueError(
                     f"PagedKVCache.copy_blocks: source must have the {name} of this cache, "
-                    f"{self._compared(differ, ours)}, got {self._compared(differ, theirs)}"
+                    f"{self._compared(name, differ, ours)}, got {self._compared(name, differ, theirs)}"
                 )
 
-    def _of_channels(self, x: Tensor | None) -> Tensor:
+    def _of_channels(self, name: str, x: Tensor | None) -> Tensor:
         """A scale or an offset for each channel."""
+        channels = self._channels(name)
         if x is None:
-            return torch.zeros(self._channels, dtype=torch.float32, device=self.device)
-        x = x if x.shape == self._channels else x.reshape(-1, 1)
-        return x.expand(self._channels).to(self.device)
+            return torch.zeros(channels, dtype=torch.float32, device=self.device)
+        x = x if x.shape == channels else x.reshape(-1, 1)
+        return x.expand(channels).to(self.device)
 
-    def _compared(self, differ: Tensor, x: Tensor | None) -> str:
+    def _compared(self, name: str, differ: Tensor, x: Tensor | None) -> str:
         """What a sentence says of a scale or an offset: all of few elements, else the first that differs."""
         if x is not None and x.numel() <= self.num_kv_heads:
             return str(x.flatten().tolist())
         place = tuple(differ.nonzero()[0].tolist())
-        return f"{self._of_channels(x)[place].item()} for {placed(place)}"
+        return f"{self._of_channels(name, x)[place].item()} for {placed(place)}"
 
     def _checked_mapping(self, block_mapping: Sequence[tuple[int, int]] | Tensor, source: PagedKVCache) -> Tensor:
         mapping = _integers("block_mapping", block_mapping, "copy_blocks")
@@ -551,9 +655,16 @@ class PagedKVCache:
                     )
         return mapping
 
-    def _words(self) -> list[Tensor]:
-        """All that belongs to blocks, as the widest integers that divide a row."""
-        parts = [self.storage, self.k_scale, self.v_scale] if self.dynamic else [self.storage]
+    def _words(self, whole: bool) -> list[Tensor]:
+        """All that belongs to blocks, as the widest integers that divide a row.
+
+        Args:
+            whole: the storage as it lies in memory; else K and V in the order of their views.
+        """
+        has_v = self.v_head_size > 0
+        parts = [self.storage] if whole else [self.key_cache, *([self.value_cache] if has_v else [])]
+        if self.dynamic:
+            parts += [self.k_scale, *([self.v_scale] if has_v else [])]
         types = (torch.int64, torch.int32, torch.int16, torch.uint8)
         return [part.view(next(t for t in types if part.shape[-1] * part.itemsize % t.itemsize == 0)) for part in parts]
 
@@ -582,6 +693,11 @@ class PagedKVCache:
                 f"PagedKVCache.descales: the cache must have scales per tensor or per head, got {kind}; "
                 "`attend` reads such a cache"
             )
+        if self.v_dtype != self.dtype or self.v_head_size == 0:
+            raise ValueError(
+                "PagedKVCache.descales: the cache must have K and V of one dtype, got "
+                f"{self.kv_cache_dtype!r} and {self.v_cache_dtype!r} with v_head_size={self.v_head_size}"
+            )
         if self.dtype in FORMATS and self.dtype not in FP8_DTYPES:
             raise ValueError(
                 f"PagedKVCache.descales: the cache must be FP8, as FlashAttention-3 reads no "
@@ -603,21 +719,25 @@ class PagedKVCache:
             >>> fp8kv.PagedKVCache(4, 16, 2, 64).nbytes  # 4 * 16 tokens, 2 * 2 heads, 64 bytes
             16384
         """
-        return self.storage.nbytes + (self.k_scale.nbytes + self.v_scale.nbytes if self.dynamic else 0)
+        scales = [self.k_scale, *([self.v_scale] if self.v_head_size > 0 else [])] if self.dynamic else []
+        return self.storage.nbytes + sum(scale.nbytes for scale in scales)
 
     def __repr__(self) -> str:
         scales = self._kind_of_scales()
         if self.k_offset is not None or self.v_offset is not None:
             scales = f"{scales} with offsets"
+        v_head_size = "" if self.v_head_size == self.head_size else f"v_head_size={self.v_head_size}, "
+        v_dtype = "" if self.v_dtype == self.dtype else f"v_dtype={self.v_cache_dtype!r}, "
         return (
             f"PagedKVCache(num_blocks={self.num_blocks}, block_size={self.block_size}, "
-            f"num_kv_heads={self.num_kv_heads}, head_size={self.head_size}, dtype={self.kv_cache_dtype!r}, "
+            f"num_kv_heads={self.num_kv_heads}, head_size={self.head_size}, {v_head_size}"
+            f"dtype={self.kv_cache_dtype!r}, {v_dtype}"
             f"layout={self.layout!r}, scales={scales!r}, device='{self.device}', "
             f"{self.nbytes / 2**20:.4g} MiB)"
         )
 
     def _kind_of_scales(self) -> str | None:
-        if self.dtype not in FORMATS:
+        if not self._is_quantized:
             return None
         if self.dynamic:
             return "dynamic"
@@ -637,7 +757,8 @@ def gather_rows(
     """`PagedKVCache.gather` with the arguments of `gather_and_dequant_cache`, which are not converted."""
     ops.gather(
         *cache._caches(), key, value, block_table, cu_seq_lens, cache.kv_cache_dtype, cache.k_scale,
-        cache.v_scale, seq_starts, cache.k_offset, cache.v_offset,
+        cache._of_values(cache.v_scale), seq_starts, cache.k_offset,
+        None if cache.v_offset is None else cache._of_values(cache.v_offset), cache.v_cache_dtype,
     )  # fmt: skip
 
 
@@ -647,7 +768,7 @@ def as_stored(cache: PagedKVCache, key: Tensor, value: Tensor) -> tuple[Tensor, 
     Args:
         cache: whose scales, offsets and dtype count.
         key: float32, float16 or bfloat16 ``[num_seqs, num_kv_heads, num_tokens, head_size]``.
-        value: likewise.
+        value: likewise, with the `v_head_size` of the cache.
 
     Example:
         >>> import torch, fp8kv
@@ -657,12 +778,15 @@ def as_stored(cache: PagedKVCache, key: Tensor, value: Tensor) -> tuple[Tensor, 
         >>> key.unique().tolist()
         [0.3125]
     """
-    num_seqs, heads, num_tokens, head_size = key.shape
+    num_seqs, heads, num_tokens, _ = key.shape
     count = num_seqs * num_tokens
     rows = [x.transpose(1, 2).flatten(0, 1) for x in (key, value)]
-    caches = torch.empty((2, 1, count, heads, head_size), dtype=cache.dtype, device=key.device)
+    caches = [
+        torch.empty((1, *x.shape), dtype=dtype, device=key.device)
+        for x, dtype in zip(rows, (cache.dtype, cache.v_dtype), strict=True)
+    ]
     slots, name = torch.arange(count, device=key.device), cache.kv_cache_dtype
-    offsets = cache.k_offset, cache.v_offset
+    offsets = cache.k_offset, cache.v_offset, cache.v_cache_dtype
     scales = cache.k_scale, cache.v_scale
     if cache.dynamic:
         computed = torch.empty((2, 1, count, heads), dtype=torch.float32, device=key.device)
@@ -674,7 +798,7 @@ def as_stored(cache: PagedKVCache, key: Tensor, value: Tensor) -> tuple[Tensor, 
     table = torch.zeros((1, 1), dtype=torch.int32, device=key.device)
     sums = torch.arange(2, dtype=torch.int32, device=key.device) * count
     ops.gather(*caches, *back, table, sums, name, *scales, None, *offsets)
-    k, v = (x.view(num_seqs, num_tokens, heads, head_size).transpose(1, 2) for x in back)
+    k, v = (x.view(num_seqs, num_tokens, heads, -1).transpose(1, 2) for x in back)
     return k, v
 
 
@@ -700,16 +824,16 @@ def _kind(value: Any) -> str:
     return dtype_name(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
-def _cache_dtype(dtype: str | torch.dtype) -> tuple[str, torch.dtype]:
-    """The string for the operators, and the dtype of the storage."""
+def _cache_dtype(argument: str, dtype: str | torch.dtype) -> tuple[str, torch.dtype]:
+    """The string for the operators, and the dtype of the cache."""
     name = CACHE_NAMES.get(dtype) if isinstance(dtype, torch.dtype) else dtype
     if name == "auto":
         raise ValueError(
-            'PagedKVCache: dtype must say what the elements are, such as "bfloat16" or the dtype of the model, got "auto"'
+            f'PagedKVCache: {argument} must say what the elements are, such as "bfloat16" or the dtype of the model, got "auto"'
         )
     if name not in CACHE_DTYPES:
         names = ", ".join(map(quoted, CACHE_DTYPES))
-        raise ValueError(f"PagedKVCache: dtype must be {names} or the torch dtype, got {dtype!r}")
+        raise ValueError(f"PagedKVCache: {argument} must be {names} or the torch dtype, got {dtype!r}")
     return name, CACHE_DTYPES[name]
 
 

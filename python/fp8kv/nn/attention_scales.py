@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -251,6 +251,9 @@ class AttentionScales(nn.Module):
         q_norm_weight: Tensor | None = None,
         k_norm_weight: Tensor | None = None,
         norm_eps: float = 1e-6,
+        mrope_section: Sequence[int] | None = None,
+        mrope_interleaved: bool = False,
+        norm_after_rope: bool = False,
         out: Tensor | None = None,
     ) -> Tensor:
         """Norm and RoPE of queries and keys, quantization of all three, and the append, in one launch.
@@ -265,12 +268,16 @@ class AttentionScales(nn.Module):
             cache: as for `update_cache`.
             slot_mapping: int32 or int64 ``[num_tokens]``. Tokens with a negative slot are not stored; their
                 queries are quantized.
-            positions: int32 or int64 ``[num_tokens]``; None: no RoPE.
+            positions: int32 or int64 ``[num_tokens]``, or ``[3, num_tokens]`` with `mrope_section`; None: no
+                RoPE.
             cos_sin_cache: as for `fp8kv.rope_quant_and_cache`, like the following arguments.
             is_neox: likewise.
             q_norm_weight: likewise.
             k_norm_weight: likewise.
             norm_eps: likewise.
+            mrope_section: likewise.
+            mrope_interleaved: likewise.
+            norm_after_rope: likewise.
             out: receives the queries, ``[num_tokens, num_heads, head_size]`` or flat: of this module's dtype
                 if that is FP8, or, not quantized, of the dtype of `query`. None allocates the former, beside
                 int8 caches the latter.
@@ -307,11 +314,16 @@ class AttentionScales(nn.Module):
             out = torch.empty((*rows, *query.shape[1:]), dtype=dtype, device=query.device)
         result = self._heads("append_step", "out", out, self.num_heads)
         rope = (positions, cos_sin_cache, is_neox)
+        options: dict[str, Any] = {
+            "mrope_section": mrope_section,
+            "mrope_interleaved": mrope_interleaved,
+            "norm_after_rope": norm_after_rope,
+        }
         offsets = self._offsets(cache, name)
         if not self.calculate_kv_scales:
             rope_quant_and_cache(
                 queries, keys, values, result, key_cache, value_cache, slot_mapping, name, self.q_scale,
-                self.k_scale, self.v_scale, *rope, q_norm_weight, k_norm_weight, norm_eps, *offsets,
+                self.k_scale, self.v_scale, *rope, q_norm_weight, k_norm_weight, norm_eps, *offsets, **options,
             )  # fmt: skip
             self._take_over(cache, name)
             return out
@@ -323,7 +335,7 @@ class AttentionScales(nn.Module):
             nowhere = torch.full_like(slot_mapping, -1)
             rope_quant_and_cache(
                 heads, keys, values, result, key_cache, value_cache, nowhere, name, self.q_scale,
-                self.k_scale, self.v_scale, *rope, weight, None, norm_eps,
+                self.k_scale, self.v_scale, *rope, weight, None, norm_eps, **options,
             )  # fmt: skip
             return result
 
@@ -379,8 +391,9 @@ class AttentionScales(nn.Module):
             sinks: likewise.
             lse: likewise.
             num_splits: likewise.
-            out: receives the result, of a real type, in one of the shapes of `query`. None: a new tensor with
-                the shape and dtype of `query`, bfloat16 for FP8.
+            out: receives the result, of a real type, in one of the shapes of `query`, with the head size of V
+                in place of that of K where they differ. None: a new tensor of the dtype of `query`, bfloat16
+                for FP8, in the form that `query` has.
             workspace: as for `fp8kv.paged_attention`.
 
         Returns:
@@ -404,9 +417,11 @@ class AttentionScales(nn.Module):
         """
         queries = self._heads("attend_step", "query", query, self.num_heads)
         key_cache, value_cache, name = self._storage_of("attend_step", cache)
+        v_head_size = value_cache.shape[-1]
         if out is None:
             dtype = query.dtype if query.dtype in REAL_DTYPES else torch.bfloat16
-            out = torch.empty(query.shape, dtype=dtype, device=query.device)
+            heads = (self.num_heads, v_head_size) if query.dim() == 3 else (self.num_heads * v_head_size,)
+            out = torch.empty((query.shape[0], *heads), dtype=dtype, device=query.device)
         scales = cache if isinstance(cache, PagedKVCache) else self
         k_offset, v_offset = (None, None) if name == "auto" else (scales.k_offset, scales.v_offset)
         paged_attention(
@@ -415,8 +430,8 @@ class AttentionScales(nn.Module):
             cu_query_lens=cu_query_lens, max_query_len=max_query_len, max_seq_len=max_seq_len,
             q_scale=None if query.dtype in REAL_DTYPES else self.q_scale, seq_starts=seq_starts,
             sliding_window=sliding_window, softcap=softcap, sinks=sinks, k_offset=k_offset, v_offset=v_offset,
-            lse=lse, num_splits=num_splits, out=self._heads("attend_step", "out", out, self.num_heads),
-            workspace=workspace,
+            lse=lse, num_splits=num_splits, workspace=workspace,
+            out=self._heads("attend_step", "out", out, self.num_heads, v_head_size),
         )  # fmt: skip
         return out
 
@@ -767,10 +782,10 @@ class AttentionScales(nn.Module):
         if any(own is not None and own is not x for own, x in zip(ours, theirs, strict=True)):
             cache.use_scales(*ours)
 
-    def _heads(self, method: str, name: str, x: Tensor, num_heads: int) -> Tensor:
+    def _heads(self, method: str, name: str, x: Tensor, num_heads: int, head_size: int | None = None) -> Tensor:
         """The view ``[num_tokens, num_heads, head_size]``."""
-        self._check_heads(method, name, x, num_heads)
-        return x.view(x.shape[0], num_heads, self.head_size)
+        self._check_heads(method, name, x, num_heads, head_size)
+        return x.view(x.shape[0], num_heads, head_size or self.head_size)
 
     def _grouped(self, method: str, name: str, x: Tensor, num_heads: int) -> Tensor:
         """The view ``[num_tokens, num_scales, heads of a scale, head_size]``."""
@@ -778,12 +793,13 @@ class AttentionScales(nn.Module):
         count = self._shape.num_scales
         return x.view(x.shape[0], count, num_heads // count, self.head_size)
 
-    def _check_heads(self, method: str, name: str, x: Tensor, num_heads: int) -> None:
-        width = num_heads * self.head_size
-        if x.dim() < 2 or x.shape[1:] not in ((num_heads, self.head_size), (width,)):
+    def _check_heads(self, method: str, name: str, x: Tensor, num_heads: int, head_size: int | None = None) -> None:
+        size = head_size or self.head_size
+        width = num_heads * size
+        if x.dim() < 2 or x.shape[1:] not in ((num_heads, size), (width,)):
             raise ValueError(
                 f"AttentionScales.{method}: {name} must have the shape [num_tokens, {num_heads}, "
-                f"{self.head_size}] or [num_tokens, {width}], got {list(x.shape)}"
+                f"{size}] or [num_tokens, {width}], got {list(x.shape)}"
             )
 
     def _check_observed(self, groups: dict[str, Tensor], slot_mapping: Tensor | None) -> None:

@@ -39,6 +39,7 @@ def paged_attention(
     lse: Tensor | None = None,
     num_splits: int = 0,
     out: Tensor | None = None,
+    v_cache_dtype: str | None = None,
 ) -> Tensor:
     """See `fp8kv.paged_attention`. Only the last rounding, to the dtype of `out` and of `lse`, is not fp64.
 
@@ -56,14 +57,15 @@ def paged_attention(
         ...     k_scale=one, v_scale=one).flatten().tolist()  # the mean of 3, 4 and 1
         [2.6666667461395264, 2.6666667461395264]
     """
-    key_cache, value_cache = _caches(key_cache, value_cache, kv_cache_dtype)
+    key_cache, value_cache = _caches(key_cache, value_cache, kv_cache_dtype, v_cache_dtype)
     q = _queries(query, key_cache, q_scale)
     _, num_heads, head_size = q.shape
+    of_out = (num_heads, value_cache.shape[3])
     if out is None:
         dtype = query.dtype if query.dtype in REAL_DTYPES else torch.bfloat16
-        out = torch.empty(query.shape, dtype=dtype, device=query.device)
-    if out.shape[1:] != q.shape[1:] or (lse is not None and lse.shape[1:] != (num_heads,)):
-        fail(_OP, f"out must be [num_tokens, {num_heads}, {head_size}] and lse [num_tokens, {num_heads}]")
+        out = torch.empty((len(query), *of_out), dtype=dtype, device=query.device)
+    if out.shape[1:] != of_out or (lse is not None and lse.shape[1:] != (num_heads,)):
+        fail(_OP, f"out must be [num_tokens, {num_heads}, {of_out[1]}] and lse [num_tokens, {num_heads}]")
     if sinks is not None and sinks.shape != (num_heads,):
         fail(_OP, f"sinks must be [{num_heads}], got {list(sinks.shape)}")
     softmax_scale = head_size**-0.5 if softmax_scale is None else softmax_scale
@@ -201,16 +203,25 @@ def _queries(query: Tensor, cache: Tensor, q_scale: Tensor | None) -> Tensor:
     return query.view(cache.dtype).double() * scale.double()
 
 
-def _caches(key_cache: Tensor, value_cache: Tensor, kv_cache_dtype: str) -> tuple[Tensor, Tensor]:
-    """As tensors of the dtype that kv_cache_dtype says."""
-    actual = key_cache.dtype
-    dtype = actual if kv_cache_dtype == "auto" and actual in REAL_DTYPES else CACHE_DTYPES.get(kv_cache_dtype)
-    if dtype is None or (actual != dtype and not (actual == torch.uint8 and dtype in FP8_DTYPES)):
-        fail(_OP, f"caches can't be {actual} with kv_cache_dtype {kv_cache_dtype!r}")
-    if key_cache.dim() != 4 or value_cache.shape != key_cache.shape or value_cache.dtype != actual:
+def _caches(key_cache: Tensor, value_cache: Tensor, kv_cache_dtype: str, v_cache_dtype: str | None) -> tuple[Tensor, Tensor]:
+    """As tensors of the dtypes that kv_cache_dtype and v_cache_dtype say."""
+    if key_cache.dim() != 4 or value_cache.dim() != 4 or value_cache.shape[:3] != key_cache.shape[:3]:
         fail(
             _OP,
-            f"caches must have one shape and dtype, got {list(key_cache.shape)} {actual} and "
-            f"{list(value_cache.shape)} {value_cache.dtype}",
+            "caches must have four dimensions, of one size but for the last, got "
+            f"{list(key_cache.shape)} and {list(value_cache.shape)}",
         )
-    return key_cache.view(dtype), value_cache.view(dtype)
+    if v_cache_dtype is None and value_cache.dtype != key_cache.dtype:
+        fail(
+            _OP,
+            f"caches must have one dtype without v_cache_dtype, got {key_cache.dtype} and {value_cache.dtype}",
+        )
+    return _cache(key_cache, kv_cache_dtype), _cache(value_cache, v_cache_dtype or kv_cache_dtype)
+
+
+def _cache(cache: Tensor, name: str) -> Tensor:
+    actual = cache.dtype
+    dtype = actual if name == "auto" and actual in REAL_DTYPES else CACHE_DTYPES.get(name)
+    if dtype is None or (actual != dtype and not (actual == torch.uint8 and dtype in FP8_DTYPES)):
+        fail(_OP, f"caches can't be {actual} in the format {name!r}")
+    return cache.view(dtype)

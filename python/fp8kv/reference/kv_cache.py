@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ def reshape_and_cache_flash(
     v_scale: Tensor,
     k_offset: Tensor | None = None,
     v_offset: Tensor | None = None,
+    v_cache_dtype: str | None = None,
 ) -> None:
     """See `fp8kv.reshape_and_cache_flash`. The same slot twice: the last token stays, on CUDA as well.
 
@@ -34,13 +37,16 @@ def reshape_and_cache_flash(
         ([[1.0, 2.0]], [[-1.0, -2.0]])
     """
     op = "reshape_and_cache_flash"
-    caches = _caches(op, key, value, key_cache, value_cache, kv_cache_dtype)
-    scales = [_scale_of_channels(op, scale, caches[0]) for scale in (k_scale, v_scale)]
-    offsets = [_offset_of_channels(op, offset, caches[0]) for offset in (k_offset, v_offset)]
+    caches = _caches(op, key_cache, value_cache, kv_cache_dtype, v_cache_dtype)
+    rows = [_stored(x, cache) for x, cache in zip((key, value), caches, strict=True)]
+    _check_rows(op, rows, caches, or_stored=True)
+    scales = [_scale_of_channels(op, *pair) for pair in zip((k_scale, v_scale), caches, strict=True)]
+    offsets = [_offset_of_channels(op, *pair) for pair in zip((k_offset, v_offset), caches, strict=True)]
     tokens, place = _appended(op, key, value, caches[0], slot_mapping)
-    for heads, cache, scale, offset in zip((key, value), caches, scales, offsets, strict=True):
-        x = heads[tokens]
-        q = encode(_less(x, offset) / scale, cache.dtype) if cache.dtype in FORMATS else _converted(x, cache.dtype)
+    for heads, cache, scale, offset in zip(rows, caches, scales, offsets, strict=True):
+        x = bits(heads)[tokens].view(heads.dtype)
+        quantizes = cache.dtype in FORMATS and heads.dtype != cache.dtype
+        q = encode(_less(x, offset) / scale, cache.dtype) if quantizes else _converted(x, cache.dtype)
         bits(cache)[place] = bits(q)
 
 
@@ -56,6 +62,7 @@ def reshape_and_cache_flash_dynamic(
     kv_cache_dtype: str,
     k_offset: Tensor | None = None,
     v_offset: Tensor | None = None,
+    v_cache_dtype: str | None = None,
 ) -> None:
     """See `fp8kv.reshape_and_cache_flash_dynamic`. The same slot twice: the last token stays.
 
@@ -69,14 +76,15 @@ def reshape_and_cache_flash_dynamic(
         ([[64.0, -448.0]], [[0.015625], [0.03125]])
     """
     op = "reshape_and_cache_flash_dynamic"
-    caches = _caches(op, key, value, key_cache, value_cache, kv_cache_dtype)
-    if caches[0].dtype not in FORMATS:
-        fail(op, f"kv_cache_dtype must be that of a quantized format, got {kv_cache_dtype!r}")
+    caches = _caches(op, key_cache, value_cache, kv_cache_dtype, v_cache_dtype)
+    _check_rows(op, (key, value), caches)
+    if any(cache.dtype not in FORMATS for cache in caches):
+        fail(op, f"caches must be of quantized formats, got {kv_cache_dtype!r} and {v_cache_dtype!r}")
     scale_caches = (k_scale_cache, v_scale_cache)
     for scale_cache in scale_caches:
         if scale_cache.dtype != torch.float32 or scale_cache.shape != key_cache.shape[:3]:
             fail(op, f"scale caches must be float32 of shape {list(key_cache.shape[:3])}")
-    offsets = [_offset_of_channels(op, offset, caches[0]) for offset in (k_offset, v_offset)]
+    offsets = [_offset_of_channels(op, *pair) for pair in zip((k_offset, v_offset), caches, strict=True)]
     tokens, place = _appended(op, key, value, caches[0], slot_mapping)
     for heads, cache, scale_cache, offset in zip((key, value), caches, scale_caches, offsets, strict=True):
         x = _less(heads[tokens], offset)
@@ -101,6 +109,7 @@ def gather_and_dequant_cache(
     seq_starts: Tensor | None = None,
     k_offset: Tensor | None = None,
     v_offset: Tensor | None = None,
+    v_cache_dtype: str | None = None,
 ) -> None:
     """See `fp8kv.gather_and_dequant_cache`.
 
@@ -115,14 +124,15 @@ def gather_and_dequant_cache(
         ([4.0, 5.0, 0.0], [-4.0, -5.0, -0.0])
     """
     op = "gather_and_dequant_cache"
-    caches = _caches(op, key, value, key_cache, value_cache, kv_cache_dtype)
+    caches = _caches(op, key_cache, value_cache, kv_cache_dtype, v_cache_dtype)
+    _check_rows(op, (key, value), caches)
     scales = [
         scale.unsqueeze(-1)
-        if scale.numel() != 1 and scale.shape == key_cache.shape[:3] and scale.dtype == torch.float32
-        else _scale_of_channels(op, scale, caches[0]).expand(key_cache.shape)
-        for scale in (k_scale, v_scale)
+        if scale.numel() != 1 and scale.shape == cache.shape[:3] and scale.dtype == torch.float32
+        else _scale_of_channels(op, scale, cache).expand(cache.shape)
+        for scale, cache in zip((k_scale, v_scale), caches, strict=True)
     ]
-    offsets = [_offset_of_channels(op, offset, caches[0]) for offset in (k_offset, v_offset)]
+    offsets = [_offset_of_channels(op, *pair) for pair in zip((k_offset, v_offset), caches, strict=True)]
     rows, place = _gathered(op, caches[0], key, value, block_table, cu_seq_lens, seq_starts)
     for cache, heads, scale, offset in zip(caches, (key, value), scales, offsets, strict=True):
         q = bits(cache)[place].view(cache.dtype)
@@ -155,6 +165,9 @@ def rope_quant_and_cache(
     norm_eps: float = 1e-6,
     k_offset: Tensor | None = None,
     v_offset: Tensor | None = None,
+    mrope_section: Sequence[int] | None = None,
+    mrope_interleaved: bool = False,
+    norm_after_rope: bool = False,
 ) -> None:
     """See `fp8kv.rope_quant_and_cache`.
 
@@ -187,20 +200,27 @@ def rope_quant_and_cache(
 
     cos_sin, slots, rows = None, slot_mapping, torch.arange(num_tokens, device=query.device)
     if positions is not None or cos_sin_cache is not None:
-        if positions is None or cos_sin_cache is None or len(positions) < num_tokens:
+        if positions is None or cos_sin_cache is None or positions.shape[-1] < num_tokens:
             fail(op, f"positions must have {num_tokens} elements and come with cos_sin_cache")
         if cos_sin_cache.shape[1] % 2 or not 2 <= cos_sin_cache.shape[1] <= head_size:
             fail(op, f"rotary_dim must be even and at most {head_size}, got {cos_sin_cache.shape[1]}")
-        where = positions[:num_tokens].long()
-        inside = (where >= 0) & (where < len(cos_sin_cache))
+        axes = _axes_of_frequencies(op, positions, cos_sin_cache.shape[1] // 2, mrope_section, mrope_interleaved)
+        where = (positions if positions.dim() == 2 else positions.unsqueeze(0))[:, :num_tokens].long()
+        inside = ((where >= 0) & (where < len(cos_sin_cache))).all(0)
         if query.device.type == "cpu" and not inside.all():
             fail(op, f"positions must be from 0 to {len(cos_sin_cache) - 1}")
         rows, slots = rows[inside], torch.where(inside, slot_mapping, -1)
         cos_sin = torch.zeros(num_tokens, cos_sin_cache.shape[1], device=query.device)
-        cos_sin[inside] = cos_sin_cache[where[inside]].float()
+        for axis, positions_of_axis in enumerate(where):
+            columns = torch.tensor(axes * 2, device=query.device) == axis  # cosines, then sines
+            found = cos_sin_cache[positions_of_axis[inside]].float()
+            cos_sin[inside] = torch.where(columns, found, cos_sin[inside])
+    elif mrope_section is not None:
+        fail(op, "mrope_section must come with positions")
 
-    key = _transformed(key[:num_tokens], k_norm_weight, norm_eps, cos_sin, is_neox)
-    query = _transformed(query[:num_tokens], q_norm_weight, norm_eps, cos_sin, is_neox)[rows]
+    rope = (cos_sin, is_neox, norm_after_rope)
+    key = _transformed(key[:num_tokens], k_norm_weight, norm_eps, *rope)
+    query = _transformed(query[:num_tokens], q_norm_weight, norm_eps, *rope)[rows]
     reshape_and_cache_flash(key, value, key_cache, value_cache, slots, kv_cache_dtype, k_scale, v_scale, k_offset, v_offset)
     if out.dtype in FORMATS:
         scale = q_scale.reshape(-1, 1).repeat_interleave(num_heads // max(1, q_scale.numel()), 0)
@@ -209,15 +229,30 @@ def rope_quant_and_cache(
         bits(out)[rows] = bits(_converted(query, out.dtype))
 
 
-def _transformed(x: Tensor, weight: Tensor | None, norm_eps: float, cos_sin: Tensor | None, is_neox: bool) -> Tensor:
-    """RMSNorm of each head, then RoPE, in fp32 with one rounding."""
+def _axes_of_frequencies(op: str, positions: Tensor, count: int, section: Sequence[int] | None, interleaved: bool) -> list[int]:
+    """For each frequency, the row of positions that it takes: 0, or time, height and width as 0, 1 and 2."""
+    if section is None:
+        if positions.dim() != 1:
+            fail(op, f"positions must be [num_tokens] without mrope_section, got {list(positions.shape)}")
+        return [0] * count
+    if len(section) != 3 or min(section) < 0 or sum(section) != count:
+        fail(op, f"mrope_section must be three lengths with the sum {count}, got {list(section)}")
+    if positions.dim() != 2 or len(positions) != 3:
+        fail(op, f"positions must be [3, num_tokens] with mrope_section, got {list(positions.shape)}")
+    if interleaved:
+        return [i % 3 if i < 3 * section[i % 3] else 0 for i in range(count)]
+    return [axis for axis in range(3) for _ in range(section[axis])]
+
+
+def _transformed(
+    x: Tensor, weight: Tensor | None, norm_eps: float, cos_sin: Tensor | None, is_neox: bool, norm_after_rope: bool
+) -> Tensor:
+    """RMSNorm of each head and RoPE, in fp32 with one rounding."""
     if weight is None and cos_sin is None:
         return x
     y = x.float()
-    if weight is not None:
-        count = torch.tensor(float(x.shape[-1]), device=x.device)
-        mean = (y * y).sum(-1, keepdim=True) / count
-        y = y * (torch.ones_like(mean) / (mean + norm_eps).sqrt()) * weight.float()
+    if not norm_after_rope:
+        y = _normalized(y, weight, norm_eps)
     if cos_sin is not None:
         y = y.clone()
         cos, sin = cos_sin.unsqueeze(1).chunk(2, -1)
@@ -226,7 +261,18 @@ def _transformed(x: Tensor, weight: Tensor | None, norm_eps: float, cos_sin: Ten
         first, second = a * cos - b * sin, b * cos + a * sin
         a.copy_(first)
         b.copy_(second)
+    if norm_after_rope:
+        y = _normalized(y, weight, norm_eps)
     return round_to(y, x.dtype)
+
+
+def _normalized(x: Tensor, weight: Tensor | None, norm_eps: float) -> Tensor:
+    """RMSNorm of each head in fp32; None: as it is."""
+    if weight is None:
+        return x
+    count = torch.tensor(float(x.shape[-1]), device=x.device)
+    mean = (x * x).sum(-1, keepdim=True) / count
+    return x * (torch.ones_like(mean) / (mean + norm_eps).sqrt()) * weight.float()
 
 
 def _converted(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -313,19 +359,39 @@ def _place(slots: list[int], cache: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _caches(
-    op: str, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, kv_cache_dtype: str
+    op: str, key_cache: Tensor, value_cache: Tensor, kv_cache_dtype: str, v_cache_dtype: str | None
 ) -> tuple[Tensor, Tensor]:
-    """The caches as tensors of the dtype that kv_cache_dtype says."""
-    if key.dtype not in REAL_DTYPES or value.dtype != key.dtype:
-        fail(op, f"key and value can't be {key.dtype} and {value.dtype}")
-    if key_cache.dim() != 4 or value_cache.shape != key_cache.shape:
-        fail(op, f"caches can't have the shapes {list(key_cache.shape)} and {list(value_cache.shape)}")
-    if key.shape[1:] != key_cache.shape[2:] or value.shape[1:] != key_cache.shape[2:]:
-        fail(op, f"key and value must be [num_tokens, {key_cache.shape[2]}, {key_cache.shape[3]}]")
-    actual = key_cache.dtype
-    dtype = actual if kv_cache_dtype == "auto" and actual in REAL_DTYPES else CACHE_DTYPES.get(kv_cache_dtype)
+    """The caches as tensors of the dtypes that these names say."""
+    shapes = key_cache.shape, value_cache.shape
+    if len(shapes[0]) != 4 or len(shapes[1]) != 4 or shapes[0][:3] != shapes[1][:3]:
+        fail(op, f"caches can't have the shapes {list(shapes[0])} and {list(shapes[1])}")
+    if v_cache_dtype is None and value_cache.dtype != key_cache.dtype:
+        fail(op, f"caches must have one dtype without v_cache_dtype, got {key_cache.dtype} and {value_cache.dtype}")
+    return (
+        _as_named(op, key_cache, kv_cache_dtype),
+        _as_named(op, value_cache, kv_cache_dtype if v_cache_dtype is None else v_cache_dtype),
+    )
+
+
+def _as_named(op: str, cache: Tensor, name: str) -> Tensor:
+    actual = cache.dtype
+    dtype = actual if name == "auto" and actual in REAL_DTYPES else CACHE_DTYPES.get(name)
     if dtype is None or (actual != dtype and not (actual == torch.uint8 and dtype in FP8_DTYPES)):
-        fail(op, f"caches can't be {actual} with kv_cache_dtype {kv_cache_dtype!r}")
-    if value_cache.dtype != actual:
-        fail(op, f"caches must have one dtype, got {actual} and {value_cache.dtype}")
-    return key_cache.view(dtype), value_cache.view(dtype)
+        fail(op, f"caches can't be {actual} with kv_cache_dtype {name!r}")
+    return cache.view(dtype)
+
+
+def _stored(rows: Tensor, cache: Tensor) -> Tensor:
+    """Rows that may be uint8 for FP8."""
+    return rows.view(cache.dtype) if rows.dtype == torch.uint8 and cache.dtype in FP8_DTYPES else rows
+
+
+def _check_rows(op: str, rows: Sequence[Tensor], caches: Sequence[Tensor], or_stored: bool = False) -> None:
+    """`or_stored`: rows may be quantized as their cache is."""
+    for x, cache in zip(rows, caches, strict=True):
+        if x.dtype not in REAL_DTYPES and not (or_stored and x.dtype in FORMATS and x.dtype == cache.dtype):
+            fail(op, f"key and value can't be {rows[0].dtype} and {rows[1].dtype}")
+        if x.shape[1:] != cache.shape[2:]:
+            fail(op, f"key and value must be [num_tokens, {cache.shape[2]}, {cache.shape[3]}], got {list(x.shape)}")
+    if len({x.dtype for x in rows if x.dtype in REAL_DTYPES}) > 1:
+        fail(op, f"key and value can't be {rows[0].dtype} and {rows[1].dtype}")

@@ -29,7 +29,7 @@ from fp8kv.checkpoint.scales import mapped
 from fp8kv.kv_cache.clipping import Clipped
 from fp8kv.transformers import attention, layers
 from fp8kv.transformers.clipping import Clipping
-from fp8kv.transformers.layers import Fp8Layer, LayerOptions
+from fp8kv.transformers.layers import Fp8Layer, Geometry, LayerOptions
 from fp8kv.transformers.progress import Progress
 from fp8kv.transformers.step import Steps
 
@@ -149,8 +149,7 @@ class Fp8Cache(Cache):
         if device is not None:
             configs = _layer_configs(decoder)
             for index in self._fp8:
-                heads, head_size = _geometry(configs[index])
-                self.layers[index].allocate(max_batch_size, heads, head_size, torch.device(device))
+                self.layers[index].allocate(max_batch_size, _geometry(configs[index]), torch.device(device))
         if direct:
             attention.choose(config, decoder)
 
@@ -408,12 +407,14 @@ def _layer_type(config: PreTrainedConfig) -> str:
     return next(bounded, "full_attention")
 
 
-def _geometry(config: PreTrainedConfig) -> tuple[int, int]:
+def _geometry(config: PreTrainedConfig) -> Geometry:
+    """Of what `update` will get: with latent attention one head, the latent as key and the RoPE part as value."""
+    if getattr(config, "kv_lora_rank", None):
+        return Geometry(1, config.kv_lora_rank, config.qk_rope_head_dim)
     heads = config.num_attention_heads
-    return (
-        getattr(config, "num_key_value_heads", None) or heads,
-        getattr(config, "head_dim", None) or config.hidden_size // heads,
-    )
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    v_head_size = getattr(config, "v_head_dim", None) or head_size
+    return Geometry(getattr(config, "num_key_value_heads", None) or heads, head_size, v_head_size)
 
 
 def _scales_of_layers(scales: Any, indices: Iterable[int]) -> dict[int, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fp8kv
-from fp8kv import reference
+from fp8kv import _ops, reference
 from helpers import (
     PLAIN_CACHES,
     QUANTIZED_CACHES,
@@ -61,7 +61,10 @@ class Step:
     rope: str = "neox"
     rotary_dim: int | None = None
     table: torch.dtype = torch.float32
+    section: tuple[int, int, int] | None = None
+    interleaved: bool = False
     norm: bool = False
+    norm_after_rope: bool = False
     weight: torch.dtype | None = None
     scales: tuple[int, int, int] = (1, 1, 1)
     blocks: tuple[int, int] = (4, 16)
@@ -85,7 +88,8 @@ class Step:
         for seed, (name, count) in enumerate(zip(("q", "k", "v"), self.scales, strict=True)):
             step[f"{name}_scale"] = random_scales((count,), seed + 5)
         if self.rope != "none":
-            step["positions"] = torch.randint(0, self.max_position, (self.tokens,), generator=generator)
+            shape = (self.tokens,) if self.section is None else (3, self.tokens)
+            step["positions"] = torch.randint(0, self.max_position, shape, generator=generator)
             step["cos_sin_cache"] = cos_sin(self.max_position, self.rotary_dim or self.head_size, self.table)
             step["is_neox"] = bool(ROPE[self.rope])
         if self.norm:
@@ -93,6 +97,10 @@ class Step:
                 weight = 1 + 0.2 * torch.randn(self.head_size, generator=generator)
                 step[name] = weight.to(self.weight or self.real)
             step["norm_eps"] = 1e-5
+        if self.section is not None:
+            step |= {"mrope_section": list(self.section), "mrope_interleaved": self.interleaved}
+        if self.norm_after_rope:
+            step["norm_after_rope"] = True
         return step | self.changes
 
     def run(self, ops: ModuleType, device: torch.device) -> list[Tensor]:
@@ -273,6 +281,109 @@ def test_equal_to_the_separate_operators(device: torch.device) -> None:
     assert_same_bytes(value_cache, expected[2][1])
 
 
+# Multimodal RoPE, and a norm after RoPE
+
+#: Head size, rotary_dim and the lengths of time, height and width.
+SECTIONS = [
+    (128, 128, (24, 20, 20)), (64, 64, (8, 12, 12)), (256, 64, (11, 11, 10)), (128, 128, (0, 0, 64)),
+    (128, 32, (16, 0, 0)), (20, 20, (4, 3, 3)), (128, 126, (61, 1, 1)), (7, 6, (1, 1, 1)), (2, 2, (0, 1, 0)),
+    (96, 96, (5, 40, 3)), (577, 576, (96, 96, 96)),
+]  # fmt: skip
+each_interleaving = pytest.mark.parametrize("interleaved", [False, True], ids=["contiguous", "interleaved"])
+#: Where a norm comes: nowhere, before RoPE, after it.
+NORMS: dict[str, dict[str, Any]] = {
+    "": {}, "norm": {"norm": True}, "norm after": {"norm": True, "norm_after_rope": True}
+}  # fmt: skip
+each_norm = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS.keys())
+
+
+@each_norm
+@each_interleaving
+@pytest.mark.parametrize("rope", ["neox", "interleaved"])
+@pytest.mark.parametrize(("head_size", "rotary_dim", "section"), SECTIONS, ids=str)
+def test_three_positions(
+    device: torch.device,
+    head_size: int,
+    rotary_dim: int,
+    section: tuple[int, int, int],
+    rope: str,
+    interleaved: bool,
+    norm: dict[str, Any],
+) -> None:
+    for real, table in ((torch.bfloat16, torch.float32), (torch.float16, torch.float16), (torch.float32, torch.float32)):
+        Step(tokens=19, head_size=head_size, rotary_dim=rotary_dim, rope=rope, section=section, interleaved=interleaved,
+             real=real, table=table, scales=(8, 2, 2), specials=not norm, **norm).check(device)  # fmt: skip
+
+
+@each_interleaving
+@each_norm
+def test_three_positions_of_many_tokens(device: torch.device, interleaved: bool, norm: dict[str, Any]) -> None:
+    """So many that a thread takes several heads."""
+    for rope in ("neox", "interleaved"):
+        Step(tokens=400, num_heads=32, num_kv_heads=8, head_size=128, blocks=(30, 16), rope=rope, section=(24, 20, 20),
+             interleaved=interleaved, scales=(32, 8, 8), specials=not norm, **norm).check(device)  # fmt: skip
+
+
+@each_kind_of_layout
+def test_memory_layouts_of_three_positions(device: torch.device, layout: str) -> None:
+    for dtype in (torch.int32, torch.int64):
+        step = Step(tokens=13, section=(8, 12, 12), layouts={"positions": layout})
+        step.changes = {"positions": step.arguments()["positions"].to(dtype)}
+        step.check(device)
+    expanded = torch.arange(13).expand(3, 13)
+    Step(tokens=13, section=(8, 12, 12), layouts={"positions": "as given"}, changes={"positions": expanded}).check(device)
+
+
+@each_interleaving
+def test_three_equal_positions_are_one(device: torch.device, interleaved: bool) -> None:
+    one = Step()
+    three = Step(section=(16, 8, 8), interleaved=interleaved)
+    three.changes = {"positions": one.arguments()["positions"].expand(3, -1).contiguous()}
+    for actual, expected in zip(three.run(fp8kv, device), one.run(fp8kv, device), strict=True):
+        assert_same_bytes(actual, expected.cpu())
+
+
+def test_columns_beyond_the_slots_are_not_read(device: torch.device) -> None:
+    step = Step(section=(16, 8, 8))
+    arguments = step.arguments()
+    arguments["positions"][:, 20:] = -1
+    step.changes = {"positions": arguments["positions"], "slot_mapping": arguments["slot_mapping"][:20]}
+    step.check(device)
+
+
+@pytest.mark.parametrize("rope", ["none", "neox", "interleaved"])
+@pytest.mark.parametrize("cache", ["e4m3", "e5m2", "int8", "bf16"])
+def test_norm_after_rope(device: torch.device, cache: str, rope: str) -> None:
+    query_out = torch.bfloat16 if cache in ("int8", "bf16") else CACHES[cache][1]
+    for head_size, rotary_dim in ((64, 64), (128, 32), (80, 40), (20, 6), (7, 2), (264, 264), (576, 64)):
+        Step(tokens=11, cache=cache, query_out=query_out, head_size=head_size, rotary_dim=rotary_dim, rope=rope,
+             norm=True, norm_after_rope=True, specials=False).check(device)  # fmt: skip
+
+
+def test_norm_after_rope_of_channels(device: torch.device) -> None:
+    channels = {f"{side}_offset": torch.linspace(-1, 1, 2 * 64).view(2, 64) for side in "kv"}
+    Step(cache="int8", query_out=torch.bfloat16, norm=True, norm_after_rope=True, specials=False,
+         changes=channels | {"k_scale": 0.01 + torch.rand(2, 64)}).check(device)  # fmt: skip
+
+
+def test_a_norm_after_rope_is_not_one_before_it(device: torch.device) -> None:
+    """Weights of paired elements differ."""
+    before, after = (
+        Step(norm=True, norm_after_rope=last, specials=False, query_out=None).run(fp8kv, device)[0] for last in (False, True)
+    )
+    assert float((before != after).float().mean()) > 0.5
+
+
+def test_every_instruction_set_gives_the_same_bytes() -> None:
+    for rope in ("neox", "interleaved"):
+        for head_size, section in ((128, (24, 20, 20)), (20, (4, 3, 3)), (64, None)):
+            step = Step(tokens=9, rope=rope, head_size=head_size, section=section, norm=True, norm_after_rope=True)
+            results = [step.run(fp8kv, CPU) for _ in _ops.each_cpu_isa()]
+            for result in results[1:]:
+                for actual, expected in zip(result, results[0], strict=True):
+                    assert_same_bytes(actual, expected)
+
+
 # Edges
 
 
@@ -351,6 +462,23 @@ def test_positions_outside_the_table_raise_on_cpu(position: int) -> None:
         step.run(fp8kv, CPU)
 
 
+@pytest.mark.parametrize("row", range(3))
+def test_each_of_three_positions_must_be_in_the_table(device: torch.device, row: int) -> None:
+    """Also one whose section has no frequency."""
+    for position in BAD_POSITIONS:
+        for head_size, section in ((64, (32, 0, 0)), (20, (0, 5, 5))):
+            step = Step(head_size=head_size, section=section)
+            positions = step.arguments()["positions"]
+            positions[row, 11] = position
+            step.changes = {"positions": positions}
+            if device.type == "cpu":
+                with pytest.raises(RuntimeError, match=rf"max_position - 1 = 199, .*{position} for token 11 in row {row}"):
+                    step.run(fp8kv, CPU)
+            else:
+                for a, e in zip(step.run(fp8kv, device), step.run(reference, device), strict=True):
+                    assert_same_bytes(a, e.cpu())
+
+
 @pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
 @pytest.mark.parametrize("head_size", [64, 20])
 @pytest.mark.parametrize("position", BAD_POSITIONS)
@@ -412,6 +540,7 @@ HEADS = torch.zeros(37, 8, 64, dtype=torch.bfloat16)
 LONGS = torch.zeros(37, dtype=torch.int64)
 ROWS = "have at least 37"
 ROTARY = "cos_sin_cache must have an even rotary_dim from 2 to head_size=64, got shape"
+SECTION = "mrope_section must be lengths of at least 0 with the sum rotary_dim / 2 = 32"
 SENTENCES: list[tuple[dict[str, Any], str]] = [
     ({"query": HEADS[:, :7]},
      "query must have a number of heads that is a multiple of num_kv_heads=2, got num_heads=7"),
@@ -446,6 +575,24 @@ SENTENCES: list[tuple[dict[str, Any], str]] = [
     ({"kv_cache_dtype": "fp8_e5m2"},
      'key_cache must be float8_e5m2 or uint8 as kv_cache_dtype is "fp8_e5m2", got float8_e4m3fn'),
     ({"kv_cache_dtype": "int16"}, "kv_cache_dtype must be"),
+    ({"mrope_section": [16, 8, 8]}, "positions must have the shape [3, num_tokens] with mrope_section, got shape [37]"),
+    ({"positions": LONGS.expand(3, 37)}, "mrope_section must be given with positions of shape [3, num_tokens], got None"),
+    ({"positions": LONGS.expand(4, 37), "mrope_section": [16, 8, 8]},
+     "positions must have the shape [3, num_tokens] with mrope_section, got shape [4, 37]"),
+    ({"positions": LONGS.expand(37, 37)[:, :3], "mrope_section": [16, 8, 8]},
+     "positions must have the shape [3, num_tokens] with mrope_section, got shape [37, 3]"),
+    ({"positions": LONGS[:36].expand(3, 36), "mrope_section": [16, 8, 8]},
+     f"positions must {ROWS} columns, as slot_mapping has, got shape [3, 36]"),
+    ({"positions": LONGS.expand(3, 37).float(), "mrope_section": [16, 8, 8]},
+     "positions must be int32 or int64, got float32"),
+    ({"positions": LONGS.expand(3, 37), "mrope_section": [16, 16]},
+     "mrope_section must have three lengths, of time, height and width, got 2"),
+    ({"positions": LONGS.expand(3, 37), "mrope_section": []},
+     "mrope_section must have three lengths, of time, height and width, got 0"),
+    ({"positions": LONGS.expand(3, 37), "mrope_section": [16, 8, 9]}, f"{SECTION}, got [16, 8, 9]"),
+    ({"positions": LONGS.expand(3, 37), "mrope_section": [33, -1, 0]}, f"{SECTION}, got [33, -1, 0]"),
+    ({"positions": None, "cos_sin_cache": None, "mrope_section": [16, 8, 8]},
+     "mrope_section must be None without positions, got [16, 8, 8]"),
 ]  # fmt: skip
 
 

@@ -76,6 +76,13 @@ def test_a_regular_expression_chooses_the_works() -> None:
         bench.run("cpu", quick=True, only="(")
 
 
+def test_a_regular_expression_chooses_the_peers() -> None:
+    report = bench.run("cpu", quick=True, only="^static tensor 16x", peers="eager$", host=False)
+    assert {name for row in report.rows for name in row.peers} == {"torch eager"}
+    with pytest.raises(ValueError, match=r"peers must be a regular expression, got '\(': "):
+        bench.run("cpu", peers="(")
+
+
 def test_the_caches_of_the_cpu_can_not_be_kept_warm() -> None:
     with pytest.raises(ValueError, match="warm buffers are measured on cuda only"):
         bench.run("cpu", quick=True, warm=True)

@@ -1,4 +1,4 @@
-"""The layer of an installed vLLM with the backend: its own code around ours, on the CPU.
+"""The layer of an installed vLLM with the backend: its own code around ours, on the device that vLLM serves with.
 
 Not run where vLLM is not installed. Its Python files suffice, without its libraries and without a GPU.
 """
@@ -33,6 +33,7 @@ def test_a_layer_of_vllm() -> None:
     from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
     from vllm.forward_context import set_forward_context
     from vllm.model_executor.layers.attention.attention import Attention
+    from vllm.platforms import current_platform
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     from fp8kv.vllm import register
@@ -40,9 +41,10 @@ def test_a_layer_of_vllm() -> None:
     register()
     from fp8kv.vllm.backend import Fp8KVBackend
 
-    config: Any = VllmConfig(device_config=DeviceConfig(device="cpu"))
+    device = torch.device("cuda" if current_platform.is_cuda() else "cpu")
+    config: Any = VllmConfig(device_config=DeviceConfig(device=device.type))
     config.cache_config.cache_dtype = "fp8"
-    with set_current_vllm_config(config):
+    with set_current_vllm_config(config), device:
         layer: Any = Attention(
             HEADS,
             HEAD_SIZE,
@@ -56,39 +58,39 @@ def test_a_layer_of_vllm() -> None:
     assert layer.query_quant is None
     layer._k_scale.fill_(0.03)
     layer._v_scale.fill_(0.02)
-    layer.kv_cache = torch.zeros(16, 16, KV_HEADS, 2 * HEAD_SIZE, dtype=torch.uint8).transpose(1, 2)
+    layer.kv_cache = torch.zeros(16, 16, KV_HEADS, 2 * HEAD_SIZE, dtype=torch.uint8, device=device).transpose(1, 2)
     parts = vars(config) | {"model_config": SimpleNamespace(model="org/model", max_model_len=128)}
-    builder = Fp8KVBackend.get_builder_cls()(None, [NAME], SimpleNamespace(**parts), torch.device("cpu"))
+    builder = Fp8KVBackend.get_builder_cls()(None, [NAME], SimpleNamespace(**parts), device)
     table = torch.arange(16, dtype=torch.int32).view(2, 8)
     batch = CommonAttentionMetadata(
-        query_start_loc=int32(0, 5, 25),
+        query_start_loc=int32(0, 5, 25).to(device),
         query_start_loc_cpu=int32(0, 5, 25),
-        seq_lens=int32(5, 20),
+        seq_lens=int32(5, 20).to(device),
         num_reqs=2,
         num_actual_tokens=25,
         max_query_len=20,
         max_seq_len=20,
-        block_table_tensor=table,
-        slot_mapping=torch.cat([torch.arange(5), 128 + torch.arange(20)]),
+        block_table_tensor=table.to(device),
+        slot_mapping=torch.cat([torch.arange(5), 128 + torch.arange(20)]).to(device),
         seq_lens_cpu_upper_bound=int32(5, 20),
     )
     query, key, value = (torch.randn(28, heads * HEAD_SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS))
     with set_forward_context({NAME: builder.build(0, batch)}, config, slot_mapping={NAME: batch.slot_mapping}):
-        out = layer(query, key, value).view(28, HEADS, HEAD_SIZE)[:25]
+        out = layer(query.to(device), key.to(device), value.to(device)).view(28, HEADS, HEAD_SIZE)[:25].cpu()
 
     caches = torch.zeros(2, 16, 16, KV_HEADS, HEAD_SIZE, dtype=torch.uint8)
     k_scale, v_scale = torch.tensor([[0.03], [0.02]], dtype=torch.float32)
     key, value = (x.view(28, KV_HEADS, HEAD_SIZE) for x in (key, value))
-    reference.reshape_and_cache_flash(key, value, *caches, batch.slot_mapping, "fp8", k_scale, v_scale)
+    reference.reshape_and_cache_flash(key, value, *caches, batch.slot_mapping.cpu(), "fp8", k_scale, v_scale)
     query = query.view(28, HEADS, HEAD_SIZE)[:25]
     expected = reference.paged_attention(
         query,
         *caches,
         table,
-        batch.seq_lens,
+        batch.seq_lens.cpu(),
         k_scale=k_scale,
         v_scale=v_scale,
-        cu_query_lens=batch.query_start_loc,
+        cu_query_lens=batch.query_start_loc_cpu,
         out=torch.zeros(query.shape, dtype=torch.float64),
     )
     assert_near(out, expected, torch.full((25, HEADS), 5.0, dtype=torch.float64))

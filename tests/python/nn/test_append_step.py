@@ -124,6 +124,27 @@ def test_norms(device: torch.device) -> None:
     torch.testing.assert_close(query.float().cpu(), wanted.float(), rtol=0.13, atol=2.0**-9)
 
 
+@pytest.mark.parametrize("observes", [False, True])
+def test_three_positions_and_a_norm_after_rope(device: torch.device, observes: bool) -> None:
+    positions = torch.stack((torch.arange(NUM_TOKENS), torch.arange(NUM_TOKENS) * 3, torch.full((NUM_TOKENS,), 7)))
+    options: dict[str, Any] = {"mrope_section": (12, 10, 10), "mrope_interleaved": True, "norm_after_rope": True}
+    weights = {f"{side}_norm_weight": torch.linspace(0.5, 2, HEAD_SIZE) for side in "qk"}
+    arguments = step(device) | {"positions": positions.to(device)} | {name: x.to(device) for name, x in weights.items()}
+    pair = caches(device)
+    query = layer(device, "tensor", calculate_kv_scales=observes).append_step(cache=pair, **arguments, **options)
+
+    cpu = torch.device("cpu")
+    scales, others, wanted = layer(cpu, "tensor"), caches(cpu), torch.zeros(NUM_TOKENS, NUM_HEADS, HEAD_SIZE, dtype=E4M3)
+    reference.rope_quant_and_cache(
+        **(step(cpu) | {"positions": positions} | weights), **options, query_out=wanted, key_cache=others[0],
+        value_cache=others[1], kv_cache_dtype="fp8", q_scale=scales.q_scale, k_scale=scales.k_scale,
+        v_scale=scales.v_scale,
+    )  # fmt: skip
+    assert_same_bytes(pair[1], others[1])
+    for actual, right in ((query, wanted), (pair[0], others[0])):  # a norm: one step of FP8
+        torch.testing.assert_close(actual.float().cpu(), right.float(), rtol=0.13, atol=2.0**-9)
+
+
 @pytest.mark.parametrize("fused", [False, True], ids=["observing", "fused"])
 def test_compiled(device: torch.device, fused: bool) -> None:
     """Inductor takes half a minute for the C++ of the observing step on the CPU."""

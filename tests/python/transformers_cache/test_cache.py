@@ -686,13 +686,15 @@ def test_models_that_are_refused(config: Any, sentence: str) -> None:
         ((3, 2, 1, 24), (3, 2, 1, 24),
          "key must have num_kv_heads=2 and head_size=16 as before, got 2 and 24 in layer 1"),
         ((3, 2, 1, 16), (3, 2, 1, 8),
-         "key and value must have heads of one size, got 16 and 8 in layer 1; "
-         "skip_layers keeps layers in 16 bits"),
+         "value must have num_kv_heads=2 and head_size=16 as before, got 2 and 8 in layer 1"),
+        ((3, 2, 1, 16), (3, 4, 1, 16),
+         "key and value must be [batch, num_kv_heads, tokens, head_size], alike but for head_size, "
+         "got [3, 2, 1, 16] and [3, 4, 1, 16] in layer 1"),
         ((3, 2, 16), (3, 2, 16),
-         "key and value must be of one shape [batch, num_kv_heads, tokens, head_size], "
+         "key and value must be [batch, num_kv_heads, tokens, head_size], alike but for head_size, "
          "got [3, 2, 16] and [3, 2, 16] in layer 1"),
     ],
-    ids=["batch", "heads", "head size", "value", "dimensions"],
+    ids=["batch", "heads", "head size", "head size of value", "heads of value", "dimensions"],
 )  # fmt: skip
 def test_tokens_that_do_not_fit(static: bool, key: Any, value: Any, sentence: str) -> None:
     cache = caches("Llama", None, static)[0]
@@ -708,7 +710,7 @@ def test_tokens_that_do_not_fit(static: bool, key: Any, value: Any, sentence: st
 @each_mode
 def test_scales_of_another_number_of_heads(static: bool) -> None:
     scales = scales_with(1, torch.ones(1), torch.ones(4))
-    sentence = "Fp8Cache: scales of layer 1 must have 1 or 2 elements for v, as its keys have 2 heads, got 4"
+    sentence = "Fp8Cache: scales of layer 1 must have 1 or 2 elements for v, as its values have 2 heads, got 4"
     cache = caches("Llama", scales, static)[0]
     with pytest.raises(ValueError) as error:
         cache.update(*torch.randn(2, 3, KV_HEADS, 5, HEAD_SIZE), 1)

@@ -230,7 +230,7 @@ def test_arguments_that_are_refused(arguments: dict[str, Any], sentence: str) ->
         ({"scales": scales_with(k=torch.ones(2, 8))},
          "scales of k in layer 1 must have the shape [2, 16], as its keys have 2 heads of 16, got [2, 8]"),
         ({"scales": scales_with(v_offset=torch.ones(2, 8))},
-         "v_offset in layer 1 must have the shape [2, 16], as its keys have 2 heads of 16, got [2, 8]"),
+         "v_offset in layer 1 must have the shape [2, 16], as its values have 2 heads of 16, got [2, 8]"),
         ({"scales": "dynamic", "k_offset": {0: ONES, 1: torch.ones(4, 16)}},
          "k_offset in layer 1 must have the shape [2, 16], as its keys have 2 heads of 16, got [4, 16]"),
     ],

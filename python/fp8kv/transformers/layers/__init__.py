@@ -7,7 +7,7 @@ that a storage grows at its end. All sequences of a batch are of one length, pad
 
 from __future__ import annotations
 
-from fp8kv.transformers.layers.base import Fp8Layer, LayerOptions
+from fp8kv.transformers.layers.base import Fp8Layer, Geometry, LayerOptions
 from fp8kv.transformers.layers.dynamic import DynamicFp8Layer
 from fp8kv.transformers.layers.hybrid import (
     HybridDynamicFp8Layer,
@@ -20,6 +20,7 @@ from fp8kv.transformers.layers.window import StaticWindowFp8Layer
 __all__ = [
     "DynamicFp8Layer",
     "Fp8Layer",
+    "Geometry",
     "HybridDynamicFp8Layer",
     "HybridStaticFp8Layer",
     "HybridStaticWindowFp8Layer",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,23 @@ class LayerOptions:
     window: int | None = None
 
 
+class Geometry(NamedTuple):
+    """Heads of keys and values, as `PagedKVCache` names them."""
+
+    num_kv_heads: int
+    head_size: int
+    v_head_size: int
+
+    @classmethod
+    def of(cls, key: Tensor, value: Tensor) -> Geometry:
+        """Of ``[batch, num_kv_heads, tokens, head_size]``."""
+        return cls(key.shape[1], key.shape[3], value.shape[3])
+
+    @classmethod
+    def of_storage(cls, storage: PagedKVCache) -> Geometry:
+        return cls(storage.num_kv_heads, storage.head_size, storage.v_head_size)
+
+
 class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Base class: the storage, its checks, and how tokens are stored and read.
 
@@ -74,27 +91,26 @@ class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Bytes of the keys and values that Transformers' own 16-bit cache holds at the same point."""
         if self.storage is None:
             return 0
-        return 2 * 2 * self._num_tokens_kept() * self.storage.num_kv_heads * self.storage.head_size
+        elements = self.storage.head_size + self.storage.v_head_size
+        return 2 * self._num_tokens_kept() * self.storage.num_kv_heads * elements
 
     def _num_tokens_kept(self) -> int:
         raise NotImplementedError
 
-    def _new_storage(self, num_blocks: int, num_kv_heads: int, head_size: int, device: Any) -> PagedKVCache:
-        self._check_scales(num_kv_heads, head_size)
-        storage = PagedKVCache(
-            num_blocks, num_kv_heads=num_kv_heads, head_size=head_size, device=device, **self.options.storage
-        )
+    def _new_storage(self, num_blocks: int, geometry: Geometry, device: Any) -> PagedKVCache:
+        self._check_scales(geometry)
+        storage = PagedKVCache(num_blocks, **geometry._asdict(), device=device, **self.options.storage)
         self.options.clipping.watch(storage)
         return storage
 
-    def _check_scales(self, num_kv_heads: int, head_size: int) -> None:
-        storage = self.options.storage
-        for name in ("k", "v"):
+    def _check_scales(self, geometry: Geometry) -> None:
+        storage, num_kv_heads = self.options.storage, geometry.num_kv_heads
+        for name, whose, head_size in (("k", "keys", geometry.head_size), ("v", "values", geometry.v_head_size)):
             scale = getattr(storage["scales"], name, None)
             if isinstance(scale, Tensor) and scale.dim() < 2 and scale.numel() not in (1, num_kv_heads):
                 raise ValueError(
                     f"Fp8Cache: scales of layer {self.index} must have 1 or {num_kv_heads} elements "
-                    f"for {name}, as its keys have {num_kv_heads} heads, got {scale.numel()}"
+                    f"for {name}, as its {whose} have {num_kv_heads} heads, got {scale.numel()}"
                 )
             offset = f"{name}_offset"
             own = storage.get(offset, getattr(storage["scales"], offset, None))
@@ -102,35 +118,31 @@ class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 if isinstance(x, Tensor) and x.dim() == 2 and x.shape != (num_kv_heads, head_size):
                     raise ValueError(
                         f"Fp8Cache: {what} in layer {self.index} must have the shape "
-                        f"{[num_kv_heads, head_size]}, as its keys have {num_kv_heads} heads of {head_size}, "
+                        f"{[num_kv_heads, head_size]}, as its {whose} have {num_kv_heads} heads of {head_size}, "
                         f"got {list(x.shape)}"
                     )
 
     def _check(self, key: Tensor, value: Tensor) -> None:
         """Checks that the new tokens are consistent with each other and with the stored ones."""
-        if key.dim() == value.dim() == 4 and key.shape[:3] == value.shape[:3] and key.shape != value.shape:
+        if key.dim() != 4 or value.dim() != 4 or key.shape[:3] != value.shape[:3]:
             raise ValueError(
-                "Fp8Cache: key and value must have heads of one size, "
-                f"got {key.shape[3]} and {value.shape[3]} in layer {self.index}; "
-                "skip_layers keeps layers in 16 bits"
-            )
-        if key.dim() != 4 or key.shape != value.shape:
-            raise ValueError(
-                "Fp8Cache: key and value must be of one shape [batch, num_kv_heads, tokens, head_size], "
+                "Fp8Cache: key and value must be [batch, num_kv_heads, tokens, head_size], alike but for head_size, "
                 f"got {list(key.shape)} and {list(value.shape)} in layer {self.index}"
             )
-        batch, heads, _, head_size = key.shape
+        batch = len(key)
         if self.batch_size is not None and batch != self.batch_size:
             raise ValueError(
                 f"Fp8Cache: key must have the {self.batch_size} sequences that the cache has, got {batch} in layer {self.index}"
             )
-        storage = self.storage
-        if storage is not None and (heads, head_size) != (storage.num_kv_heads, storage.head_size):
-            raise ValueError(
-                f"Fp8Cache: key must have num_kv_heads={storage.num_kv_heads} and "
-                f"head_size={storage.head_size} as before, "
-                f"got {heads} and {head_size} in layer {self.index}"
-            )
+        if self.storage is None:
+            return
+        ours = Geometry.of_storage(self.storage)
+        for name, x, size in (("key", key, ours.head_size), ("value", value, ours.v_head_size)):
+            if (x.shape[1], x.shape[3]) != (ours.num_kv_heads, size):
+                raise ValueError(
+                    f"Fp8Cache: {name} must have num_kv_heads={ours.num_kv_heads} and head_size={size} as before, "
+                    f"got {x.shape[1]} and {x.shape[3]} in layer {self.index}"
+                )
 
     def _is_readable(self, key: Tensor) -> bool:
         """Whether the attention function may read the tokens of this step from the storage.
@@ -171,9 +183,10 @@ class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """The tokens that queries of a step may see, dequantized: ``[batch, heads, tokens, head_size]``."""
         storage = self.storage
         assert storage is not None
-        batch = len(step.table)
-        shape = (batch, step.num_read, storage.num_kv_heads, storage.head_size)
-        key, value = (torch.empty(shape, dtype=dtype, device=storage.device) for _ in range(2))
+        shape = (len(step.table), step.num_read, storage.num_kv_heads)
+        key, value = (
+            torch.empty((*shape, size), dtype=dtype, device=storage.device) for size in (storage.head_size, storage.v_head_size)
+        )
         gather_rows(storage, key.flatten(0, 1), value.flatten(0, 1), step.table, *step.to_gather())
         return key.transpose(1, 2), value.transpose(1, 2)
 
@@ -195,7 +208,7 @@ class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             softmax_scale, softcap, sinks: as for `fp8kv.paged_attention`; None for none.
 
         Returns:
-            ``[batch, new tokens, num_heads, head_size]``.
+            ``[batch, new tokens, num_heads, head_size of V]``.
         """
         assert self.storage is not None
         seq_lens, cu_query_lens = step.to_attend()
@@ -206,7 +219,7 @@ class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             seq_starts=None if starts is None else step.seq_starts(starts), sliding_window=self.window,
             softcap=softcap or 0.0, sinks=sinks,
         )  # fmt: skip
-        return out.view(rows.shape)
+        return out.view(*rows.shape[:3], -1)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replaces sequence ``s`` by sequence ``beam_idx[s]``."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8kv.transformers.layers.base import Fp8Layer, LayerOptions, window_is_gone
+from fp8kv.transformers.layers.base import Fp8Layer, Geometry, LayerOptions, window_is_gone
 from fp8kv.transformers.step import Step, Steps, slots_of
 
 
@@ -32,7 +32,7 @@ class DynamicFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self._check(key_states, value_states)
-        self.storage = self._new_storage(0, key_states.shape[1], key_states.shape[3], key_states.device)
+        self.storage = self._new_storage(0, Geometry.of(key_states, value_states), key_states.device)
         self.num_rows = self.batch_size = len(key_states)
         self.is_initialized = True
 
@@ -110,7 +110,7 @@ class DynamicFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
         """A new storage that starts with these blocks of the old one."""
         old = self.storage
         assert old is not None
-        self.storage = self._new_storage(num_blocks, old.num_kv_heads, old.head_size, old.device)
+        self.storage = self._new_storage(num_blocks, Geometry.of_storage(old), old.device)
         if not old.dynamic:
             counter = self.storage.clip_counter
             self.storage.use_scales(old.k_scale, old.v_scale)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8kv.transformers.layers.base import Fp8Layer, LayerOptions
+from fp8kv.transformers.layers.base import Fp8Layer, Geometry, LayerOptions
 from fp8kv.transformers.progress import Progress
 from fp8kv.transformers.step import Step, slots_of
 
@@ -47,13 +47,12 @@ class StaticFp8Layer(Fp8Layer):  # type: ignore[no-untyped-call]
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self._check(key_states, value_states)
-        batch, heads, _, head_size = key_states.shape
-        self.allocate(self.max_batch_size or batch, heads, head_size, key_states.device)
+        self.allocate(self.max_batch_size or len(key_states), Geometry.of(key_states, value_states), key_states.device)
 
-    def allocate(self, num_rows: int, num_kv_heads: int, head_size: int, device: torch.device) -> None:
+    def allocate(self, num_rows: int, geometry: Geometry, device: torch.device) -> None:
         """Allocates storage for `num_rows` sequences."""
         num_blocks = num_rows * self.blocks_of_sequence
-        self.storage = storage = self._new_storage(num_blocks, num_kv_heads, head_size, device)
+        self.storage = storage = self._new_storage(num_blocks, geometry, device)
         self.num_rows = num_rows
         self.cumulative_length = self.progress.length_on(storage.device)
         blocks = torch.arange(num_blocks, dtype=torch.int32, device=storage.device)
