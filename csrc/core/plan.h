@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 
 #include "core/attention_layout.h"
 #include "core/chunks.h"
@@ -46,17 +47,15 @@ constexpr std::int64_t grid_stride_blocks(std::int64_t count, int multiprocessor
 
 // --- Elementwise: quantize with given scales, dequantize ---------------------
 
-// The kernels of csrc/cuda/quantize/elementwise.cuh. "Contiguous": the input and the result are one contiguous range each.
+// The kernels of csrc/cuda/quantize/elementwise.cuh.
 enum class ElementwiseKernel : std::uint8_t {
   Scalar,
-  VectorizedContiguous0,  // contiguous, one scale
-  VectorizedContiguous1,  // contiguous, one dimension outside the row
-  VectorizedContiguous2,  // contiguous, two
-  Vectorized,             // any other
+  Contiguous,    // input and result are one contiguous range each, of a GroupGrid
+  AcrossGroups,  // the same in units of kUnitSize elements, in which a group may end
+  Vectorized,    // rows of one scale
   VectorizedUnaligned,
-  AcrossGroups,  // contiguous: units of 16 elements, in which a group may end
-  PerColumn0,    // no dimension outside of rows that share their scales
-  PerColumn,
+  PerChannel,  // contiguous, with a scale for each column
+  PerColumn,   // other rows that share scales that change along them
   PerColumnUnaligned,
 };
 
@@ -66,9 +65,12 @@ struct GroupGrid {
   std::int64_t row = 0;  // elements
   std::int64_t group = 0;
   std::int64_t row_block = 1;
-  std::int64_t row_scale = 0;
+  std::int64_t row_scale = 0;  // below 2^32, as group_scale
   std::int64_t group_scale = 0;
 };
+
+// What of a GroupGrid has to be looked at: nothing, as there is one group; one row; or all of it.
+enum class Groups : std::uint8_t { One, Row, Grid };
 
 // Neighboring elements that a thread takes of such a tensor: one access of 16 bytes to FP8.
 inline constexpr int kUnitSize = 16;
@@ -82,13 +84,14 @@ struct ElementwisePlan {
   std::int64_t blocks = 0;
   int outer_dims = 0;             // dimensions that the kernel finds by their index; it knows the rest
   std::int64_t vecs_per_row = 1;  // Vectorized, PerColumn
-  int vecs_per_thread = 1;        // Vectorized: 1 or 2
+  int vecs_per_thread = 1;        // Contiguous: 1 or 2
   std::int64_t row_size = 0;      // elements; of merged rows where there are any
-  GroupGrid grid{};               // AcrossGroups
+  GroupGrid grid{};               // Contiguous, AcrossGroups
+  Groups groups = Groups::Grid;   // Contiguous
 
   // PerColumn, aligned: the dimension before the row, if it shares its scales, so that a thread can loop over it.
   std::int64_t rows = 1;
-  int rows_per_thread = 1;
+  int rows_per_thread = 1;       // PerChannel: 1 or 4
   std::int64_t rows_merged = 1;  // contiguous rows of odd length that are taken as one aligned row
   std::int64_t row_in = 0;       // strides from one (merged) row to the next
   std::int64_t row_out = 0;
@@ -99,6 +102,9 @@ struct ElementwisePlan {
 // Whether groups of a contiguous problem end inside vectors, and units of the whole tensor are the way to take it: then it is
 // not divided by for_each_uniform_part.
 FP8KV_API bool goes_across_groups(const Chunk& chunk, const TensorView& input, const TensorView& result);
+
+// The grid of a contiguous layout; none where it is not one, or strides of scales are too large.
+std::optional<GroupGrid> grid_of(const Layout& layout);
 
 // The chunk must have elements, at most kMaxChunk of them.
 FP8KV_API ElementwisePlan plan_elementwise(const Chunk& chunk, const TensorView& input, const TensorView& result,
@@ -136,15 +142,17 @@ FP8KV_API AmaxPlan plan_amax(const Chunk& chunk, const TensorView& input, int mu
 
 // How the largest magnitude of each group is found (csrc/cuda/quantize/dynamic.cuh).
 enum class DynamicPath : std::uint8_t {
-  PerGroup,     // every row is a group: it stays in the registers of a few threads between maximum and division
-  Redundant,    // one group of one row, of a few blocks' size: every block finds the maximum of all of it
-  Cluster,      // one group of one row that fits the registers of one thread block cluster
-  Cooperative,  // one group of one row: a cooperative kernel keeps what it can on the chip
-  TwoPasses,    // anything: atomic maxima into the scales, then the elementwise kernel
+  AcrossGroups,  // short groups of a GroupGrid that end inside vectors: in units of the whole tensor
+  PerGroup,      // every row is a group: it stays in the registers of a few threads between maximum and division
+  Redundant,     // one group of one row, of a few blocks' size: every block finds the maximum of all of it
+  Cluster,       // one group of one row that fits the registers of one thread block cluster
+  Cooperative,   // one group of one row: a cooperative kernel keeps what it can on the chip
+  TwoPasses,     // anything: atomic maxima into the scales, then the elementwise kernel
 };
 
 constexpr const char* name(DynamicPath path) {
   switch (path) {
+    case DynamicPath::AcrossGroups: return "across groups";
     case DynamicPath::PerGroup: return "per group";
     case DynamicPath::Redundant: return "redundant";
     case DynamicPath::Cluster: return "cluster";
@@ -163,11 +171,13 @@ struct DynamicPlan {
   std::int64_t blocks = 0;
   int lanes_per_group = 0;        // PerGroup: a power of two up to 32; 0 for a block. Misaligned, they take single elements
   int vecs_per_thread = 1;        // PerGroup, Redundant, Cluster: kept in registers; 0: the row is read twice
+  GroupGrid grid{};               // AcrossGroups
   int shared_vecs = 0;            // Cooperative: kept in shared memory, per thread
   std::int64_t vecs_per_row = 1;  // what covers a row of any alignment
 };
 
 inline constexpr int kElementsPerLane = 8;  // of misaligned groups that share a warp
+inline constexpr int kTileThreads = 128;    // of AcrossGroups, for as many units
 inline constexpr int kRedundantThreads = 1024;
 inline constexpr int kRedundantVecs = 512;  // a block quantizes
 inline constexpr int kCooperativeThreads = 512;

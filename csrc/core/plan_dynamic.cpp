@@ -33,6 +33,15 @@ bool row_fits(const Layout& layout) {
   return rows_are_groups(layout) && contiguous_rows(layout) && layout.inner().size <= kMaxChunk;
 }
 
+// Whether groups of one row each, short enough to be read at both ends of a tile, end inside vectors.
+bool tiles_fit(const Chunk& chunk, const TensorView& input, const TensorView& result) {
+  constexpr std::int64_t kLongest = kTileThreads * kUnitSize / 8;
+  if (chunk.layout.numel > kMaxChunk || !goes_across_groups(chunk, input, result)) return false;
+  const GroupGrid grid = *grid_of(chunk.layout);
+  const bool own_scales = grid.row == chunk.layout.numel || (grid.row_block == 1 && grid.row_scale != 0);
+  return own_scales && grid.group_scale != 0 && grid.group <= kLongest;
+}
+
 void plan_one_group(DynamicPlan& plan, DType real, const DeviceLimits& limits, int max_cluster) {
   const std::int64_t vecs = plan.vecs_per_row;
   const int most = vecs_in_registers(real);
@@ -78,6 +87,13 @@ DynamicPlan plan_dynamic(const Chunk& chunk, const TensorView& input, const Tens
   DynamicPlan plan;
   plan.aligned = vecs_aligned(chunk, input, result);
   plan.vecs_per_row = vecs_covering(layout.inner().size, plan.aligned);
+  if (tiles_fit(chunk, input, result)) {
+    plan.path = DynamicPath::AcrossGroups;
+    plan.grid = *grid_of(layout);
+    plan.threads = kTileThreads;
+    plan.blocks = ceil_div(layout.numel, kTileThreads * kUnitSize);
+    return plan;
+  }
   if (!row_fits(layout)) return plan;
 
   const std::int64_t groups = layout.numel / layout.inner().size, vecs = plan.vecs_per_row;

@@ -1,6 +1,5 @@
 #include <bit>
 #include <numeric>
-#include <optional>
 
 #include "core/plan.h"
 
@@ -10,48 +9,6 @@ namespace {
 // From this number of vectors on the device is full, and a thread takes two.
 constexpr std::int64_t kManyVecs = 1 << 18;
 
-ElementwiseKernel vectorized_kernel(const Layout& layout, bool aligned) {
-  if (!aligned) return ElementwiseKernel::VectorizedUnaligned;
-  if (!contiguous(layout)) return ElementwiseKernel::Vectorized;
-  switch (layout.ndim - 1) {
-    case 0: return ElementwiseKernel::VectorizedContiguous0;
-    case 1: return ElementwiseKernel::VectorizedContiguous1;
-    case 2: return ElementwiseKernel::VectorizedContiguous2;
-    default: return ElementwiseKernel::Vectorized;
-  }
-}
-
-ElementwisePlan plan_vectorized(const Layout& layout, bool aligned) {
-  ElementwisePlan plan{.path = KernelPath::Vectorized, .aligned = aligned};
-  plan.kernel = vectorized_kernel(layout, aligned);
-  plan.outer_dims = layout.ndim - 1;
-  plan.row_size = layout.inner().size;
-  plan.vecs_per_row = vecs_covering(plan.row_size, aligned);
-  plan.work = layout.numel / plan.row_size * plan.vecs_per_row;
-  const bool one_range = plan.kernel != ElementwiseKernel::VectorizedUnaligned && plan.kernel != ElementwiseKernel::Vectorized;
-  if (one_range && plan.work >= kManyVecs) plan.vecs_per_thread = 2;
-  return plan;
-}
-
-// The groups of a contiguous layout as a grid, if they are one.
-std::optional<GroupGrid> grid_of(const Layout& layout) {
-  if (layout.flat_rows || !contiguous_rows(layout) || !contiguous(layout)) return std::nullopt;
-  const Layout::Dim& inner = layout.inner();
-  GroupGrid grid{.row = inner.size, .group = inner.scale ? inner.block : inner.size, .group_scale = inner.scale};
-  int outer = layout.ndim - 2;
-  if (outer >= 0 && inner.scale == 0 && layout.dims[outer].block == 1) {  // neighboring groups of the same size
-    grid.row *= layout.dims[outer].size;
-    grid.group_scale = layout.dims[outer].scale;
-    --outer;
-  }
-  if (outer > 0) return std::nullopt;
-  if (outer == 0) {
-    grid.row_block = layout.dims[0].block;
-    grid.row_scale = layout.dims[0].scale;
-  }
-  return grid;
-}
-
 // Three groups in a unit are slow. They are rare where only the last group of a row is that small, and rows are long.
 bool three_in_a_unit_are_rare(const GroupGrid& grid) {
   constexpr std::int64_t kLongRow = 64 * kUnitSize;
@@ -59,12 +16,31 @@ bool three_in_a_unit_are_rare(const GroupGrid& grid) {
   return grid.group >= kUnitSize && (rest == 0 || rest >= kUnitSize || grid.row >= kLongRow);
 }
 
-ElementwisePlan plan_across_groups(const Layout& layout) {
+ElementwisePlan plan_across_groups(const GroupGrid& grid, std::int64_t numel) {
   ElementwisePlan plan{.kernel = ElementwiseKernel::AcrossGroups, .path = KernelPath::Vectorized, .aligned = true};
   plan.threads = 128;
-  plan.row_size = layout.numel;
-  plan.work = ceil_div(layout.numel, kUnitSize);
-  plan.grid = *grid_of(layout);
+  plan.work = ceil_div(numel, kUnitSize);
+  plan.grid = grid;
+  return plan;
+}
+
+ElementwisePlan plan_contiguous(const GroupGrid& grid, std::int64_t numel) {
+  ElementwisePlan plan{.kernel = ElementwiseKernel::Contiguous, .path = KernelPath::Vectorized, .aligned = true};
+  plan.work = numel / kVecSize;
+  if (plan.work >= kManyVecs) plan.vecs_per_thread = 2;
+  plan.grid = grid;
+  const bool one_row = grid.row == numel;
+  plan.groups = one_row && grid.group == numel ? Groups::One : one_row ? Groups::Row : Groups::Grid;
+  return plan;
+}
+
+ElementwisePlan plan_vectorized(const Layout& layout, bool aligned) {
+  ElementwisePlan plan{.path = KernelPath::Vectorized, .aligned = aligned};
+  plan.kernel = aligned ? ElementwiseKernel::Vectorized : ElementwiseKernel::VectorizedUnaligned;
+  plan.outer_dims = layout.ndim - 1;
+  plan.row_size = layout.inner().size;
+  plan.vecs_per_row = vecs_covering(plan.row_size, aligned);
+  plan.work = layout.numel / plan.row_size * plan.vecs_per_row;
   return plan;
 }
 
@@ -105,14 +81,43 @@ ElementwisePlan plan_per_column(const Chunk& chunk, const TensorView& input, con
   plan.row_out = looped.out * plan.rows_merged;
   plan.last_row_size = loops ? (looped.size - (plan.rows - 1) * plan.rows_merged) * inner.size : plan.row_size;
   plan.vector_scales = !merged && inner.scale == 1 && inner.block == 1 && scales_aligned(chunk, scale);
-  plan.rows_per_thread = layout.numel / kVecSize < kManyVecs && !merged && plan.outer_dims == 0 ? 1 : 4;
-  plan.kernel = plan.outer_dims == 0 ? ElementwiseKernel::PerColumn0 : ElementwiseKernel::PerColumn;
+  // One row while there is little to do; then more, so that preparing the scales is shared. Merged rows share even more work.
+  const std::int64_t vecs = layout.numel / kVecSize;
+  if (one_range && plan.outer_dims == 0 && plan.vector_scales) {
+    plan.kernel = ElementwiseKernel::PerChannel;
+    plan.rows_per_thread = vecs >= kManyVecs ? 4 : 1;
+  } else {
+    plan.kernel = ElementwiseKernel::PerColumn;
+    if (vecs > (merged ? 1 << 17 : 1 << 18)) plan.rows_per_thread = merged ? 4 : 2;
+    plan.rows_per_thread =
+        static_cast<int>(std::min<std::int64_t>(plan.rows_per_thread, std::bit_floor(static_cast<std::uint64_t>(plan.rows))));
+  }
   const std::int64_t outer = layout.numel / inner.size / looped.size;
   plan.work = outer * ceil_div(plan.rows, plan.rows_per_thread) * plan.vecs_per_row;
   return plan;
 }
 
 }  // namespace
+
+std::optional<GroupGrid> grid_of(const Layout& layout) {
+  if (layout.flat_rows || !contiguous_rows(layout) || !contiguous(layout)) return std::nullopt;
+  const Layout::Dim& inner = layout.inner();
+  GroupGrid grid{.row = inner.size, .group = inner.scale ? inner.block : inner.size, .group_scale = inner.scale};
+  int outer = layout.ndim - 2;
+  if (outer >= 0 && inner.scale == 0 && layout.dims[outer].block == 1) {  // neighboring groups of the same size
+    grid.row *= layout.dims[outer].size;
+    grid.group_scale = layout.dims[outer].scale;
+    --outer;
+  }
+  if (outer > 0) return std::nullopt;
+  if (outer == 0) {
+    grid.row_block = layout.dims[0].block;
+    grid.row_scale = layout.dims[0].scale;
+  }
+  const auto fits = [](std::int64_t stride) { return stride >= 0 && stride < std::int64_t{1} << 32; };
+  if (!fits(grid.row_scale) || !fits(grid.group_scale)) return std::nullopt;
+  return grid;
+}
 
 bool goes_across_groups(const Chunk& chunk, const TensorView& input, const TensorView& result) {
   const std::optional<GroupGrid> grid = grid_of(chunk.layout);
@@ -124,19 +129,25 @@ ElementwisePlan plan_elementwise(const Chunk& chunk, const TensorView& input, co
                                  int multiprocessors) {
   const Layout& layout = chunk.layout;
   const bool aligned = vecs_aligned(chunk, input, result);
+  const std::optional<GroupGrid> grid = grid_of(layout);
   ElementwisePlan plan;
   if (goes_across_groups(chunk, input, result)) {
-    plan = plan_across_groups(layout);
+    plan = plan_across_groups(*grid, layout.numel);
   } else if (layout.flat_rows || !contiguous_rows(layout) || (!aligned && layout.inner().size < kVecSize)) {
     plan.outer_dims = layout.ndim;
     plan.work = layout.numel;
   } else if (layout.inner().scale != 0) {
     plan = plan_per_column(chunk, input, result, scale, aligned);
+  } else if (aligned && grid) {
+    plan = plan_contiguous(*grid, layout.numel);
   } else {
     plan = plan_vectorized(layout, aligned);
   }
-  // Small blocks spread tiny problems over more multiprocessors. Where threads take several vectors, they end together sooner.
-  if (plan.path == KernelPath::PerColumn || plan.vecs_per_thread > 1 || plan.work <= 64 * std::int64_t{multiprocessors})
+  // Columns hold many registers: smaller blocks fill a multiprocessor better. They also spread tiny problems over more
+  // multiprocessors.
+  if (plan.path == KernelPath::PerColumn)
+    plan.threads = plan.rows_per_thread == 2 ? 64 : 128;
+  else if (plan.vecs_per_thread > 1 || plan.work <= 64 * std::int64_t{multiprocessors})
     plan.threads = 128;
   plan.blocks = ceil_div(plan.work, plan.threads * plan.vecs_per_thread);
   return plan;

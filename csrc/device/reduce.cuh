@@ -29,6 +29,20 @@ __device__ __forceinline__ void raise_word(std::uint32_t& word, const Vec<T>& ve
     word = larger_word<T>(word, vec.words[i] & (sizeof(T) == 4 ? 0x7fffffffu : 0x7fff7fffu));
 }
 
+// The first `left` elements of a vector raise the first word, the others the second.
+template <class T>
+__device__ __forceinline__ void raise_words(std::uint32_t (&words)[2], const Vec<T>& vec, int left) {
+  constexpr std::uint32_t kMagnitude = sizeof(T) == 4 ? 0x7fffffffu : 0x7fff7fffu;
+  const int left_bits = left * static_cast<int>(8 * sizeof(T));
+#pragma unroll
+  for (int i = 0; i < Vec<T>::kWords; ++i) {
+    std::uint32_t first;  // as many of the lowest bits
+    asm("bmsk.clamp.b32 %0, 0, %1;" : "=r"(first) : "r"(max(left_bits - 32 * i, 0)));
+    words[0] = larger_word<T>(words[0], vec.words[i] & first & kMagnitude);
+    words[1] = larger_word<T>(words[1], vec.words[i] & ~first & kMagnitude);
+  }
+}
+
 template <class T>
 __device__ __forceinline__ std::uint32_t largest_of_word(std::uint32_t word) {
   return sizeof(T) == 4 ? word : max(word & 0xffffu, word >> 16);

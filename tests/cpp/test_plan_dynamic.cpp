@@ -47,7 +47,10 @@ TEST(PlanDynamic, LanesOfShortGroupsTakeUnitsVectorsOrElements) {
                                                   {4 * 17, 17, 4, false},        // 17 elements
                                                   {3 * 131, 131, 32, false},     // 131
                                                   {4 * 255, 255, 32, false}}) {  // 255
-    const DynamicPlan plan = plan_of(quantize_problem(16, cols, {1, group}));
+    StaticQuantize p = quantize_problem(16, cols, {1, group});
+    if (group % 2 == 1) p.input.strides[0] = cols + 1;  // otherwise units of the whole tensor
+    const DynamicPlan plan = plan_of(p);
+    EXPECT_EQ(plan.path, DynamicPath::PerGroup) << group;
     EXPECT_EQ(plan.lanes_per_group, lanes) << group;
     EXPECT_EQ(plan.units, units) << group;
   }
@@ -80,6 +83,27 @@ TEST(PlanDynamic, OneVectorPerThreadWhereAllRowsAreInFlightAtOnce) {
   EXPECT_EQ(plan_of(quantize_problem(128, 4096, {1, -1})).threads, 512);
   EXPECT_EQ(plan_of(quantize_problem(1024, 4096, {1, -1})).vecs_per_thread, 2);
   EXPECT_EQ(plan_of(quantize_problem(1024, 4096, {1, -1})).threads, 256);
+}
+
+// --- Groups that end inside vectors --------------------------------
+
+TEST(PlanDynamic, ShortGroupsThatEndInsideVectorsAreTakenInTiles) {
+  const DynamicPlan plan = plan_of(quantize_problem(4097, 5137, {1, 128}));
+  EXPECT_EQ(plan.path, DynamicPath::AcrossGroups);
+  EXPECT_EQ(plan.threads, 128);
+  EXPECT_EQ(plan.blocks, 10277);  // of 2048 elements
+  EXPECT_EQ(plan.grid.row, 5137);
+  EXPECT_EQ(plan.grid.group, 128);
+  EXPECT_EQ(plan.grid.row_scale, 41);
+  EXPECT_EQ(plan.grid.group_scale, 1);
+  const auto path = [](const StaticQuantize& p) { return plan_of(p).path; };
+  EXPECT_EQ(path(quantize_problem(100, 77, {1, -1})), DynamicPath::AcrossGroups) << "rows";
+  EXPECT_EQ(path(quantize_problem(1, 7 * 77, {1, 77})), DynamicPath::AcrossGroups) << "of one row";
+  EXPECT_EQ(path(quantize_problem(100, 255, {1, -1})), DynamicPath::AcrossGroups);
+  EXPECT_EQ(path(quantize_problem(100, 257, {1, -1})), DynamicPath::PerGroup) << "too long";
+  EXPECT_EQ(path(quantize_problem(100, 5136, {1, 128})), DynamicPath::TwoPasses) << "as one part: vectors fit";
+  EXPECT_EQ(path(quantize_problem(100, 5137, {2, 128})), DynamicPath::TwoPasses) << "groups of several rows";
+  EXPECT_EQ(path(quantize_problem(100, 77, {1, -1}, 8)), DynamicPath::PerGroup) << "units are not aligned";
 }
 
 // --- One group --------------------------------

@@ -57,11 +57,11 @@ const KernelOf kKernels[] = {
     {"spaced_elements", with_spaced_input(quantize_problem(16, 64, {-1, -1})), Kernel::Scalar, KernelPath::Scalar},
     {"flat_rows", flat_rows(), Kernel::Scalar, KernelPath::Scalar},
     {"rows_below_a_vector", with_input_pitch(quantize_problem(16, 7, {1, -1}), 16), Kernel::Scalar, KernelPath::Scalar},
-    {"tensor", quantize_problem(64, 4096, {-1, -1}), Kernel::VectorizedContiguous0, KernelPath::Vectorized},
-    {"token", quantize_problem(64, 4096, {1, -1}), Kernel::VectorizedContiguous1, KernelPath::Vectorized},
-    {"row_blocks", quantize_problem(64, 4096, {1, 128}), Kernel::VectorizedContiguous1, KernelPath::Vectorized},
-    {"head", quantize_problem(64, 4096, {-1, 128}), Kernel::VectorizedContiguous2, KernelPath::Vectorized},
-    {"blocks", quantize_problem(256, 384, {128, 128}), Kernel::VectorizedContiguous2, KernelPath::Vectorized},
+    {"tensor", quantize_problem(64, 4096, {-1, -1}), Kernel::Contiguous, KernelPath::Vectorized},
+    {"token", quantize_problem(64, 4096, {1, -1}), Kernel::Contiguous, KernelPath::Vectorized},
+    {"row_blocks", quantize_problem(64, 4096, {1, 128}), Kernel::Contiguous, KernelPath::Vectorized},
+    {"head", quantize_problem(64, 4096, {-1, 128}), Kernel::Contiguous, KernelPath::Vectorized},
+    {"blocks", quantize_problem(256, 384, {128, 128}), Kernel::Contiguous, KernelPath::Vectorized},
     {"blocks_4d", blocks_4d({2, 3, 4, 16}, {2, 1, 4, 1}), Kernel::Vectorized, KernelPath::Vectorized},
     {"padded_rows", with_input_pitch(quantize_problem(16, 64, {-1, -1}), 72), Kernel::Vectorized, KernelPath::Vectorized},
     {"odd_rows", quantize_problem(10, 131, {1, -1}), Kernel::AcrossGroups, KernelPath::Vectorized},
@@ -70,14 +70,14 @@ const KernelOf kKernels[] = {
     {"odd_pitch", with_input_pitch(quantize_problem(16, 64, {-1, -1}), 67), Kernel::VectorizedUnaligned,
      KernelPath::Vectorized},
     {"misaligned", quantize_problem(8, 64, {-1, -1}, 1), Kernel::VectorizedUnaligned, KernelPath::Vectorized},
-    {"channel", quantize_problem(128, 4096, {-1, 1}), Kernel::PerColumn0, KernelPath::PerColumn},
-    {"short_blocks", quantize_problem(128, 4096, {-1, 4}), Kernel::PerColumn0, KernelPath::PerColumn},
-    {"channel_of_one_row", quantize_problem(1, 4096, {-1, 1}), Kernel::PerColumn0, KernelPath::PerColumn},
-    {"channel_padded", with_input_pitch(quantize_problem(128, 64, {-1, 1}), 72), Kernel::PerColumn0, KernelPath::PerColumn},
-    {"channel_merged", quantize_problem(100, 129, {-1, 1}), Kernel::PerColumn0, KernelPath::PerColumn},
+    {"channel", quantize_problem(128, 4096, {-1, 1}), Kernel::PerChannel, KernelPath::PerColumn},
+    {"short_blocks", quantize_problem(128, 4096, {-1, 4}), Kernel::PerColumn, KernelPath::PerColumn},
+    {"channel_of_one_row", quantize_problem(1, 4096, {-1, 1}), Kernel::PerChannel, KernelPath::PerColumn},
+    {"channel_padded", with_input_pitch(quantize_problem(128, 64, {-1, 1}), 72), Kernel::PerColumn, KernelPath::PerColumn},
+    {"channel_merged", quantize_problem(100, 129, {-1, 1}), Kernel::PerColumn, KernelPath::PerColumn},
     {"channel_in_blocks_of_rows", quantize_problem(128, 64, {32, 1}), Kernel::PerColumn, KernelPath::PerColumn},
-    {"channel_many_rows", quantize_problem(8192, 4096, {-1, 1}), Kernel::PerColumn0, KernelPath::PerColumn},
-    {"channel_merged_many_rows", quantize_problem(1031, 1025, {-1, 1}), Kernel::PerColumn0, KernelPath::PerColumn},
+    {"channel_many_rows", quantize_problem(8192, 4096, {-1, 1}), Kernel::PerChannel, KernelPath::PerColumn},
+    {"channel_merged_many_rows", quantize_problem(1031, 1025, {-1, 1}), Kernel::PerColumn, KernelPath::PerColumn},
     {"channel_odd_pitch", with_input_pitch(quantize_problem(100, 129, {-1, 1}), 131), Kernel::PerColumnUnaligned,
      KernelPath::PerColumn},
     {"channel_misaligned", quantize_problem(100, 128, {-1, 1}, 1), Kernel::PerColumnUnaligned, KernelPath::PerColumn},
@@ -116,12 +116,20 @@ TEST(PlanElementwise, EveryKernelIsReached) {
 
 // --- What threads do --------------------------------
 
-TEST(PlanElementwise, PerTensorIsOneRowOfVectors) {
+TEST(PlanElementwise, PerTensorIsOneGroup) {
   const ElementwisePlan plan = plan_of(quantize_problem(64, 4096, {-1, -1}));
   EXPECT_TRUE(plan.aligned);
-  EXPECT_EQ(plan.outer_dims, 0);
-  EXPECT_EQ(plan.row_size, 64 * 4096);
+  EXPECT_EQ(plan.groups, Groups::One);
   EXPECT_EQ(plan.work, 64 * 4096 / kVecSize);
+}
+
+TEST(PlanElementwise, GroupsOfOneRowAreCountedOnly) {
+  EXPECT_EQ(plan_of(quantize_problem(64, 4096, {1, -1})).groups, Groups::Row);
+  EXPECT_EQ(plan_of(quantize_problem(64, 4096, {1, 128})).groups, Groups::Row);
+  EXPECT_EQ(plan_of(quantize_problem(1, 4096, {-1, 128})).groups, Groups::Row);
+  EXPECT_EQ(plan_of(quantize_problem(64, 4096, {-1, 128})).groups, Groups::Grid);
+  EXPECT_EQ(plan_of(quantize_problem(256, 4096, {128, -1})).groups, Groups::Grid);
+  EXPECT_EQ(plan_of(quantize_problem(256, 4096, {128, 128})).groups, Groups::Grid);
 }
 
 TEST(PlanElementwise, ThreadsTakeTwoVectorsInLargeContiguousProblems) {

@@ -52,11 +52,8 @@ struct Share {
 
 // With a scale that does not divide.
 template <class Fp8, class In>
-__device__ __forceinline__ Vec<Fp8> multiplied(const Vec<In>& raw, const typename device::QuantizeOp<Fp8>::Prepared& scale) {
-  const Vec<In> raws[] = {raw};
-  Vec<Fp8> converted[1];
-  multiply_vecs<device::QuantizeOp<Fp8>>(raws, converted, [&](int, int) { return scale; });
-  return converted[0];
+__device__ __forceinline__ Vec<Fp8> quantized(const Vec<In>& raw, const typename device::QuantizeOp<Fp8>::Prepared& scale) {
+  return multiplied<device::QuantizeOp<Fp8>, Fp8>(raw, [&](int) { return scale; });
 }
 
 // What is rare is done from memory again, out of line (see divide_vec): the quotients of a scale that divides, and the maximum
@@ -143,12 +140,12 @@ __device__ __forceinline__ void quantize_group(const Row<Fp8, In, kAligned>& row
 #pragma unroll
     for (int k = 0; k < kVecs; ++k) {
       const std::uint32_t vec = lane + k * threads;
-      if (vec < vecs) row.store(row.slice(vec), multiplied<Fp8>(held[k], prepared));
+      if (vec < vecs) row.store(row.slice(vec), quantized<Fp8>(held[k], prepared));
     }
   } else if (lane < vecs) {
     quantize_in_batches(
         row, lane, threads, (vecs - 1 - lane) / threads + 1, [&](const Slice& slice) { return row.load(slice); },
-        [&](const Slice& slice, const Vec<In>& raw) { row.store(slice, multiplied<Fp8>(raw, prepared)); });
+        [&](const Slice& slice, const Vec<In>& raw) { row.store(slice, quantized<Fp8>(raw, prepared)); });
   }
   if (prepared.divide) divide_share(row, scale, share);
 }
@@ -240,6 +237,120 @@ __global__ void __launch_bounds__(128)
     for (std::uint32_t i = lane; i < size; i += lanes) out[i - lane] = device::convert_element<Op, Fp8>(in[i - lane], prepared);
 }
 
+// DynamicPath::AcrossGroups. A block takes a tile of the whole tensor, a thread a unit of it, which has parts of up to two
+// groups. The maxima of the tile's groups are collected in shared memory. Of the first and the last group other elements may
+// lie in other tiles: they are read here too. The scale of a group is stored by the block in whose tile it begins.
+struct GroupTile {
+  GroupGrid grid;
+  device::FastDiv groups_per_row;
+
+  __device__ __forceinline__ std::uint32_t number_of(std::uint32_t row, std::uint32_t group) const {
+    return row * groups_per_row.divisor + group;
+  }
+  __device__ __forceinline__ std::uint32_t number_of(std::uint32_t element) const {
+    const auto [row, column] = grid.row.divmod(element);
+    return number_of(row, grid.group.div(column));
+  }
+  __device__ __forceinline__ std::uint32_t begin_of(std::uint32_t number) const {
+    const auto [row, group] = groups_per_row.divmod(number);
+    return row * grid.row.divisor + group * grid.group.divisor;
+  }
+  __device__ __forceinline__ std::uint64_t scale_of(std::uint32_t number) const {
+    const auto [row, group] = groups_per_row.divmod(number);
+    return grid.scale_of(row, group);
+  }
+};
+
+template <class In>
+__device__ __forceinline__ std::uint32_t finite_bits_at(const In* p) {
+  return device::finite_bits<In>(__ldg(reinterpret_cast<const typename device::BitsOf<In>::type*>(p)));
+}
+
+// Of elements [begin, end), one by one: what is rare.
+template <class In>
+__device__ __noinline__ void raise_maxima(const In* input, const GroupTile& tile, std::uint32_t begin, std::uint32_t end,
+                                          std::uint32_t* maxima, std::uint32_t first_group) {
+  for (std::uint32_t i = begin; i < end; ++i) atomicMax(&maxima[tile.number_of(i) - first_group], finite_bits_at(input + i));
+}
+template <class Fp8, class In>
+__device__ __noinline__ void quantize_by_elements(const In* input, Fp8* result, const GroupTile& tile, std::uint32_t begin,
+                                                  std::uint32_t end, const float* scales, std::uint32_t first_group) {
+  using Op = device::QuantizeOp<Fp8>;
+  for (std::uint32_t i = begin; i < end; ++i)
+    result[i] = device::convert_element<Op, Fp8>(input[i], Op::prepare(scales[tile.number_of(i) - first_group]));
+}
+
+template <class Fp8, class In>
+__global__ void __launch_bounds__(core::kTileThreads)
+    quantize_across_groups(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scales,
+                           const float* __restrict__ upper_bound, const __grid_constant__ GroupTile tile) {
+  using Op = device::QuantizeOp<Fp8>;
+  constexpr int kVecs = core::kUnitSize / kVecSize;
+  constexpr std::uint32_t kTileSize = core::kTileThreads * core::kUnitSize;
+  constexpr int kMostGroups = core::kTileThreads + 8;  // of kUnitSize elements, and a few smaller ones at the ends of long rows
+  __shared__ std::uint32_t maxima[kMostGroups];
+  __shared__ float his[kMostGroups], los[kMostGroups], group_scales[kMostGroups];
+  __shared__ std::uint32_t first_shared, last_shared;
+  const GroupGrid& grid = tile.grid;
+  const std::uint32_t begin = blockIdx.x * kTileSize, end = min(begin + kTileSize, grid.count);
+  const std::uint32_t unit = begin + threadIdx.x * core::kUnitSize, unit_end = min(unit + core::kUnitSize, end);
+  device::wait_then_release();
+  Vec<In> raw[kVecs] = {};
+  const bool whole = unit + core::kUnitSize <= end;
+  if (whole) device::load_aligned(input + unit, raw);
+  const float bound = device::bound_of(upper_bound);
+
+  const UnitPlace place(grid, unit);
+  const std::uint32_t number = tile.number_of(place.row, place.group);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kMostGroups; i += core::kTileThreads) maxima[i] = 0;
+  if (threadIdx.x == 0) first_shared = number;
+  if (unit < end && unit + core::kUnitSize >= end) last_shared = tile.number_of(end - 1);
+  __syncthreads();
+  const std::uint32_t first_group = first_shared, last_group = last_shared, local = number - first_group;
+  const bool usual = whole && place.two_at_most();
+  std::uint32_t words[2] = {};
+#pragma unroll
+  for (int k = 0; k < kVecs; ++k) device::raise_words(words, raw[k], place.left - k * kVecSize);
+  const std::uint32_t bits = device::largest_of_word<In>(words[0]), next_bits = device::largest_of_word<In>(words[1]);
+  if (usual && max(bits, next_bits) < device::kInfinityBits<In>) {
+    atomicMax(&maxima[local], bits);
+    if (place.left < core::kUnitSize) atomicMax(&maxima[local + 1], next_bits);
+  } else {
+    raise_maxima(input, tile, unit, unit_end, maxima, first_group);
+  }
+#pragma unroll 1
+  for (std::uint32_t i = tile.begin_of(first_group) + threadIdx.x; i < begin; i += core::kTileThreads)
+    atomicMax(&maxima[0], finite_bits_at(input + i));
+  const std::uint32_t end_of_last = min(tile.begin_of(last_group + 1), grid.count);
+#pragma unroll 1
+  for (std::uint32_t i = end + threadIdx.x; i < end_of_last; i += core::kTileThreads)
+    atomicMax(&maxima[last_group - first_group], finite_bits_at(input + i));
+  __syncthreads();
+
+  bool divide = false;
+#pragma unroll 1
+  for (std::uint32_t i = threadIdx.x; i <= last_group - first_group; i += core::kTileThreads) {
+    const float scale = device::fast_dynamic_scale<Fp8>(device::magnitude<In>(maxima[i]), bound);
+    const auto prepared = Op::prepare(scale);
+    his[i] = prepared.hi;
+    los[i] = prepared.lo;
+    group_scales[i] = scale;
+    divide |= prepared.divide;
+    if (i > 0 || tile.begin_of(first_group) == begin) scales[tile.scale_of(first_group + i)] = scale;
+  }
+  if (__syncthreads_or(divide) || !usual)
+    return quantize_by_elements(input, result, tile, unit, unit_end, group_scales, first_group);
+  const std::uint32_t next = place.left < core::kUnitSize ? local + 1 : local;
+  const float hi = his[local], lo = los[local], next_hi = his[next], next_lo = los[next];
+  Vec<Fp8> converted[kVecs];
+  multiply_vecs<Op>(raw, converted, [&](int k, int i) {
+    const bool first = k * kVecSize + i < place.left;
+    return typename Op::Prepared{first ? hi : next_hi, first ? lo : next_lo, 0.0f, false};
+  });
+  device::store_aligned(result + unit, converted);
+}
+
 // DynamicPath::Redundant: one row, one scale. Every block finds the maximum of all of it, which takes less time than asking
 // other blocks, and quantizes its own kRedundantVecs vectors.
 template <class Fp8, class In, int kVecs, bool kAligned>
@@ -270,7 +381,7 @@ __global__ void __launch_bounds__(kRedundantThreads)
   if (own_vec == 0) *scale_out = scale;
   if (!quantizes) return;
   const auto prepared = Op::prepare(scale);
-  row.store(slice, multiplied<Fp8>(own, prepared));
+  row.store(slice, quantized<Fp8>(own, prepared));
   if (prepared.divide) divide_share(row, scale, {own_vec, 1, own_vec + 1});
 }
 
@@ -314,7 +425,7 @@ __global__ void __launch_bounds__(1024)
 #pragma unroll
   for (int k = 0; k < kVecs; ++k) {
     const std::uint32_t vec = thread + k * stride;
-    if (vec < vecs) row.store(row.slice(vec), multiplied<Fp8>(held[k], prepared));
+    if (vec < vecs) row.store(row.slice(vec), quantized<Fp8>(held[k], prepared));
   }
   if (prepared.divide) divide_share(row, scale, {thread, stride, vecs});
 #endif
@@ -381,9 +492,9 @@ __global__ void __launch_bounds__(kCooperativeThreads, kCooperativeBlocks)
   const auto prepared = Op::prepare(scale);
   const auto finish = [&](const Slice& slice, const Vec<In>& raw) {
     if constexpr (kAligned)
-      device::store_aligned(result + slice.first, multiplied<Fp8>(raw, prepared), once);
+      device::store_aligned(result + slice.first, quantized<Fp8>(raw, prepared), once);
     else
-      row.store(slice, multiplied<Fp8>(raw, prepared));
+      row.store(slice, quantized<Fp8>(raw, prepared));
   };
   if (vecs > first_rest) {
     const std::uint32_t others = (vecs - 1 - first_rest) / stride;
@@ -427,6 +538,12 @@ struct DynamicLauncher {
   void run() const {
     if (layout.numel == 0 || !core::fits_one_pass(layout)) return two_passes();
     const core::DeviceLimits& limits = device_limits();
+    const core::Chunk whole{layout};
+    if (const auto plan = core::plan_dynamic(whole, problem.input, problem.result, limits, 0);
+        plan.path == DynamicPath::AcrossGroups) {
+      launch_across_groups(whole, plan);
+      return check_launch(kOp);
+    }
     core::for_each_uniform_part(layout, [&](const core::Chunk& part) {
       core::for_each_chunk(part, core::kMaxChunk, [&](const core::Chunk& chunk) {
         launch(chunk, core::plan_dynamic(chunk, problem.input, problem.result, limits, max_cluster()));
@@ -451,6 +568,7 @@ struct DynamicLauncher {
       case DynamicPath::Redundant: return launch_redundant(chunk, plan);
       case DynamicPath::Cluster: return launch_cluster(chunk, plan);
       case DynamicPath::Cooperative: return launch_cooperative(chunk, plan);
+      case DynamicPath::AcrossGroups: return launch_across_groups(chunk, plan);
       case DynamicPath::TwoPasses: return two_passes();
     }
   }
@@ -477,6 +595,13 @@ struct DynamicLauncher {
     };
     if (plan.vecs_per_thread == 0) return start_blocks(std::integral_constant<int, 0>{});
     visit_vecs<1, kMostVecs>(plan.vecs_per_thread, start_blocks);
+  }
+
+  void launch_across_groups(const core::Chunk& chunk, const core::DynamicPlan& plan) const {
+    const GroupTile tile{.grid = GroupGrid(plan.grid, chunk.layout.numel, 1),
+                         .groups_per_row = device::FastDiv(core::ceil_div(plan.grid.row, plan.grid.group))};
+    launch_dependent(quantize_across_groups<Fp8, In>, static_cast<unsigned>(plan.blocks), plan.threads, stream,
+                     input + chunk.in, result + chunk.out, scale + chunk.scale, upper_bound, tile);
   }
 
   void launch_redundant(const core::Chunk& chunk, const core::DynamicPlan& plan) const {

@@ -31,6 +31,16 @@ __device__ __noinline__ void divide_vec(const In* in, Out* out, float scale) {
   device::store_aligned(out, device::convert_vec<Op, Out>(device::load_aligned(in), Op::prepare(scale)));
 }
 
+// `rows` vectors, `stride` elements apart, with a scale for each column. By elements, which takes few registers: a kernel has
+// as many as what it calls.
+template <class Op, class Out, class In>
+__device__ __noinline__ void divide_columns(const In* in, Out* out, std::int64_t stride, int rows, const float* scales) {
+  for (int i = 0; i < kVecSize; ++i) {
+    const auto scale = Op::prepare(__ldg(scales + i));
+    for (int r = 0; r < rows; ++r) out[r * stride + i] = device::convert_element<Op, Out>(in[r * stride + i], scale);
+  }
+}
+
 // Vectors whose scales do not divide: scale_of(k, i) is that of element i of vector k.
 template <class Op, class Out, class In, int kVecs, class F>
 __device__ __forceinline__ void multiply_vecs(const Vec<In> (&raw)[kVecs], Vec<Out> (&converted)[kVecs], const F& scale_of) {
@@ -48,51 +58,149 @@ __device__ __forceinline__ void multiply_vecs(const Vec<In> (&raw)[kVecs], Vec<O
   if constexpr (sizeof(Out) == 2) device::make_nan_canonical(converted);
 }
 
-// --- One scale per row ----------
-
-// Where a vector lies. kContiguous: the whole input and the whole result are one contiguous range each, so that the data can be
-// loaded before it is known which scale belongs to it.
-template <int kOuter, bool kContiguous>
-__device__ __forceinline__ Offsets offsets_of(const IndexMap& map, std::uint32_t vec) {
-  const std::int64_t first = std::int64_t{vec} * kVecSize;
-  if constexpr (kOuter == 0) return {first, first, 0};
-  const auto [row, vec_in_row] = map.vecs_per_row.divmod(vec);
-  Offsets at = map.at<kOuter>(row);
-  at.in = kContiguous ? first : at.in + vec_in_row * kVecSize;
-  at.out = kContiguous ? first : at.out + vec_in_row * kVecSize;
-  return at;
+// A single vector: scale_of(i).
+template <class Op, class Out, class In, class F>
+__device__ __forceinline__ Vec<Out> multiplied(const Vec<In>& raw, const F& scale_of) {
+  const Vec<In> raws[] = {raw};
+  Vec<Out> converted[1];
+  multiply_vecs<Op>(raws, converted, [&](int, int i) { return scale_of(i); });
+  return converted[0];
 }
 
+// --- Groups of a contiguous tensor ----------
+
+// core::GroupGrid, for kernels; everything counted in items of `unit` neighboring elements.
+struct GroupGrid {
+  std::uint32_t count;
+  device::FastDiv row, group, row_block;
+  std::uint32_t row_scale, group_scale;
+
+  GroupGrid(const core::GroupGrid& grid, std::int64_t numel, int unit)
+      : count(static_cast<std::uint32_t>(numel / unit)),
+        row(grid.row / unit),
+        group(grid.group / unit),
+        row_block(grid.row_block),
+        row_scale(static_cast<std::uint32_t>(grid.row_scale)),
+        group_scale(static_cast<std::uint32_t>(grid.group_scale)) {}
+
+  __device__ __forceinline__ std::uint64_t scale_of(std::uint32_t row_index, std::uint32_t group_in_row) const {
+    return std::uint64_t{row_block.div(row_index)} * row_scale + std::uint64_t{group_in_row} * group_scale;
+  }
+
+  // kGroups: One scale; groups of one Row; or a Grid of several rows.
+  template <core::Groups kGroups>
+  __device__ __forceinline__ std::uint64_t scale_of(std::uint32_t item) const {
+    if constexpr (kGroups == core::Groups::One) return 0;
+    if constexpr (kGroups == core::Groups::Row) return std::uint64_t{group.div(item)} * group_scale;
+    const auto [row_index, column] = row.divmod(item);
+    return scale_of(row_index, group.div(column));
+  }
+};
+
 // A thread takes kVecs vectors, a block apart. Beyond the end it repeats the last one.
-template <class Op, class In, class Out, int kOuter, bool kContiguous, int kVecs>
+template <class Op, class In, class Out, core::Groups kGroups, int kVecs>
 __global__ void __launch_bounds__(256)
-    elementwise_vectorized(const In* __restrict__ input, Out* __restrict__ result, const float* __restrict__ scales,
-                           const __grid_constant__ IndexMap map) {
-  const std::uint32_t vec = blockIdx.x * (blockDim.x * kVecs) + threadIdx.x;
-  if (vec >= map.count) return;
+    elementwise_contiguous(const In* __restrict__ input, Out* __restrict__ result, const float* __restrict__ scales,
+                           const __grid_constant__ GroupGrid grid) {
+  const std::uint32_t first = blockIdx.x * (blockDim.x * kVecs) + threadIdx.x;
+  if (first >= grid.count) return;
   device::wait_then_release();
-  Offsets at[kVecs];
+  std::uint32_t vec[kVecs];
   Vec<In> raw[kVecs];
 #pragma unroll
   for (int k = 0; k < kVecs; ++k) {
-    at[k] = offsets_of<kOuter, kContiguous>(map, min(vec + k * blockDim.x, map.count - 1));
-    raw[k] = device::load_aligned(input + at[k].in);
+    vec[k] = min(first + k * blockDim.x, grid.count - 1);
+    raw[k] = device::load_aligned(input + std::int64_t{vec[k]} * kVecSize);
   }
   typename Op::Prepared prepared[kVecs];
   bool divide = false;
 #pragma unroll
   for (int k = 0; k < kVecs; ++k) {
-    prepared[k] = Op::prepare(__ldg(scales + at[k].scale));
+    prepared[k] = Op::prepare(__ldg(scales + grid.scale_of<kGroups>(vec[k])));
     divide |= prepared[k].divide;
   }
   Vec<Out> converted[kVecs];
   multiply_vecs<Op>(raw, converted, [&](int k, int) { return prepared[k]; });
 #pragma unroll
-  for (int k = 0; k < kVecs; ++k) device::store_aligned(result + at[k].out, converted[k]);
+  for (int k = 0; k < kVecs; ++k) device::store_aligned(result + std::int64_t{vec[k]} * kVecSize, converted[k]);
   if (divide) {
 #pragma unroll
-    for (int k = 0; k < kVecs; ++k) divide_vec<Op>(input + at[k].in, result + at[k].out, __ldg(scales + at[k].scale));
+    for (int k = 0; k < kVecs; ++k) {
+      const std::int64_t at = std::int64_t{vec[k]} * kVecSize;
+      divide_vec<Op>(input + at, result + at, __ldg(scales + grid.scale_of<kGroups>(vec[k])));
+    }
   }
+}
+
+// Where a unit of neighboring elements lies among groups.
+struct UnitPlace {
+  std::uint32_t row, group;
+  int left;       // elements to the end of the group
+  int next_size;  // elements of the next one
+  bool ends_row;  // the group is the last of its row
+
+  __device__ __forceinline__ UnitPlace(const GroupGrid& grid, std::uint32_t element) {
+    const auto [row_index, column] = grid.row.divmod(element);
+    row = row_index;
+    group = grid.group.div(column);
+    const std::uint32_t end = min((group + 1) * grid.group.divisor, grid.row.divisor);
+    left = static_cast<int>(end - column);
+    ends_row = end == grid.row.divisor;
+    next_size = static_cast<int>(min(grid.group.divisor, grid.row.divisor - (ends_row ? 0u : end)));
+  }
+  __device__ __forceinline__ bool two_at_most() const { return left >= core::kUnitSize - next_size; }
+};
+
+// Elements [begin, end) one by one, each with a scale of its own.
+template <class Op, class Out, class In>
+__device__ __noinline__ void convert_elements(const In* input, Out* result, const float* scales, const GroupGrid& grid,
+                                              std::uint32_t begin, std::uint32_t end) {
+  for (std::uint32_t i = begin; i < end; ++i)
+    result[i] = device::convert_element<Op, Out>(input[i], Op::prepare(__ldg(scales + grid.scale_of<core::Groups::Grid>(i))));
+}
+
+// A thread takes kUnitSize neighboring elements of the whole tensor. A group may end among them: each element is multiplied by
+// the scale of its side. Rare are the others: a third group, a scale that divides, the end of the tensor.
+template <class Op, class In, class Out>
+__global__ void __launch_bounds__(128)
+    elementwise_across_groups(const In* __restrict__ input, Out* __restrict__ result, const float* __restrict__ scales,
+                              const __grid_constant__ GroupGrid grid) {
+  constexpr int kVecs = core::kUnitSize / kVecSize;
+  const std::uint32_t first = (blockIdx.x * blockDim.x + threadIdx.x) * core::kUnitSize;
+  if (first >= grid.count) return;
+  device::wait_then_release();
+  if (first + core::kUnitSize > grid.count) return convert_elements<Op>(input, result, scales, grid, first, grid.count);
+  Vec<In> raw[kVecs];
+  device::load_aligned(input + first, raw);
+
+  const UnitPlace place(grid, first);
+  const float* scale = scales + grid.scale_of(place.row, place.group);
+  const float* next_scale = place.left >= core::kUnitSize ? scale
+                            : place.ends_row              ? scales + grid.scale_of(place.row + 1, 0)
+                                                          : scale + grid.group_scale;
+  const auto prepared = Op::prepare(__ldg(scale)), next = Op::prepare(__ldg(next_scale));
+  Vec<Out> converted[kVecs];
+  multiply_vecs<Op>(raw, converted, [&](int k, int i) { return Op::select(k * kVecSize + i < place.left, prepared, next); });
+  device::store_aligned(result + first, converted);
+  if (prepared.divide || next.divide || !place.two_at_most())
+    convert_elements<Op>(input, result, scales, grid, first, first + core::kUnitSize);
+}
+
+// --- One scale per row ----------
+
+// A vector per thread.
+template <class Op, class In, class Out>
+__global__ void __launch_bounds__(256)
+    elementwise_vectorized(const In* __restrict__ input, Out* __restrict__ result, const float* __restrict__ scales,
+                           const __grid_constant__ IndexMap map) {
+  const std::uint32_t vec = blockIdx.x * blockDim.x + threadIdx.x;
+  if (vec >= map.count) return;
+  device::wait_then_release();
+  const auto [row, vec_in_row] = map.vecs_per_row.divmod(vec);
+  const Offsets at = map.at<-1>(row);
+  const Vec<In> raw = device::load_aligned(input + at.in + vec_in_row * kVecSize);
+  const auto scale = Op::prepare(__ldg(scales + at.scale));
+  device::store_aligned(result + at.out + vec_in_row * kVecSize, device::convert_vec<Op, Out>(raw, scale));
 }
 
 template <class Op, class In, class Out>
@@ -111,71 +219,6 @@ __global__ void __launch_bounds__(256)
   device::store_range(result + at.out + slice.first, device::convert_vec<Op, Out>(raw, scale), slice.range);
 }
 
-// --- Groups that end anywhere ----------
-
-// core::GroupGrid, for kernels.
-struct GroupGrid {
-  std::uint32_t count;  // elements
-  device::FastDiv row, group, row_block;
-  std::int64_t row_scale, group_scale;
-
-  GroupGrid(const core::GroupGrid& grid, std::int64_t numel)
-      : count(static_cast<std::uint32_t>(numel)),
-        row(grid.row),
-        group(grid.group),
-        row_block(grid.row_block),
-        row_scale(grid.row_scale),
-        group_scale(grid.group_scale) {}
-
-  __device__ __forceinline__ std::int64_t scale_of(std::uint32_t row_index, std::uint32_t group_in_row) const {
-    return row_block.div(row_index) * row_scale + group_in_row * group_scale;
-  }
-  __device__ __forceinline__ std::int64_t scale_of(std::uint32_t element) const {
-    const auto [row_index, column] = row.divmod(element);
-    return scale_of(row_index, group.div(column));
-  }
-};
-
-// Elements [begin, end) one by one, each with a scale of its own.
-template <class Op, class Out, class In>
-__device__ __noinline__ void convert_elements(const In* input, Out* result, const float* scales, const GroupGrid& grid,
-                                              std::uint32_t begin, std::uint32_t end) {
-  for (std::uint32_t i = begin; i < end; ++i)
-    result[i] = device::convert_element<Op, Out>(input[i], Op::prepare(__ldg(scales + grid.scale_of(i))));
-}
-
-// A thread takes kUnitSize neighboring elements of the whole tensor. A group may end among them: each element is multiplied by
-// the scale of its side. Rare are the others: a third group, a scale that divides, the end of the tensor.
-template <class Op, class In, class Out>
-__global__ void __launch_bounds__(128)
-    elementwise_across_groups(const In* __restrict__ input, Out* __restrict__ result, const float* __restrict__ scales,
-                              const __grid_constant__ GroupGrid grid) {
-  constexpr int kVecs = core::kUnitSize / kVecSize;
-  const std::uint32_t first = (blockIdx.x * blockDim.x + threadIdx.x) * core::kUnitSize;
-  if (first >= grid.count) return;
-  device::wait_then_release();
-  if (first + core::kUnitSize > grid.count) return convert_elements<Op>(input, result, scales, grid, first, grid.count);
-  Vec<In> raw[kVecs];
-  device::load_aligned(input + first, raw);
-
-  const auto [row, column] = grid.row.divmod(first);
-  const std::uint32_t group = grid.group.div(column);
-  const std::uint32_t end = min((group + 1) * grid.group.divisor, grid.row.divisor);
-  const bool ends_row = end == grid.row.divisor;
-  const std::uint32_t next_size = min(grid.group.divisor, grid.row.divisor - (ends_row ? 0u : end));
-  const int left = static_cast<int>(end - column);  // elements of the first group
-  const float* scale = scales + grid.scale_of(row, group);
-  const float* next_scale = left >= core::kUnitSize ? scale
-                            : ends_row              ? scales + grid.scale_of(row + 1, 0)
-                                                    : scale + grid.group_scale;
-  const auto prepared = Op::prepare(__ldg(scale)), next = Op::prepare(__ldg(next_scale));
-  Vec<Out> converted[kVecs];
-  multiply_vecs<Op>(raw, converted, [&](int k, int i) { return Op::select(k * kVecSize + i < left, prepared, next); });
-  device::store_aligned(result + first, converted);
-  if (prepared.divide || next.divide || left + static_cast<int>(next_size) < core::kUnitSize)
-    convert_elements<Op>(input, result, scales, grid, first, first + core::kUnitSize);
-}
-
 // --- Scales that change along a row ----------
 
 struct PerColumnScales {
@@ -187,23 +230,23 @@ struct PerColumnScales {
   __device__ __forceinline__ std::int64_t offset(std::uint32_t column) const { return block.div(column) * stride; }
 };
 
-// The scales of the columns from `first` on, prepared; of those outside the range there are none.
 template <class Op>
 __device__ __forceinline__ void prepare_scales(typename Op::Prepared (&prepared)[kVecSize], const float* scales,
                                                const PerColumnScales& columns, std::uint32_t first, Range range = {}) {
-  float values[kVecSize];
   if (columns.vectors) {
+    float values[kVecSize];
     device::unpack(device::load_aligned(scales + first), values);
-  } else {
-    std::uint32_t column = columns.period ? first % columns.period : first;
 #pragma unroll
-    for (int i = 0; i < kVecSize; ++i) {
-      values[i] = i >= range.begin && i < range.end ? __ldg(scales + columns.offset(column)) : 1.0f;
-      if (++column == columns.period) column = 0;
-    }
+    for (int i = 0; i < kVecSize; ++i) prepared[i] = Op::prepare(values[i]);
+    return;
   }
+  std::uint32_t column = columns.period ? first % columns.period : first;
 #pragma unroll
-  for (int i = 0; i < kVecSize; ++i) prepared[i] = Op::prepare(values[i]);
+  for (int i = 0; i < kVecSize; ++i) {
+    const bool valid = i >= range.begin && i < range.end;
+    prepared[i] = Op::prepare(valid ? __ldg(scales + columns.offset(column)) : 1.0f);
+    if (++column == columns.period) column = 0;
+  }
 }
 
 template <class Op, class Out, class In>
@@ -214,6 +257,39 @@ __device__ __forceinline__ Vec<Out> convert_per_column(const Vec<In>& raw, const
   return device::pack<Out>(values);
 }
 
+// Contiguous, with 8 scales one aligned access. A thread owns 8 columns: it asks for their elements of kRows rows, then
+// prepares their scales once.
+template <class Op, class In, class Out, int kRows>
+__global__ void __launch_bounds__(128)
+    elementwise_per_channel(const In* __restrict__ input, Out* __restrict__ result, const float* __restrict__ scales,
+                            std::uint32_t rows, const __grid_constant__ device::FastDiv vecs_per_row) {
+  const auto [batch, vec_in_row] = vecs_per_row.divmod(blockIdx.x * blockDim.x + threadIdx.x);
+  const std::uint32_t row = batch * kRows;
+  if (row >= rows) return;
+  device::wait_then_release();
+  const std::uint32_t first = row * vecs_per_row.divisor + vec_in_row;
+  const int count = static_cast<int>(min(rows - row, std::uint32_t{kRows}));
+  const auto at = [&](int r) { return std::int64_t{first + r * vecs_per_row.divisor} * kVecSize; };
+  Vec<In> raw[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+    if (r < count) raw[r] = device::load_aligned(input + at(r));
+  float values[kVecSize];
+  device::unpack(device::load_aligned(scales + vec_in_row * kVecSize), values);
+  typename Op::Prepared prepared[kVecSize];
+  bool divide = false;
+#pragma unroll
+  for (int i = 0; i < kVecSize; ++i) {
+    prepared[i] = Op::prepare(values[i]);
+    divide |= prepared[i].divide;
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+    if (r < count) device::store_aligned(result + at(r), multiplied<Op, Out>(raw[r], [&](int i) { return prepared[i]; }));
+  if (divide)
+    divide_columns<Op>(input + at(0), result + at(0), vecs_per_row.divisor * kVecSize, count, scales + vec_in_row * kVecSize);
+}
+
 // The rows that a thread loops over.
 struct LoopedRows {
   std::uint32_t count;
@@ -222,60 +298,47 @@ struct LoopedRows {
   std::int64_t last_row_size;  // elements of the last row: a merged one may be incomplete
 };
 
-// `rows` rows of `count` of a thread's columns, one by one.
-template <class Op, class Out, class In>
-__device__ __noinline__ void convert_columns(const In* in, Out* out, int rows, int count, std::int64_t row_in,
-                                             std::int64_t row_out, const float* scales, const PerColumnScales& columns,
-                                             std::uint32_t first) {
-  for (int i = 0; i < count; ++i) {
-    const std::uint32_t column = columns.period ? (first + i) % columns.period : first + i;
-    const auto scale = Op::prepare(__ldg(scales + columns.offset(column)));
-    for (int r = 0; r < rows; ++r) out[r * row_out + i] = device::convert_element<Op, Out>(in[r * row_in + i], scale);
-  }
-}
-
-// Aligned. A thread owns 8 columns: it asks for their elements of kRows rows, then prepares their scales once. kOuter: 0 where
-// there are no other dimensions, else -1.
-template <class Op, class In, class Out, int kOuter, int kRows>
-__global__ void __launch_bounds__(128)
+// Aligned, in any other way. A thread owns 8 columns: it prepares their scales once and loops over kRows rows.
+template <class Op, class In, class Out, int kRows>
+__global__ void __launch_bounds__(256)
     elementwise_per_column(const In* __restrict__ input, Out* __restrict__ result, const float* __restrict__ scales,
                            const __grid_constant__ IndexMap map, const __grid_constant__ LoopedRows rows,
                            const __grid_constant__ PerColumnScales columns) {
   const std::uint32_t vec = blockIdx.x * blockDim.x + threadIdx.x;
   if (vec >= map.count) return;
   device::wait_then_release();
-  auto [batch, vec_in_row] = map.vecs_per_row.divmod(vec);
-  Offsets at;
-  if constexpr (kOuter != 0) {
-    const auto [outer, inner] = rows.batches.divmod(batch);
-    at = map.at<kOuter>(outer);
-    batch = inner;
-  }
-  const std::uint32_t column = vec_in_row * kVecSize, row = batch * kRows;
+  const auto [index, vec_in_row] = map.vecs_per_row.divmod(vec);
+  const auto [outer, batch] = rows.batches.divmod(index);
+  const Offsets at = map.at<-1>(outer);
+  const std::uint32_t column = vec_in_row * kVecSize;
+  const std::uint32_t row = batch * kRows;
   const In* in = input + at.in + row * rows.in + column;
   Out* out = result + at.out + row * rows.out + column;
-  scales += at.scale;
-  // Rows from `row` on in which all 8 elements exist. Of a last row that is incomplete, fewer may.
-  const std::int64_t left = rows.last_row_size - column;
-  const int whole = static_cast<int>(rows.count - row) - (left < kVecSize ? 1 : 0);
 
   Vec<In> raw[kRows];
+  Range ranges[kRows];
 #pragma unroll
-  for (int r = 0; r < kRows; ++r)
-    if (r < whole) raw[r] = device::load_aligned(in + r * rows.in);
+  for (int r = 0; r < kRows; ++r) {
+    const std::int64_t left = (row + r + 1 < rows.count    ? map.row_size
+                               : row + r + 1 == rows.count ? rows.last_row_size
+                                                           : 0) -
+                              column;
+    ranges[r].end = left >= kVecSize ? kVecSize : left < 0 ? 0 : static_cast<int>(left);
+    if (ranges[r].end == kVecSize)
+      raw[r] = device::load_aligned(in + r * rows.in);
+    else if (ranges[r].end > 0)
+      raw[r] = device::load_any(in + r * rows.in, 0, ranges[r].end, ranges[r]);
+  }
   typename Op::Prepared prepared[kVecSize];
-  prepare_scales<Op>(prepared, scales, columns, column);
-  bool divide = false;
+  prepare_scales<Op>(prepared, scales + at.scale, columns, column);
 #pragma unroll
-  for (int i = 0; i < kVecSize; ++i) divide |= prepared[i].divide;
-  Vec<Out> converted[kRows];
-  multiply_vecs<Op>(raw, converted, [&](int, int i) { return prepared[i]; });
-#pragma unroll
-  for (int r = 0; r < kRows; ++r)
-    if (r < whole) device::store_aligned(out + r * rows.out, converted[r]);
-  if (divide) convert_columns<Op>(in, out, min(whole, kRows), kVecSize, rows.in, rows.out, scales, columns, column);
-  if (whole < kRows && left > 0 && left < kVecSize)
-    convert_columns<Op>(in + whole * rows.in, out + whole * rows.out, 1, static_cast<int>(left), 0, 0, scales, columns, column);
+  for (int r = 0; r < kRows; ++r) {
+    if (ranges[r].end == 0) return;
+    float values[kVecSize];
+    device::unpack(raw[r], values);
+    device::apply<Op>(prepared, values);
+    device::store_range(out + r * rows.out, device::pack<Out>(values), ranges[r]);
+  }
 }
 
 // Vectors begin at other columns in every row, so a thread takes one.
@@ -330,6 +393,20 @@ __global__ void __launch_bounds__(256)
 // --- Launches ----------
 
 template <class Op, class In, class Out>
+auto contiguous_kernel(const core::ElementwisePlan& plan) {
+  using core::Groups;
+  const bool two = plan.vecs_per_thread == 2;
+  switch (plan.groups) {
+    case Groups::One:
+      return two ? elementwise_contiguous<Op, In, Out, Groups::One, 2> : elementwise_contiguous<Op, In, Out, Groups::One, 1>;
+    case Groups::Row:
+      return two ? elementwise_contiguous<Op, In, Out, Groups::Row, 2> : elementwise_contiguous<Op, In, Out, Groups::Row, 1>;
+    case Groups::Grid: break;
+  }
+  return two ? elementwise_contiguous<Op, In, Out, Groups::Grid, 2> : elementwise_contiguous<Op, In, Out, Groups::Grid, 1>;
+}
+
+template <class Op, class In, class Out>
 void launch_elementwise_chunk(const core::ElementwisePlan& plan, const core::Chunk& chunk, const In* input, Out* result,
                               const float* scales, cudaStream_t stream) {
   using core::ElementwiseKernel;
@@ -349,27 +426,22 @@ void launch_elementwise_chunk(const core::ElementwisePlan& plan, const core::Chu
     launch_dependent(kernel, static_cast<unsigned>(plan.blocks), plan.threads, stream, input + chunk.in, result + chunk.out,
                      scales + chunk.scale, arguments...);
   };
-  const bool two = plan.vecs_per_thread == 2;
+  const auto grid = [&](int unit) { return GroupGrid(plan.grid, chunk.layout.numel, unit); };
   switch (plan.kernel) {
     case ElementwiseKernel::Scalar: return launch(elementwise_scalar<Op, In, Out>, map, FlatRows::of(chunk));
-    case ElementwiseKernel::VectorizedContiguous0:
-      return launch(two ? elementwise_vectorized<Op, In, Out, 0, true, 2> : elementwise_vectorized<Op, In, Out, 0, true, 1>,
-                    map);
-    case ElementwiseKernel::VectorizedContiguous1:
-      return launch(two ? elementwise_vectorized<Op, In, Out, 1, true, 2> : elementwise_vectorized<Op, In, Out, 1, true, 1>,
-                    map);
-    case ElementwiseKernel::VectorizedContiguous2:
-      return launch(two ? elementwise_vectorized<Op, In, Out, 2, true, 2> : elementwise_vectorized<Op, In, Out, 2, true, 1>,
-                    map);
-    case ElementwiseKernel::Vectorized: return launch(elementwise_vectorized<Op, In, Out, -1, false, 1>, map);
+    case ElementwiseKernel::Contiguous: return launch(contiguous_kernel<Op, In, Out>(plan), grid(kVecSize));
+    case ElementwiseKernel::AcrossGroups: return launch(elementwise_across_groups<Op, In, Out>, grid(1));
+    case ElementwiseKernel::Vectorized: return launch(elementwise_vectorized<Op, In, Out>, map);
     case ElementwiseKernel::VectorizedUnaligned: return launch(elementwise_vectorized_unaligned<Op, In, Out>, map);
-    case ElementwiseKernel::AcrossGroups:
-      return launch(elementwise_across_groups<Op, In, Out>, GroupGrid(plan.grid, chunk.layout.numel));
-    case ElementwiseKernel::PerColumn0:
+    case ElementwiseKernel::PerChannel:
       return launch(
-          plan.rows_per_thread == 1 ? elementwise_per_column<Op, In, Out, 0, 1> : elementwise_per_column<Op, In, Out, 0, 4>,
-          map, rows, columns);
-    case ElementwiseKernel::PerColumn: return launch(elementwise_per_column<Op, In, Out, -1, 4>, map, rows, columns);
+          plan.rows_per_thread == 1 ? elementwise_per_channel<Op, In, Out, 1> : elementwise_per_channel<Op, In, Out, 4>,
+          rows.count, map.vecs_per_row);
+    case ElementwiseKernel::PerColumn:
+      return launch(plan.rows_per_thread == 4   ? elementwise_per_column<Op, In, Out, 4>
+                    : plan.rows_per_thread == 2 ? elementwise_per_column<Op, In, Out, 2>
+                                                : elementwise_per_column<Op, In, Out, 1>,
+                    map, rows, columns);
     case ElementwiseKernel::PerColumnUnaligned: return launch(elementwise_per_column_unaligned<Op, In, Out>, map, columns);
   }
 }

@@ -105,6 +105,22 @@ def test_rows_around_powers_of_two(device: torch.device, power: int, operator: O
             operator.check_shape(device, (rows, length), scale_shape, group, *dtypes)
 
 
+@each_dtype_pair
+@pytest.mark.parametrize("shape", [(37, 657), (9, 2053), (500, 17)], ids=str)
+def test_groups_that_end_anywhere(
+    device: torch.device,
+    shape: tuple[int, int],
+    operator: Operator,
+    input_dtype: torch.dtype,
+    result_dtype: torch.dtype | None,
+) -> None:
+    """In contiguous rows of odd length, of whose last group may remain a few elements."""
+    rows, cols = shape
+    for height, width in ((-1, 128), (1, 128), (16, 128), (1, 17), (1, 250), (1, -1), (5, -1)):
+        count = (1 if height == -1 else -(-rows // height), 1 if width == -1 else -(-cols // width))
+        operator.check_shape(device, shape, count, (height, width), input_dtype, result_dtype)
+
+
 @each_quantized
 @each_real
 def test_a_single_number(device: torch.device, real: torch.dtype, fp8: torch.dtype) -> None:
