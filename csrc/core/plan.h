@@ -91,7 +91,7 @@ struct ElementwisePlan {
 
   // PerColumn, aligned: the dimension before the row, if it shares its scales, so that a thread can loop over it.
   std::int64_t rows = 1;
-  int rows_per_thread = 1;       // PerChannel: 1 or 4
+  int rows_per_thread = 1;       // PerChannel: 1 or 4; PerColumn: 1, 2 or 4
   std::int64_t rows_merged = 1;  // contiguous rows of odd length that are taken as one aligned row
   std::int64_t row_in = 0;       // strides from one (merged) row to the next
   std::int64_t row_out = 0;
