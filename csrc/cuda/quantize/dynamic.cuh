@@ -579,8 +579,8 @@ struct DynamicLauncher {
     const int lanes_log2 = std::countr_zero(static_cast<unsigned>(plan.lanes_per_group));
     const IndexMap map = IndexMap::over(chunk.layout, chunk.layout.ndim - 1, vecs, groups);
     const auto start = [&](auto kernel, const auto&... arguments) {
-      launch(kernel, {.grid = static_cast<unsigned>(plan.blocks), .threads = static_cast<unsigned>(plan.threads)}, stream,
-             input + chunk.in, result + chunk.out, scale + chunk.scale, upper_bound, arguments...);
+      launch_ordinary(kernel, static_cast<unsigned>(plan.blocks), plan.threads, stream, input + chunk.in, result + chunk.out,
+                      scale + chunk.scale, upper_bound, arguments...);
     };
     if (plan.lanes_per_group > 0) {
       if (plan.units) return start(quantize_units_contiguous<Fp8, In>, groups, vecs / 2, lanes_log2);
@@ -600,17 +600,16 @@ struct DynamicLauncher {
   void launch_across_groups(const core::Chunk& chunk, const core::DynamicPlan& plan) const {
     const GroupTile tile{.grid = GroupGrid(plan.grid, chunk.layout.numel, 1),
                          .groups_per_row = device::FastDiv(core::ceil_div(plan.grid.row, plan.grid.group))};
-    launch(quantize_across_groups<Fp8, In>,
-           {.grid = static_cast<unsigned>(plan.blocks), .threads = static_cast<unsigned>(plan.threads)}, stream,
-           input + chunk.in, result + chunk.out, scale + chunk.scale, upper_bound, tile);
+    launch_ordinary(quantize_across_groups<Fp8, In>, static_cast<unsigned>(plan.blocks), plan.threads, stream, input + chunk.in,
+                    result + chunk.out, scale + chunk.scale, upper_bound, tile);
   }
 
   void launch_redundant(const core::Chunk& chunk, const core::DynamicPlan& plan) const {
     visit_vecs<2, kMostVecs>(plan.vecs_per_thread, [&](auto vecs) {
       const auto kernel = plan.aligned ? quantize_redundant<Fp8, In, vecs, true> : quantize_redundant<Fp8, In, vecs, false>;
-      launch(kernel, {.grid = static_cast<unsigned>(plan.blocks), .threads = static_cast<unsigned>(plan.threads)}, stream,
-             input + chunk.in, result + chunk.out, scale + chunk.scale, upper_bound, chunk.layout.inner().size,
-             static_cast<std::uint32_t>(plan.vecs_per_row));
+      launch_ordinary(kernel, static_cast<unsigned>(plan.blocks), plan.threads, stream, input + chunk.in, result + chunk.out,
+                      scale + chunk.scale, upper_bound, chunk.layout.inner().size,
+                      static_cast<std::uint32_t>(plan.vecs_per_row));
     });
   }
 

@@ -423,8 +423,8 @@ void launch_elementwise_chunk(const core::ElementwisePlan& plan, const core::Chu
                         .out = plan.row_out,
                         .last_row_size = plan.last_row_size};
   const auto launch = [&](auto kernel, const auto&... arguments) {
-    cuda::launch(kernel, {.grid = static_cast<unsigned>(plan.blocks), .threads = static_cast<unsigned>(plan.threads)}, stream,
-                 input + chunk.in, result + chunk.out, scales + chunk.scale, arguments...);
+    launch_ordinary(kernel, static_cast<unsigned>(plan.blocks), plan.threads, stream, input + chunk.in, result + chunk.out,
+                    scales + chunk.scale, arguments...);
   };
   const auto grid = [&](int unit) { return GroupGrid(plan.grid, chunk.layout.numel, unit); };
   switch (plan.kernel) {
