@@ -14,6 +14,7 @@ namespace fp8kv::cuda::attention {
 
 inline constexpr float kLog2e = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
+inline constexpr float kMaxGrowth = 8.0f;    // of a maximum, in powers of two, before what was summed up is scaled anew
 inline constexpr float kNothing = -FLT_MAX;  // a maximum before any logit; exponentials of -infinity - kNothing are 0
 
 // Exponentials of logits - maximum, added up: 0 where nothing was seen.

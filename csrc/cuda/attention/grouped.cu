@@ -18,15 +18,6 @@ using core::GroupedShape;
 using device::Vec;
 
 constexpr int kPositions = GroupedShape::kPositions;
-constexpr float kMostGrowth = 8.0f;  // of a maximum, in powers of two, before what was summed up is scaled anew
-
-// Of a cache, in bytes; the plan sees to it that they and their products with offsets fit.
-struct CacheStrides {
-  int block, offset, head;
-
-  explicit CacheStrides(const core::PagedView& view)
-      : block(static_cast<int>(view.block)), offset(static_cast<int>(view.offset)), head(static_cast<int>(view.head)) {}
-};
 
 struct GroupedArgs {
   AttentionLayout layout;  // its head_size is that of V, by which partial results are counted
@@ -427,9 +418,9 @@ class GroupedAttention {
     float largest = x[0];
 #pragma unroll
     for (int i = 1; i < kPerThread; ++i) largest = fmaxf(largest, x[i]);
-    if (!__any_sync(kAllLanes, largest > maximum + kMostGrowth)) return 1.0f;
+    if (!__any_sync(kAllLanes, largest > maximum + kMaxGrowth)) return 1.0f;
     largest = max_of_column(largest);
-    if (!(largest > maximum + kMostGrowth)) return 1.0f;
+    if (!(largest > maximum + kMaxGrowth)) return 1.0f;
     const float kept = device::exp2_approximation(maximum - largest);
     maximum = largest;
     return kept;

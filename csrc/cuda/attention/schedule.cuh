@@ -25,6 +25,14 @@ using device::FastDiv;
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
+// Of a cache, in bytes; the plan sees to it that they and their products with offsets fit.
+struct CacheStrides {
+  int block, offset, head;
+
+  explicit CacheStrides(const core::PagedView& view)
+      : block(static_cast<int>(view.block)), offset(static_cast<int>(view.offset)), head(static_cast<int>(view.head)) {}
+};
+
 // Positions [begin, end); rows and tiles likewise.
 struct Positions {
   int begin;

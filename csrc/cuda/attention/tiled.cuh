@@ -16,16 +16,7 @@
 
 namespace fp8kv::cuda::attention {
 
-inline constexpr int kMaxWarps = 8;        // of a block; finish() counts on it
-inline constexpr float kMaxGrowth = 8.0f;  // of a maximum, in powers of two, before what was summed up is scaled anew
-
-// Of a cache, in bytes; the plan sees to it that they fit.
-struct CacheStrides {
-  int block, offset, head;
-
-  explicit CacheStrides(const core::PagedView& view)
-      : block(static_cast<int>(view.block)), offset(static_cast<int>(view.offset)), head(static_cast<int>(view.head)) {}
-};
+inline constexpr int kMaxWarps = 8;  // of a block; finish() counts on it
 
 struct TiledArgs {
   AttentionLayout layout;
