@@ -46,35 +46,20 @@ void check_numbers(const PagedAttention& p) {
 // V beside K: what its elements are, its head size and its view.
 CacheLayout lower_values(const Argument& value_cache, std::optional<DType> wanted, const CacheLayout& keys,
                          const Argument& key_cache, const Argument& query) {
-  const DType actual = value_cache.view.dtype;
   CacheLayout values = keys;
-  if (!wanted) {
-    if (actual != key_cache.view.dtype)
-      fail(kOp, value_cache.name, std::string("be ") + name(key_cache.view.dtype) + " as key_cache is", name(actual));
-  } else {
-    values.cache_dtype = *wanted;
-    if (!is_real(*wanted) && !is_quantized(*wanted))
-      fail(kOp, "v_cache_dtype", "be " + names_of(RealTypes{} + QuantizedTypes{}), name(*wanted));
-    if (actual != *wanted && !(is_fp8(*wanted) && actual == DType::UInt8))
-      fail(kOp, value_cache.name,
-           std::string("be ") + name(*wanted) + (is_fp8(*wanted) ? " or uint8" : "") + " as v_cache_dtype is \"" +
-               std::string(cache_format_name(*wanted)) + "\"",
-           name(actual));
-  }
+  if (wanted)
+    values.cache_dtype = cache_format(value_cache, wanted, false, "v_cache_dtype");
+  else
+    check_same_dtype(value_cache, key_cache);
   check_same_device(value_cache, query);
-  const TensorView& view = value_cache.view;
   check_ndim(value_cache, 4, "[num_blocks, block_size, num_kv_heads, v_head_size]");
-  if (!std::equal(view.sizes, view.sizes + 3, key_cache.view.sizes))
-    fail(kOp, value_cache.name,
-         "have num_blocks=" + std::to_string(keys.num_blocks) + ", block_size=" + std::to_string(keys.block_size) +
-             " and num_kv_heads=" + std::to_string(keys.num_heads) + " as key_cache has",
-         "shape " + shape_string(view));
-  values.head_size = view.sizes[3];
+  check_same_blocks(value_cache, key_cache);
+  values.head_size = value_cache.view.sizes[3];
   if ((values.head_size == 0) != (keys.head_size == 0))
     fail(kOp, value_cache.name,
          std::string("have a head size of ") + (keys.head_size == 0 ? "0" : "at least 1") + " as key_cache has",
-         "shape " + shape_string(view));
-  values.v.cache = {view.data, view.strides[0], view.strides[1], view.strides[2], view.strides[3]};
+         "shape " + shape_string(value_cache.view));
+  values.v.cache = paged_view(value_cache.view);
   return values;
 }
 

@@ -12,36 +12,7 @@ namespace {
 
 constexpr TensorView kAbsent{.ndim = 1};
 
-// What the elements of a cache are; `wanted`, the argument `dtype_name`, and the tensor must agree.
-DType cache_format(const Argument& cache, std::optional<DType> wanted, bool must_quantize,
-                   const char* dtype_name = "kv_cache_dtype") {
-  const DType actual = cache.view.dtype, format = wanted.value_or(actual);
-  const bool quantized = is_quantized(format);
-  if (!quantized && (must_quantize || !is_real(format))) {
-    const std::string types = "be " + (must_quantize ? names_of(QuantizedTypes{}) : names_of(RealTypes{} + QuantizedTypes{}));
-    if (wanted) fail(cache.op, dtype_name, types, name(format));
-    fail(cache.op, cache.name, types + ", as " + dtype_name + " is not given", name(format));
-  }
-  const bool or_bytes = is_fp8(format);
-  if (actual != format && !(or_bytes && actual == DType::UInt8))
-    fail(cache.op, cache.name,
-         std::string("be ") + name(format) + (or_bytes ? " or uint8" : "") + " as " + dtype_name + " is \"" +
-             std::string(cache_format_name(format)) + "\"",
-         name(actual));
-  return format;
-}
-
-void check_same_dtype(const Argument& a, const Argument& other, const char* unless = "") {
-  if (a.view.dtype != other.view.dtype)
-    fail(a.op, a.name, std::string("be ") + name(other.view.dtype) + " as " + other.name + " is" + unless, name(a.view.dtype));
-}
-
 constexpr const char* kCacheForm = "[num_blocks, block_size, num_kv_heads, head_size]";
-
-PagedView paged_view(const TensorView& cache) {
-  const std::int64_t* s = cache.strides;
-  return {cache.data, s[0], s[1], s[2], s[3]};
-}
 
 HeadsView heads_view(const TensorView& rows) {
   const std::int64_t* s = rows.strides;
@@ -64,6 +35,42 @@ void check_heads(const Argument& rows, const CacheLayout& layout, const char* ca
 }
 
 }  // namespace
+
+DType cache_format(const Argument& cache, std::optional<DType> wanted, bool must_quantize, const char* dtype_name) {
+  const DType actual = cache.view.dtype, format = wanted.value_or(actual);
+  const bool quantized = is_quantized(format);
+  if (!quantized && (must_quantize || !is_real(format))) {
+    const std::string types = "be " + (must_quantize ? names_of(QuantizedTypes{}) : names_of(RealTypes{} + QuantizedTypes{}));
+    if (wanted) fail(cache.op, dtype_name, types, name(format));
+    fail(cache.op, cache.name, types + ", as " + dtype_name + " is not given", name(format));
+  }
+  const bool or_bytes = is_fp8(format);
+  if (actual != format && !(or_bytes && actual == DType::UInt8))
+    fail(cache.op, cache.name,
+         std::string("be ") + name(format) + (or_bytes ? " or uint8" : "") + " as " + dtype_name + " is \"" +
+             std::string(cache_format_name(format)) + "\"",
+         name(actual));
+  return format;
+}
+
+void check_same_dtype(const Argument& a, const Argument& other, const char* unless) {
+  if (a.view.dtype != other.view.dtype)
+    fail(a.op, a.name, std::string("be ") + name(other.view.dtype) + " as " + other.name + " is" + unless, name(a.view.dtype));
+}
+
+void check_same_blocks(const Argument& value_cache, const Argument& key_cache) {
+  const std::int64_t* n = key_cache.view.sizes;
+  if (!std::equal(n, n + 3, value_cache.view.sizes))
+    fail(value_cache.op, value_cache.name,
+         "have num_blocks=" + std::to_string(n[0]) + ", block_size=" + std::to_string(n[1]) +
+             " and num_kv_heads=" + std::to_string(n[2]) + " as key_cache has",
+         "shape " + shape_string(value_cache.view));
+}
+
+PagedView paged_view(const TensorView& cache) {
+  const std::int64_t* s = cache.strides;
+  return {cache.data, s[0], s[1], s[2], s[3]};
+}
 
 void check_ndim(const Argument& a, int ndim, const char* form) {
   if (a.view.ndim != ndim) fail(a.op, a.name, std::string("have the shape ") + form, "shape " + shape_string(a.view));
@@ -247,7 +254,9 @@ namespace {
 
 // K and V of the operations that handle each by itself: layouts of one side.
 struct Sides {
-  CacheLayout k{.sides = 1}, v{.sides = 1};
+  CacheLayout k, v;
+
+  Sides() { k.sides = v.sides = 1; }
 };
 
 // What a problem says of its rows and caches.
@@ -294,12 +303,7 @@ Sides lower_sides(const RowsAndCaches& a, bool must_quantize, Stored stored) {
   for (const Argument* other : {&a.value, &a.key_cache, &a.value_cache}) check_same_device(*other, a.key);
 
   for (const Argument* cache : {&a.key_cache, &a.value_cache}) check_ndim(*cache, 4, kCacheForm);
-  const std::int64_t *n = a.key_cache.view.sizes, *m = a.value_cache.view.sizes;
-  if (!std::equal(n, n + 3, m))
-    fail(a.value_cache.op, a.value_cache.name,
-         "have num_blocks=" + std::to_string(n[0]) + ", block_size=" + std::to_string(n[1]) +
-             " and num_kv_heads=" + std::to_string(n[2]) + " as key_cache has",
-         "shape " + shape_string(a.value_cache.view));
+  check_same_blocks(a.value_cache, a.key_cache);
   set_sizes(k, a.key_cache.view), set_sizes(v, a.value_cache.view);
   check_heads(a.key, k, a.key_cache.name), check_heads(a.value, v, a.value_cache.name);
   k.k.cache = paged_view(a.key_cache.view), k.k.rows = heads_view(a.key.view);

@@ -247,6 +247,25 @@ def check(device: torch.device, problem: Problem | None = None, **changes: Any) 
     return actual, actual_lse
 
 
+def check_nan(device: torch.device, which: int, **changes: Any) -> None:
+    """A NaN of K (0) or V (1) gives NaN to those queries that see it and to no other: of K to all elements, of V to its own."""
+    problem = Problem(**changes | {"lengths": (60, 60), "queries": (4, 1), "heads": (4, 2)})
+    inputs = make(problem)
+    block, offset = inputs.table[0, 58 // 16], 58 % 16
+    inputs.caches[which].view(torch.uint8)[block, offset, 1, 5] = 0xFF
+    size = inputs.caches[1].shape[3]
+    expected = torch.zeros(5, 4, size, dtype=torch.bool)
+    expected[2:4, 2:, :] = which == 0
+    expected[2:4, 2:, 5] = True
+    for ops, at in ((fp8kv, device), (reference, CPU)):
+        options = {k: x.to(at) if isinstance(x, Tensor) else x for k, x in inputs.options.items()}
+        tensors = [x.to(at) for x in (inputs.query, *inputs.caches, inputs.table)]
+        out, lse = torch.zeros(5, 4, size, device=at), torch.zeros(5, 4, device=at)
+        ops.paged_attention(*tensors, **options, out=out, lse=lse)
+        assert torch.equal(out.isnan().cpu(), expected)
+        assert torch.equal(lse.isnan().cpu(), expected.all(-1))
+
+
 def place_caches(problem: Problem, inputs: Inputs, device: torch.device) -> tuple[Tensor, Tensor]:
     """Its caches on `device`, in their layout."""
     keys, values = inputs.caches

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fp8kv
-from attention_problems import CACHES, CPU, Problem, check, int32, make, place_caches
+from attention_problems import CACHES, CPU, Problem, check, check_nan, int32, make, place_caches
 from fp8kv import reference
 from helpers import (
     CACHE_LAYOUTS,
@@ -237,24 +237,7 @@ def test_more_queries_than_tokens(device: torch.device, count: int, kind: dict[s
 @pytest.mark.parametrize("which", [0, 1], ids=["key", "value"])
 @pytest.mark.parametrize("kind", [UNEVEN, UNEVEN | {"v_cache": "e5m2"}], ids=["uneven", "mixed"])
 def test_a_nan_that_is_seen_gives_nan(device: torch.device, which: int, num_splits: int, kind: dict[str, Any]) -> None:
-    """Of K to all elements, of V to its own; to those queries that see it and to no other."""
-    problem = Problem(lengths=(60, 60), queries=(4, 1), num_splits=num_splits, **kind | {"heads": (4, 2)})
-    inputs = make(problem)
-    block, offset = inputs.table[0, 58 // 16], 58 % 16
-    inputs.caches[which].view(torch.uint8)[block, offset, 1, 5] = 0xFF
-    results = []
-    for ops, at in ((fp8kv, device), (reference, CPU)):
-        options = {k: x.to(at) if isinstance(x, Tensor) else x for k, x in inputs.options.items()}
-        tensors = [x.to(at) for x in (inputs.query, *inputs.caches, inputs.table)]
-        out, lse = torch.zeros(5, 4, 128, device=at), torch.zeros(5, 4, device=at)
-        ops.paged_attention(*tensors, **options, out=out, lse=lse)
-        results.append((out.isnan().cpu(), lse.isnan().cpu()))
-    expected = torch.zeros(5, 4, 128, dtype=torch.bool)
-    expected[2:4, 2:, :] = which == 0
-    expected[2:4, 2:, 5] = True
-    for out_is_nan, lse_is_nan in results:
-        assert torch.equal(out_is_nan, expected)
-        assert torch.equal(lse_is_nan, expected.all(-1))
+    check_nan(device, which, num_splits=num_splits, **kind)
 
 
 # The logits
