@@ -254,8 +254,7 @@ inline PagedAttention paged_attention(const Tensor& query, const Tensor& key_cac
                                       std::int64_t max_seq_len, const OptionalTensor& q_scale, const OptionalTensor& seq_starts,
                                       std::int64_t sliding_window, double softcap, const OptionalTensor& sinks,
                                       const OptionalTensor& k_offset, const OptionalTensor& v_offset, const OptionalTensor& lse,
-                                      const OptionalTensor& workspace, std::int64_t num_splits,
-                                      const std::optional<std::string>& v_cache_text) {
+                                      const OptionalTensor& workspace, std::int64_t num_splits, const OptionalString& v_dtype) {
   return {.query = view(query),
           .key_cache = view(key_cache),
           .value_cache = view(value_cache),
@@ -279,7 +278,7 @@ inline PagedAttention paged_attention(const Tensor& query, const Tensor& key_cac
           .lse = view(lse),
           .workspace = view(workspace),
           .num_splits = num_splits,
-          .v_cache_dtype = v_cache_dtype("paged_attention", v_cache_text, value_cache)};
+          .v_cache_dtype = v_cache_dtype("paged_attention", v_dtype, value_cache)};
 }
 
 }  // namespace fp8kv::torch_ops
