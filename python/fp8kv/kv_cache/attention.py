@@ -212,19 +212,20 @@ def attention_workspace_size(
         return 2 * _num_multiprocessors(query.device) * 64 * bytes_per_column
     num_seqs, num_kv_heads = block_table.shape[0], key_cache.shape[2]
     group = max(1, num_heads // max(1, num_kv_heads))
-    columns = 8
-    while columns < min(64, group * max_query_len):
-        columns *= 2
+    columns = _columns_of_block(group * max_query_len)
     by_length = num_seqs * -(-group * min(max_query_len, max(1, num_tokens)) // columns)
     by_rows = num_seqs + num_tokens * group // columns
     all_columns = min(by_length, by_rows) * columns
     if value_cache is not None:
         # Items of a query token each.
-        columns = 8
-        while columns < min(64, group):
-            columns *= 2
+        columns = _columns_of_block(group)
         all_columns = max(all_columns, num_tokens * -(-group // columns) * columns)
     return all_columns * num_kv_heads * num_splits * bytes_per_column + 8
+
+
+def _columns_of_block(count: int) -> int:
+    """A power of two, from 8 to 64."""
+    return max(8, 1 << (min(64, count) - 1).bit_length())
 
 
 @functools.cache

@@ -312,8 +312,7 @@ class PagedKVCache:
                 raise ValueError("PagedKVCache.append: value must be a tensor, as the cache has V, got None")
             value = key[..., :0]
         key_cache, value_cache = self._caches()
-        v_scale = self._of_values(self.v_scale)
-        v_offset = None if self.v_offset is None else self._of_values(self.v_offset)
+        v_scale, v_offset = self._of_values()
         if self.dynamic:
             ops.append_dynamic(
                 key, value, key_cache, value_cache, self.k_scale, v_scale, slot_mapping,
@@ -552,10 +551,13 @@ class PagedKVCache:
         inner = (self.block_size, self.num_kv_heads) if self.layout == "NHD" else (self.num_kv_heads, self.block_size)
         return part.view(dtype).view(self.num_blocks, *inner, head_size)
 
-    def _of_values(self, x: Tensor) -> Tensor:
-        """A scale or an offset of V for the operators; of no channel, if there is no V."""
-        per_channel = x.shape == (self.num_kv_heads, self.head_size)
-        return x[:, :0] if per_channel and self.v_head_size == 0 else x
+    def _of_values(self) -> tuple[Tensor, Tensor | None]:
+        """Scale and offset of V for the operators; of no channel, if there is no V."""
+        scale, offset = self.v_scale, self.v_offset
+        if self.v_head_size > 0:
+            return scale, offset
+        per_channel = scale.shape == (self.num_kv_heads, self.head_size)
+        return scale[:, :0] if per_channel else scale, None if offset is None else offset[:, :0]
 
     def _int32(self, name: str, values: Sequence[int] | Tensor, method: str = "gather") -> Tensor:
         """On the device of the cache. What int32 can't hold becomes its largest or smallest value."""
@@ -755,10 +757,10 @@ def gather_rows(
     seq_starts: Tensor | None = None,
 ) -> None:
     """`PagedKVCache.gather` with the arguments of `gather_and_dequant_cache`, which are not converted."""
+    v_scale, v_offset = cache._of_values()
     ops.gather(
         *cache._caches(), key, value, block_table, cu_seq_lens, cache.kv_cache_dtype, cache.k_scale,
-        cache._of_values(cache.v_scale), seq_starts, cache.k_offset,
-        None if cache.v_offset is None else cache._of_values(cache.v_offset), cache.v_cache_dtype,
+        v_scale, seq_starts, cache.k_offset, v_offset, cache.v_cache_dtype,
     )  # fmt: skip
 
 
