@@ -228,9 +228,17 @@ def _columns_of_block(count: int) -> int:
     return max(8, 1 << (min(64, count) - 1).bit_length())
 
 
-@functools.cache
 def _num_multiprocessors(device: torch.device) -> int:
+    # Dynamo evaluates it once by itself, and warns of a cache.
+    count = _count_multiprocessors if torch.compiler.is_compiling() else _num_multiprocessors_by_device
+    return count(device)
+
+
+def _count_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_num_multiprocessors_by_device = functools.cache(_count_multiprocessors)
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
