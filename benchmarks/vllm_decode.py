@@ -62,6 +62,7 @@ SETTINGS = {
     "fp8kv-per-token": Setting("fp8kv", "fp8_per_token_head"),
     "fp8kv-16bit": Setting("fp8kv", "auto"),
     "flash-fp8": Setting("FLASH_ATTN", "fp8"),
+    "flash-fp8-eager": Setting("FLASH_ATTN", "fp8", mode="eager"),
     "flash-fp8-writes": Setting("FLASH_ATTN", "fp8", {"FP8KV_VLLM_WRITES": "1"}),
     "flash-16bit": Setting("FLASH_ATTN", "auto"),
     "triton-per-token": Setting("TRITON_ATTN", "fp8_per_token_head"),

@@ -135,12 +135,12 @@ def paged_attention(
     """
     # Of any number of dimensions, as it is the operator that refuses a query without three.
     if softmax_scale is None:
-        softmax_scale = max(1, math.prod(query.shape[-1:])) ** -0.5
+        softmax_scale = max(1, query.shape[-1] if query.dim() else 1) ** -0.5
     if max_query_len is None:
         max_query_len = 1 if cu_query_lens is None else max(1, math.prod(query.shape[:1]))
     if out is None:
         dtype = query.dtype if query.dtype in REAL_DTYPES else torch.bfloat16
-        out = torch.empty((*query.shape[:-1], *value_cache.shape[-1:]), dtype=dtype, device=query.device)
+        out = query.new_empty((*query.shape[:-1], *value_cache.shape[-1:]), dtype=dtype)
     dims = (query.dim(), key_cache.dim(), value_cache.dim(), block_table.dim())
     if workspace is None and query.is_cuda and dims == (3, 4, 4, 2):
         two_kinds = v_cache_dtype is not None or value_cache.shape != key_cache.shape
@@ -148,7 +148,7 @@ def paged_attention(
             query, key_cache, block_table, max_query_len=max_query_len, num_splits=num_splits,
             value_cache=value_cache if two_kinds else None,
         )  # fmt: skip
-        workspace = torch.empty(size, dtype=torch.uint8, device=query.device) if size > 0 else None
+        workspace = query.new_empty(size, dtype=torch.uint8) if size > 0 else None
     attention(
         query, key_cache, value_cache, out, block_table, seq_lens, kv_cache_dtype, k_scale, v_scale,
         softmax_scale, cu_query_lens, max_query_len, max_seq_len or 0, q_scale, seq_starts,

@@ -52,14 +52,16 @@ class FlashAttention(NamedTuple):
         scales: tuple[Tensor, Tensor],
         **options: Any,
     ) -> None:
-        """Copies and attends; `query`, `out` and `block_table` are those of the whole batch.
+        """Copies and attends.
 
         Args:
+            query: of the whole batch, as is `out`.
+            block_table: of the part.
             options: ``softmax_scale``, ``softcap`` and ``s_aux`` (sinks) of ``flash_attn_varlen_func``.
         """
         key, value = query.new_empty(2, copy.num_tokens, *cache.key_cache.shape[2:])
         gather_and_dequant_cache(
-            cache.key_cache, cache.value_cache, key, value, block_table[part.sequences], copy.cu_seq_lens,
+            cache.key_cache, cache.value_cache, key, value, block_table, copy.cu_seq_lens,
             cache.dtype, *scales,
         )  # fmt: skip
         self.function(
