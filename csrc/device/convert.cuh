@@ -241,7 +241,7 @@ struct QuantizeOp {
 
 // Infinity where there is none.
 __device__ __forceinline__ float bound_of(const float* upper_bound) {
-  return upper_bound ? __ldg(upper_bound) : __int_as_float(0x7f800000);
+  return upper_bound ? *upper_bound : __int_as_float(0x7f800000);
 }
 
 // dynamic_scale() of a finite amax. One correction makes the product with 1 / max the quotient wherever that is above the

@@ -18,15 +18,16 @@ struct Vec {
   std::uint32_t words[kWords];
 };
 
-// The loads are volatile so that they stay where the code has them: early, with the wait at the first use.
+// The loads are volatile so that they stay where the code has them: early, with the wait at the first use. They are not
+// ld.global.nc (__ldg, __restrict__), which ptxas moves before griddepcontrol.wait (pdl.cuh).
 __device__ __forceinline__ void load16(std::uint32_t* words, const void* p) {
-  asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                : "l"(p));
 }
 
 __device__ __forceinline__ void load8(std::uint32_t* words, const void* p) {
-  asm volatile("ld.global.nc.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(p));
+  asm volatile("ld.global.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(p));
 }
 
 // kWords words from an address aligned to min(16, bytes).
@@ -102,7 +103,7 @@ __device__ __forceinline__ Vec<T> load_aligned(const T* p, std::uint64_t policy)
   Vec<T> vec;
 #pragma unroll
   for (int i = 0; i < Vec<T>::kWords; i += 4)
-    asm volatile("ld.global.nc.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
+    asm volatile("ld.global.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
                  : "=r"(vec.words[i]), "=r"(vec.words[i + 1]), "=r"(vec.words[i + 2]), "=r"(vec.words[i + 3])
                  : "l"(reinterpret_cast<const char*>(p) + 4 * i), "l"(policy));
   return vec;
@@ -209,7 +210,7 @@ __device__ __forceinline__ Vec<T> load_any(const T* row, std::int64_t first, std
 #pragma unroll
   for (int i = 0; i < kVecSize; ++i) {
     if (i < range.begin || i >= range.end) continue;
-    const std::uint32_t bits = __ldg(reinterpret_cast<const Bits*>(p) + i);
+    const std::uint32_t bits = reinterpret_cast<const Bits*>(p)[i];
     constexpr int kPerWord = 4 / sizeof(T);
     vec.words[i / kPerWord] |= bits << (8 * sizeof(T) * (i % kPerWord));
   }

@@ -19,7 +19,10 @@ from fp8kv import _introspect
 
 LIBRARY = Path(_introspect.__file__).with_name("_ops_cuda.so")
 #: Kernels that are launched with cuda::launch_dependent or LaunchShape::dependent, in mangled names.
-DEPENDENT = re.compile(r"append_tokens|append_scalar|append_unaligned|gather_|rope_append_|attention_|merge_parts")
+DEPENDENT = re.compile(
+    r"append_|gather_|attention_|merge_parts|elementwise_"
+    r"|quantize_(groups|rows_contiguous|units_contiguous|elements|across_groups|redundant)"
+)
 WAIT = re.compile(r"\bACQBULK\b")
 ACCESS = re.compile(r"\b(LDG|LDGSTS|LD|STG|ST|ATOMG|ATOM|RED)\.")
 

@@ -216,7 +216,7 @@ void launch_append_dynamic(const CacheLayout& layout, const TokenIndices& slots,
   const dim3 grid = grid_of(heads * plan.threads_per_head, plan, layout);
   if (plan.path == KernelPath::Scalar) {
     const auto kernel = layout.has_channels() ? append_dynamic_scalar<Fp8, In, true> : append_dynamic_scalar<Fp8, In, false>;
-    launch_ordinary(kernel, grid, plan.threads, stream, ScalarAppendArgs(layout, slots, heads));
+    launch_dependent(kernel, grid, plan.threads, stream, ScalarAppendArgs(layout, slots, heads));
     return;
   }
   const AppendDynamicArgs params{
@@ -235,7 +235,7 @@ void launch_append_dynamic(const CacheLayout& layout, const TokenIndices& slots,
   auto kernel = plan.vecs_per_thread == 4 ? choose.template operator()<4>() : choose.template operator()<2>();
   if constexpr (sizeof(In) == 2)
     if (plan.heads_per_thread == 2) kernel = append_dynamic_pairs<Fp8, In>;
-  launch_ordinary(kernel, grid, plan.threads, stream, params);
+  launch_dependent(kernel, grid, plan.threads, stream, params);
 }
 
 }  // namespace

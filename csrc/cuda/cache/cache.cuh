@@ -45,7 +45,7 @@ struct TokenIndices {
 
   __device__ __forceinline__ std::int64_t operator[](std::int64_t token) const {
     const std::int64_t at = token * stride;
-    return wide ? __ldg(static_cast<const long long*>(data) + at) : __ldg(static_cast<const int*>(data) + at);
+    return wide ? static_cast<const long long*>(data)[at] : static_cast<const int*>(data)[at];
   }
 
   // False for negative ones too.
@@ -75,17 +75,16 @@ __device__ __forceinline__ T* row(const PagedView& view, Index block, Index offs
 // The offset of a channel, for values of type In; that of none if there are no offsets.
 template <class In>
 __device__ __forceinline__ float offset_of(const OffsetView& view, std::int64_t head, std::int64_t dim) {
-  return view.data ? __ldg(view.data + head * view.head + dim * view.dim) : device::kNoOffset<In>;
+  return view.data ? view.data[head * view.head + dim * view.dim] : device::kNoOffset<In>;
 }
 
 // An element with the parameters of its head, or of its channel. `scale`: the first of the head, or its only one.
 template <class Op, class Out, bool kChannels, class In>
 __device__ __forceinline__ Out convert_at(In raw, const KVViews& kv, const float* scale, std::int64_t head, std::int64_t dim) {
   if constexpr (kChannels)
-    return device::convert_element<Op, Out>(raw, Op::prepare(__ldg(scale + dim * kv.scales.dim)),
-                                            offset_of<In>(kv.offsets, head, dim));
+    return device::convert_element<Op, Out>(raw, Op::prepare(scale[dim * kv.scales.dim]), offset_of<In>(kv.offsets, head, dim));
   else
-    return device::convert_element<Op, Out>(raw, Op::prepare(__ldg(scale)));
+    return device::convert_element<Op, Out>(raw, Op::prepare(*scale));
 }
 
 // What the channels of K and V have: scales each, and no offsets; or anything.
@@ -123,7 +122,7 @@ __device__ __forceinline__ device::Channels<Op> load_channels(const KVViews& kv,
   device::Channels<Op> channels;
   load_offsets<In>(kChannels == ChannelParameters::Any ? kv.offsets : OffsetView{}, head, columns, channels.offsets);
   if (kChannels == ChannelParameters::Any && kv.scales.dim == 0) {
-    const auto prepared = Op::prepare(__ldg(scale));
+    const auto prepared = Op::prepare(*scale);
 #pragma unroll
     for (int i = 0; i < kVecSize; ++i) channels.scales[i] = prepared;
   } else {

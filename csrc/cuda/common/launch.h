@@ -57,13 +57,8 @@ void launch(void (*kernel)(Params...), const LaunchShape& shape, cudaStream_t st
   cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-template <class... Params, class... Arguments>
-void launch_ordinary(void (*kernel)(Params...), dim3 grid, int threads, cudaStream_t stream, const Arguments&... arguments) {
-  launch(kernel, LaunchShape{.grid = grid, .threads = threads}, stream, arguments...);
-}
-
 // Dependent where launches_dependent() says so. Only for kernels whose loads stay behind their wait in machine code, which
-// ptxas does not promise of ld.global.nc: tests/python/test_dependent_launch.py looks.
+// ptxas does not promise of ld.global.nc (__ldg, __restrict__): tests/python/test_dependent_launch.py looks.
 template <class... Params, class... Arguments>
 void launch_dependent(void (*kernel)(Params...), dim3 grid, int threads, cudaStream_t stream, const Arguments&... arguments) {
   const LaunchShape shape{.grid = grid, .threads = threads, .dependent = launches_dependent(grid.x * grid.y)};

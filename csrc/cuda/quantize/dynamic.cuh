@@ -152,9 +152,8 @@ __device__ __forceinline__ void quantize_group(const Row<Fp8, In, kAligned>& row
 
 // DynamicPath::PerGroup. A group has 2^lanes_log2 lanes of a warp, or the block.
 template <class Fp8, class In, int kVecs, bool kSubwarp, bool kAligned>
-__global__ void __launch_bounds__(1024)
-    quantize_groups(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scales,
-                    const float* __restrict__ upper_bound, const __grid_constant__ IndexMap map, int lanes_log2) {
+__global__ void __launch_bounds__(1024) quantize_groups(const In* input, Fp8* result, float* scales, const float* upper_bound,
+                                                        const __grid_constant__ IndexMap map, int lanes_log2) {
   const std::uint32_t threads = kSubwarp ? 1u << lanes_log2 : blockDim.x;
   const std::uint32_t group = kSubwarp ? (blockIdx.x * blockDim.x + threadIdx.x) >> lanes_log2 : blockIdx.x;
   device::wait_then_release();
@@ -168,8 +167,7 @@ __global__ void __launch_bounds__(1024)
 // compute before the loads.
 template <class Fp8, class In, int kVecs>
 __global__ void __launch_bounds__(1024)
-    quantize_rows_contiguous(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scales,
-                             const float* __restrict__ upper_bound, std::uint32_t vecs) {
+    quantize_rows_contiguous(const In* input, Fp8* result, float* scales, const float* upper_bound, std::uint32_t vecs) {
   const std::int64_t first = std::int64_t{blockIdx.x} * vecs * kVecSize;
   device::wait_then_release();
   quantize_group<kVecs, false>(Row<Fp8, In, true>{input + first, result + first, 0}, scales + blockIdx.x, upper_bound, true,
@@ -179,9 +177,8 @@ __global__ void __launch_bounds__(1024)
 // The same for short groups of whole units, one for each of at most 2^lanes_log2 lanes.
 template <class Fp8, class In>
 __global__ void __launch_bounds__(128)
-    quantize_units_contiguous(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scales,
-                              const float* __restrict__ upper_bound, std::uint32_t groups, std::uint32_t units,
-                              int lanes_log2) {
+    quantize_units_contiguous(const In* input, Fp8* result, float* scales, const float* upper_bound, std::uint32_t groups,
+                              std::uint32_t units, int lanes_log2) {
   using Op = device::QuantizeOp<Fp8>;
   constexpr int kVecs = core::kUnitSize / kVecSize;
   const std::uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x, lanes = 1u << lanes_log2;
@@ -205,9 +202,8 @@ __global__ void __launch_bounds__(128)
 
 // The same for short groups at any address: element by element, of which neighboring lanes take neighbors.
 template <class Fp8, class In>
-__global__ void __launch_bounds__(128)
-    quantize_elements(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scales,
-                      const float* __restrict__ upper_bound, const __grid_constant__ IndexMap map, int lanes_log2) {
+__global__ void __launch_bounds__(128) quantize_elements(const In* input, Fp8* result, float* scales, const float* upper_bound,
+                                                         const __grid_constant__ IndexMap map, int lanes_log2) {
   using Op = device::QuantizeOp<Fp8>;
   const std::uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x, lanes = 1u << lanes_log2;
   const std::uint32_t group = thread >> lanes_log2, lane = thread & (lanes - 1);
@@ -220,7 +216,7 @@ __global__ void __launch_bounds__(128)
   Bits held[core::kElementsPerLane] = {};
 #pragma unroll
   for (std::uint32_t k = 0; k < core::kElementsPerLane; ++k)
-    if (lane + k * lanes < size) held[k] = __ldg(reinterpret_cast<const Bits*>(in + k * lanes));
+    if (lane + k * lanes < size) held[k] = *reinterpret_cast<const Bits*>(in + k * lanes);
   std::uint32_t bits = 0;
 #pragma unroll
   for (std::uint32_t k = 0; k < core::kElementsPerLane; ++k) bits = max(bits, device::finite_bits<In>(held[k]));
@@ -263,7 +259,7 @@ struct GroupTile {
 
 template <class In>
 __device__ __forceinline__ std::uint32_t finite_bits_at(const In* p) {
-  return device::finite_bits<In>(__ldg(reinterpret_cast<const typename device::BitsOf<In>::type*>(p)));
+  return device::finite_bits<In>(*reinterpret_cast<const typename device::BitsOf<In>::type*>(p));
 }
 
 // Of elements [begin, end), one by one: what is rare.
@@ -282,8 +278,8 @@ __device__ __noinline__ void quantize_by_elements(const In* input, Fp8* result, 
 
 template <class Fp8, class In>
 __global__ void __launch_bounds__(core::kTileThreads)
-    quantize_across_groups(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scales,
-                           const float* __restrict__ upper_bound, const __grid_constant__ GroupTile tile) {
+    quantize_across_groups(const In* input, Fp8* result, float* scales, const float* upper_bound,
+                           const __grid_constant__ GroupTile tile) {
   using Op = device::QuantizeOp<Fp8>;
   constexpr int kVecs = core::kUnitSize / kVecSize;
   constexpr std::uint32_t kTileSize = core::kTileThreads * core::kUnitSize;
@@ -355,8 +351,8 @@ __global__ void __launch_bounds__(core::kTileThreads)
 // other blocks, and quantizes its own kRedundantVecs vectors.
 template <class Fp8, class In, int kVecs, bool kAligned>
 __global__ void __launch_bounds__(kRedundantThreads)
-    quantize_redundant(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scale_out,
-                       const float* __restrict__ upper_bound, std::int64_t size, std::uint32_t vecs) {
+    quantize_redundant(const In* input, Fp8* result, float* scale_out, const float* upper_bound, std::int64_t size,
+                       std::uint32_t vecs) {
   using Op = device::QuantizeOp<Fp8>;
   __shared__ std::uint32_t scratch[32];
   device::wait_then_release();
@@ -389,9 +385,8 @@ constexpr int kMaxClusterBlocks = 16;
 
 // DynamicPath::Cluster: one row, one scale, one thread block cluster. Every block sends its maximum to all others.
 template <class Fp8, class In, int kVecs, bool kAligned>
-__global__ void __launch_bounds__(1024)
-    quantize_cluster(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scale_out,
-                     const float* __restrict__ upper_bound, std::int64_t size, std::uint32_t vecs) {
+__global__ void __launch_bounds__(1024) quantize_cluster(const In* input, Fp8* result, float* scale_out,
+                                                         const float* upper_bound, std::int64_t size, std::uint32_t vecs) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   using Op = device::QuantizeOp<Fp8>;
   __shared__ std::uint32_t scratch[32];
@@ -437,8 +432,8 @@ __global__ void __launch_bounds__(1024)
 // dynamic_scale never decreases, so the largest scale of the blocks is the scale of all.
 template <class Fp8, class In, bool kAligned>
 __global__ void __launch_bounds__(kCooperativeThreads, kCooperativeBlocks)
-    quantize_cooperative(const In* __restrict__ input, Fp8* __restrict__ result, float* __restrict__ scale_out,
-                         const float* __restrict__ upper_bound, std::int64_t size, std::uint32_t vecs, int shared_vecs) {
+    quantize_cooperative(const In* input, Fp8* result, float* scale_out, const float* upper_bound, std::int64_t size,
+                         std::uint32_t vecs, int shared_vecs) {
   using Op = device::QuantizeOp<Fp8>;
   constexpr int kHeld = vecs_in_registers(DTypeOf<In>::value);
   constexpr std::uint32_t kCachedVecs = (32 << 20) / sizeof(Vec<In>);  // that the L2 cache may still have
@@ -579,8 +574,8 @@ struct DynamicLauncher {
     const int lanes_log2 = std::countr_zero(static_cast<unsigned>(plan.lanes_per_group));
     const IndexMap map = IndexMap::over(chunk.layout, chunk.layout.ndim - 1, vecs, groups);
     const auto start = [&](auto kernel, const auto&... arguments) {
-      launch_ordinary(kernel, static_cast<unsigned>(plan.blocks), plan.threads, stream, input + chunk.in, result + chunk.out,
-                      scale + chunk.scale, upper_bound, arguments...);
+      launch_dependent(kernel, static_cast<unsigned>(plan.blocks), plan.threads, stream, input + chunk.in, result + chunk.out,
+                       scale + chunk.scale, upper_bound, arguments...);
     };
     if (plan.lanes_per_group > 0) {
       if (plan.units) return start(quantize_units_contiguous<Fp8, In>, groups, vecs / 2, lanes_log2);
@@ -600,16 +595,16 @@ struct DynamicLauncher {
   void launch_across_groups(const core::Chunk& chunk, const core::DynamicPlan& plan) const {
     const GroupTile tile{.grid = GroupGrid(plan.grid, chunk.layout.numel, 1),
                          .groups_per_row = device::FastDiv(core::ceil_div(plan.grid.row, plan.grid.group))};
-    launch_ordinary(quantize_across_groups<Fp8, In>, static_cast<unsigned>(plan.blocks), plan.threads, stream, input + chunk.in,
-                    result + chunk.out, scale + chunk.scale, upper_bound, tile);
+    launch_dependent(quantize_across_groups<Fp8, In>, static_cast<unsigned>(plan.blocks), plan.threads, stream,
+                     input + chunk.in, result + chunk.out, scale + chunk.scale, upper_bound, tile);
   }
 
   void launch_redundant(const core::Chunk& chunk, const core::DynamicPlan& plan) const {
     visit_vecs<2, kMostVecs>(plan.vecs_per_thread, [&](auto vecs) {
       const auto kernel = plan.aligned ? quantize_redundant<Fp8, In, vecs, true> : quantize_redundant<Fp8, In, vecs, false>;
-      launch_ordinary(kernel, static_cast<unsigned>(plan.blocks), plan.threads, stream, input + chunk.in, result + chunk.out,
-                      scale + chunk.scale, upper_bound, chunk.layout.inner().size,
-                      static_cast<std::uint32_t>(plan.vecs_per_row));
+      launch_dependent(kernel, static_cast<unsigned>(plan.blocks), plan.threads, stream, input + chunk.in, result + chunk.out,
+                       scale + chunk.scale, upper_bound, chunk.layout.inner().size,
+                       static_cast<std::uint32_t>(plan.vecs_per_row));
     });
   }
 

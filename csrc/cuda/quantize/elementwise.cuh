@@ -36,7 +36,7 @@ __device__ __noinline__ void divide_vec(const In* in, Out* out, float scale) {
 template <class Op, class Out, class In>
 __device__ __noinline__ void divide_columns(const In* in, Out* out, std::int64_t stride, int rows, const float* scales) {
   for (int i = 0; i < kVecSize; ++i) {
-    const auto scale = Op::prepare(__ldg(scales + i));
+    const auto scale = Op::prepare(scales[i]);
     for (int r = 0; r < rows; ++r) out[r * stride + i] = device::convert_element<Op, Out>(in[r * stride + i], scale);
   }
 }
@@ -100,8 +100,7 @@ struct GroupGrid {
 // A thread takes kVecs vectors, a block apart. Beyond the end it repeats the last one.
 template <class Op, class In, class Out, core::Groups kGroups, int kVecs>
 __global__ void __launch_bounds__(256)
-    elementwise_contiguous(const In* __restrict__ input, Out* __restrict__ result, const float* __restrict__ scales,
-                           const __grid_constant__ GroupGrid grid) {
+    elementwise_contiguous(const In* input, Out* result, const float* scales, const __grid_constant__ GroupGrid grid) {
   const std::uint32_t first = blockIdx.x * (blockDim.x * kVecs) + threadIdx.x;
   if (first >= grid.count) return;
   device::wait_then_release();
@@ -116,7 +115,7 @@ __global__ void __launch_bounds__(256)
   bool divide = false;
 #pragma unroll
   for (int k = 0; k < kVecs; ++k) {
-    prepared[k] = Op::prepare(__ldg(scales + grid.scale_of<kGroups>(vec[k])));
+    prepared[k] = Op::prepare(scales[grid.scale_of<kGroups>(vec[k])]);
     divide |= prepared[k].divide;
   }
   Vec<Out> converted[kVecs];
@@ -127,7 +126,7 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
     for (int k = 0; k < kVecs; ++k) {
       const std::int64_t at = std::int64_t{vec[k]} * kVecSize;
-      divide_vec<Op>(input + at, result + at, __ldg(scales + grid.scale_of<kGroups>(vec[k])));
+      divide_vec<Op>(input + at, result + at, scales[grid.scale_of<kGroups>(vec[k])]);
     }
   }
 }
@@ -156,15 +155,14 @@ template <class Op, class Out, class In>
 __device__ __noinline__ void convert_elements(const In* input, Out* result, const float* scales, const GroupGrid& grid,
                                               std::uint32_t begin, std::uint32_t end) {
   for (std::uint32_t i = begin; i < end; ++i)
-    result[i] = device::convert_element<Op, Out>(input[i], Op::prepare(__ldg(scales + grid.scale_of<core::Groups::Grid>(i))));
+    result[i] = device::convert_element<Op, Out>(input[i], Op::prepare(scales[grid.scale_of<core::Groups::Grid>(i)]));
 }
 
 // A thread takes kUnitSize neighboring elements of the whole tensor. A group may end among them: each element is multiplied by
 // the scale of its side. Rare are the others: a third group, a scale that divides, the end of the tensor.
 template <class Op, class In, class Out>
 __global__ void __launch_bounds__(128)
-    elementwise_across_groups(const In* __restrict__ input, Out* __restrict__ result, const float* __restrict__ scales,
-                              const __grid_constant__ GroupGrid grid) {
+    elementwise_across_groups(const In* input, Out* result, const float* scales, const __grid_constant__ GroupGrid grid) {
   constexpr int kVecs = core::kUnitSize / kVecSize;
   const std::uint32_t first = (blockIdx.x * blockDim.x + threadIdx.x) * core::kUnitSize;
   if (first >= grid.count) return;
@@ -178,7 +176,7 @@ __global__ void __launch_bounds__(128)
   const float* next_scale = place.left >= core::kUnitSize ? scale
                             : place.ends_row              ? scales + grid.scale_of(place.row + 1, 0)
                                                           : scale + grid.group_scale;
-  const auto prepared = Op::prepare(__ldg(scale)), next = Op::prepare(__ldg(next_scale));
+  const auto prepared = Op::prepare(*scale), next = Op::prepare(*next_scale);
   Vec<Out> converted[kVecs];
   multiply_vecs<Op>(raw, converted, [&](int k, int i) { return Op::select(k * kVecSize + i < place.left, prepared, next); });
   device::store_aligned(result + first, converted);
@@ -191,22 +189,20 @@ __global__ void __launch_bounds__(128)
 // A vector per thread.
 template <class Op, class In, class Out>
 __global__ void __launch_bounds__(256)
-    elementwise_vectorized(const In* __restrict__ input, Out* __restrict__ result, const float* __restrict__ scales,
-                           const __grid_constant__ IndexMap map) {
+    elementwise_vectorized(const In* input, Out* result, const float* scales, const __grid_constant__ IndexMap map) {
   const std::uint32_t vec = blockIdx.x * blockDim.x + threadIdx.x;
   if (vec >= map.count) return;
   device::wait_then_release();
   const auto [row, vec_in_row] = map.vecs_per_row.divmod(vec);
   const Offsets at = map.at<-1>(row);
   const Vec<In> raw = device::load_aligned(input + at.in + vec_in_row * kVecSize);
-  const auto scale = Op::prepare(__ldg(scales + at.scale));
+  const auto scale = Op::prepare(scales[at.scale]);
   device::store_aligned(result + at.out + vec_in_row * kVecSize, device::convert_vec<Op, Out>(raw, scale));
 }
 
 template <class Op, class In, class Out>
 __global__ void __launch_bounds__(256)
-    elementwise_vectorized_unaligned(const In* __restrict__ input, Out* __restrict__ result, const float* __restrict__ scales,
-                                     const __grid_constant__ IndexMap map) {
+    elementwise_vectorized_unaligned(const In* input, Out* result, const float* scales, const __grid_constant__ IndexMap map) {
   const std::uint32_t vec = blockIdx.x * blockDim.x + threadIdx.x;
   if (vec >= map.count) return;
   device::wait_then_release();
@@ -215,7 +211,7 @@ __global__ void __launch_bounds__(256)
   const Slice slice = slice_of(result + at.out, vec_in_row, map.row_size);
   if (slice.range.begin >= slice.range.end) return;
   const Vec<In> raw = device::load_any(input + at.in, slice.first, map.row_size, slice.range);
-  const auto scale = Op::prepare(__ldg(scales + at.scale));
+  const auto scale = Op::prepare(scales[at.scale]);
   device::store_range(result + at.out + slice.first, device::convert_vec<Op, Out>(raw, scale), slice.range);
 }
 
@@ -244,7 +240,7 @@ __device__ __forceinline__ void prepare_scales(typename Op::Prepared (&prepared)
 #pragma unroll
   for (int i = 0; i < kVecSize; ++i) {
     const bool valid = i >= range.begin && i < range.end;
-    prepared[i] = Op::prepare(valid ? __ldg(scales + columns.offset(column)) : 1.0f);
+    prepared[i] = Op::prepare(valid ? scales[columns.offset(column)] : 1.0f);
     if (++column == columns.period) column = 0;
   }
 }
@@ -261,8 +257,8 @@ __device__ __forceinline__ Vec<Out> convert_per_column(const Vec<In>& raw, const
 // prepares their scales once.
 template <class Op, class In, class Out, int kRows>
 __global__ void __launch_bounds__(128)
-    elementwise_per_channel(const In* __restrict__ input, Out* __restrict__ result, const float* __restrict__ scales,
-                            std::uint32_t rows, const __grid_constant__ device::FastDiv vecs_per_row) {
+    elementwise_per_channel(const In* input, Out* result, const float* scales, std::uint32_t rows,
+                            const __grid_constant__ device::FastDiv vecs_per_row) {
   const auto [batch, vec_in_row] = vecs_per_row.divmod(blockIdx.x * blockDim.x + threadIdx.x);
   const std::uint32_t row = batch * kRows;
   if (row >= rows) return;
@@ -301,9 +297,8 @@ struct LoopedRows {
 // Aligned, in any other way. A thread owns 8 columns: it prepares their scales once and loops over kRows rows.
 template <class Op, class In, class Out, int kRows>
 __global__ void __launch_bounds__(256)
-    elementwise_per_column(const In* __restrict__ input, Out* __restrict__ result, const float* __restrict__ scales,
-                           const __grid_constant__ IndexMap map, const __grid_constant__ LoopedRows rows,
-                           const __grid_constant__ PerColumnScales columns) {
+    elementwise_per_column(const In* input, Out* result, const float* scales, const __grid_constant__ IndexMap map,
+                           const __grid_constant__ LoopedRows rows, const __grid_constant__ PerColumnScales columns) {
   const std::uint32_t vec = blockIdx.x * blockDim.x + threadIdx.x;
   if (vec >= map.count) return;
   device::wait_then_release();
@@ -344,8 +339,8 @@ __global__ void __launch_bounds__(256)
 // Vectors begin at other columns in every row, so a thread takes one.
 template <class Op, class In, class Out>
 __global__ void __launch_bounds__(256)
-    elementwise_per_column_unaligned(const In* __restrict__ input, Out* __restrict__ result, const float* __restrict__ scales,
-                                     const __grid_constant__ IndexMap map, const __grid_constant__ PerColumnScales columns) {
+    elementwise_per_column_unaligned(const In* input, Out* result, const float* scales, const __grid_constant__ IndexMap map,
+                                     const __grid_constant__ PerColumnScales columns) {
   const std::uint32_t vec = blockIdx.x * blockDim.x + threadIdx.x;
   if (vec >= map.count) return;
   device::wait_then_release();
@@ -380,13 +375,13 @@ struct FlatRows {
 // One element per thread.
 template <class Op, class In, class Out>
 __global__ void __launch_bounds__(256)
-    elementwise_scalar(const In* __restrict__ input, Out* __restrict__ result, const float* __restrict__ scales,
-                       const __grid_constant__ IndexMap map, const __grid_constant__ FlatRows flat) {
+    elementwise_scalar(const In* input, Out* result, const float* scales, const __grid_constant__ IndexMap map,
+                       const __grid_constant__ FlatRows flat) {
   const std::uint32_t element = blockIdx.x * blockDim.x + threadIdx.x;
   if (element >= map.count) return;
   device::wait_then_release();
   const Offsets at = map.at<-1>(element);
-  const auto scale = Op::prepare(__ldg(scales + at.scale + flat.offset(element)));
+  const auto scale = Op::prepare(scales[at.scale + flat.offset(element)]);
   result[at.out] = device::convert_element<Op, Out>(input[at.in], scale);
 }
 
@@ -423,8 +418,8 @@ void launch_elementwise_chunk(const core::ElementwisePlan& plan, const core::Chu
                         .out = plan.row_out,
                         .last_row_size = plan.last_row_size};
   const auto launch = [&](auto kernel, const auto&... arguments) {
-    launch_ordinary(kernel, static_cast<unsigned>(plan.blocks), plan.threads, stream, input + chunk.in, result + chunk.out,
-                    scales + chunk.scale, arguments...);
+    launch_dependent(kernel, static_cast<unsigned>(plan.blocks), plan.threads, stream, input + chunk.in, result + chunk.out,
+                     scales + chunk.scale, arguments...);
   };
   const auto grid = [&](int unit) { return GroupGrid(plan.grid, chunk.layout.numel, unit); };
   switch (plan.kernel) {
