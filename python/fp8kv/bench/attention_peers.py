@@ -157,10 +157,8 @@ def flash_attention_3(case: AttentionCase, fp8: bool) -> Peer | None:
 
 
 def flashinfer(case: AttentionCase, fp8: bool) -> Peer | None:
-    """FlashInfer's decode, planned ahead; in FP8 with scales per tensor, or per token and head."""
+    """FlashInfer's decode, planned ahead. In FP8, scales per head are expanded to scales per token and head."""
     how = case.how
-    if fp8 and how.scales == "head":
-        return None
     decode = importlib.import_module("flashinfer.decode")
     order = _order(case)
     pages = [-(-length // BLOCK_SIZE) for length in case.lengths]
@@ -178,10 +176,10 @@ def flashinfer(case: AttentionCase, fp8: bool) -> Peer | None:
         paged_kv_indices_buffer=torch.empty_like(indices),
         paged_kv_last_page_len_buffer=torch.empty_like(last),
     )
-    token_head = fp8 and how.scales == "token-head"
+    of_slots = fp8 and how.scales != "tensor"
     # Arguments that older versions lack are passed only if needed.
     options = {"q_len_per_req": how.queries} if how.queries > 1 else {}
-    options |= {"use_token_head_sf": True} if token_head else {}
+    options |= {"use_token_head_sf": True} if of_slots else {}
     wrapper.plan(
         sums, indices, last, case.num_heads, case.num_kv_heads, case.head_size, BLOCK_SIZE,
         window_left=how.window - 1, logits_soft_cap=how.softcap, q_data_type=INPUT,
@@ -192,9 +190,11 @@ def flashinfer(case: AttentionCase, fp8: bool) -> Peer | None:
         caches = tuple(_pages(case, b, order, fp8))
         out = torch.empty_like(b.query)
         options: dict[str, Any] = {} if b.sinks is None else {"sinks": b.sinks}
-        if token_head:
-            scales = (_reordered(x[b.table.flatten().long()], order) for x in (b.k_scale, b.v_scale))
-            options["kv_cache_sf"] = tuple(scales)
+        if of_slots:
+            scales = [b.k_scale, b.v_scale]
+            if how.scales == "token-head":
+                scales = [_reordered(x[b.table.flatten().long()], order) for x in scales]
+            options["kv_cache_sf"] = tuple(x.expand(caches[0].shape[:3]) for x in scales)
         elif fp8:
             options |= {"k_scale": b.k_scale.item(), "v_scale": b.v_scale.item()}
         return lambda: wrapper.run(b.query, caches, out=out, **options)

@@ -472,11 +472,7 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("work", attention.WORKS)
 @pytest.mark.parametrize("name", ["FlashInfer bf16", "FlashInfer fp8"])
 def test_what_flashinfer_is_asked_for(short_window: None, flashinfer: None, name: str, work: str) -> None:
-    adapter = attention_peers.CUDA_PEERS[name]
-    if name == "FlashInfer fp8" and attention.WORKS[work].scales == "head":
-        assert adapter(attention_case(work)) is None
-    else:
-        check_attention_peer(adapter, work, 1e-2)
+    check_attention_peer(attention_peers.CUDA_PEERS[name], work, 1e-2)
 
 
 def test_a_peer_of_attention_that_is_not_installed_is_left_out_with_a_note(
