@@ -2,7 +2,7 @@
 #pragma once
 
 #define FP8KV_VERSION_MAJOR 0
-#define FP8KV_VERSION_MINOR 1
+#define FP8KV_VERSION_MINOR 2
 #define FP8KV_VERSION_PATCH 0
 
 #define FP8KV_STRINGIZE_(x) #x

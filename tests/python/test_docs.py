@@ -103,10 +103,30 @@ def test_every_public_name_is_on_a_page_of_the_reference(module: str) -> None:
     assert [name for name in public if not {f"{module}.{name}", f"fp8kv.{name}"} & shown] == []
 
 
-def test_the_version_of_the_first_page() -> None:
-    """The badge and its alternative text."""
-    assert f"![version {fp8kv.__version__}]" in (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f">{fp8kv.__version__}<" in (ROOT / "docs/images/version.svg").read_text(encoding="utf-8")
+def declared(pattern: str, file: str) -> str:
+    """What `pattern` finds in a file of the repository."""
+    return re.search(pattern, (ROOT / file).read_text(encoding="utf-8"))[1]
+
+
+@pytest.mark.parametrize(
+    ("badge", "value"),
+    [
+        ("version", fp8kv.__version__),
+        ("license", declared(r'\nlicense = "(.+)"', "pyproject.toml")),
+        ("Python", declared(r'requires-python = ">=(.+)"', "pyproject.toml") + "+"),
+        ("PyTorch", declared(r'\ndependencies = \["torch>=(.+)"\]', "pyproject.toml") + "+"),
+        ("CUDA", declared(r"CUDA_COMPILER_VERSION VERSION_LESS ([\d.]+)", "cmake/Cuda.cmake") + "+"),
+    ],
+)
+def test_badges_say_what_the_build_files_say(badge: str, value: str) -> None:
+    """In the picture and in its alternative text."""
+    assert f"![{badge} {value}" in (ROOT / "README.md").read_text(encoding="utf-8")
+    picture = (ROOT / f"docs/images/{badge.lower()}.svg").read_text(encoding="utf-8")
+    assert re.findall(r'y="14">(.+?)<', picture)[:2] == [badge, value]
+
+
+def test_the_changelog_has_the_version() -> None:
+    assert f"\n## {fp8kv.__version__}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 HEADER = """\
