@@ -48,7 +48,7 @@ format: $(READY)  ## rewrite the code in the project's format
 	$(BIN)ruff check --fix $(PYTHON_CODE)
 	$(BIN)clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-bench: build  ## measure the kernels on this machine, beside a copy of the same bytes
+bench: build  ## measure the kernels on this machine, compared with a copy of the same bytes
 	$(PY) -m fp8kv bench $(BENCH_ARGS)
 
 docs: build $(DOCS_READY)  ## the documentation site, in build/docs/html; warnings and broken links are errors

@@ -43,7 +43,7 @@ void check_numbers(const PagedAttention& p) {
 
 // --- Tensors ----------
 
-// V beside K: what its elements are, its head size and its view.
+// V next to K: its element type, its head size and its view.
 CacheLayout lower_values(const Argument& value_cache, std::optional<DType> wanted, const CacheLayout& keys,
                          const Argument& key_cache, const Argument& query) {
   CacheLayout values = keys;

@@ -1,4 +1,4 @@
-// The version of these headers. fp8kv::version() in runtime.h is that of the library in use.
+// The version of these headers. fp8kv::version() in runtime.h tells the version of the library in use.
 #pragma once
 
 #define FP8KV_VERSION_MAJOR 0

@@ -78,7 +78,7 @@ def introspect() -> ModuleType:
 
 
 def each_cpu_isa() -> Iterator[str]:
-    """Makes one instruction set after the other the one in use; afterwards it is that of before.
+    """Makes one instruction set after the other the one in use; afterwards restores the previous one.
 
     Without the module `introspect` it is only the one in use.
     """

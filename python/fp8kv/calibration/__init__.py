@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["calibrate", "share", "text_batches"]
 
 T = TypeVar("T")
-#: The observer whose scales are those of channels.
+#: The observer of scales per channel.
 _MINMAX = "static_minmax"
 
 
@@ -73,7 +73,7 @@ def calibrate(
     closest to that of 16 bits: FP8 with scales per head, or INT8 with scales per channel, either without
     offsets, with those of K, or with those of K and V. Whole batches are held out for that, at least a
     quarter of the tokens: scales of the others are compared on them, in a second pass over those. The final
-    scales are those of all tokens. From a single batch, scales are compared on what they were found from.
+    scales come from all tokens. From a single batch, scales are compared on what they were found from.
 
     Args:
         model: a causal language model of `transformers`, on one device or distributed by `accelerate`.

@@ -383,7 +383,7 @@ class _Examination:
         section = section_of_model(self.config)
         types = [part["model_type"] for part in (self.config, section) if part.get("model_type") is not None]
         if model_type is not None and types and model_type not in types:
-            message = f"{self.path.name} is for models of type {model_type}, but the config beside it is not"
+            message = f"{self.path.name} is for models of type {model_type}, but the config next to it is not"
             self.add([make_problem("sources-differ", message, value=model_type)])
 
     def _find_layers(self, name: str) -> None:

@@ -237,7 +237,7 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     """The result of attention over two sets of keys, from the results over each of them.
 
     For parts of a sequence, or several caches, such as a prefix that many sequences share. With sinks, give
-    them to one of the two only: each `lse` counts those it was given. ::
+    them to one of the two only: each `lse` counts the sinks of its call. ::
 
         lse = log(exp(lse_a) + exp(lse_b))
         out = exp(lse_a - lse) * out_a + exp(lse_b - lse) * out_b

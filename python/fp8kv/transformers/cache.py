@@ -74,7 +74,7 @@ class Fp8Cache(Cache):
         device: static caches, with `max_batch_size`: allocates immediately, on this device. None: each layer
             allocates with its first key, on the key's device.
         k_offset: what is subtracted from the keys of a layer before they are quantized, by its index, as
-            `fp8kv.PagedKVCache` takes it; beside "dynamic", or no scales. None: the offsets of `scales`.
+            `fp8kv.PagedKVCache` takes it; together with "dynamic", or no scales. None: the offsets of `scales`.
         v_offset: likewise, of values.
         skip_layers: layers that stay in the model's dtype, by index, or by type as in the config, such as
             "sliding_attention".

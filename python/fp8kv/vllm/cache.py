@@ -33,7 +33,7 @@ class LayerCache(NamedTuple):
         value_cache: likewise.
         dtype: the `kv_cache_dtype` of the operators.
         k_scales: float32 ``[num_blocks, block_size, num_kv_heads]`` in a cache with scales of single tokens;
-            None: the scales are those of the layer.
+            None: the layer has them.
         v_scales: likewise.
     """
 

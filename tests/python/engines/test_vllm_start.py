@@ -150,7 +150,7 @@ def start(layers: dict[str, Any], letters: str = "kv", observe: int = 0, **chang
     check_at_start(vllm_config, list(layers), letters=letters, observe=observe)
 
 
-WAY_OUT = "calibrate the model anew, for example with fp8kv calibrate, or serve it with --kv-cache-dtype auto"
+WAY_OUT = "calibrate the model again, for example with fp8kv calibrate, or serve it with --kv-cache-dtype auto"
 
 
 @pytest.mark.parametrize(
