@@ -25,6 +25,8 @@ _ALIGNMENT = 16
 class PagedKVCache:
     """The paged KV cache of one layer: owns the storage and the scales, stores tokens and reads them back.
 
+    Its sizes, `layout` and `device` are attributes of the same names.
+
     Args:
         num_blocks: number of blocks.
         block_size: tokens of a block.
@@ -66,7 +68,6 @@ class PagedKVCache:
         dynamic: whether there is a scale for each token and head.
         clip_counter: the `fp8kv.kv_cache.clipping.ClipCounter` of a cache without given scales; else
             None. One cache may go on with the counter of another.
-        num_blocks, block_size, num_kv_heads, head_size, v_head_size, layout, device: as above.
 
     Raises:
         ValueError: an argument can't be used, a scale is not finite or not above 0, an offset is not finite,
