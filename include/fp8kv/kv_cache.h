@@ -6,7 +6,7 @@
 // and V caches may be slices of one tensor. What is written must overlap nothing else.
 //
 // K and V may have heads of two sizes: `head_size` is that of key_cache for key, k_scale and k_offset, that of value_cache for
-// value, v_scale and v_offset. A size of 0 is a side that is not there, as in a cache of latent vectors.
+// value, v_scale and v_offset. A size of 0 means that there is no K or no V, as in a cache of latent vectors.
 //
 // kv_cache_dtype is the format of key_cache; absent, its type. v_cache_dtype is the format of value_cache; absent, the same as
 // that of key_cache:

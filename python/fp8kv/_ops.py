@@ -44,7 +44,7 @@ def version() -> str:
 
 
 def compiler() -> str:
-    """What the C++ library was built with."""
+    """The compiler of the C++ library."""
     return str(_ops.compiler())
 
 

@@ -89,7 +89,7 @@ def calibrate(
         dtype: "fp8" or "fp8_e4m3", "fp8_e5m2", "int8", or "auto".
         offset: what is subtracted from each channel of K and V before it is quantized: "none"; "mean", its
             mean; "mid", the middle of its range.
-        headroom: a factor of all scales: how many times the range of what was seen they keep.
+        headroom: a factor of all scales: their range, as a multiple of the observed one.
         group: the ranks that work together; None: all of them.
         progress: True shows a bar on stderr, in the first rank; a function is called after each batch with
             the number of finished batches, and the total or None if it is unknown.

@@ -245,8 +245,10 @@ def calibrate(
         typer.Option(help='"tensor" (the default), "attn_head" or "channel"; "auto" formats choose it.'),
     ] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help='"fp8", "fp8_e5m2", "int8" or "auto".')] = "fp8",
-    offset: Annotated[str, typer.Option(help='Offsets of channels: "none", "mean" or "mid" of what was seen.')] = "none",
-    headroom: Annotated[float, typer.Option(help="How many times the range of what was seen the scales keep.")] = 1.0,
+    offset: Annotated[
+        str, typer.Option(help='Offsets of channels: "none", or the "mean" or the "mid" of the observed range.')
+    ] = "none",
+    headroom: Annotated[float, typer.Option(help="Range of the scales, as a multiple of the observed range.")] = 1.0,
     observer: Annotated[str, typer.Option(help='"static_minmax", "percentile" or "mse".')] = "static_minmax",
     percentile: Annotated[float, typer.Option(help="Percentile of the magnitudes, for that observer.")] = 99.99,
     query: Annotated[bool, typer.Option("--query", help="Also find scales for queries.")] = False,

@@ -61,7 +61,7 @@ class Options:
 
     @property
     def wanted(self) -> Wanted:
-        """The scales; per tensor unless something else is said."""
+        """The scales; per tensor unless specified otherwise."""
         strategy = self.strategy or ("tensor" if self.kv_cache_dtype != AUTO else None)
         return Wanted(cast("Strategy | None", strategy), self.kv_cache_dtype, self.offset, self.headroom)
 

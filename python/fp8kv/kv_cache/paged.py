@@ -581,7 +581,7 @@ class PagedKVCache:
                 this cache.
 
         Raises:
-            ValueError: the caches don't fit, or a block is not there. Pairs on a GPU are not checked: PyTorch
+            ValueError: the caches don't fit, or a block does not exist. Pairs on a GPU are not checked: PyTorch
                 stops the program there.
 
         Example:

@@ -96,7 +96,7 @@ def test_a_vllm_that_lacks_an_interface(monkeypatch: pytest.MonkeyPatch, caplog:
     with caplog.at_level(logging.WARNING, logger="vllm.fp8kv"):
         plugin.register()
     assert sentence in caplog.text
-    assert "its backend is not there" in caplog.text
+    assert "its backend is unavailable" in caplog.text
     monkeypatch.setenv("FP8KV_VLLM_WRITES", "1")
     plugin.settings.cache_clear()
     with pytest.raises(ImportError) as caught:
