@@ -39,7 +39,7 @@ def operator(name: str) -> Any:
 
 
 def version() -> str:
-    """Of the C++ library."""
+    """The version of the C++ library."""
     return str(_ops.version())
 
 

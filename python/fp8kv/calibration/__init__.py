@@ -220,7 +220,7 @@ def _scales_of_channels(
     chosen: Mapping[int, tuple[Choice, float | None]],
     query: bool,
 ) -> KVScales:
-    """Of all tokens, those held out too; and FP8 scales of K and V themselves for other engines."""
+    """The scales of all tokens, those held out too; and FP8 scales of K and V themselves for other engines."""
     layers, standard = {}, {}
     fp8 = DEFAULT_FORMAT.cache_names[0]
     for layer, observers in recorder.observers.items():

@@ -307,7 +307,7 @@ class _Examination:
         self.add(presence.check_other_models(self.models, name))
 
     def examine_own_scales(self) -> None:
-        """Those of the subfolder, which is about the language model."""
+        """Examines the scales of the subfolder, which is about the language model."""
         if not self.path.is_dir() or not has_own_scales(self.path) or self.result.scheme is None:
             return
         try:
@@ -341,7 +341,7 @@ class _Examination:
                 )
 
     def add(self, problems: Iterable[Problem]) -> None:
-        """To those of the result."""
+        """Adds problems to those of the result."""
         self.result.problems += problems
 
     def _read_config(self) -> bool:

@@ -274,7 +274,7 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
 
 
 def _share(out: Tensor, part: Tensor, lse: Tensor) -> Tensor:
-    """Of a result in that over all keys: float32, 0 where it saw none."""
+    """The weight of a partial result in that over all keys: float32, 0 where it saw none."""
     return torch.where((part == -math.inf).unsqueeze(-1), 0.0, (part - lse).exp().unsqueeze(-1) * out)
 
 

@@ -158,7 +158,7 @@ class PagedKVCache:
         return self.num_kv_heads, size
 
     def _checked_scales(self, scales: Any) -> tuple[Tensor | None, Tensor | None]:
-        """Those of K and V, on the host; None where they are computed."""
+        """The scales of K and V, on the host; None where they are computed."""
         one = torch.ones(1, device="cpu")
         if scales is None:
             return one, one

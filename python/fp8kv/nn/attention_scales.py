@@ -756,7 +756,7 @@ class AttentionScales(nn.Module):
         return CACHE_NAMES[self.dtype]
 
     def _offsets(self, cache: PagedKVCache | tuple[Tensor, Tensor], name: str) -> Offsets:
-        """Those of K and V in this step: of this module, or else of the cache."""
+        """The offsets of K and V in this step: of this module, or else of the cache."""
         if name == "auto":
             return None, None
         if isinstance(cache, PagedKVCache) and self.k_offset is None:

@@ -89,7 +89,7 @@ class Fp8KVBackend(CacheLayout, AttentionBackend):
 
 @dataclass
 class Fp8KVMetadata(AttentionMetadata):
-    """Of a step.
+    """The metadata of a step.
 
     Attributes:
         num_actual_tokens: rows of the queries that are not padding.

@@ -31,7 +31,7 @@ NAMES = ("k_scale", "v_scale", "k_offset", "v_offset")
 
 @dataclass(frozen=True)
 class OwnLayer:
-    """Of one layer.
+    """What the subfolder has of one layer.
 
     Attributes:
         dtype: the format, a name of it.
@@ -71,7 +71,7 @@ class OwnScales:
 
     @property
     def errors(self) -> dict[int, float]:
-        """Those of the layers, as far as they were measured."""
+        """The errors of the layers, as far as they were measured."""
         return {n: layer.error for n, layer in self.layers.items() if layer.error is not None}
 
 
