@@ -202,8 +202,7 @@ std::int64_t find_even_stride(const TensorView& view) {
 
 std::int64_t even_stride(const Argument& a) {
   const std::int64_t stride = find_even_stride(a.view);
-  if (stride < 0)
-    fail(a.op, a.name, "have even steps between its elements", "several strides in shape " + shape_string(a.view));
+  if (stride < 0) fail(a.op, a.name, "be evenly strided", "several strides in shape " + shape_string(a.view));
   return stride;
 }
 

@@ -15,7 +15,7 @@
 //   Float32, Float16, BFloat16   a plain copy, rounded where the types differ: tensors of that type; scales are checked, not
 //   used
 //
-// Scales of a cache, k_scale and v_scale: Float32 with 1 element, or num_kv_heads elements in any shape with even steps, or one
+// Scales of a cache, k_scale and v_scale: Float32 with 1 element, or num_kv_heads elements in any shape, evenly strided, or one
 // per channel, [num_kv_heads, head_size] with any strides.
 //
 // Offsets of a quantized cache, k_offset and v_offset: Float32 [num_kv_heads, head_size] with any strides. What is quantized is

@@ -273,7 +273,7 @@ def gather_and_dequant_cache(
         v_cache_dtype: as for `reshape_and_cache_flash`.
 
     Raises:
-        RuntimeError: an argument doesn't fit, or, on the CPU, the sums fall or exceed the rows, or a position
+        RuntimeError: an argument doesn't fit, or, on the CPU, the sums decrease or exceed the rows, or a position
             has no block of the cache. Nothing is written then. On CUDA such rows are skipped; they raise with
             the environment variable FP8KV_DEBUG=1.
 
