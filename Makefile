@@ -48,7 +48,7 @@ format: $(READY)  ## rewrite the code in the project's format
 	$(BIN)ruff check --fix $(PYTHON_CODE)
 	$(BIN)clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-bench: build  ## measure the kernels on this machine, beside a copy of the same bytes
+bench: build  ## measure the kernels on this machine, compared with a copy of the same bytes
 	$(PY) -m fp8kv bench $(BENCH_ARGS)
 
 docs: build $(DOCS_READY)  ## the documentation site, in build/docs/html; warnings and broken links are errors
@@ -57,6 +57,7 @@ docs: build $(DOCS_READY)  ## the documentation site, in build/docs/html; warnin
 	$(PY) -m sphinx -q -W --keep-going -d build/docs/doctrees docs build/docs/html
 
 build: $(READY)  ## compile, and install into the environment (editable)
+	@[ -e $(BUILD)/build.ninja ] || echo "fp8kv: compiling, which takes some minutes the first time"
 	$(PY) -m pip install -q --no-build-isolation --no-deps -e . -C build-dir=$(BUILD) -C cmake.define.FP8KV_TESTS=ON
 
 wheel: $(READY)  ## a wheel for all supported CUDA architectures, in dist/
@@ -68,6 +69,7 @@ clean:  ## remove what was built; the environment stays
 
 $(VENV)/.ready: pyproject.toml .ci/setup
 	.ci/setup $(PYTHON)
+	@echo "fp8kv: installing PyTorch and the tools into $(VENV), some gigabytes"
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --upgrade pip
 	$(PY) -m pip install -q '$(TORCH)' 'scikit-build-core>=0.10' 'pybind11>=3.0' 'cmake>=3.26' ninja

@@ -1,4 +1,4 @@
-"""Print what pyproject.toml asks for, one requirement a line, but for PyTorch.
+"""Print what pyproject.toml asks for, one requirement per line, except PyTorch.
 
 Without arguments: at run time and for development. Left out are the extra of a package that asks for other versions of
 PyTorch and Transformers, and that of the documentation. With arguments: the extras of these names alone.

@@ -1,4 +1,4 @@
-"""Draws the pictures in benchmarks/results anew from the files beside them, as `fp8kv bench --plot` would."""
+"""Draws the pictures in benchmarks/results again from the files next to them, as `fp8kv bench --plot` would."""
 
 from __future__ import annotations
 

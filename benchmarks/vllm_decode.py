@@ -1,4 +1,4 @@
-"""fp8kv in vLLM on a GPU: greedy tokens beside those of a reference attention, and times of decode steps.
+"""fp8kv in vLLM on a GPU: greedy tokens compared with a reference attention, and times of decode steps.
 
     python benchmarks/vllm_decode.py --quick                     # a minute or two: does it work
     python benchmarks/vllm_decode.py --out results/vllm.json     # all settings, batches and contexts
@@ -136,7 +136,7 @@ def main() -> None:
 
 
 def environment_of(setting: Setting, tensor_parallel: int) -> dict[str, str]:
-    """Engine and model in the process itself, if it is one, where they can be looked at."""
+    """Engine and model in the process itself, if it is one, where they can be inspected."""
     one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if tensor_parallel == 1 else {}
     return one_process | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} | setting.environment
 

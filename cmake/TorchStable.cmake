@@ -5,7 +5,8 @@ execute_process(
     "import torch; print(torch.__path__[0], torch.version.cuda or '', torch.__version__.split('+')[0], sep=';')"
   OUTPUT_VARIABLE torch_info OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE torch_failed)
 if(torch_failed)
-  message(FATAL_ERROR "fp8kv: ${Python_EXECUTABLE} can not import torch; install torch>=2.11, or build without -DFP8KV_TORCH=ON")
+  message(FATAL_ERROR
+    "fp8kv: ${Python_EXECUTABLE} can't import torch; install torch>=2.11, or build without -DFP8KV_TORCH=ON")
 endif()
 list(GET torch_info 0 torch_dir)
 list(GET torch_info 1 FP8KV_TORCH_CUDA)

@@ -8,11 +8,12 @@
 namespace fp8kv::core {
 namespace {
 
-// That sums of lengths begin with 0 and never fall.
+// That sums of lengths begin with 0 and are non-decreasing.
 void check_sums(const char* op, const char* name, const Indices& sums, std::int64_t num_seqs) {
   if (sums[0] != 0) fail(op, name, "begin with 0", std::to_string(sums[0]));
   for (std::int64_t s = 0; s < num_seqs; ++s)
-    if (sums[s + 1] < sums[s]) fail(op, name, "never fall", std::to_string(sums[s + 1]) + " after " + std::to_string(sums[s]));
+    if (sums[s + 1] < sums[s])
+      fail(op, name, "be non-decreasing", std::to_string(sums[s + 1]) + " after " + std::to_string(sums[s]));
 }
 
 // That a tensor has all rows that sums of lengths count.

@@ -43,7 +43,7 @@ void check_numbers(const PagedAttention& p) {
 
 // --- Tensors ----------
 
-// V beside K: what its elements are, its head size and its view.
+// V next to K: its element type, its head size and its view.
 CacheLayout lower_values(const Argument& value_cache, std::optional<DType> wanted, const CacheLayout& keys,
                          const Argument& key_cache, const Argument& query) {
   CacheLayout values = keys;
@@ -98,7 +98,7 @@ void check_contiguous(const Argument& a) {
 
 View1D int32_view(const TensorView& view) { return {view.data, view.strides[view.ndim - 1], DType::Int32}; }
 
-// What the block table can hold, of lengths that Int32 can count.
+// The longest sequence that the block table has room for and Int32 can count.
 std::int64_t capacity(std::int64_t max_blocks, std::int64_t block_size) {
   std::int64_t positions = 0;
   return __builtin_mul_overflow(max_blocks, block_size, &positions) ? kMaxLength : std::min(positions, kMaxLength);

@@ -202,8 +202,7 @@ std::int64_t find_even_stride(const TensorView& view) {
 
 std::int64_t even_stride(const Argument& a) {
   const std::int64_t stride = find_even_stride(a.view);
-  if (stride < 0)
-    fail(a.op, a.name, "have even steps between its elements", "several strides in shape " + shape_string(a.view));
+  if (stride < 0) fail(a.op, a.name, "be evenly strided", "several strides in shape " + shape_string(a.view));
   return stride;
 }
 
@@ -259,7 +258,7 @@ struct Sides {
   Sides() { k.sides = v.sides = 1; }
 };
 
-// What a problem says of its rows and caches.
+// The arguments of a problem about its rows and caches.
 struct RowsAndCaches {
   Argument key, value, key_cache, value_cache;
   std::optional<DType> kv_cache_dtype, v_cache_dtype;
@@ -274,7 +273,7 @@ RowsAndCaches rows_and_caches(const char* op, const Problem& p) {
 // What rows may be, besides unquantized.
 enum class Stored { No, Yes };
 
-// What the elements of rows are: unquantized (of the type of `key`, if that is too), or with Stored::Yes those of a quantized
+// The format of rows: unquantized (of the type of `key`, if that is too), or with Stored::Yes that of a quantized
 // cache.
 DType rows_format(const Argument& rows, DType cache, Stored stored, const Argument& key) {
   const DType dtype = rows.view.dtype;

@@ -19,7 +19,7 @@ void check_companion(const Argument& a, const Argument& key, void (*check_dtype)
 // At least `count` rows, one for each of something.
 void check_rows(const Argument& a, std::int64_t count, const char* each = "element of slot_mapping");
 
-// What the elements of a cache are; `wanted`, the argument `dtype_name`, and the tensor must agree.
+// The format of a cache; `wanted`, the argument `dtype_name`, and the tensor must agree.
 DType cache_format(const Argument& cache, std::optional<DType> wanted, bool must_quantize,
                    const char* dtype_name = "kv_cache_dtype");
 void check_same_dtype(const Argument& a, const Argument& other, const char* unless = "");
@@ -27,7 +27,7 @@ void check_same_dtype(const Argument& a, const Argument& other, const char* unle
 void check_same_blocks(const Argument& value_cache, const Argument& key_cache);
 PagedView paged_view(const TensorView& cache);
 
-// What the caches hold, their sizes and views, once check_view has accepted them. `key` gives the device.
+// The formats, sizes and views of caches that check_view has accepted. `key` gives the device.
 CacheLayout lower_caches(const Argument& key_cache, const Argument& value_cache, std::optional<DType> kv_cache_dtype,
                          bool must_quantize, const Argument& key);
 

@@ -14,7 +14,7 @@ void check_group_of_heads(const Argument& query, std::int64_t num_heads, const C
 // Rows of query heads: of query, or of what it becomes. `size`: what messages call the head size.
 HeadsView lower_query_rows(const Argument& a, std::int64_t num_heads, const CacheLayout& cache, const char* size = "head_size");
 
-// What it holds: an unquantized type, or the format of quantized caches, which messages call `caches`.
+// The format of an argument: an unquantized type, or the format of quantized caches, which messages call `caches`.
 DType real_or_as_caches(const Argument& a, DType cache, const char* caches = "the caches are");
 
 // Scales with 1, num_kv_heads or num_heads elements. Neighboring heads share one.

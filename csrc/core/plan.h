@@ -69,7 +69,7 @@ struct GroupGrid {
   std::int64_t group_scale = 0;
 };
 
-// What of a GroupGrid has to be looked at: nothing, as there is one group; one row; or all of it.
+// Which part of a GroupGrid decides: none, as there is one group; one row; or all of it.
 enum class Groups : std::uint8_t { One, Row, Grid };
 
 // Neighboring elements that a thread takes of such a tensor: one access of 16 bytes to FP8.
@@ -252,7 +252,7 @@ struct AttentionPlan {
   std::int64_t blocks = 0;          // that are launched
   std::int64_t parts = 0;           // that the tiles of an item are divided into; 0: the blocks share all tiles equally
   std::int64_t least_units = 1;     // parts == 0: tiles that are worth a block
-  int item_overhead = 0;            // parts == 0: what an item costs beside its tiles, in tiles
+  int item_overhead = 0;            // parts == 0: what an item costs in addition to its tiles, in tiles
   std::int64_t slots = 0;           // partial results in the workspace; 0: no item is divided
   int cluster = 1;                  // blocks that are a cluster: 1, or `parts`
   std::int64_t merges = 0;          // items at most that another kernel merges; 0: none, as the blocks do it

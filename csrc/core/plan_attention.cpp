@@ -11,8 +11,7 @@ namespace {
 constexpr int kMaxWarps = 8;
 constexpr int kMaxColumns = 64;  // that share a reading of K and V
 constexpr std::int64_t kMaxSlots = 1 << 30;
-// What it costs to begin with an item and to end with it, in bytes of K and V that a multiprocessor could have read in that
-// time.
+// The cost of beginning and ending an item, in bytes of K and V that a multiprocessor could have read in that time.
 constexpr std::int64_t kItemOverhead = 256 * 1024;
 constexpr std::int64_t kMaxOverhead = 256;  // tiles
 

@@ -16,7 +16,7 @@ struct ScaleMap {
   std::int64_t flat_scale = 0;
 };
 
-// What is read and what is written; their shapes are the same.
+// The tensor that is read and the one that is written, of one shape.
 struct InOut {
   TensorView input;
   TensorView result;

@@ -1,4 +1,4 @@
-// What the operations on the paged cache share: slices of heads, and where the elements of a token lie.
+// Shared by the operations on the paged cache: slices of heads, and where the elements of a token lie.
 #pragma once
 
 #include <algorithm>

@@ -12,7 +12,7 @@ namespace fp8kv::cpu {
 // Scales per tensor, per head or per channel, of at most kMaxRows heads unless they are per channel.
 class HeadScales {
  public:
-  // `scales` begins at the first column of the first head; its strides of blocks and slots are not looked at.
+  // `scales` begins at the first column of the first head; its strides of blocks and slots are ignored.
   HeadScales(const ElementwiseKernels& kernels, const core::PagedScales& scales, std::int64_t heads, std::int64_t columns);
 
   // The columns of all heads, which are `in_head` and `out_head` elements apart; for `stream` see Rows.

@@ -107,7 +107,7 @@ class HeadRoute {
   bool is_query() const { return which_ == 0; }
   const HeadRange& range() const { return range_; }  // of K or V
 
-  // Of a token at a position, if there are positions; `place` is not looked at for Q.
+  // Of a token at a position, if there are positions; `place` is ignored for Q.
   void run(std::int64_t token, const Position& position, const Place& place) {
     StridedElements from = in_.at(token * in_token_);
     std::int64_t from_head = in_head_;

@@ -1,5 +1,5 @@
-// Copies from global to shared memory that run beside the threads that start them. Every thread waits for its own; a barrier
-// makes them visible to others.
+// Copies from global to shared memory that run concurrently with the threads that start them. Every thread waits for its own; a
+// barrier makes them visible to others.
 #pragma once
 
 #include <cstdint>

@@ -335,7 +335,7 @@ __device__ __forceinline__ Out convert_element(In raw, const typename Op::Prepar
   }
 }
 
-// --- Channels: an offset beside the scale, taken off before the quantization, added after the dequantization ----------
+// --- Channels: an offset next to the scale, subtracted before the quantization, added after the dequantization ----------
 
 // For inputs of type In: what changes nothing, not even the sign of a zero.
 template <class In>

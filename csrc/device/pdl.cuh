@@ -7,7 +7,7 @@ namespace fp8kv::device {
 // Grids of more blocks don't take part: the instructions cost large grids of small blocks 15%.
 inline constexpr unsigned kMaxDependentBlocks = 2048;
 
-// What every kernel of cuda::launch_dependent does before its first access to global memory: waits until the predecessor has
+// Called by every kernel of cuda::launch_dependent before its first access to global memory: waits until the predecessor has
 // ended and all it wrote can be read, then lets the next kernel begin, if that was launched so. In this order no kernel begins
 // before the one before its predecessor has ended, so that at most two overlap.
 __device__ __forceinline__ void wait_then_release() {

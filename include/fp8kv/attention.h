@@ -86,7 +86,7 @@ FP8KV_API void run(const PagedAttention& problem, const ParallelFor& parallel_fo
 
 namespace cuda {
 
-// The bytes of workspace that a problem needs on the current device; `workspace` itself is not looked at. 0: none. It depends
+// The bytes of workspace that a problem needs on the current device; `workspace` itself is ignored. 0: none. It depends
 // on shapes, bounds and num_splits, not on what the index tensors hold, and may have any contents. Calls behind each other on
 // one stream can share it.
 FP8KV_API std::int64_t workspace_size(const PagedAttention& problem);

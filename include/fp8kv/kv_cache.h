@@ -6,16 +6,16 @@
 // and V caches may be slices of one tensor. What is written must overlap nothing else.
 //
 // K and V may have heads of two sizes: `head_size` is that of key_cache for key, k_scale and k_offset, that of value_cache for
-// value, v_scale and v_offset. A size of 0 is a side that is not there, as in a cache of latent vectors.
+// value, v_scale and v_offset. A size of 0 means that there is no K or no V, as in a cache of latent vectors.
 //
-// kv_cache_dtype says what the elements of key_cache are; absent, the type of key_cache. v_cache_dtype says it of value_cache;
-// absent, they are what those of key_cache are:
+// kv_cache_dtype is the format of key_cache; absent, its type. v_cache_dtype is the format of value_cache; absent, the same as
+// that of key_cache:
 //   E4M3, E5M2                   quantized: tensors of that type or of UInt8
 //   Int8                         quantized: tensors of that type
 //   Float32, Float16, BFloat16   a plain copy, rounded where the types differ: tensors of that type; scales are checked, not
 //   used
 //
-// Scales of a cache, k_scale and v_scale: Float32 with 1 element, or num_kv_heads elements in any shape with even steps, or one
+// Scales of a cache, k_scale and v_scale: Float32 with 1 element, or num_kv_heads elements in any shape, evenly strided, or one
 // per channel, [num_kv_heads, head_size] with any strides.
 //
 // Offsets of a quantized cache, k_offset and v_offset: Float32 [num_kv_heads, head_size] with any strides. What is quantized is

@@ -1,4 +1,4 @@
-// How callers of the CPU backend lend it their threads.
+// Thread-pool callback of the CPU backend: how callers distribute its work over their threads.
 #pragma once
 
 #include <cstdint>

@@ -67,7 +67,7 @@ struct Dequantize {
 };
 
 // amax[g] = max(amax[g], largest finite |input| of group g): a running maximum, to be filled with 0 at first. Op name:
-// group_amax. The comparison is that of the fp32 bit patterns as signed integers: exact for all values >= 0, a NaN in amax
+// group_amax. The fp32 bit patterns are compared as signed integers: exact for all values >= 0, a NaN in amax
 // stays.
 struct GroupAmax {
   TensorView amax;   // Float32, read and written, shaped like a scale

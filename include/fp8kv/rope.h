@@ -11,8 +11,8 @@ namespace fp8kv {
 // A step of an attention layer in one launch, for the tokens of slot_mapping: RMSNorm of every head of Q and K where there are
 // weights, RoPE of Q and K where there are positions, the norm first or last, both in fp32 with one rounding to the type of
 // query; then Q into query_out, quantized where that is FP8, and K and V into the caches as CacheAppend does. Op name:
-// rope_quant_and_cache. Q is written for every token, whatever its slot. The bytes are those of the separate operations; with a
-// norm they may differ by one step of FP8, as the order of the sum is not fixed.
+// rope_quant_and_cache. Q is written for every token, whatever its slot. The bytes are the same as with the separate
+// operations; with a norm they may differ by one step of FP8, as the order of the sum is not fixed.
 //
 //   RMSNorm: x[d] = (x[d] * (1 / sqrt(sum of x^2 / head_size + norm_eps))) * weight[d]
 //   RoPE:    (a, b) = (a * cos[i] - b * sin[i], b * cos[i] + a * sin[i]), for i from 0 to rotary_dim / 2 - 1; the pair (a, b)

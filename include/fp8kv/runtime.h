@@ -8,7 +8,7 @@
 
 namespace fp8kv {
 
-FP8KV_API const char* version();  // "0.1.0"
+FP8KV_API const char* version();  // "MAJOR.MINOR.PATCH", FP8KV_VERSION_STRING when the library was built
 
 namespace cpu {
 

@@ -1,8 +1,8 @@
-// The version of these headers. fp8kv::version() in runtime.h is that of the library in use.
+// The version of these headers. fp8kv::version() in runtime.h tells the version of the library in use.
 #pragma once
 
 #define FP8KV_VERSION_MAJOR 0
-#define FP8KV_VERSION_MINOR 1
+#define FP8KV_VERSION_MINOR 2
 #define FP8KV_VERSION_PATCH 0
 
 #define FP8KV_STRINGIZE_(x) #x

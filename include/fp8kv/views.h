@@ -1,4 +1,4 @@
-// Views of memory that somebody else owns: a pointer, an element type, a device, sizes and strides. No framework.
+// Views of memory owned by the caller: a pointer, an element type, a device, sizes and strides. No framework.
 #pragma once
 
 #include <cstdint>

@@ -121,9 +121,9 @@ def build_info() -> dict[str, Any]:
 
 
 def include_dir() -> str:
-    """The folder of the C++ headers that came with this installation, for an include path.
+    """The folder of the C++ headers of this installation, for an include path.
 
-    The headers are those of the C++ library (`#include "fp8kv/quantize.h"`), of version `__version__`. The
+    Programs write `#include "fp8kv/quantize.h"`. The headers have the version `__version__`. The
     library with the CPU backend, `libfp8kv.so`, is in the parent of this folder.
 
     Example:

@@ -39,12 +39,12 @@ def operator(name: str) -> Any:
 
 
 def version() -> str:
-    """Of the C++ library."""
+    """The version of the C++ library."""
     return str(_ops.version())
 
 
 def compiler() -> str:
-    """What the C++ library was built with."""
+    """The compiler of the C++ library."""
     return str(_ops.compiler())
 
 
@@ -78,7 +78,7 @@ def introspect() -> ModuleType:
 
 
 def each_cpu_isa() -> Iterator[str]:
-    """Makes one instruction set after the other the one in use; afterwards it is that of before.
+    """Makes one instruction set after the other the one in use; afterwards restores the previous one.
 
     Without the module `introspect` it is only the one in use.
     """

@@ -43,7 +43,7 @@ def quantize(
         group_shape: which elements share a scale; see `GroupShape`. None: a scale of one element is per
             tensor, and one with the dimensions of `x` defines its blocks itself, such as ``[1, H, 1]`` for
             ``x`` of shape ``[T, H, D]``. A computed scale is per tensor then.
-        dtype: float8_e4m3fn, float8_e5m2 or int8. `out` decides if it is given.
+        dtype: float8_e4m3fn, float8_e5m2 or int8. `out`, where given, decides.
         scale_ub: float32, one element; bounds amax before it becomes a scale. Dynamic only.
         out: of such a dtype, the shape of `x`, any strides; receives the result. None allocates a contiguous
             tensor.
@@ -115,7 +115,7 @@ def dequantize(
         q: float8_e4m3fn, float8_e5m2 or int8, any shape and strides.
         scale: float32, shaped as for `quantize`.
         group_shape: which elements share a scale, as for `quantize`.
-        dtype: float32, float16 or bfloat16. `out` decides if it is given.
+        dtype: float32, float16 or bfloat16. `out`, where given, decides.
         out: the shape of `q`, any strides; receives the result. None allocates a contiguous tensor.
 
     Returns:
@@ -143,7 +143,7 @@ def static_scaled_fp8_quant(result: Tensor, input: Tensor, scale: Tensor, group_
     Args:
         result: float8_e4m3fn, float8_e5m2 or int8, the shape of `input`, any strides; written.
         input: float32, float16 or bfloat16, any strides.
-        scale: float32; its forms are those of `quantize`.
+        scale: float32; it has the forms of `quantize`.
         group_shape: two extents, -1 for the whole; None: see `quantize`.
 
     Raises:
@@ -171,7 +171,7 @@ def dynamic_scaled_fp8_quant(
     Args:
         result: float8_e4m3fn, float8_e5m2 or int8, the shape of `input`, any strides; written.
         input: float32, float16 or bfloat16, any strides.
-        scale: float32; its forms are those of `quantize`; written.
+        scale: float32; it has the forms of `quantize`; written.
         scale_ub: float32, one element; the largest magnitude of a group is clipped to it.
         group_shape: two extents, -1 for the whole; None: see `quantize`.
 
@@ -195,7 +195,7 @@ def scaled_fp8_dequant(result: Tensor, input: Tensor, scale: Tensor, group_shape
     Args:
         result: float32, float16 or bfloat16, the shape of `input`, any strides; written.
         input: float8_e4m3fn, float8_e5m2 or int8, any strides.
-        scale: float32; its forms are those of `quantize`.
+        scale: float32; it has the forms of `quantize`.
         group_shape: two extents, -1 for the whole; None: see `quantize`.
 
     Raises:

@@ -70,8 +70,9 @@ const Case kCases[] = {
     {"sound", [](auto&) {}, ""},
     // Queries.
     {"sums_begin_late", [](auto& s) { s.cu_query_lens = Ints{1, 2, 2, 5}; }, "cu_query_lens must begin with 0, got 1"},
-    {"sums_fall", [](auto& s) { s.cu_query_lens = Ints{0, 3, 2, 5}; }, "cu_query_lens must never fall, got 2 after 3"},
-    {"sums_below_0", [](auto& s) { s.cu_query_lens = Ints{0, -2, 2, 5}; }, "cu_query_lens must never fall, got -2 after 0"},
+    {"sums_fall", [](auto& s) { s.cu_query_lens = Ints{0, 3, 2, 5}; }, "cu_query_lens must be non-decreasing, got 2 after 3"},
+    {"sums_below_0", [](auto& s) { s.cu_query_lens = Ints{0, -2, 2, 5}; },
+     "cu_query_lens must be non-decreasing, got -2 after 0"},
     {"rows_of_query", [](auto& s) { s.rows[0] = 4; },
      "query must have at least cu_query_lens[-1]=5 rows, got shape [4, 8, 64]"},
     {"rows_of_out", [](auto& s) { s.rows[1] = 3; }, "out must have at least cu_query_lens[-1]=5 rows, got shape [3, 8, 64]"},

@@ -212,7 +212,7 @@ const Mistake kMistakes[] = {
     {"k_scale_per_token_without_heads", [](auto& p) { p.k_scale = k_scale({10, 16, 1}); }, "k_scale of [10, 16, 1]"},
     {"v_scale_per_token_of_other_blocks", [](auto& p) { p.v_scale = v_scale({9, 16, 4}); }, "v_scale of [9, 16, 4]"},
     {"scale_strides", [](auto& p) { p.k_scale = k_scale({2, 2}, {5, 1}); },
-     "k_scale must have even steps between its elements, got several strides in shape [2, 2]"},
+     "k_scale must be evenly strided, got several strides in shape [2, 2]"},
     {"scales_per_head", [](auto& p) { p.k_scale = k_scale({4}), p.v_scale = v_scale({4, 1}); }, ""},
     {"scales_per_channel", [](auto& p) { p.k_scale = k_scale({4, 64}), p.v_scale = v_scale({4, 64}, {1, 9}); }, ""},
     {"scales_per_token", [](auto& p) { p.k_scale = k_scale({10, 16, 4}), p.v_scale = v_scale({10, 16, 4}, {64, 1, 16}); }, ""},
@@ -228,7 +228,7 @@ const Mistake kMistakes[] = {
     {"q_scale_count", [](auto& p) { p.q_scale = q_scale({2}); },
      "q_scale must have 1, num_kv_heads=4 or num_heads=8 elements, got shape [2]"},
     {"q_scale_strides", [](auto& p) { p.q_scale = q_scale({2, 2}, {5, 1}); },
-     "q_scale must have even steps between its elements, got several strides in shape [2, 2]"},
+     "q_scale must be evenly strided, got several strides in shape [2, 2]"},
     // Sinks.
     {"sinks_dtype", [](auto& p) { set_real_query(p), p.sinks->dtype = DType::Float16; },
      "sinks must be float32 or bfloat16 as query is, got float16"},

@@ -307,9 +307,9 @@ TEST(CacheErrors, Scales) {
   p = append_problem(), p.k_scale = k_scale({10, 16, 4});
   EXPECT_EQ(sentence(p), kAppend + "k_scale" + kOneOrHeads + "got shape [10, 16, 4]");
   p = append_problem(), p.k_scale = k_scale({2, 2}, {5, 1});
-  EXPECT_EQ(sentence(p), kAppend + "k_scale must have even steps between its elements, got several strides in shape [2, 2]");
+  EXPECT_EQ(sentence(p), kAppend + "k_scale must be evenly strided, got several strides in shape [2, 2]");
   p = append_problem(), p.v_scale = v_scale({2, 2}, {1, 2});
-  EXPECT_EQ(sentence(p), kAppend + "v_scale must have even steps between its elements, got several strides in shape [2, 2]");
+  EXPECT_EQ(sentence(p), kAppend + "v_scale must be evenly strided, got several strides in shape [2, 2]");
 }
 
 TEST(CacheErrors, ScalesAreCheckedForPlainCopiesToo) {

@@ -100,7 +100,7 @@ const Mistake kMistakes[] = {
     {"q_scale_count", [](auto& p) { p.q_scale = q_scale({2}); },
      "q_scale must have 1, num_kv_heads=4 or num_heads=8 elements, got shape [2]"},
     {"q_scale_strides", [](auto& p) { p.q_scale = q_scale({2, 2}, {5, 1}); },
-     "q_scale must have even steps between its elements, got several strides in shape [2, 2]"},
+     "q_scale must be evenly strided, got several strides in shape [2, 2]"},
     {"q_scale_of_kv_heads", [](auto& p) { p.q_scale = q_scale({4}); }, ""},
     {"q_scale_of_heads", [](auto& p) { p.q_scale = q_scale({8}); }, ""},
     // RoPE.

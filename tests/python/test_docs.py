@@ -61,6 +61,17 @@ def test_python_blocks_of_a_page(page: Path, tmp_path: Path, monkeypatch: pytest
         exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
 
 
+#: Pages that are still to be wrapped.
+WIDE_PAGES = ("attention.md", "optimization_notes.md", "performance.md", "transformers.md")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in WIDE_PAGES], ids=lambda page: page.name)
+def test_lines_of_a_page_have_at_most_128_columns(page: Path) -> None:
+    """As lines of code have, but for tables and what stands between fences."""
+    text = re.sub(r"^ *```.*?^ *```|^ *\|[^\n]*", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    assert [line for line in text.splitlines() if len(line) > 128] == []
+
+
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "performance.md"], ids=lambda page: page.name)
 def test_the_tables_of_a_page_hold_the_numbers_of_the_results(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
@@ -103,10 +114,30 @@ def test_every_public_name_is_on_a_page_of_the_reference(module: str) -> None:
     assert [name for name in public if not {f"{module}.{name}", f"fp8kv.{name}"} & shown] == []
 
 
-def test_the_version_of_the_first_page() -> None:
-    """The badge and its alternative text."""
-    assert f"![version {fp8kv.__version__}]" in (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f">{fp8kv.__version__}<" in (ROOT / "docs/images/version.svg").read_text(encoding="utf-8")
+def declared(pattern: str, file: str) -> str:
+    """What `pattern` finds in a file of the repository."""
+    return re.search(pattern, (ROOT / file).read_text(encoding="utf-8"))[1]
+
+
+@pytest.mark.parametrize(
+    ("badge", "value"),
+    [
+        ("version", fp8kv.__version__),
+        ("license", declared(r'\nlicense = "(.+)"', "pyproject.toml")),
+        ("Python", declared(r'requires-python = ">=(.+)"', "pyproject.toml") + "+"),
+        ("PyTorch", declared(r'\ndependencies = \["torch>=(.+)"\]', "pyproject.toml") + "+"),
+        ("CUDA", declared(r"CUDA_COMPILER_VERSION VERSION_LESS ([\d.]+)", "cmake/Cuda.cmake") + "+"),
+    ],
+)
+def test_badges_say_what_the_build_files_say(badge: str, value: str) -> None:
+    """In the picture and in its alternative text."""
+    assert f"![{badge} {value}" in (ROOT / "README.md").read_text(encoding="utf-8")
+    picture = (ROOT / f"docs/images/{badge.lower()}.svg").read_text(encoding="utf-8")
+    assert re.findall(r'y="14">(.+?)<', picture)[:2] == [badge, value]
+
+
+def test_the_changelog_has_the_version() -> None:
+    assert f"\n## {fp8kv.__version__}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 HEADER = """\

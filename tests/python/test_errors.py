@@ -449,7 +449,7 @@ def wrong_attention() -> list[Case]:
         ),
         Case(
             "k_scale with several strides",
-            "k_scale must have even steps between its elements, got several strides in shape [2, 2]",
+            "k_scale must be evenly strided, got several strides in shape [2, 2]",
             {"k_scale": lambda device: torch.ones(2, 9, device=device)[:, :2]},
         ),
         Case(
@@ -625,12 +625,12 @@ def wrong_cache_scales(*, or_cache: bool) -> list[Case]:
             *([] if or_cache else wrong_shape(name, count, F32, (2, 5, 4))),
             Case(
                 f"{name} with several strides",
-                f"{name} must have even steps between its elements, got several strides in shape [2, 2]",
+                f"{name} must be evenly strided, got several strides in shape [2, 2]",
                 {name: lambda device: torch.ones(2, 9, device=device)[:, :2]},
             ),
             Case(
                 f"{name} expanded in one dimension",
-                f"{name} must have even steps between its elements, got several strides in shape [2, 2]",
+                f"{name} must be evenly strided, got several strides in shape [2, 2]",
                 {name: lambda device: torch.ones(2, 1, device=device).expand(2, 2)},
             ),
         )

@@ -191,7 +191,7 @@ FP8KV_INLINE void for_each_tile(std::int64_t count, const Step& step) {
   if (i < count) step(count - kTile);
 }
 
-// What the fast path leaves over, out of its way. `stride` is 0 where all elements have one scale.
+// The rest that the fast path leaves, out of line. `stride` is 0 where all elements have one scale.
 template <class Op>
 [[gnu::noinline, gnu::cold]] void convert_plain(const typename Op::In* in, typename Op::Out* out, std::int64_t count,
                                                 const float* scale, std::int64_t stride) {

@@ -79,7 +79,7 @@ FP8KV_INLINE void prefetch(const T* from, std::int64_t ahead = 4096) {
     __builtin_prefetch(reinterpret_cast<const void*>(begin + offset));
 }
 
-// A constant that stays in a register or on the stack. GCC would build it anew from an integer, within the loop.
+// A constant that stays in a register or on the stack. GCC would rebuild it from an integer within the loop.
 template <class Vector>
 FP8KV_INLINE Vector constant(Vector v) {
 #if defined(__AVX512F__)

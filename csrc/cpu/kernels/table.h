@@ -1,4 +1,4 @@
-// What every instruction set exports: the signatures of kernels and the table of them (filled in kernels.h).
+// The kernel table of an instruction set: signatures, and the struct that kernels.h fills.
 //
 // A kernel handles rows of contiguous elements. Neither input nor output is aligned beyond its elements, and they don't
 // overlap.
@@ -21,7 +21,7 @@ struct Rows {
   std::int64_t ahead = 4096;  // a hint: memory so many bytes after what is read is soon read too
 };
 
-// The scales of some rows, made ready by a kernel of the same ElementwiseKernels. What the rest means is up to it.
+// The scales of some rows, prepared by a kernel of the same ElementwiseKernels, which defines the other fields.
 struct RowScales {
   static constexpr std::int64_t kMaxCount = 64;
   alignas(64) float scale[kMaxCount];
@@ -30,7 +30,7 @@ struct RowScales {
   alignas(64) std::int32_t ordinary[kMaxCount];  // not 0: the fast path is exact
 };
 
-// The scales of neighboring columns, made ready by a kernel of the same ElementwiseKernels. What the rest means is up to it.
+// The scales of neighboring columns, prepared by a kernel of the same ElementwiseKernels, which defines the other fields.
 struct ColumnScales {
   static constexpr std::int64_t kMaxCount = 4096;
   static constexpr std::int64_t kCapacity = kMaxCount + 64;  // a last vector may reach beyond

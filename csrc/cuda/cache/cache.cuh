@@ -1,4 +1,4 @@
-// What the kernels of the paged cache share: indices of tokens, places in views, launches in chunks of tokens.
+// Shared by the kernels of the paged cache: indices of tokens, places in views, launches in chunks of tokens.
 #pragma once
 
 #include <algorithm>

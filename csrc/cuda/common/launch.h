@@ -1,4 +1,4 @@
-// What every launcher does around its kernels: checks, sizes of the device, dependent launches.
+// Launch checks, device limits, dependent launches (PDL).
 #pragma once
 
 #include <cuda_runtime.h>

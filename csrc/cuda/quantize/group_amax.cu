@@ -11,7 +11,7 @@
 namespace fp8kv::cuda {
 namespace {
 
-// What is written for a group's maximum.
+// The result for a group's maximum.
 struct AsAmax {
   __device__ float operator()(float amax) const { return amax; }
 };

@@ -215,7 +215,7 @@ class AttentionCase(Case[Buffers]):
         return adapters[name](self) if self.how.layout == "NHD" else None
 
     def error(self, b: Buffers, result: Any) -> float | None:
-        """Of a result [tokens, num_heads, head_size]."""
+        """The relative error of a result [tokens, num_heads, head_size]."""
         queries = self.how.queries
         sample = sorted({0, self.batch - 1})
         found = [result[s * queries : (s + 1) * queries, : self.group].double() for s in sample]

@@ -114,7 +114,7 @@ class _Measured(NamedTuple):
 
 
 def _measured(case: Case[Buffers], calls: Sequence[Call], b: Buffers, time_of: TimeOf) -> _Measured:
-    """Of calls, the first of which works on the buffers `b`."""
+    """The times of calls, the first of which works on the buffers `b`."""
     return _Measured(time_of(calls), case.error(b, calls[0]()))
 
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["calibrate", "share", "text_batches"]
 
 T = TypeVar("T")
-#: The observer whose scales are those of channels.
+#: The observer of scales per channel.
 _MINMAX = "static_minmax"
 
 
@@ -73,7 +73,7 @@ def calibrate(
     closest to that of 16 bits: FP8 with scales per head, or INT8 with scales per channel, either without
     offsets, with those of K, or with those of K and V. Whole batches are held out for that, at least a
     quarter of the tokens: scales of the others are compared on them, in a second pass over those. The final
-    scales are those of all tokens. From a single batch, scales are compared on what they were found from.
+    scales come from all tokens. From a single batch, scales are compared on what they were found from.
 
     Args:
         model: a causal language model of `transformers`, on one device or distributed by `accelerate`.
@@ -89,7 +89,7 @@ def calibrate(
         dtype: "fp8" or "fp8_e4m3", "fp8_e5m2", "int8", or "auto".
         offset: what is subtracted from each channel of K and V before it is quantized: "none"; "mean", its
             mean; "mid", the middle of its range.
-        headroom: a factor of all scales: how many times the range of what was seen they keep.
+        headroom: a factor of all scales: their range, as a multiple of the observed one.
         group: the ranks that work together; None: all of them.
         progress: True shows a bar on stderr, in the first rank; a function is called after each batch with
             the number of finished batches, and the total or None if it is unknown.
@@ -220,7 +220,7 @@ def _scales_of_channels(
     chosen: Mapping[int, tuple[Choice, float | None]],
     query: bool,
 ) -> KVScales:
-    """Of all tokens, those held out too; and FP8 scales of K and V themselves for other engines."""
+    """The scales of all tokens, those held out too; and FP8 scales of K and V themselves for other engines."""
     layers, standard = {}, {}
     fp8 = DEFAULT_FORMAT.cache_names[0]
     for layer, observers in recorder.observers.items():

@@ -94,7 +94,7 @@ class Chooser:
         return compared
 
     def _square(self, x: Tensor) -> Tensor:
-        """Of ``[B, N, num_heads, head_size]``, without padding."""
+        """The sum of squares of ``[B, N, num_heads, head_size]``, without padding."""
         mask = self._mask.to(x.device)
         return x.double().square().flatten(2).sum(2).masked_fill(~mask, 0).sum()
 

@@ -43,7 +43,7 @@ def reading(model: Any, recorder: Reader, attention: Wrapper | None = None) -> I
     Args:
         model: a causal language model of `transformers`, restored afterwards.
         recorder: notified of each batch; observes the keys and values of its tokens in every layer.
-        attention: makes an attention function from the model's; None: the model's is not looked at.
+        attention: makes an attention function from the model's; None: the model's is left alone.
     """
     device = _input_device(model)
     num_embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)

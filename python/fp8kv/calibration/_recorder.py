@@ -135,7 +135,7 @@ class Recorder:
         }
 
     def channels(self, layer: int, letter: str, *, held_out: bool) -> ChannelObserver:
-        """Of K or V, if these have observers of channels: of all tokens, or without those held out.
+        """The observer of K or V, if these have observers of channels: of all tokens, or without those held out.
 
         If all tokens of a layer are held out, these are all.
         """
@@ -176,10 +176,10 @@ class Statistics(Protocol):
 
     @property
     def sizes(self) -> Sizes:
-        """Those of a rank without batches may be empty."""
+        """The sizes of the layers; those of a rank without batches may be empty."""
 
     def reduce(self, sizes: Sizes, group: ProcessGroup | None) -> None:
-        """Merges those of all ranks; `sizes` are those of a rank that has any."""
+        """Merges the observations of all ranks; `sizes` come from a rank that has any."""
 
 
 def is_first_rank(group: ProcessGroup | None) -> bool:

@@ -307,7 +307,7 @@ class _Examination:
         self.add(presence.check_other_models(self.models, name))
 
     def examine_own_scales(self) -> None:
-        """Those of the subfolder, which is about the language model."""
+        """Examines the scales of the subfolder, which is about the language model."""
         if not self.path.is_dir() or not has_own_scales(self.path) or self.result.scheme is None:
             return
         try:
@@ -341,7 +341,7 @@ class _Examination:
                 )
 
     def add(self, problems: Iterable[Problem]) -> None:
-        """To those of the result."""
+        """Adds problems to those of the result."""
         self.result.problems += problems
 
     def _read_config(self) -> bool:
@@ -383,7 +383,7 @@ class _Examination:
         section = section_of_model(self.config)
         types = [part["model_type"] for part in (self.config, section) if part.get("model_type") is not None]
         if model_type is not None and types and model_type not in types:
-            message = f"{self.path.name} is for models of type {model_type}, but the config beside it is not"
+            message = f"{self.path.name} is for models of type {model_type}, but the config next to it is not"
             self.add([make_problem("sources-differ", message, value=model_type)])
 
     def _find_layers(self, name: str) -> None:

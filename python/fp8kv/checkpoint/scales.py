@@ -125,7 +125,7 @@ class LayerScales:
         return LayerScales(self.q, of(self.k, self.k_offset), of(self.v, self.v_offset))
 
     def shard(self, tp_rank: int, tp_size: int) -> LayerScales:
-        """Those of the KV heads that a tensor-parallel rank owns; see `kv_heads_of_rank`."""
+        """The scales of the KV heads that a tensor-parallel rank owns; see `kv_heads_of_rank`."""
 
         def of_rank(x: Tensor) -> Tensor:
             # One element is the scale of the tensor, or of its only head: it applies to every rank.

@@ -16,4 +16,20 @@ def main() -> None:
         sys.exit(f"error: {error}")
     from fp8kv.cli._app import app
 
-    app()
+    app(arguments(sys.argv[1:]))
+
+
+def arguments(given: list[str]) -> list[str]:
+    """The arguments of a command, where `--json` without a file means stdout.
+
+    Example:
+        >>> from fp8kv.cli import arguments
+        >>> arguments(["bench", "--json", "--quick"])
+        ['bench', '--json', '-', '--quick']
+    """
+    complete = []
+    for argument, following in zip(given, [*given[1:], "--"], strict=True):
+        complete.append(argument)
+        if argument == "--json" and following.startswith("--"):
+            complete.append("-")
+    return complete

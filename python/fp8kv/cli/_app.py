@@ -36,7 +36,7 @@ CacheDir = Annotated[
 
 Json = Annotated[
     OptionalPath,
-    typer.Option(help='Write the results as JSON to this file; "-": to stdout, without other output.'),
+    typer.Option(help="Write the results as JSON to this file; without a file, or with -, to stdout alone."),
 ]
 _STDOUT = Path("-")
 
@@ -182,7 +182,7 @@ def eval_(
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help=MODEL_DTYPE)] = "auto",
     cache_dir: CacheDir = None,
-    json: Annotated[OptionalPath, typer.Option(help="Write the results as JSON to this file.")] = None,
+    json: Json = None,
     plot: Annotated[OptionalPath, typer.Option(help="Write a plot (PNG) to this file.")] = None,
 ) -> None:
     """Compares FP8 KV caches with the 16-bit cache: accuracy of the model, memory and speed."""
@@ -196,14 +196,13 @@ def eval_(
         model, text, windows, window, calibration_tokens, first_tokens, scales, only, layout, device, dtype,
         cache_dir,
     )  # fmt: skip
-    console = _console()
+    console = _console(json)
     try:
         found = command.run(options, console)
     except CommandError as error:
         _fail(error.sentence, error.status)
     console.print(evaluation.table(found), highlight=False)
-    if json is not None:
-        json.write_text(jsonlib.dumps(found.as_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    _write_json(json, found.as_dict())
     if plot is not None:
         evaluation.plot(found, plot)
 
@@ -246,8 +245,10 @@ def calibrate(
         typer.Option(help='"tensor" (the default), "attn_head" or "channel"; "auto" formats choose it.'),
     ] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help='"fp8", "fp8_e5m2", "int8" or "auto".')] = "fp8",
-    offset: Annotated[str, typer.Option(help='Offsets of channels: "none", "mean" or "mid" of what was seen.')] = "none",
-    headroom: Annotated[float, typer.Option(help="How many times the range of what was seen the scales keep.")] = 1.0,
+    offset: Annotated[
+        str, typer.Option(help='Offsets of channels: "none", or the "mean" or the "mid" of the observed range.')
+    ] = "none",
+    headroom: Annotated[float, typer.Option(help="Range of the scales, as a multiple of the observed range.")] = 1.0,
     observer: Annotated[str, typer.Option(help='"static_minmax", "percentile" or "mse".')] = "static_minmax",
     percentile: Annotated[float, typer.Option(help="Percentile of the magnitudes, for that observer.")] = 99.99,
     query: Annotated[bool, typer.Option("--query", help="Also find scales for queries.")] = False,

@@ -61,7 +61,7 @@ class Options:
 
     @property
     def wanted(self) -> Wanted:
-        """The scales; per tensor unless something else is said."""
+        """The scales; per tensor unless specified otherwise."""
         strategy = self.strategy or ("tensor" if self.kv_cache_dtype != AUTO else None)
         return Wanted(cast("Strategy | None", strategy), self.kv_cache_dtype, self.offset, self.headroom)
 
@@ -206,7 +206,7 @@ def _check_model(folder: Path, options: Options) -> None:
     out, model = options.out.resolve(), folder.resolve()
     check(
         model not in out.parents and out not in model.parents,
-        f"--output must lie beside MODEL, not in it or around it, got {options.out}",
+        f"--output must be a sibling of MODEL, neither in it nor around it, got {options.out}",
     )
     with reported(f"no checkpoint can be made from {folder}", (ValueError, OSError)):
         source = Source.read(folder)

@@ -116,7 +116,7 @@ class _Story:
             found = inspection.inspect_checkpoint(self.out / _FOLDERS[evaluation.AUTO])
             for part in inspection.report(found):
                 self.console.print(part, highlight=False)
-        with self.step("Loaded back, and evaluated beside other caches: fp8kv eval"):
+        with self.step("Loaded back, and compared with other caches: fp8kv eval"):
             for name, below in _FOLDERS.items():
                 made[name] = load_kv_scales(self.out / below)
             result = command.measure(self.options, model, evaluation.CACHES, made, tokens)

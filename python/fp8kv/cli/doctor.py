@@ -51,7 +51,8 @@ def as_dict(found: list[Check], faster: list[Check]) -> dict[str, Any]:
 def checks() -> Iterator[Check]:
     """All findings about this installation and this machine; the self-tests come last."""
     info = fp8kv.build_info()
-    yield Check("fp8kv", True, f"{info['version']}, built with {info['compiler']}")
+    compiler = re.sub(r"^(?=\d)", "g++ ", info["compiler"])  # only other compilers give their names
+    yield Check("fp8kv", True, f"{info['version']}, built with {compiler}")
     yield Check("Python", True, f"{platform.python_version()} on {platform.platform()}")
     built = f"built for CUDA {info['torch_cuda']}" if info["torch_cuda"] else "built without CUDA"
     yield Check("PyTorch", True, f"{info['torch']}, {built}")
@@ -90,8 +91,11 @@ def advice() -> Iterator[Check]:
     threads, cpus = torch.get_num_threads(), os.cpu_count() or 1
     if "OMP_NUM_THREADS" in os.environ and threads < cpus:
         yield Check("OMP_NUM_THREADS", None, f"operators on the CPU use {threads} of {cpus} CPUs")
-    if info["cuda_architectures"] is None or not cuda.is_available():
-        yield Check("GPU", None, "operators on one that PyTorch can use are much faster than on the CPU")
+    if not cuda.is_available():
+        yield Check("GPU", None, "with an NVIDIA GPU that PyTorch can use, the operators are much faster")
+        return
+    if info["cuda_architectures"] is None:
+        yield Check("CUDA library", None, "install an nvcc of version 12.8 or newer and fp8kv again, to use the GPU")
         return
     if os.environ.get("FP8KV_DEBUG") == "1":
         yield Check("FP8KV_DEBUG", None, "without it operators on CUDA do not wait for the GPU")
@@ -157,7 +161,7 @@ def _self_test_check(name: str, device: str) -> Check:
     return Check(name, not failures, "; ".join(failures) or PASSED)
 
 
-PASSED = "the same bytes as fp8kv.reference, and attention as near to it as it must be"
+PASSED = "the same bytes as fp8kv.reference; attention within its tolerance"
 
 
 _GROUPS = {

@@ -219,7 +219,7 @@ def step_times(
     Args:
         ids: the prompt, ``[1, tokens]``.
         num_tokens: to be decoded in a round; its first two steps are not counted.
-        rounds: how often to begin anew.
+        rounds: how often to start over.
 
     Returns:
         Seconds by cache, ``rounds * (num_tokens - 2)`` each.

@@ -245,7 +245,7 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     """The result of attention over two sets of keys, from the results over each of them.
 
     For parts of a sequence, or several caches, such as a prefix that many sequences share. With sinks, give
-    them to one of the two only: each `lse` counts those it was given. ::
+    them to one of the two only: each `lse` counts the sinks of its call. ::
 
         lse = log(exp(lse_a) + exp(lse_b))
         out = exp(lse_a - lse) * out_a + exp(lse_b - lse) * out_b
@@ -282,7 +282,7 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
 
 
 def _share(out: Tensor, part: Tensor, lse: Tensor) -> Tensor:
-    """Of a result in that over all keys: float32, 0 where it saw none."""
+    """The weight of a partial result in that over all keys: float32, 0 where it saw none."""
     return torch.where((part == -math.inf).unsqueeze(-1), 0.0, (part - lse).exp().unsqueeze(-1) * out)
 
 

@@ -1,4 +1,4 @@
-"""What a cache clips that was given no scales, and so has 1.0: counted on the device."""
+"""Counts, on the device, what a cache without given scales (so with 1.0) clips."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ClipCounter:
     Args:
         limit: the largest value of the format.
         device: of the cache.
-        v_limit: that of V, if it has another format; infinite for a side that is not quantized.
+        v_limit: the limit of V, if it has another format; infinite for a side that is not quantized.
 
     Attributes:
         counts: int64 ``[2]``: of K and of V.
@@ -116,7 +116,7 @@ def _num_beyond(x: Tensor, bound: Tensor, offset: Tensor | None, slot_mapping: T
 
 
 def clipped_sentence(where: str, clipped: Clipped, limit: float) -> str:
-    """The warning of a cache that was given no scales and clipped something.
+    """The warning of a cache without given scales that clipped something.
 
     Example:
         >>> from fp8kv.kv_cache.clipping import Clipped, clipped_sentence

@@ -159,7 +159,7 @@ def rope_quant_and_cache(
     RMSNorm of every head of Q and K where weights are given, as in Qwen3; RoPE of Q and K where positions are
     given, one a token or, as in Qwen-VL models, three; both in fp32 with one rounding to the dtype of
     `query`. Then Q goes to `query_out`, quantized if
-    that is FP8, and K and V are stored as by `reshape_and_cache_flash`. The bytes are those of the separate
+    that is FP8, and K and V are stored as by `reshape_and_cache_flash`. The bytes are the same as with the separate
     operations; after a norm they may differ by one step of FP8, as the order of its sum is not fixed.
 
     Args:
@@ -273,7 +273,7 @@ def gather_and_dequant_cache(
         v_cache_dtype: as for `reshape_and_cache_flash`.
 
     Raises:
-        RuntimeError: an argument doesn't fit, or, on the CPU, the sums fall or exceed the rows, or a position
+        RuntimeError: an argument doesn't fit, or, on the CPU, the sums decrease or exceed the rows, or a position
             has no block of the cache. Nothing is written then. On CUDA such rows are skipped; they raise with
             the environment variable FP8KV_DEBUG=1.
 

@@ -25,6 +25,8 @@ _ALIGNMENT = 16
 class PagedKVCache:
     """The paged KV cache of one layer: owns the storage and the scales, stores tokens and reads them back.
 
+    Its sizes, `layout` and `device` are attributes of the same names.
+
     Args:
         num_blocks: number of blocks.
         block_size: tokens of a block.
@@ -43,7 +45,7 @@ class PagedKVCache:
             "dynamic": one scale for each token and head, which `append` computes. FP8 and int8 only; of two
             dtypes, the other uses none.
         k_offset: floating-point ``[num_kv_heads, head_size]``, which is subtracted from K before it is
-            quantized, and added again when it is read; None: that of `scales`, or 0.
+            quantized, and added again when it is read; None: the offset of `scales`, or 0.
         v_offset: likewise, of V.
 
     Attributes:
@@ -64,9 +66,8 @@ class PagedKVCache:
         dtype: the dtype of `key_cache`.
         v_dtype: the dtype of `value_cache`.
         dynamic: whether there is a scale for each token and head.
-        clip_counter: the `fp8kv.kv_cache.clipping.ClipCounter` of a cache that was given no scales; else
+        clip_counter: the `fp8kv.kv_cache.clipping.ClipCounter` of a cache without given scales; else
             None. One cache may go on with the counter of another.
-        num_blocks, block_size, num_kv_heads, head_size, v_head_size, layout, device: as above.
 
     Raises:
         ValueError: an argument can't be used, a scale is not finite or not above 0, an offset is not finite,
@@ -157,7 +158,7 @@ class PagedKVCache:
         return self.num_kv_heads, size
 
     def _checked_scales(self, scales: Any) -> tuple[Tensor | None, Tensor | None]:
-        """Those of K and V, on the host; None where they are computed."""
+        """The scales of K and V, on the host; None where they are computed."""
         one = torch.ones(1, device="cpu")
         if scales is None:
             return one, one
@@ -247,7 +248,7 @@ class PagedKVCache:
             k_scale: float32 of 1 or num_kv_heads elements, or ``[num_kv_heads, head_size]``, on the device of
                 the cache.
             v_scale: likewise; `k_scale` itself, if there is no V.
-            k_offset: float32 ``[num_kv_heads, head_size]``, on this device; None: that of the cache stays.
+            k_offset: float32 ``[num_kv_heads, head_size]``, on this device; None: the cache keeps its own.
             v_offset: likewise; None, if there is no V.
 
         Raises:
@@ -331,7 +332,7 @@ class PagedKVCache:
                 self._clipped_with_warning(self.clip_counter)
 
     def clipped(self) -> Clipped | None:
-        """How many elements `append` has clipped in a cache that was given no scales.
+        """How many elements `append` has clipped in a cache without given scales.
 
         Such a cache has the scale 1.0, which clips what is beyond 448, 57344 in E5M2 or 127 in int8:
         silently, and at the cost of the model's answers. It counts on the device, in CUDA graphs and compiled
@@ -377,7 +378,7 @@ class PagedKVCache:
             block_table: ``[num_seqs, max_blocks]``, the blocks of each sequence; entries that are not needed
                 may be anything.
             seq_lens: ``[num_seqs]``, how many tokens to read of each.
-            dtype: float32, float16 or bfloat16. `out` decides if it is given.
+            dtype: float32, float16 or bfloat16. `out`, where given, decides.
             seq_starts: ``[num_seqs]``, the first position to read of each; None: 0.
             out: key and value to write into, ``[num_rows, num_kv_heads, head_size]`` with at least
                 ``sum(seq_lens)`` rows, any strides; further rows stay as they are.
@@ -462,7 +463,7 @@ class PagedKVCache:
             sliding_window: how many positions a query sees, its own included; None: all.
             softcap: bound of the logits; 0: none.
             sinks: ``[num_heads]``, a logit without a value for each head.
-            k_offset: ``[num_kv_heads, head_size]``, added to K; None: that of the cache.
+            k_offset: ``[num_kv_heads, head_size]``, added to K; None: the cache's own.
             v_offset: likewise, to V.
             lse: ``[num_tokens, num_heads]``, written.
             num_splits: parts of the keys; 0: as many as are best.
@@ -580,7 +581,7 @@ class PagedKVCache:
                 this cache.
 
         Raises:
-            ValueError: the caches don't fit, or a block is not there. Pairs on a GPU are not checked: PyTorch
+            ValueError: the caches don't fit, or a block does not exist. Pairs on a GPU are not checked: PyTorch
                 stops the program there.
 
         Example:
@@ -634,7 +635,7 @@ class PagedKVCache:
         return x.expand(channels).to(self.device)
 
     def _compared(self, name: str, differ: Tensor, x: Tensor | None) -> str:
-        """What a sentence says of a scale or an offset: all of few elements, else the first that differs."""
+        """A scale or an offset in an error message: all of few elements, else the first that differs."""
         if x is not None and x.numel() <= self.num_kv_heads:
             return str(x.flatten().tolist())
         place = tuple(differ.nonzero()[0].tolist())

@@ -32,7 +32,7 @@ _LIMITS = {dtype: row.max + 2.0 ** (math.frexp(row.max)[1] - 24) for dtype, row 
 class AttentionScales(nn.Module):
     """The scales of Q, K and V of one attention layer: loaded, used, and calibrated on real traffic.
 
-    Heads are those of this rank under tensor parallelism. Buffers are updated in place only, so captured CUDA
+    Under tensor parallelism, heads are this rank's. Buffers are updated in place only, so captured CUDA
     graphs and `descales` see new scales. They stay float32, and keep their values, under ``.half()`` and
     ``.to(dtype)``; moving to another device makes new buffers, as for any module.
 
@@ -163,7 +163,7 @@ class AttentionScales(nn.Module):
 
         Raises:
             ValueError: `query` or `out` has another shape, `out` has another dtype than this module, or that
-                is int8, beside which queries are not quantized.
+                is int8, with which queries are not quantized.
             RuntimeError: as `fp8kv.quantize`.
 
         Example:
@@ -176,7 +176,7 @@ class AttentionScales(nn.Module):
         groups = self._grouped("quantize_query", "query", query, self.num_heads)
         if self.dtype not in FP8_DTYPES:
             raise ValueError(
-                f"AttentionScales.quantize_query: the module must be FP8, as queries beside {self._name} "
+                f"AttentionScales.quantize_query: the module must be FP8, as queries of {self._name} "
                 f"caches are not quantized, got dtype {dtype_name(self.dtype)}"
             )
         if out is None:
@@ -279,7 +279,7 @@ class AttentionScales(nn.Module):
             mrope_interleaved: likewise.
             norm_after_rope: likewise.
             out: receives the queries, ``[num_tokens, num_heads, head_size]`` or flat: of this module's dtype
-                if that is FP8, or, not quantized, of the dtype of `query`. None allocates the former, beside
+                if that is FP8, or, not quantized, of the dtype of `query`. None allocates the former, with
                 int8 caches the latter.
 
         Returns:
@@ -446,7 +446,7 @@ class AttentionScales(nn.Module):
             the caller.
 
         Raises:
-            ValueError: FlashAttention-3 can't read the cache: the scales are those of channels, or it is
+            ValueError: FlashAttention-3 can't read the cache: the scales are per channel, or it is
                 int8.
 
         Example:
@@ -756,7 +756,7 @@ class AttentionScales(nn.Module):
         return CACHE_NAMES[self.dtype]
 
     def _offsets(self, cache: PagedKVCache | tuple[Tensor, Tensor], name: str) -> Offsets:
-        """Those of K and V in this step: of this module, or else of the cache."""
+        """The offsets of K and V in this step: of this module, or else of the cache."""
         if name == "auto":
             return None, None
         if isinstance(cache, PagedKVCache) and self.k_offset is None:

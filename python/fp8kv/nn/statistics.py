@@ -36,7 +36,7 @@ class Observed:
 
     @property
     def clipped_fraction(self) -> float:
-        """Of all elements; 0 if there are none."""
+        """The share of clipped elements; 0 if there are none."""
         return sum(self.clipped) / max(1, sum(self.observed))
 
 
@@ -70,7 +70,7 @@ class Observations:
 
     @property
     def clipped_fraction(self) -> float:
-        """Of all elements of Q, K and V; 0 if there are none."""
+        """The share of clipped elements of Q, K and V; 0 if there are none."""
         seen = (self.q, self.k, self.v)
         return sum(sum(x.clipped) for x in seen) / max(1, sum(sum(x.observed) for x in seen))
 

@@ -1,7 +1,7 @@
 """The executable specification: every operator in plain PyTorch, with the same names, arguments and bytes.
 
 Slow and simple on purpose; it works on CPU and CUDA tensors and is what the tests compare every kernel with.
-The rules are those of docs/numerics.md. `paged_attention` alone does not give the same bytes: it computes in
+The rules are in docs/numerics.md. `paged_attention` alone does not give the same bytes: it computes in
 fp64, and the kernels within the bound that `fp8kv.paged_attention` names.
 
 Example:

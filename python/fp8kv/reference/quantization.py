@@ -81,7 +81,7 @@ def scaled_fp8_dequant(result: Tensor, input: Tensor, scale: Tensor, group_shape
 
 @torch.no_grad()
 def group_amax(amax: Tensor, input: Tensor, group_shape: Sequence[int]) -> None:
-    """See `fp8kv.group_amax`. The maximum is that of the fp32 bit patterns as signed integers.
+    """See `fp8kv.group_amax`. fp32 bit patterns are compared as signed integers.
 
     Nothing changes for an empty input.
 

@@ -173,7 +173,7 @@ def _eager_attention(module: torch.nn.Module) -> Any:
         if function is not None:
             return function
     raise ValueError(
-        f'fp8kv.transformers: attn_implementation "{NAME}" must find eager attention beside '
+        f'fp8kv.transformers: attn_implementation "{NAME}" must find eager attention next to '
         f"{type(module).__name__}, as the model has softcap or sinks, got none"
     )
 

@@ -74,7 +74,7 @@ class Fp8Cache(Cache):
         device: static caches, with `max_batch_size`: allocates immediately, on this device. None: each layer
             allocates with its first key, on the key's device.
         k_offset: what is subtracted from the keys of a layer before they are quantized, by its index, as
-            `fp8kv.PagedKVCache` takes it; beside "dynamic", or no scales. None: the offsets of `scales`.
+            `fp8kv.PagedKVCache` takes it; together with "dynamic", or no scales. None: the offsets of `scales`.
         v_offset: likewise, of values.
         skip_layers: layers that stay in the model's dtype, by index, or by type as in the config, such as
             "sliding_attention".
@@ -297,7 +297,7 @@ def _decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 @dataclass
 class _Plan:
-    """Of a layer in FP8.
+    """The storage of a layer in FP8.
 
     Args:
         window: number of tokens that a query sees, including itself; None: all.
@@ -381,7 +381,7 @@ def _layer(
 
 
 def _other_bytes(layer: Any) -> int:
-    """Of what Transformers keeps in a layer."""
+    """The bytes that Transformers keeps in a layer."""
     names = ("keys", "values", "conv_states", "recurrent_states", "indexer_keys")
     return sum(_bytes(getattr(layer, name, None)) for name in names)
 
@@ -408,7 +408,7 @@ def _layer_type(config: PreTrainedConfig) -> str:
 
 
 def _geometry(config: PreTrainedConfig) -> Geometry:
-    """Of what `update` will get: with latent attention one head, the latent as key and the RoPE part as value."""
+    """The geometry of what `update` will get: with latent attention one head, the latent as key and the RoPE part as value."""
     if getattr(config, "kv_lora_rank", None):
         return Geometry(1, config.kv_lora_rank, config.qk_rope_head_dim)
     heads = config.num_attention_heads

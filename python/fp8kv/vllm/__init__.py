@@ -31,7 +31,7 @@ def register() -> None:
     except ImportError as error:
         if chosen.writes:
             raise
-        logger.warning("%s; its backend is not there", error)
+        logger.warning("%s; its backend is unavailable", error)
         return
     versions.register_backends()
     if chosen.writes:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class Fp8KVBackend(CacheLayout, AttentionBackend):
-    """What can be served, in the words of vLLM's own checks."""
+    """The requests that can be served, as answers to vLLM's own checks."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = list(CACHE_NAMES)
@@ -89,7 +89,7 @@ class Fp8KVBackend(CacheLayout, AttentionBackend):
 
 @dataclass
 class Fp8KVMetadata(AttentionMetadata):
-    """Of a step.
+    """The metadata of a step.
 
     Attributes:
         num_actual_tokens: rows of the queries that are not padding.

@@ -33,7 +33,7 @@ class LayerCache(NamedTuple):
         value_cache: likewise.
         dtype: the `kv_cache_dtype` of the operators.
         k_scales: float32 ``[num_blocks, block_size, num_kv_heads]`` in a cache with scales of single tokens;
-            None: the scales are those of the layer.
+            None: the layer has them.
         v_scales: likewise.
     """
 
@@ -45,7 +45,7 @@ class LayerCache(NamedTuple):
 
     @staticmethod
     def of(kv_cache: Tensor, head_size: int, kv_cache_dtype: str) -> LayerCache:
-        """Of vLLM's tensor.
+        """The cache in vLLM's tensor.
 
         Args:
             kv_cache: ``[num_blocks, num_kv_heads, block_size, content_size]``, any strides but that of the
@@ -75,11 +75,11 @@ class LayerCache(NamedTuple):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of the elements, which vLLM allocates as bytes if they are FP8."""
+        """The dtype of the elements, which vLLM allocates as bytes if they are FP8."""
         return CACHE_DTYPES[self.dtype] if self.quantized else self.key_cache.dtype
 
     def scales(self, k_scale: Tensor, v_scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of K and V: of single tokens, or else those of the layer, which are given."""
+        """The scales of K and V: of single tokens, or else the layer's, which are passed."""
         if self.k_scales is None or self.v_scales is None:
             return k_scale, v_scale
         return self.k_scales, self.v_scales

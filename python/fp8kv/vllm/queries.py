@@ -33,7 +33,7 @@ def replace_quantization() -> None:
 
 
 class Fp8KVQuantFP8(QuantFP8):
-    """Of queries, and of whatever else is quantized with given scales: the bytes are the same."""
+    """Quantizes queries, and whatever else has given scales, with the same bytes."""
 
     def forward_cuda(
         self,

@@ -24,7 +24,7 @@ MARGIN = 2.0
 #: Elements of a cache that `requantize` converts in one go, which bounds its temporary memory.
 _CHUNK = 1 << 24
 
-_WAY_OUT = "calibrate the model anew, for example with fp8kv calibrate, or serve it with --kv-cache-dtype auto"
+_WAY_OUT = "calibrate the model again, for example with fp8kv calibrate, or serve it with --kv-cache-dtype auto"
 
 
 # At start-up
@@ -64,7 +64,7 @@ def check_checkpoint(model: str, *, query: bool) -> None:
     """Refuses what `fp8kv.audit_checkpoint` calls an error in what vLLM reads, if the model is a folder.
 
     Args:
-        model: as vLLM was given it.
+        model: vLLM's argument.
         query: whether queries are quantized, so that their scales matter.
 
     Raises:
@@ -147,7 +147,7 @@ def _has_scales(layer: Any) -> bool:
 class ServingScales:
     """Observes the first tokens of one layer, then makes its scales of them.
 
-    What the cache holds by then is quantized anew. Tokens in steps that are captured in a CUDA graph are not
+    What the cache holds by then is quantized again. Tokens in steps that are captured in a CUDA graph are not
     observed, as nothing of this should be replayed: with vLLM's defaults these are the decode steps.
 
     Args:

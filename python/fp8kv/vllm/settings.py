@@ -28,7 +28,7 @@ class Settings(NamedTuple):
 
 @cache
 def settings() -> Settings:
-    """Those of this process, read once.
+    """The settings of this process, read once.
 
     Raises:
         ValueError: a variable has a value that it can't have, or two of them contradict each other.

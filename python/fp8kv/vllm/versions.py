@@ -61,7 +61,7 @@ def register_backends() -> None:
     elif not backends.CUSTOM.is_overridden():
         register(backends.CUSTOM, BACKEND)
     elif backends.CUSTOM.get_path() != BACKEND:
-        logger.warning("fp8kv.vllm: CUSTOM is %s already, so its own backend is not there", backends.CUSTOM.get_path())
+        logger.warning("fp8kv.vllm: CUSTOM is %s already, so its own backend is unavailable", backends.CUSTOM.get_path())
 
 
 def replace_backend(name: str, path: str) -> None:

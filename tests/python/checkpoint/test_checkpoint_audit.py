@@ -548,7 +548,7 @@ def test_neither_a_scheme_nor_scales(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("observer", "sentence"),
     [
-        (None, "The observer is not said; the default of some versions keeps only the last batch."),
+        (None, "The observer is not specified; the default of some versions keeps only the last batch."),
         ("minmax", 'The observer is "minmax", which keeps only the last batch in some versions.'),
         ("memoryless_minmax", 'The observer is "memoryless_minmax", which keeps only the last batch.'),
     ],
@@ -619,7 +619,7 @@ def test_a_missing_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as error:
         audit_checkpoint(tmp_path / "nowhere")
     assert str(error.value) == (
-        f"audit_checkpoint: checkpoint must be a directory or a .safetensors file, but {tmp_path / 'nowhere'} is not there"
+        f"audit_checkpoint: checkpoint must be a directory or a .safetensors file, but {tmp_path / 'nowhere'} does not exist"
     )
 
 

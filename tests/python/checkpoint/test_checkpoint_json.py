@@ -234,7 +234,7 @@ def test_an_id_that_cannot_be_downloaded(hub: list[tuple[str, Any]]) -> None:
         load_kv_scales("amd/Llama-3.1-8B-Instruct-FP8-KV")
     assert str(error.value) == (
         "load_kv_scales: checkpoint must be a directory or a .safetensors file, but "
-        "amd/Llama-3.1-8B-Instruct-FP8-KV is not there, and it cannot be downloaded from the Hugging Face "
+        "amd/Llama-3.1-8B-Instruct-FP8-KV does not exist, and it cannot be downloaded from the Hugging Face "
         "Hub as a model of that id: no connection"
     )
     assert hub == [("amd/Llama-3.1-8B-Instruct-FP8-KV", ["*.json", "*.safetensors"])]
@@ -246,7 +246,7 @@ def test_paths_that_are_no_ids_are_not_looked_for(
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(FileNotFoundError, match=r"is not there$"):
+    with pytest.raises(FileNotFoundError, match=r"does not exist$"):
         audit_checkpoint(path)
     assert hub == []
 

@@ -535,7 +535,7 @@ def test_an_unsupported_scheme_is_always_an_error(tmp_path: Path, on_problem: st
 @pytest.mark.parametrize("on_problem", ["raise", "warn"])
 def test_a_missing_config_is_always_an_error(tmp_path: Path, on_problem: str) -> None:
     write_checkpoint(tmp_path, scales())
-    with pytest.raises(CheckpointError, match=r"config\.json must be a file, but is not there"):
+    with pytest.raises(CheckpointError, match=r"config\.json must be a file, but does not exist"):
         load_kv_scales(tmp_path, on_problem=on_problem)
 
 
@@ -551,7 +551,7 @@ def test_a_missing_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as error:
         load_kv_scales(tmp_path / "nowhere")
     assert str(error.value) == (
-        f"load_kv_scales: checkpoint must be a directory or a .safetensors file, but {tmp_path / 'nowhere'} is not there"
+        f"load_kv_scales: checkpoint must be a directory or a .safetensors file, but {tmp_path / 'nowhere'} does not exist"
     )
 
 

@@ -314,7 +314,7 @@ def of_two_heads(folder: Path) -> None:
 
 K = STEM.format(0, "k_scale")
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no JSON": (lambda x: (x / "scales.json").unlink(), "scales.json must be a file, but is not there"),
+    "no JSON": (lambda x: (x / "scales.json").unlink(), "scales.json must be a file, but does not exist"),
     "no tensors": (lambda x: (x / "scales.safetensors").unlink(), "scales.safetensors must be a file"),
     "JSON": (lambda x: (x / "scales.json").write_text("{"), "scales.json must be JSON, got"),
     "list": (lambda x: (x / "scales.json").write_text("[]"), "scales.json must hold an object, got list"),
@@ -327,7 +327,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "error": (change_layer(error="few"), "layer 0: error must be a number that is not negative, got 'few'"),
     "names": (change_layer(tensors=[K]), "layer 0: tensors must have the names of scales and offsets"),
     "foreign": (change_layer(tensors=["a"]), "layer 0: tensors must have the names of scales and offsets"),
-    "gone": (change_tensor("k_scale", None), f"{K} must be in scales.safetensors, but is not there"),
+    "gone": (change_tensor("k_scale", None), f"{K} must be in scales.safetensors, but does not exist"),
     "extra": (change_tensor("k_offset", torch.ones(HEADS, SIZE)), "the tensors that scales.json names"),
     "dtype": (change_tensor("k_scale", torch.ones(4).half()), f"{K} must be float32"),
     "shape": (change_tensor("k_scale", torch.ones(4, 1, 1)), "got F32 of shape [4, 1, 1]"),

@@ -324,7 +324,7 @@ def test_a_cache_that_is_not_quantized(given: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("missing", ["nowhere", "nowhere/config.json", "."])
 def test_a_missing_file(tmp_path: Path, missing: str) -> None:
-    with pytest.raises(FileNotFoundError, match=r"^KVCacheScheme.from_config: .* but is not there$"):
+    with pytest.raises(FileNotFoundError, match=r"^KVCacheScheme.from_config: .* but does not exist$"):
         from_config(tmp_path / missing)
 
 

@@ -1015,7 +1015,7 @@ def test_a_folder_inside_the_source_or_around_it_is_refused(tmp_path: Path) -> N
     source = plain_checkpoint(tmp_path / "all" / "source")
     before = state(tmp_path)
     for place in (source / "out", tmp_path / "all"):
-        with pytest.raises(ValueError, match="checkpoint_dir must lie beside the source"):
+        with pytest.raises(ValueError, match="checkpoint_dir must be a sibling of the source"):
             some_scales().save(place, source, overwrite=True)
     assert state(tmp_path) == before
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import fp8kv
 from command_line import PNG, output_of
-from fp8kv import bench
+from fp8kv import bench, cli
 from fp8kv.cli import _app, doctor
 
 runner = CliRunner()
@@ -80,6 +80,25 @@ def test_doctor_sees_attention_that_is_not_near(monkeypatch: pytest.MonkeyPatch,
     assert "paged_attention (bfloat16, float8_e5m2, per token and head)" in failures
 
 
+@pytest.mark.parametrize(
+    ("given", "complete"),
+    [
+        ("doctor --json", "doctor --json -"),
+        ("bench decode --json --only rope", "bench decode --json - --only rope"),
+        ("bench --json - --quick", "bench --json - --quick"),
+        ("bench --json out.json", "bench --json out.json"),
+        ("doctor", "doctor"),
+    ],
+)
+def test_json_without_a_file_means_stdout(given: str, complete: str) -> None:
+    assert cli.arguments(given.split()) == complete.split()
+
+
+def test_the_command_of_doctor_writes_json_alone() -> None:
+    result = subprocess.run([sys.executable, "-m", "fp8kv", "doctor", "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout)["ok"] is True
+
+
 def test_doctor_writes_json(tmp_path: Path) -> None:
     result = runner.invoke(_app.app, ["doctor", "--json", "-"])
     assert result.exit_code == 0
@@ -113,6 +132,14 @@ def test_what_would_make_it_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["FP8KV_CPU_ISA"] == "without it the CPU kernels use avx2, not generic"
     assert found["OMP_NUM_THREADS"] == f"operators on the CPU use {torch.get_num_threads()} of 1000 CPUs"
     assert ("GPU" in found) == (not torch.cuda.is_available())
+
+
+def test_what_a_build_without_cuda_needs_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    info = fp8kv.build_info() | {"cuda_architectures": None}
+    monkeypatch.setattr(fp8kv, "build_info", lambda: info)
+    monkeypatch.setattr(doctor.cuda, "is_available", lambda: True)
+    found = {check.name: check.detail for check in doctor.advice()}
+    assert found["CUDA library"] == "install an nvcc of version 12.8 or newer and fp8kv again, to use the GPU"
 
 
 def test_nothing_is_said_of_what_is_at_its_best(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ def test_a_vllm_that_lacks_an_interface(monkeypatch: pytest.MonkeyPatch, caplog:
     with caplog.at_level(logging.WARNING, logger="vllm.fp8kv"):
         plugin.register()
     assert sentence in caplog.text
-    assert "its backend is not there" in caplog.text
+    assert "its backend is unavailable" in caplog.text
     monkeypatch.setenv("FP8KV_VLLM_WRITES", "1")
     plugin.settings.cache_clear()
     with pytest.raises(ImportError) as caught:
@@ -150,7 +150,7 @@ def start(layers: dict[str, Any], letters: str = "kv", observe: int = 0, **chang
     check_at_start(vllm_config, list(layers), letters=letters, observe=observe)
 
 
-WAY_OUT = "calibrate the model anew, for example with fp8kv calibrate, or serve it with --kv-cache-dtype auto"
+WAY_OUT = "calibrate the model again, for example with fp8kv calibrate, or serve it with --kv-cache-dtype auto"
 
 
 @pytest.mark.parametrize(

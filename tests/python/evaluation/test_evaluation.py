@@ -12,12 +12,13 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 import tiny_models
 from command_line import PNG, invoke
 from fp8kv import KVScales, calibrate, evaluation
 from fp8kv.calibration.texts import EVALUATION_START, reference_text
-from fp8kv.cli import _models
+from fp8kv.cli import _app, _models
 from fp8kv.cli.demo import common_prefix
 from helpers import torch_threads
 
@@ -359,6 +360,12 @@ def test_eval_writes_table_json_and_picture(tiny_model: Path, tiny_text: Path, t
         assert f"{row['perplexity']:.3f}" in output
         assert row["tokens_per_s"] > 0
     assert picture.read_bytes().startswith(PNG)
+
+
+def test_eval_writes_json_to_stdout_and_nothing_else(tiny_model: Path, tiny_text: Path) -> None:
+    arguments = small(tiny_model, tiny_text, "--only", "16-bit", "--json", "-")
+    report = json.loads(CliRunner().invoke(_app.app, list(map(str, arguments))).stdout)
+    assert [row["cache"] for row in report["rows"]] == ["16-bit"]
 
 
 def test_eval_of_some_caches_has_the_16_bit_one_beside_them(tiny_model: Path, tiny_text: Path) -> None:

@@ -148,8 +148,7 @@ def test_what_int8_and_channels_do_not_give() -> None:
     with pytest.raises(ValueError) as error:
         make("attn_head").quantize_query(query)
     assert str(error.value) == (
-        "AttentionScales.quantize_query: the module must be FP8, as queries beside int8 caches are not "
-        "quantized, got dtype int8"
+        "AttentionScales.quantize_query: the module must be FP8, as queries of int8 caches are not quantized, got dtype int8"
     )
     for module, kind in (
         (make("attn_head"), "dtype int8"),

@@ -20,7 +20,7 @@ def check_observer(scheme: KVCacheScheme) -> Iterator[Problem]:
     if scheme.producer != COMPRESSED_TENSORS:
         return
     if observer is None:
-        message = "The observer is not said; the default of some versions keeps only the last batch"
+        message = "The observer is not specified; the default of some versions keeps only the last batch"
     elif observer == "minmax":
         message = 'The observer is "minmax", which keeps only the last batch in some versions'
     elif observer.startswith("memoryless"):

@@ -43,7 +43,7 @@ def read_configs(path: Path) -> dict[str, dict[str, Any]]:
             files.append(path / MODELOPT_FILE)
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{file} must be a file, but is not there")
+            raise FileNotFoundError(f"{file} must be a file, but does not exist")
     return {file.name: read_object(file) for file in files}
 
 

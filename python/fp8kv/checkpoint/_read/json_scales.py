@@ -110,7 +110,7 @@ def _by_head(where: str, layer: int, values: list[float], layers: Layers | None)
         if all(len(part) == 1 for part in parts):
             return [part.pop() for part in parts]
     raise ValueError(
-        f"{where}.scaling_factor must have the same scales for all {ranks} ranks, or a config.json beside it "
+        f"{where}.scaling_factor must have the same scales for all {ranks} ranks, or a config.json next to it "
         f"whose KV heads they divide, got other ones for layer {layer} and {heads} KV heads"
     )
 

@@ -327,7 +327,7 @@ def with_tensors(
 
     Args:
         layers: as the config has them.
-        config: that of the model.
+        config: the model's.
         attention: the attention modules that there are.
         present: the layers of which there is any tensor.
         with_scales: the layers with scales of K or V.
@@ -363,7 +363,7 @@ def with_counts(
 
     Args:
         layers: as the config has them.
-        config: that of the model.
+        config: the model's.
         attention: the attention modules that there are.
         counts: the number of scales of K and V, by layer.
     """

@@ -27,7 +27,9 @@ def locate(checkpoint: str | Path, caller: str) -> Path:
     path = Path(checkpoint)
     if not _exists(path):
         if not _HUB_ID.fullmatch(str(checkpoint)) or path.suffix in (".json", ".safetensors"):
-            raise FileNotFoundError(f"{caller}: checkpoint must be a directory or a .safetensors file, but {path} is not there")
+            raise FileNotFoundError(
+                f"{caller}: checkpoint must be a directory or a .safetensors file, but {path} does not exist"
+            )
         return _fetch(str(checkpoint), caller)
     if path.is_dir():
         return path
@@ -47,7 +49,7 @@ def _exists(path: Path) -> bool:
 
 def _fetch(model: str, caller: str) -> Path:
     """The folder of a model on the Hub, possibly from the download cache."""
-    what = f"{caller}: checkpoint must be a directory or a .safetensors file, but {model} is not there"
+    what = f"{caller}: checkpoint must be a directory or a .safetensors file, but {model} does not exist"
     try:
         from huggingface_hub import snapshot_download
     except ImportError:

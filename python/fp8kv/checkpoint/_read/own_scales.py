@@ -31,7 +31,7 @@ NAMES = ("k_scale", "v_scale", "k_offset", "v_offset")
 
 @dataclass(frozen=True)
 class OwnLayer:
-    """Of one layer.
+    """What the subfolder has of one layer.
 
     Attributes:
         dtype: the format, a name of it.
@@ -71,7 +71,7 @@ class OwnScales:
 
     @property
     def errors(self) -> dict[int, float]:
-        """Those of the layers, as far as they were measured."""
+        """The errors of the layers, as far as they were measured."""
         return {n: layer.error for n, layer in self.layers.items() if layer.error is not None}
 
 
@@ -107,7 +107,7 @@ def read_own_scales(checkpoint: Path) -> OwnScales:
     folder = checkpoint / FOLDER
     for name in (JSON_FILE, TENSOR_FILE):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} must be a file, but is not there")
+            raise FileNotFoundError(f"{folder / name} must be a file, but does not exist")
     content = read_object(folder / JSON_FILE)
     where = str(folder / JSON_FILE)
     if content.get("version") != VERSION:
@@ -149,7 +149,7 @@ def _read_tensor(name: str, stored: dict[str, StoredTensor]) -> Tensor:
     """fp32, checked."""
     tensor = stored.get(name)
     if tensor is None:
-        raise ValueError(f"{name} must be in {TENSOR_FILE}, but is not there")
+        raise ValueError(f"{name} must be in {TENSOR_FILE}, but does not exist")
     is_offset = name.endswith("offset")
     dims = (2,) if is_offset else (1, 2)
     if tensor.dtype != "F32" or len(tensor.shape) not in dims or 0 in tensor.shape:

@@ -111,7 +111,8 @@ def _check_destination(destination: Path, source: Source, overwrite: bool) -> No
     folder = Path(os.path.realpath(source.folder))
     if folder in destination.parents or destination in folder.parents:
         raise ValueError(
-            f"KVScales.save: checkpoint_dir must lie beside the source {folder}, not around it or in it, got {destination}"
+            f"KVScales.save: checkpoint_dir must be a sibling of the source {folder}, neither in it nor around it, "
+            f"got {destination}"
         )
     if destination.exists() and not destination.is_dir():
         raise FileExistsError(f"KVScales.save: checkpoint_dir must be a folder, got the file {destination}")

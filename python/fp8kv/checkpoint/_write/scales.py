@@ -25,7 +25,7 @@ def scale_tensors(
         scales: of all layers.
         strategy: of the scales.
         source: the model.
-        spread: whether a scale per tensor may be that of each head.
+        spread: whether a scale per tensor may serve each head.
 
     Returns:
         The tensors by name, the names of the attention modules, and the scales as stored.

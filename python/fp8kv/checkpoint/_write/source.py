@@ -175,7 +175,7 @@ def _shards(folder: Path, index: dict[str, Any]) -> list[str]:
         raise CheckpointError(f"{folder / INDEX_FILE} must have a weight_map, got {weight_map!r}")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{folder / INDEX_FILE} must map to files beside it, got {name!r}")
+            raise CheckpointError(f"{folder / INDEX_FILE} must map to files next to it, got {name!r}")
     return sorted(set(weight_map.values()))
 
 

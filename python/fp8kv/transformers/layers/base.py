@@ -49,7 +49,7 @@ class Geometry(NamedTuple):
 
     @classmethod
     def of(cls, key: Tensor, value: Tensor) -> Geometry:
-        """Of ``[batch, num_kv_heads, tokens, head_size]``."""
+        """The geometry of ``[batch, num_kv_heads, tokens, head_size]``."""
         return cls(key.shape[1], key.shape[3], value.shape[3])
 
     @classmethod
