@@ -724,7 +724,9 @@ main()
 
 def test_two_processes_give_the_scales_of_one(calibrated: Path, model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "counting.py").write_text(COUNTING)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tmp_path / "counting.py")
+    # Machines need not be able to resolve their own names.
+    alone = ("--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")
+    launcher = ("-m", "torch.distributed.run", *alone, tmp_path / "counting.py")
     command = arguments(model_folder, tmp_path / "out", text_file, "--strategy", "attn_head", "--query")
     result = subprocess.run(
         [sys.executable, *map(str, (*launcher, *command))],
