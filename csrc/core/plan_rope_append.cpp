@@ -49,14 +49,17 @@ int shared_heads(std::int64_t heads, int most) {
 // Whether threads can have two vectors of several heads. Scales or offsets per channel are not shared by heads.
 bool fits_many_heads(const RopeLayout& layout) {
   const auto divides = [](std::int64_t heads) { return heads < 2 || (heads <= kMaxSharedHeads && shared_heads(heads, 2) > 1); };
+  const View1D& table = layout.cos_sin;
+  const bool table_aligned =
+      reinterpret_cast<std::uintptr_t>(table.data) % 16 == 0 && layout.cos_sin_row * size_of(table.dtype) % 16 == 0;
   const CacheLayout& cache = layout.cache;
-  return cache.head_size % (2 * kVecSize) == 0 && layout.rotary_dim % (2 * kVecSize) == 0 && !cache.has_channels() &&
-         divides(layout.num_heads) && divides(cache.num_heads);
+  return table_aligned && cache.head_size % (2 * kVecSize) == 0 && layout.rotary_dim % (2 * kVecSize) == 0 &&
+         !cache.has_channels() && divides(layout.num_heads) && divides(cache.num_heads);
 }
 
 // More vectors of Q, K and V than these are worth it.
 std::int64_t least_for_many_heads(const RopeLayout& layout) {
-  if (layout.has_norm()) return 1 << 18;
+  if (layout.has_norm()) return 1 << 17;
   if (layout.rotary_dim == 0) return 1 << 15;
   return shared_heads(layout.num_heads, 2) <= 2 && shared_heads(layout.cache.num_heads, 2) <= 2 ? 1 << 17 : 1 << 18;
 }

@@ -74,7 +74,7 @@ TEST(PlanRopeAppend, ManyTokensShareWhatIsReadForAHead) {
 
 TEST(PlanRopeAppend, HeadsAreSharedEvenly) {
   EXPECT_EQ(share_of(rope_of(1400, 3, 64, 64)), (Share{1, 1, 1}));
-  EXPECT_EQ(share_of(with_norm(rope_of(1400, 3, 64, 64), 64)), (Share{1, 2, 2}));
+  EXPECT_EQ(share_of(with_norm(rope_of(1400, 3, 64, 64), 64)), (Share{2, 2, 3}));
   EXPECT_EQ(share_of(rope_of(16384, 3, 64, 64)), (Share{2, 4, 3}));
   EXPECT_EQ(share_of(rope_of(4096, 5, 64, 64)), (Share{2, 4, 5}));
   EXPECT_EQ(share_of(rope_of(4096, 7, 64, 64)), (Share{2, 4, 7}));
@@ -91,6 +91,11 @@ TEST(PlanRopeAppend, TwoVectorsOfAHeadHaveHalfTheThreads) {
   EXPECT_EQ(plan.threads_per_head, 8);
   EXPECT_EQ(share_of(rope_of(4096, 8, 120, 112)), (Share{1, 2, 2})) << "15 vectors";
   EXPECT_EQ(share_of(rope_of(4096, 8, 128, 120)), (Share{1, 2, 2}));
+  RopeAppend p = rope_of(4096, 8, 128, 128);
+  p.cos_sin_cache->dtype = DType::BFloat16;
+  EXPECT_EQ(share_of(p), (Share{2, 4, 4}));
+  p.cos_sin_cache->strides[0] = 132;
+  EXPECT_EQ(share_of(p), (Share{1, 2, 2})) << "rows of the table that are not aligned to 16 bytes";
 }
 
 TEST(PlanRopeAppend, WhatFewCallsHaveTakesOneHeadPerThread) {

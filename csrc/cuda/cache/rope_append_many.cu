@@ -6,7 +6,7 @@ namespace {
 
 constexpr unsigned kThreads = core::kManyHeadsThreads;
 constexpr int kBlocks = 7;           // per multiprocessor: at most 72 registers
-constexpr int kUnit = 2 * kVecSize;  // elements of a head
+constexpr int kUnit = 2 * kVecSize;  // elements that a thread takes of a head
 
 // These loads are not ld.global.nc, which ptxas may move before the wait for the kernel before.
 __device__ __forceinline__ void load16(std::uint32_t* words, const void* p) {
@@ -15,7 +15,7 @@ __device__ __forceinline__ void load16(std::uint32_t* words, const void* p) {
                : "l"(p)
                : "memory");
 }
-// Leaves the words as they are if not.
+// Else the words stay. As one instruction, for which the compiler makes no copies of them.
 __device__ __forceinline__ void load16_if(bool condition, std::uint32_t* words, const void* p) {
   asm volatile(
       "{\n"
@@ -76,8 +76,6 @@ __device__ __forceinline__ float load_one(const void* data, bool wide, std::int6
   return wide ? static_cast<const float*>(data)[offset] : decode(static_cast<const In*>(data)[offset]);
 }
 
-enum class Norm { None, BeforeRope, Any };
-
 // What a thread takes of a head: two vectors, `second` elements apart. With RoPE of neox they turn with each other.
 struct Unit {
   std::uint32_t index;
@@ -101,11 +99,12 @@ struct Shared {
 };
 
 // Fills `shared`, and says whether a scale asks for the IEEE division. A barrier.
-template <class In, class Out, Rope kRope, Norm kNorm>
+template <class In, class Out, Rope kRope, bool kNorm>
 __device__ __forceinline__ bool fill(Shared& shared, const ManyHeadsArgs& p, int which) {
   const Segment& s = p.segments[which];
   bool divides = false;
   if constexpr (core::kIsQuantized<Out>) {
+#pragma unroll 1
     for (std::uint32_t head = threadIdx.x; head < s.heads; head += kThreads) {
       const std::uint32_t scale = load4(s.scales + s.heads_per_scale.div(head) * s.scale_stride);
       const auto prepared = device::QuantizeOp<Out>::prepare(__uint_as_float(scale));
@@ -113,8 +112,9 @@ __device__ __forceinline__ bool fill(Shared& shared, const ManyHeadsArgs& p, int
       shared.scales[head] = {prepared.hi, prepared.lo};
     }
   }
-  if (kNorm != Norm::None && s.norm_weight != nullptr) {
-    for (std::uint32_t i = threadIdx.x; i < kUnit / 4 * p.units_per_head; i += kThreads) {
+  if (kNorm && s.norm_weight != nullptr) {
+#pragma unroll 1  // from the last thread on: as a rule other warps than those with scales
+    for (std::uint32_t i = kThreads - 1 - threadIdx.x; i < kUnit / 4 * p.units_per_head; i += kThreads) {
       const std::uint32_t four = i % (kUnit / 4);
       const Unit unit = unit_of<kRope>(p, i / (kUnit / 4));
       float values[4];
@@ -125,22 +125,32 @@ __device__ __forceinline__ bool fill(Shared& shared, const ManyHeadsArgs& p, int
   return __syncthreads_or(divides);
 }
 
-// Of the frequencies of a thread.
+// Of the frequencies of a thread: fp32, or not yet expanded to it from In.
 struct CosSin {
-  float cos[kVecSize], sin[kVecSize];
+  std::uint32_t cos[kVecSize], sin[kVecSize];
 };
 
+// The loads are the same for both types: without branches, nothing waits for them before they are needed.
 template <class In>
 __device__ __forceinline__ void load_cos_sin(const ManyHeadsArgs& p, std::uint32_t first, std::int64_t position, CosSin& to) {
-  const std::int64_t at = position * p.cos_sin_row + first;
-#pragma unroll
-  for (int i = 0; i < kVecSize; i += 4) load_four<In>(p.cos_sin, p.wide_cos_sin, at + i, to.cos + i);
-#pragma unroll
-  for (int i = 0; i < kVecSize; i += 4)
-    load_four<In>(p.cos_sin, p.wide_cos_sin, at + p.rotary_units * kVecSize + i, to.sin + i);
+  const std::uint32_t size = p.wide_cos_sin ? sizeof(float) : sizeof(In), second = p.wide_cos_sin ? 16 : 0;
+  const char* cos = static_cast<const char*>(p.cos_sin) + (position * p.cos_sin_row + first) * size;
+  const char* sin = cos + p.rotary_units * kVecSize * size;
+  load16(to.cos, cos);
+  load16(to.cos + 4, cos + second);
+  load16(to.sin, sin);
+  load16(to.sin + 4, sin + second);
 }
 
-// With three positions.
+template <class In>
+__device__ __forceinline__ void expand(std::uint32_t (&words)[kVecSize]) {
+  float values[kVecSize];
+  device::unpack(Vec<In>{words[0], words[1], words[2], words[3]}, values);
+#pragma unroll
+  for (int i = 0; i < kVecSize; ++i) words[i] = __float_as_uint(values[i]);
+}
+
+// With three positions; expanded.
 template <class In>
 __device__ __forceinline__ void load_cos_sin(const ManyHeadsArgs& p, std::uint32_t first, const std::int64_t (&positions)[3],
                                              CosSin& to) {
@@ -149,8 +159,8 @@ __device__ __forceinline__ void load_cos_sin(const ManyHeadsArgs& p, std::uint32
     const int axis = p.all_positions.sections.axis_of(first + i);
     const std::int64_t position = axis == 0 ? positions[0] : axis == 1 ? positions[1] : positions[2];
     const std::int64_t at = position * p.cos_sin_row + first + i;
-    to.cos[i] = load_one<In>(p.cos_sin, p.wide_cos_sin, at);
-    to.sin[i] = load_one<In>(p.cos_sin, p.wide_cos_sin, at + p.rotary_units * kVecSize);
+    to.cos[i] = __float_as_uint(load_one<In>(p.cos_sin, p.wide_cos_sin, at));
+    to.sin[i] = __float_as_uint(load_one<In>(p.cos_sin, p.wide_cos_sin, at + p.rotary_units * kVecSize));
   }
 }
 
@@ -187,24 +197,26 @@ template <Rope kRope>
 __device__ __forceinline__ void rotate_pairs(const CosSin& turn, float (&x)[2][kVecSize]) {
 #pragma unroll
   for (int i = 0; i < kVecSize; ++i) {
+    const float cos = __uint_as_float(turn.cos[i]), sin = __uint_as_float(turn.sin[i]);
     if constexpr (kRope == Rope::Neox)
-      rotate(x[0][i], x[1][i], turn.cos[i], turn.sin[i]);
+      rotate(x[0][i], x[1][i], cos, sin);
     else
-      rotate(x[i / 4][i % 4 * 2], x[i / 4][i % 4 * 2 + 1], turn.cos[i], turn.sin[i]);
+      rotate(x[i / 4][i % 4 * 2], x[i / 4][i % 4 * 2 + 1], cos, sin);
   }
 }
 
-// The heads of a block, of which each thread has loaded kAhead. kDivide: by the IEEE division, with `shared` filled.
-template <class In, class Out, Rope kRope, Norm kNorm, int kAhead, bool kDivide>
+// The heads of a block. kAhead: heads that a thread has loaded. kExtended: with three positions, a norm after RoPE, or one of Q
+// or of K alone. kDivide: by the IEEE division, with `shared` filled.
+template <class In, class Out, Rope kRope, bool kNorm, int kAhead, bool kExtended, bool kDivide>
 __device__ __forceinline__ void append_heads(const ManyHeadsArgs& p, Shared& shared, int which);
 
 // The same out of line and from the beginning, so that it costs the usual case no registers.
-template <class In, class Out, Rope kRope, Norm kNorm, int kAhead, bool kDivide>
+template <class In, class Out, Rope kRope, bool kNorm, int kAhead, bool kDivide>
 __device__ __noinline__ void append_apart(const ManyHeadsArgs& p, Shared& shared, int which) {
-  append_heads<In, Out, kRope, kNorm, kAhead, kDivide>(p, shared, which);
+  append_heads<In, Out, kRope, kNorm, kAhead, true, kDivide>(p, shared, which);
 }
 
-template <class In, class Out, Rope kRope, Norm kNorm, int kAhead, bool kDivide>
+template <class In, class Out, Rope kRope, bool kNorm, int kAhead, bool kExtended, bool kDivide>
 __device__ __forceinline__ void append_heads(const ManyHeadsArgs& p, Shared& shared, int which) {
   const Segment& s = p.segments[which];
   const std::uint32_t thread = (blockIdx.x - s.first_block) * kThreads + threadIdx.x;
@@ -213,7 +225,7 @@ __device__ __forceinline__ void append_heads(const ManyHeadsArgs& p, Shared& sha
   const std::uint32_t first_head = batch * s.heads_per_thread;
   const Unit unit = unit_of<kRope>(p, index);
 
-  const LoadedIndex loaded_position(p.rotary_units == 0 ? p.slots : p.positions, token);
+  const LoadedIndex loaded_position(kRope != Rope::None || p.rotary_units > 0 ? p.positions : p.slots, token);
   const LoadedIndex loaded_slot(p.slots, token);  // of Q too, which does not ask for it
   const In* from = static_cast<const In*>(s.in) + token * s.in_token + first_head * s.in_head + (unit.holds ? unit.begin : 0);
   Vec<In> raw[kAhead][2] = {};
@@ -227,23 +239,35 @@ __device__ __forceinline__ void append_heads(const ManyHeadsArgs& p, Shared& sha
 
   bool stores = thread < s.threads && unit.holds;
   CosSin turn;
-  if (p.rotary_units > 0) {  // else there are no positions; V is not stored either where they are wrong
-    const std::int64_t position = loaded_position.value();
-    stores &= p.positions.contains(position);
-    if (p.all_positions.sections.axes == 1) {
-      if (unit.rotates && stores) load_cos_sin<In>(p, index * kVecSize, position, turn);
-    } else {
-      const TokenIndices* axes = p.all_positions.axes;
-      const LoadedIndex height(axes[1], token), width(axes[2], token);
-      const std::int64_t positions[] = {position, height.value(), width.value()};
-      stores &= axes[1].contains(positions[1]) && axes[2].contains(positions[2]);
-      if (unit.rotates && stores) load_cos_sin<In>(p, index * kVecSize, positions, turn);
+  if constexpr (kRope != Rope::None) {
+    std::int64_t positions[3] = {loaded_position.value()};
+    stores &= p.positions.contains(positions[0]);
+    const bool three = kExtended && p.all_positions.sections.axes > 1;
+    for (int axis = 1; three && axis < 3; ++axis) {
+      positions[axis] = LoadedIndex(p.all_positions.axes[axis], token).value();
+      stores &= p.all_positions.axes[axis].contains(positions[axis]);
+    }
+    if (unit.rotates && stores) {
+      if (three)
+        load_cos_sin<In>(p, index * kVecSize, positions, turn);
+      else
+        load_cos_sin<In>(p, index * kVecSize, positions[0], turn);
     }
   }
   if constexpr (!kDivide) {
     const bool divides = fill<In, Out, kRope, kNorm>(shared, p, which);
     if constexpr (core::kIsQuantized<Out>)
-      if (divides) return append_apart<In, Out, kRope, kNorm == Norm::None ? Norm::None : Norm::Any, 1, true>(p, shared, which);
+      if (divides) return append_apart<In, Out, kRope, kNorm, 1, true>(p, shared, which);
+  }
+  if constexpr (kRope != Rope::None) {
+    if (!p.wide_cos_sin && !(kExtended && p.all_positions.sections.axes > 1)) {
+      expand<In>(turn.cos);
+      expand<In>(turn.sin);
+    }
+  } else if (p.rotary_units > 0) {  // V, which is not stored either where a position is wrong
+    stores &= p.positions.contains(loaded_position.value());
+    for (int axis = 1; kExtended && axis < p.all_positions.sections.axes; ++axis)
+      stores &= p.all_positions.axes[axis].contains(LoadedIndex(p.all_positions.axes[axis], token).value());
   }
 
   std::int64_t place = token * s.out_offset;
@@ -252,11 +276,10 @@ __device__ __forceinline__ void append_heads(const ManyHeadsArgs& p, Shared& sha
     const auto [block, offset] = p.block_size.divmod(loaded_slot.low);
     place = block * s.out_block + offset * s.out_offset;
   }
-  if (kNorm == Norm::None && !stores) return;  // with a norm whole warps go on
+  if (!kNorm && !stores) return;  // with a norm whole warps go on
   Out* to = static_cast<Out*>(s.out) + place + first_head * s.out_head + unit.begin;
   const float2* scale = shared.scales + first_head;
-  const bool norm = kNorm == Norm::Any && s.norm_weight != nullptr;
-  const bool norm_before = kNorm == Norm::BeforeRope || (norm && !p.norm_after_rope), norm_after = norm && p.norm_after_rope;
+  const bool normalizes = kNorm && (!kExtended || s.norm_weight != nullptr), after = kExtended && p.norm_after_rope;
 
 #pragma unroll 1
   for (std::uint32_t left = s.heads_per_thread;;) {
@@ -267,10 +290,10 @@ __device__ __forceinline__ void append_heads(const ManyHeadsArgs& p, Shared& sha
       device::unpack(vecs[0], x[0]);
       device::unpack(vecs[1], x[1]);
       load(left > kAhead, raw[k]);
-      if (kRope != Rope::None || norm_before || norm_after) {
-        if (norm_before) normalize(p, shared, unit, x);
+      if (kRope != Rope::None || normalizes) {
+        if (normalizes && !after) normalize(p, shared, unit, x);
         if (unit.rotates) rotate_pairs<kRope>(turn, x);
-        if (norm_after) normalize(p, shared, unit, x);
+        if (normalizes && after) normalize(p, shared, unit, x);
         vecs[0] = device::pack_any_nan<In>(x[0]);
         vecs[1] = device::pack_any_nan<In>(x[1]);
         if constexpr (std::is_same_v<In, Out>) device::make_nan_canonical(vecs);
@@ -301,19 +324,22 @@ __device__ __forceinline__ void append_heads(const ManyHeadsArgs& p, Shared& sha
 
 template <class In, class Fp8, Rope kRope, bool kNorm>
 __global__ void __launch_bounds__(kThreads, kBlocks) rope_append_many(const __grid_constant__ ManyHeadsArgs p) {
-  constexpr Norm kUsual = kNorm ? Norm::BeforeRope : Norm::None, kAny = kNorm ? Norm::Any : Norm::None;
   constexpr int kAhead = kNorm || kRope != Rope::None ? 2 : 1;
   __shared__ Shared shared;
   const int which = p.segment_of(blockIdx.x);
+  const bool extended = p.all_positions.sections.axes > 1 ||
+                        (which < 2 && kNorm && (p.norm_after_rope || p.segments[which].norm_weight == nullptr));
   device::wait_then_release();
-  if (which == 2)
-    append_heads<In, Fp8, Rope::None, Norm::None, kAhead, false>(p, shared, which);
-  else if (which == 0 && !p.quantizes_query)
-    append_apart<In, In, kRope, kAny, kAhead, false>(p, shared, which);
-  else if (kNorm && (p.norm_after_rope || p.segments[which].norm_weight == nullptr))
-    append_apart<In, Fp8, kRope, kAny, kAhead, false>(p, shared, which);
+  if (which == 0 && !p.quantizes_query)
+    append_apart<In, In, kRope, kNorm, kAhead, false>(p, shared, which);
+  else if (which == 2 && extended)
+    append_apart<In, Fp8, Rope::None, false, kAhead, false>(p, shared, which);
+  else if (which == 2)
+    append_heads<In, Fp8, Rope::None, false, kAhead, false, false>(p, shared, which);
+  else if (extended)
+    append_apart<In, Fp8, kRope, kNorm, 1, false>(p, shared, which);
   else
-    append_heads<In, Fp8, kRope, kUsual, kAhead, false>(p, shared, which);
+    append_heads<In, Fp8, kRope, kNorm, kAhead, false, false>(p, shared, which);
 }
 
 }  // namespace
