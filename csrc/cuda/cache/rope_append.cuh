@@ -59,6 +59,7 @@ struct Segment {
   std::uint32_t first_block;  // of the grid
 };
 
+// Of the usual calls.
 struct RopeAppendArgs {
   Segment segments[3];
   TokenIndices slots;
@@ -74,9 +75,9 @@ struct RopeAppendArgs {
   bool wide_cos_sin;  // Float32
   bool wide_weights[2];
   bool quantizes_query;
-  static constexpr bool norm_after_rope = false;
+  static constexpr bool norm_after_rope = false;  // hidden where there is one
 
-  // Whether the positions of a token are, of which the first is known.
+  // Whether the positions of a token are in the table; `position` is the first.
   __device__ __forceinline__ bool in_table(std::uint32_t, std::int64_t position) const { return positions.contains(position); }
   __device__ __forceinline__ int segment_of(std::uint32_t block) const {
     return block >= segments[2].first_block ? 2 : block >= segments[1].first_block ? 1 : 0;
