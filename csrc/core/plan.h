@@ -216,12 +216,19 @@ FP8KV_API CachePlan plan_append_dynamic(const CacheLayout& layout);
 FP8KV_API CachePlan plan_gather(const CacheLayout& layout);
 
 struct RopeAppendPlan {
-  KernelPath path = KernelPath::Scalar;  // one warp per head; or Vectorized: one vector per thread, every access aligned
+  KernelPath path = KernelPath::Scalar;  // one warp per head; or Vectorized: every access aligned
   int threads = 256;                     // per block
   int threads_per_head = 32;             // Vectorized with a norm: a power of two
-  int heads_per_thread = 1;              // Vectorized: 1 or 2; 1 where channels have scales or offsets of their own
-  std::int64_t tokens = 0;               // of one launch
+  int vecs_per_thread = 1;               // Vectorized, of each of its heads: 1 or 2
+  // Vectorized. With one vector both are 1 or both 2; with two vectors they divide the heads.
+  int query_heads_per_thread = 1;
+  int kv_heads_per_thread = 1;
+  std::int64_t tokens = 0;  // of one launch
 };
+
+// With two vectors per thread.
+inline constexpr int kManyHeadsThreads = 128;
+inline constexpr int kMaxSharedHeads = 256;  // of Q, and of K
 
 FP8KV_API RopeAppendPlan plan_rope_append(const RopeLayout& layout);
 

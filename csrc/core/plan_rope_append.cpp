@@ -23,20 +23,45 @@ bool halves_aligned(const View1D& v) {
   return !v.data || (v.stride == 1 && reinterpret_cast<std::uintptr_t>(v.data) % (kVecSize / 2 * size_of(v.dtype)) == 0);
 }
 
-bool has_norm(const RopeLayout& layout) { return layout.norm_weights[0].data || layout.norm_weights[1].data; }
-
 bool fits_vectorized(const RopeLayout& layout) {
   const CacheLayout& cache = layout.cache;
   const bool types = size_of(cache.row_dtype) == 2 && is_quantized(cache.cache_dtype) &&
                      (is_quantized(layout.query_out_dtype) || layout.query_out_dtype == cache.row_dtype);
   const bool sizes = cache.head_size % kVecSize == 0 && layout.rotary_dim % kVecSize == 0 &&
                      layout.cos_sin_row % (kVecSize / 2) == 0 && cache.num_slots() < kMaxChunk &&
-                     (!has_norm(layout) || cache.head_size / kVecSize <= kWarp) && channels_aligned(cache);
+                     (!layout.has_norm() || cache.head_size / kVecSize <= kWarp) && channels_aligned(cache);
   return types && sizes && heads_aligned(layout.query, cache.row_dtype) &&
          heads_aligned(layout.query_out, layout.query_out_dtype) && heads_aligned(cache.k.rows, cache.row_dtype) &&
          heads_aligned(cache.v.rows, cache.row_dtype) && cache_aligned(cache.k.cache, cache.cache_dtype) &&
          cache_aligned(cache.v.cache, cache.cache_dtype) && halves_aligned(layout.cos_sin) &&
          halves_aligned(layout.norm_weights[0]) && halves_aligned(layout.norm_weights[1]);
+}
+
+// Heads of a thread: the largest divisor of `heads` up to `most`, or the smallest up to 8; 1 if there is none.
+int shared_heads(std::int64_t heads, int most) {
+  for (int divisor = most; divisor > 1; --divisor)
+    if (heads % divisor == 0) return divisor;
+  for (int divisor = 2; divisor <= 8; ++divisor)
+    if (most > 1 && heads % divisor == 0) return divisor;
+  return 1;
+}
+
+// Whether threads can have two vectors of several heads. Scales or offsets per channel are not shared by heads.
+bool fits_many_heads(const RopeLayout& layout) {
+  const auto divides = [](std::int64_t heads) { return heads < 2 || (heads <= kMaxSharedHeads && shared_heads(heads, 2) > 1); };
+  const View1D& table = layout.cos_sin;
+  const bool table_aligned =
+      reinterpret_cast<std::uintptr_t>(table.data) % 16 == 0 && layout.cos_sin_row * size_of(table.dtype) % 16 == 0;
+  const CacheLayout& cache = layout.cache;
+  return table_aligned && cache.head_size % (2 * kVecSize) == 0 && layout.rotary_dim % (2 * kVecSize) == 0 &&
+         !cache.has_channels() && divides(layout.num_heads) && divides(cache.num_heads);
+}
+
+// More vectors of Q, K and V than these are worth it.
+std::int64_t least_for_many_heads(const RopeLayout& layout) {
+  if (layout.has_norm()) return 1 << 17;
+  if (layout.rotary_dim == 0) return 1 << 15;
+  return shared_heads(layout.num_heads, 2) <= 2 && shared_heads(layout.cache.num_heads, 2) <= 2 ? 1 << 17 : 1 << 18;
 }
 
 }  // namespace
@@ -45,13 +70,22 @@ RopeAppendPlan plan_rope_append(const RopeLayout& layout) {
   const CacheLayout& cache = layout.cache;
   RopeAppendPlan plan;
   if (fits_vectorized(layout)) {
-    const std::int64_t vecs = cache.head_size / kVecSize;
-    const bool norm = has_norm(layout);
     plan.path = KernelPath::Vectorized;
-    plan.threads_per_head = static_cast<int>(norm ? std::bit_ceil(static_cast<std::uint64_t>(vecs)) : vecs);
-    // Two heads share the loads of cosines, sines and weights, once there is enough to do for half as many threads.
-    const std::int64_t work = cache.num_tokens * (layout.num_heads + 2 * cache.num_heads) * vecs;
-    if (!cache.has_channels() && (norm ? work > 1 << 17 : layout.rotary_dim > 0 && work > 1 << 18)) plan.heads_per_thread = 2;
+    const bool norm = layout.has_norm(), transforms = norm || layout.rotary_dim > 0;
+    std::int64_t units = cache.head_size / kVecSize;  // one for each thread
+    const std::int64_t work = cache.num_tokens * (layout.num_heads + 2 * cache.num_heads) * units;
+    // Several heads share cosines, sines and weights, once there is enough to do for as many fewer threads.
+    if (fits_many_heads(layout) && work > least_for_many_heads(layout)) {
+      const int most = !transforms ? 1 : work <= 1 << 18 ? 2 : norm && work > 1 << 22 ? 8 : 4;
+      plan.threads = kManyHeadsThreads;
+      plan.vecs_per_thread = 2;
+      plan.query_heads_per_thread = shared_heads(layout.num_heads, most);
+      plan.kv_heads_per_thread = shared_heads(cache.num_heads, most);
+      units /= 2;
+    } else if (!layout.extended() && (norm ? work > 1 << 17 : layout.rotary_dim > 0 && work > 1 << 18)) {
+      plan.query_heads_per_thread = plan.kv_heads_per_thread = 2;
+    }
+    plan.threads_per_head = static_cast<int>(norm ? std::bit_ceil(static_cast<std::uint64_t>(units)) : units);
   }
   const std::int64_t heads = std::max<std::int64_t>(1, layout.num_heads + cache.num_heads);
   const std::int64_t most = (kMaxChunk - 1) / (2 * heads * plan.threads_per_head);

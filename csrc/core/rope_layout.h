@@ -47,6 +47,11 @@ struct RopeLayout {
   bool norm_after_rope = false;
 
   constexpr bool empty() const { return cache.num_tokens == 0 || cache.head_size == 0 || num_heads + cache.num_heads == 0; }
+  constexpr bool has_norm() const { return norm_weights[0].data || norm_weights[1].data; }
+  // Whether there is more than most calls have: three positions, a norm after RoPE, scales or offsets per channel.
+  constexpr bool extended() const {
+    return sections.axes > 1 || (norm_after_rope && rotary_dim > 0 && has_norm()) || cache.has_channels();
+  }
   constexpr bool transforms(int which) const { return rotary_dim > 0 || norm_weights[which].data; }  // 0: Q, 1: K
 };
 

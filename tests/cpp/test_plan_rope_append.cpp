@@ -1,6 +1,8 @@
 // Plans of the attention step.
 #include <gtest/gtest.h>
 
+#include <vector>
+
 #include "plan_support.h"
 
 namespace fp8kv::core {
@@ -42,25 +44,73 @@ TEST(PlanRopeAppend, WithANormTheThreadsOfAHeadAreAPowerOfTwo) {
   EXPECT_EQ(plan_rope_append(lower(p)).path, KernelPath::Scalar) << "more than a warp holds";
 }
 
-TEST(PlanRopeAppend, ManyTokensShareWhatIsReadForAHead) {
-  EXPECT_EQ(plan_rope_append(lower(rope_of(256, 8, 128, 128))).heads_per_thread, 1);
-  EXPECT_EQ(plan_rope_append(lower(rope_of(2048, 8, 128, 128))).heads_per_thread, 2);
-  RopeAppend p = rope_of(2048, 8, 128, 128);
-  p.positions.reset(), p.cos_sin_cache.reset();
-  EXPECT_EQ(plan_rope_append(lower(p)).heads_per_thread, 1) << "nothing to share";
-  p = rope_of(256, 8, 128, 128);
-  p.q_norm_weight = contiguous(address(11), DType::BFloat16, {128});
-  EXPECT_EQ(plan_rope_append(lower(p)).heads_per_thread, 2);
+// Of a thread: vectors of a head, heads of Q, heads of K and of V.
+using Share = std::vector<int>;
+
+Share share_of(const RopeAppend& p) {
+  const RopeAppendPlan plan = plan_rope_append(lower(p));
+  return {plan.vecs_per_thread, plan.query_heads_per_thread, plan.kv_heads_per_thread};
 }
 
-TEST(PlanRopeAppend, ChannelsTakeOneHeadPerThread) {
-  RopeAppend p = rope_of(2048, 8, 128, 128);
-  p.k_offset = channels_of({2048, 8, 128}, 12);
-  const RopeAppendPlan plan = plan_rope_append(lower(p));
-  EXPECT_EQ(plan.path, KernelPath::Vectorized);
-  EXPECT_EQ(plan.heads_per_thread, 1);
-  p.k_offset = channels_of({2048, 8, 128}, 12, 4);
+RopeAppend without_rope(RopeAppend p) {
+  p.positions.reset(), p.cos_sin_cache.reset();
+  return p;
+}
+
+RopeAppend with_norm(RopeAppend p, std::int64_t head_size) {
+  p.q_norm_weight = contiguous(address(11), DType::BFloat16, {head_size});
+  return p;
+}
+
+TEST(PlanRopeAppend, ManyTokensShareWhatIsReadForAHead) {
+  EXPECT_EQ(share_of(rope_of(170, 8, 128, 128)), (Share{1, 1, 1}));
+  EXPECT_EQ(share_of(rope_of(171, 8, 128, 128)), (Share{2, 2, 2}));
+  EXPECT_EQ(share_of(rope_of(342, 8, 128, 128)), (Share{2, 4, 4}));
+  EXPECT_EQ(share_of(rope_of(16384, 8, 128, 128)), (Share{2, 4, 4}));
+  EXPECT_EQ(share_of(with_norm(rope_of(16384, 8, 128, 128), 128)), (Share{2, 8, 8}));
+  EXPECT_EQ(share_of(without_rope(rope_of(42, 8, 128, 128))), (Share{1, 1, 1}));
+  EXPECT_EQ(share_of(without_rope(rope_of(16384, 8, 128, 128))), (Share{2, 1, 1})) << "nothing to share";
+}
+
+TEST(PlanRopeAppend, HeadsAreSharedEvenly) {
+  EXPECT_EQ(share_of(rope_of(1400, 3, 64, 64)), (Share{1, 1, 1}));
+  EXPECT_EQ(share_of(with_norm(rope_of(1400, 3, 64, 64), 64)), (Share{2, 2, 3}));
+  EXPECT_EQ(share_of(rope_of(16384, 3, 64, 64)), (Share{2, 4, 3}));
+  EXPECT_EQ(share_of(rope_of(4096, 5, 64, 64)), (Share{2, 4, 5}));
+  EXPECT_EQ(share_of(rope_of(4096, 7, 64, 64)), (Share{2, 4, 7}));
+  EXPECT_EQ(share_of(rope_of(8192, 1, 64, 64)), (Share{2, 4, 1}));
+  EXPECT_EQ(share_of(rope_of(4096, 11, 64, 64)), (Share{1, 2, 2})) << "no divisor up to 8";
+  EXPECT_EQ(share_of(rope_of(4096, 65, 64, 64)), (Share{1, 2, 2})) << "more scales than shared memory holds";
+}
+
+TEST(PlanRopeAppend, TwoVectorsOfAHeadHaveHalfTheThreads) {
+  RopeAppendPlan plan = plan_rope_append(lower(rope_of(4096, 8, 96, 96)));
+  EXPECT_EQ(plan.threads, kManyHeadsThreads);
+  EXPECT_EQ(plan.threads_per_head, 6);
+  plan = plan_rope_append(lower(with_norm(rope_of(4096, 8, 96, 96), 96)));
+  EXPECT_EQ(plan.threads_per_head, 8);
+  EXPECT_EQ(share_of(rope_of(4096, 8, 120, 112)), (Share{1, 2, 2})) << "15 vectors";
+  EXPECT_EQ(share_of(rope_of(4096, 8, 128, 120)), (Share{1, 2, 2}));
+  RopeAppend p = rope_of(4096, 8, 128, 128);
+  p.cos_sin_cache->dtype = DType::BFloat16;
+  EXPECT_EQ(share_of(p), (Share{2, 4, 4}));
+  p.cos_sin_cache->strides[0] = 132;
+  EXPECT_EQ(share_of(p), (Share{1, 2, 2})) << "rows of the table that are not aligned to 16 bytes";
+}
+
+TEST(PlanRopeAppend, WhatFewCallsHaveTakesOneHeadPerThread) {
+  RopeAppend p = rope_of(4096, 8, 128, 128);
+  p.k_offset = channels_of({4096, 8, 128}, 12);
+  EXPECT_EQ(share_of(p), (Share{1, 1, 1}));
+  p.k_offset = channels_of({4096, 8, 128}, 12, 4);
   EXPECT_EQ(plan_rope_append(lower(p)).path, KernelPath::Scalar);
+  p = rope_of(4096, 8, 120, 120);
+  p.positions = contiguous(address(9), DType::Int64, {3, 4096});
+  p.mrope_section = {20, 20, 20};
+  EXPECT_EQ(share_of(p), (Share{1, 1, 1}));
+  p = with_norm(rope_of(4096, 8, 120, 120), 120);
+  p.norm_after_rope = true;
+  EXPECT_EQ(share_of(p), (Share{1, 1, 1}));
 }
 
 TEST(PlanRopeAppend, WhatDoesNotFitIsAWarpPerHead) {

@@ -1,142 +1,49 @@
 // rope_quant_and_cache: norm, RoPE and quantization of Q and K, quantization of V, and the append, in one launch.
 #include <algorithm>
 
-#include "cuda/cache/cache.cuh"
+#include "cuda/cache/rope_append.cuh"
 
 namespace fp8kv::cuda {
 namespace {
 
 using core::CacheLayout;
 using core::RopeAppendPlan;
-using core::RopeLayout;
 using core::View1D;
-
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-enum class Rope { None, Neox, Interleaved };
-
-// The positions of tokens: one for each, or time, height and width.
-struct Positions {
-  TokenIndices axes[3];  // with the rows of the table as their limit
-  core::Sections sections;
-
-  static Positions of(const RopeAppend& problem, const RopeLayout& layout) {
-    Positions positions{.sections = layout.sections};
-    if (!problem.positions) return positions;
-    const TensorView& view = *problem.positions;
-    for (int i = 0; i < layout.sections.axes; ++i)
-      positions.axes[i] = {core::address_of(view, i * view.strides[0]), view.strides[view.ndim - 1], layout.max_position,
-                           view.dtype == DType::Int64};
-    return positions;
-  }
-  Positions after(std::int64_t count) const {
-    Positions rest = *this;
-    for (int i = 0; i < sections.axes; ++i) rest.axes[i] = axes[i].after(count);
-    return rest;
-  }
-
-  // Whether all positions of a token are in the table, of which the first is known.
-  __device__ __forceinline__ bool in_table(std::int64_t token, std::int64_t first) const {
-    bool all = axes[0].contains(first);
-    for (int i = 1; i < sections.axes; ++i) all &= axes[i].contains(axes[i][token]);
-    return all;
-  }
-  __device__ __forceinline__ std::int64_t of_frequency(std::int64_t token, std::int64_t frequency) const {
-    return axes[sections.axes == 1 ? 0 : sections.axis_of(frequency)][token];
-  }
-};
-
-// Q, K or V, in blocks of its own.
-struct Segment {
-  const void* in;
-  std::int64_t in_token, in_head;
-  void* out;
-  std::int64_t out_block, out_offset, out_head;  // of query_out: out_offset is that of the token
-  const float* scales;
-  std::int64_t scale_stride;
-  const void* norm_weight;  // nullptr: none
-  FastDiv heads_per_scale;
-  FastDiv threads_per_token;
-  std::uint32_t heads;
-  std::uint32_t threads;      // with work
-  std::uint32_t first_block;  // of the grid
-};
-
-struct RopeAppendArgs {
-  Segment segments[3];
-  TokenIndices slots;
-  Positions positions;
-  const void* cos_sin;
-  std::int64_t cos_sin_row;
-  FastDiv block_size;
-  FastDiv threads_per_head;  // with a norm a power of two up to 32; some of them may hold no elements
-  std::uint32_t vecs_per_head;
-  std::uint32_t rotary_vecs;
-  float norm_eps;
-  float per_element;  // 1 / head_size
-  bool wide_cos_sin;  // Float32
-  bool wide_weights[2];
-  bool quantizes_query;
-  bool norm_after_rope;
-  KVViews kv[2];  // for scales and offsets per channel
-};
-
-// Half a vector as fp32, from an address aligned to it.
-template <class T>
-__device__ __forceinline__ void load_half(const T* p, float (&to)[kHalf]) {
-  if constexpr (sizeof(T) == 4) {
-    std::uint32_t words[4];
-    device::load16(words, p);
-#pragma unroll
-    for (int i = 0; i < kHalf; ++i) to[i] = __uint_as_float(words[i]);
-  } else {
-    Vec<T> vec{};
-    device::load8(vec.words, p);
-    float values[kVecSize];
-    device::unpack(vec, values);
-#pragma unroll
-    for (int i = 0; i < kHalf; ++i) to[i] = values[i];
-  }
-}
-
-// The same from fp32, if it is `wide`, or In.
-template <class In>
-__device__ __forceinline__ void load_half(const void* data, bool wide, std::int64_t offset, float (&to)[kHalf]) {
-  if (wide)
-    load_half(static_cast<const float*>(data) + offset, to);
-  else
-    load_half(static_cast<const In*>(data) + offset, to);
-}
 
 template <class In>
 __device__ __forceinline__ float load_element(const void* data, bool wide, std::int64_t offset) {
   return wide ? __ldg(static_cast<const float*>(data) + offset) : decode(static_cast<const In*>(data)[offset]);
 }
 
+// With scales or offsets per channel. All that few calls have is in kernels of its own.
+struct ExtendedArgs : ManyHeadsArgs {
+  KVViews kv[2];
+
+  __device__ __forceinline__ bool in_table(std::uint32_t token, std::int64_t position) const {
+    return all_positions.in_table(token, position);
+  }
+};
+
 // Cosines and sines of the frequencies first to first + 3 of a token, whose first position is known.
 template <class In>
-__device__ __forceinline__ void load_cos_sin(const RopeAppendArgs& p, std::uint32_t token, std::int64_t position,
-                                             std::uint32_t first, float (&cos)[kHalf], float (&sin)[kHalf]) {
-  const std::uint32_t sines = p.rotary_vecs * kHalf;
-  if (p.positions.sections.axes == 1) {
-    const std::int64_t at = position * p.cos_sin_row + first;
-    load_half<In>(p.cos_sin, p.wide_cos_sin, at, cos);
-    load_half<In>(p.cos_sin, p.wide_cos_sin, at + sines, sin);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kHalf; ++i) {
-    const std::int64_t at = p.positions.of_frequency(token, first + i) * p.cos_sin_row + first + i;
-    cos[i] = load_element<In>(p.cos_sin, p.wide_cos_sin, at);
-    sin[i] = load_element<In>(p.cos_sin, p.wide_cos_sin, at + sines);
-  }
+__device__ __forceinline__ void load_cos_sin(const RopeAppendArgs& p, std::uint32_t, std::int64_t position, std::uint32_t first,
+                                             float (&cos)[kHalf], float (&sin)[kHalf]) {
+  const std::int64_t at = position * p.cos_sin_row + first;
+  load_half<In>(p.cos_sin, p.wide_cos_sin, at, cos);
+  load_half<In>(p.cos_sin, p.wide_cos_sin, at + p.rotary_units * kHalf, sin);
 }
 
-// (a, b) rotated; no contraction.
-__device__ __forceinline__ void rotate(float& a, float& b, float cos, float sin) {
-  const float first = __fsub_rn(__fmul_rn(a, cos), __fmul_rn(b, sin));
-  b = __fadd_rn(__fmul_rn(b, cos), __fmul_rn(a, sin));
-  a = first;
+template <class In>
+__device__ __forceinline__ void load_cos_sin(const ExtendedArgs& p, std::uint32_t token, std::int64_t position,
+                                             std::uint32_t first, float (&cos)[kHalf], float (&sin)[kHalf]) {
+  if (p.all_positions.sections.axes == 1)
+    return load_cos_sin<In>(static_cast<const RopeAppendArgs&>(p), token, position, first, cos, sin);
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    const std::int64_t at = p.all_positions.of_frequency(token, first + i) * p.cos_sin_row + first + i;
+    cos[i] = load_element<In>(p.cos_sin, p.wide_cos_sin, at);
+    sin[i] = load_element<In>(p.cos_sin, p.wide_cos_sin, at + p.rotary_units * kHalf);
+  }
 }
 
 // The elements of a thread: two halves of a vector, `second` elements apart.
@@ -156,12 +63,12 @@ __device__ __forceinline__ void store(T* p, std::uint32_t second, const Vec<T>& 
     device::store_aligned(p, vec);
 }
 
-// A thread takes one vector of kHeads neighboring heads, so that it reads cosines, sines and weights once. kChannels: those of
-// K or V have scales or offsets of their own.
-template <class In, class Fp8, Rope kRope, bool kNorm, int kHeads, bool kChannels = false>
-__global__ void __launch_bounds__(256) rope_append_vectorized(const __grid_constant__ RopeAppendArgs p) {
+// A thread takes one vector of kHeads neighboring heads, so that it reads cosines, sines and weights once.
+template <class In, class Fp8, Rope kRope, bool kNorm, int kHeads, bool kExtended = false>
+__global__ void __launch_bounds__(256)
+    rope_append_vectorized(const __grid_constant__ std::conditional_t<kExtended, ExtendedArgs, RopeAppendArgs> p) {
   using Op = device::QuantizeOp<Fp8>;
-  const int which = blockIdx.x >= p.segments[2].first_block ? 2 : blockIdx.x >= p.segments[1].first_block ? 1 : 0;
+  const int which = p.segment_of(blockIdx.x);
   const Segment& s = p.segments[which];
   const bool is_query = which == 0, transforms = which < 2 && (kRope != Rope::None || kNorm);
   std::uint32_t thread = (blockIdx.x - s.first_block) * blockDim.x + threadIdx.x;
@@ -175,12 +82,12 @@ __global__ void __launch_bounds__(256) rope_append_vectorized(const __grid_const
   const std::uint32_t first_head = head_batch * kHeads;
 
   device::wait_then_release();
-  const std::int64_t position = kRope == Rope::None ? 0 : p.positions.axes[0][token];
+  const std::int64_t position = kRope == Rope::None ? 0 : p.positions[token];
   const std::int64_t slot = is_query ? 0 : p.slots[token];
-  const bool rotates = kRope != Rope::None && transforms && vec < p.rotary_vecs;
+  const bool rotates = kRope != Rope::None && transforms && vec < p.rotary_units;
   const bool apart = kRope == Rope::Neox && rotates;
-  const std::uint32_t begin = apart ? vec * kHalf : vec * kVecSize, second = apart ? p.rotary_vecs * kHalf : kHalf;
-  const bool holds = !kNorm || vec < p.vecs_per_head;
+  const std::uint32_t begin = apart ? vec * kHalf : vec * kVecSize, second = apart ? p.rotary_units * kHalf : kHalf;
+  const bool holds = !kNorm || vec < p.units_per_head;
   const In* from = static_cast<const In*>(s.in) + token * s.in_token + first_head * s.in_head + begin;
   Vec<In> raw[kHeads];
   float scale_values[kHeads];
@@ -198,7 +105,7 @@ __global__ void __launch_bounds__(256) rope_append_vectorized(const __grid_const
       raw[h] = device::load_aligned(from + h * s.in_head);
     }
   }
-  const bool in_table = kRope == Rope::None || p.positions.in_table(token, position);
+  const bool in_table = kRope == Rope::None || p.in_table(token, position);
 
   if (transforms) {
     float cos[kHalf], sin[kHalf], weights[2][kHalf];
@@ -246,9 +153,9 @@ __global__ void __launch_bounds__(256) rope_append_vectorized(const __grid_const
     place = block * s.out_block + offset * s.out_offset;
   }
   place += first_head * s.out_head + begin;
-  if constexpr (kChannels) {
+  if constexpr (kExtended) {
     static_assert(kHeads == 1);
-    if (!is_query) {
+    if (!is_query && p.kv[which - 1].has_channels()) {
       const KVViews& kv = p.kv[which - 1];
       const auto channels = load_channels<Op, In, ChannelParameters::Any>(kv, s.scales + first_head * s.scale_stride,
                                                                           first_head, {begin, second});
@@ -386,13 +293,19 @@ __global__ void __launch_bounds__(256) rope_append_scalar(const __grid_constant_
   }
 }
 
-template <class In, class Fp8, int kHeads>
-void launch_vectorized(const RopeLayout& l, const TokenIndices& slots, const Positions& positions, const RopeAppendPlan& plan,
-                       cudaStream_t stream) {
-  const CacheLayout& cache = l.cache;
+// The parameters of a launch, and its blocks.
+struct Launch {
+  RopeAppendArgs args;
   std::uint32_t blocks = 0;
-  const auto segment = [&](const HeadsView& in, std::int64_t heads, const float* scales, std::int64_t scale_stride) {
-    const std::int64_t per_token = core::ceil_div(heads, kHeads) * plan.threads_per_head,
+};
+
+Launch launch_of(const RopeLayout& l, const TokenIndices& slots, const TokenIndices& positions, const RopeAppendPlan& plan) {
+  const CacheLayout& cache = l.cache;
+  const int unit = plan.vecs_per_thread * kVecSize;
+  std::uint32_t blocks = 0;
+  const auto segment = [&](const HeadsView& in, std::int64_t heads, int heads_per_thread, const float* scales,
+                           std::int64_t scale_stride) {
+    const std::int64_t per_token = core::ceil_div(heads, heads_per_thread) * plan.threads_per_head,
                        threads = per_token * cache.num_tokens;
     Segment s{.in = in.data,
               .in_token = in.token,
@@ -401,26 +314,25 @@ void launch_vectorized(const RopeLayout& l, const TokenIndices& slots, const Pos
               .scale_stride = scale_stride,
               .threads_per_token = FastDiv(std::max<std::int64_t>(1, per_token)),
               .heads = static_cast<std::uint32_t>(heads),
+              .heads_per_thread = static_cast<std::uint32_t>(heads_per_thread),
               .threads = static_cast<std::uint32_t>(threads),
               .first_block = blocks};
     blocks += static_cast<std::uint32_t>(core::ceil_div(threads, plan.threads));
     return s;
   };
-  RopeAppendArgs params{.slots = slots,
-                        .positions = positions,
-                        .cos_sin = l.cos_sin.data,
-                        .cos_sin_row = l.cos_sin_row,
-                        .block_size = FastDiv(std::max<std::int64_t>(1, cache.block_size)),
-                        .threads_per_head = FastDiv(plan.threads_per_head),
-                        .vecs_per_head = static_cast<std::uint32_t>(cache.head_size / kVecSize),
-                        .rotary_vecs = static_cast<std::uint32_t>(l.rotary_dim / kVecSize),
-                        .norm_eps = l.norm_eps,
-                        .per_element = 1.0f / static_cast<float>(cache.head_size),
-                        .wide_cos_sin = l.cos_sin.dtype == DType::Float32,
-                        .quantizes_query = core::is_quantized(l.query_out_dtype),
-                        .norm_after_rope = l.norm_after_rope,
-                        .kv = {cache.k, cache.v}};
-  Segment& query = params.segments[0] = segment(l.query, l.num_heads, l.q_scale, l.q_scale_stride);
+  RopeAppendArgs args{.slots = slots,
+                      .positions = positions,
+                      .cos_sin = l.cos_sin.data,
+                      .cos_sin_row = l.cos_sin_row,
+                      .block_size = FastDiv(std::max<std::int64_t>(1, cache.block_size)),
+                      .threads_per_head = FastDiv(plan.threads_per_head),
+                      .units_per_head = static_cast<std::uint32_t>(cache.head_size / unit),
+                      .rotary_units = static_cast<std::uint32_t>(l.rotary_dim / unit),
+                      .norm_eps = l.norm_eps,
+                      .per_element = 1.0f / static_cast<float>(cache.head_size),
+                      .wide_cos_sin = l.cos_sin.dtype == DType::Float32,
+                      .quantizes_query = core::is_quantized(l.query_out_dtype)};
+  Segment& query = args.segments[0] = segment(l.query, l.num_heads, plan.query_heads_per_thread, l.q_scale, l.q_scale_stride);
   query.out = l.query_out.data;
   query.out_offset = l.query_out.token;
   query.out_head = l.query_out.head;
@@ -428,36 +340,41 @@ void launch_vectorized(const RopeLayout& l, const TokenIndices& slots, const Pos
   const std::int64_t kv_heads = cache.num_slots() > 0 ? cache.num_heads : 0;
   for (int i = 0; i < 2; ++i) {
     const KVViews& from = i == 0 ? cache.k : cache.v;
-    Segment& s = params.segments[1 + i] = segment(from.rows, kv_heads, from.scales.data, from.scales.head);
+    Segment& s = args.segments[1 + i] =
+        segment(from.rows, kv_heads, plan.kv_heads_per_thread, from.scales.data, from.scales.head);
     s.out = from.cache.data;
     s.out_block = from.cache.block;
     s.out_offset = from.cache.offset;
     s.out_head = from.cache.head;
-    params.segments[i].norm_weight = l.norm_weights[i].data;
-    params.wide_weights[i] = l.norm_weights[i].dtype == DType::Float32;
+    args.segments[i].norm_weight = l.norm_weights[i].data;
+    args.wide_weights[i] = l.norm_weights[i].dtype == DType::Float32;
   }
+  return {args, blocks};
+}
+
+template <class In, class Fp8>
+void launch_vectorized(const RopeLayout& l, const TokenIndices& slots, const Positions& positions, const RopeAppendPlan& plan,
+                       cudaStream_t stream) {
+  const auto [args, blocks] = launch_of(l, slots, positions.axes[0], plan);
   if (blocks == 0) return;  // no query heads, and no slots
-  const bool norm = l.norm_weights[0].data || l.norm_weights[1].data;
-  const auto choose = [&]<Rope kRope>() {
-    if constexpr (kHeads == 1)
-      if (cache.has_channels())
-        return norm ? rope_append_vectorized<In, Fp8, kRope, true, 1, true>
-                    : rope_append_vectorized<In, Fp8, kRope, false, 1, true>;
-    return norm ? rope_append_vectorized<In, Fp8, kRope, true, kHeads> : rope_append_vectorized<In, Fp8, kRope, false, kHeads>;
+  const ExtendedArgs extended{{args, positions, l.norm_after_rope}, {l.cache.k, l.cache.v}};
+  if (plan.vecs_per_thread == 2) return launch_many_heads<In, Fp8>(extended, blocks, l, stream);
+  const auto launch = [&]<Rope kRope, bool kNorm>() {
+    if (l.extended())
+      launch_dependent(rope_append_vectorized<In, Fp8, kRope, kNorm, 1, true>, blocks, plan.threads, stream, extended);
+    else
+      launch_dependent(plan.query_heads_per_thread == 2 ? rope_append_vectorized<In, Fp8, kRope, kNorm, 2>
+                                                        : rope_append_vectorized<In, Fp8, kRope, kNorm, 1>,
+                       blocks, plan.threads, stream, args);
   };
-  const auto kernel = l.rotary_dim == 0 ? choose.template operator()<Rope::None>()
-                      : l.is_neox       ? choose.template operator()<Rope::Neox>()
-                                        : choose.template operator()<Rope::Interleaved>();
-  launch_dependent(kernel, blocks, plan.threads, stream, params);
+  visit_transforms(l, launch);
 }
 
 template <class Op, class In, class Out>
 void launch_rope_append(const RopeLayout& layout, const TokenIndices& slots, const Positions& positions,
                         const RopeAppendPlan& plan, cudaStream_t stream) {
   if constexpr (sizeof(In) == 2 && core::kIsQuantized<Out>)
-    if (plan.path == KernelPath::Vectorized)
-      return plan.heads_per_thread == 2 ? launch_vectorized<In, Out, 2>(layout, slots, positions, plan, stream)
-                                        : launch_vectorized<In, Out, 1>(layout, slots, positions, plan, stream);
+    if (plan.path == KernelPath::Vectorized) return launch_vectorized<In, Out>(layout, slots, positions, plan, stream);
   const std::int64_t heads = layout.num_heads + 2 * layout.cache.num_heads;
   const auto blocks = static_cast<unsigned>(core::ceil_div(32 * heads * layout.cache.num_tokens, plan.threads));
   auto kernel = rope_append_scalar<Op, In, Out, false>;
