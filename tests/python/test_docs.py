@@ -62,7 +62,7 @@ def test_python_blocks_of_a_page(page: Path, tmp_path: Path, monkeypatch: pytest
 
 
 #: Pages that are still to be wrapped.
-WIDE_PAGES = ("attention.md", "optimization_notes.md", "performance.md", "transformers.md")
+WIDE_PAGES = ("accuracy.md", "attention.md", "engine.md", "optimization_notes.md", "performance.md", "transformers.md")
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in WIDE_PAGES], ids=lambda page: page.name)
