@@ -11,6 +11,7 @@ inline constexpr int kTile = 16;              // neighboring positions of a sequ
 inline constexpr int kRingTiles = 3;          // that a warp has in shared memory
 inline constexpr int kColumnTile = 8;         // columns of a matrix product
 inline constexpr int kReservedMemory = 1024;  // bytes of shared memory that every block costs beyond its own
+inline constexpr int kInboxBarrier = 16;      // bytes
 inline constexpr int kMaxParts = 0xffff;      // of an item that several blocks share
 
 // A tile: rows of K, rows of V, and the scales of its positions where each has its own. Rows of V are padded so
@@ -27,26 +28,30 @@ struct TileBytes {
         size((scales + (per_token ? 2 * kTile * 4 : 0) + 127) / 128 * 128) {}
 };
 
+// Elements of a column that a warp merges at once.
+constexpr int piece_of(int head_size) { return head_size % 64 == 0 ? 64 : 32; }
+
 // The rings of all warps, and at the end of an item the sums of all warps in their place; a maximum and a sum for each column
 // of a warp; a factor and a base for each column of the block; where a warp has several column tiles, the queries; for each
-// tile of the rings, whether the cache has it; and what the block does.
+// tile of the rings, whether the cache has it; what the block does; and in clusters, what the block receives: of each piece
+// that it merges, sums, a maximum and a sum from each block, behind a barrier.
 struct AttentionMemory {
   static constexpr int kWorkBytes = 128;
-  int sums_pitch, merged, softmax, scales, queries, missing, work, size;
+  int sums_pitch, softmax, scales, queries, missing, work, size, inbox_size;
 
   // `columns`: of the block.
   constexpr AttentionMemory(int head_size, int column_tiles, bool per_token, int warps, int columns)
       : sums_pitch((head_size + 4) * 4),
-        merged(warps * column_tiles * kColumnTile * sums_pitch),
-        softmax(std::max(warps * kRingTiles * TileBytes(head_size, per_token).size, merged)),
+        softmax(std::max(warps * kRingTiles * TileBytes(head_size, per_token).size,
+                         warps * column_tiles * kColumnTile * sums_pitch)),
         scales(softmax + warps * column_tiles * kColumnTile * 8),
         queries(scales + columns * 8),
         missing(queries + (column_tiles > 1 ? columns * head_size * 2 : 0)),
         work(missing + warps * kRingTiles * 4),
-        size(work + kWorkBytes) {}
+        size(work + kWorkBytes),
+        inbox_size(kInboxBarrier + columns * (head_size / piece_of(head_size)) * piece_bytes(head_size)) {}
 
-  // Whether what the block has of all columns fits behind the sums of its warps, for the other blocks of a cluster to read.
-  constexpr bool holds_merged(int columns) const { return merged + columns * sums_pitch <= softmax; }
+  static constexpr int piece_bytes(int head_size) { return (piece_of(head_size) + 2) * 4; }
 };
 
 // A workspace begins with a counter of 8 bytes for each slot, and goes on with the slots (csrc/cuda/attention/schedule.cuh).

@@ -258,7 +258,7 @@ struct AttentionPlan {
   int shared_memory = 0;            // bytes per block
   std::int64_t blocks = 0;          // that are launched
   std::int64_t parts = 0;           // that the tiles of an item are divided into; 0: the blocks share all tiles equally
-  std::int64_t least_units = 1;     // parts == 0: tiles that are worth a block
+  std::int64_t least_units = 1;     // tiles that are worth a block; a power of two
   int item_overhead = 0;            // parts == 0: what an item costs in addition to its tiles, in tiles
   std::int64_t slots = 0;           // partial results in the workspace; 0: no item is divided
   int cluster = 1;                  // blocks that are a cluster: 1, or `parts`

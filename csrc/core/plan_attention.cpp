@@ -50,7 +50,8 @@ bool fits_groups(const AttentionLayout& l) {
 bool scales_per_token(const AttentionLayout& l) { return l.k_scale.per_token() || l.v_scale.per_token(); }
 
 int memory_of(const AttentionLayout& l, const AttentionPlan& plan) {
-  return AttentionMemory(static_cast<int>(l.head_size), plan.column_tiles, scales_per_token(l), plan.warps, plan.columns).size;
+  const AttentionMemory memory(static_cast<int>(l.head_size), plan.column_tiles, scales_per_token(l), plan.warps, plan.columns);
+  return memory.size + (plan.cluster > 1 ? memory.inbox_size : 0);
 }
 
 // The columns of a block: as many as there are, if possible, so that K and V are read once.
@@ -117,10 +118,11 @@ std::int64_t choose_residency(const AttentionLayout& l, const DeviceLimits& limi
 // than one. Longer ones want more blocks than fit clusters well.
 int choose_cluster(const AttentionLayout& l, const DeviceLimits& limits, const AttentionClusters& clusters,
                    const AttentionPlan& plan) {
-  const AttentionMemory memory(static_cast<int>(l.head_size), plan.column_tiles, scales_per_token(l), plan.warps, plan.columns);
-  if (plan.parts > 0 || l.num_seqs > 1 || plan.column_tiles > AttentionClusters::kMaxColumnTiles || plan.column_warps > 1 ||
-      !memory.holds_merged(plan.columns))
+  if (plan.parts > 0 || l.num_seqs > 1 || plan.column_tiles > AttentionClusters::kMaxColumnTiles || plan.column_warps > 1)
     return 1;
+  AttentionPlan in_cluster = plan;
+  in_cluster.cluster = 2;
+  if (memory_of(l, in_cluster) > limits.shared_memory - kReservedMemory) return 1;
   const std::int64_t items = max_items(l, plan, l.max_query_len);
   for (int log2 = AttentionClusters::kMaxLog2Blocks; log2 > 0; --log2) {
     const std::int64_t blocks = std::int64_t{1} << log2;
@@ -222,6 +224,11 @@ AttentionPlan plan_attention(const AttentionLayout& l, const DeviceLimits& limit
   const std::int64_t resident = plan.parts == 0 ? choose_residency(l, limits, plan) : 1;
   plan.shared_memory = memory_of(l, plan);
   const std::int64_t items = max_items(l, plan, l.max_query_len);
+  if (plan.parts == 0 && l.num_seqs == 1 && items <= limits.multiprocessors * resident) {
+    // The same number of blocks for each item, without a look at other sequences.
+    plan.least_units = plan.warps;
+    plan.parts = std::min(limits.multiprocessors * resident / items, ceil_div(max_tiles(l), plan.least_units));
+  }
   if (plan.parts == 0) {
     plan.least_units = plan.warps;
     plan.item_overhead = static_cast<int>(std::min(kMaxOverhead, kItemOverhead / (2 * kTile * l.head_size * resident)));

@@ -68,6 +68,7 @@ const Case kCases[] = {
     {"head_256", 8, 1, 256, 64, {70, 300}, {}},
     {"one_part", 32, 8, 128, 16, {1000, 33, 2}, {}, 1},
     {"five_parts", 32, 8, 128, 16, {1000, 33, 2}, {}, 5},
+    {"five_parts_of_few_tiles", 16, 4, 128, 16, {1000, 20, 5}, {4, 4, 4}, 5},
     {"columns_16", 16, 4, 128, 16, {300, 5}, {4, 2}},
     {"columns_32", 16, 4, 128, 16, {300, 50}, {8, 8}},
     {"columns_64", 32, 4, 128, 16, {300, 50}, {8, 8}},
@@ -80,6 +81,9 @@ const Case kCases[] = {
     {"one_sequence_64", 8, 2, 64, 16, {2000}, {}},
     {"one_sequence_256", 16, 1, 256, 64, {1500}, {}, 0, DType::E5M2},
     {"one_sequence_of_tokens", 8, 2, 192, 16, {1500}, {3}, 0, DType::E4M3, Scales::Token},
+    {"one_sequence_in_a_cluster", 8, 2, 128, 16, {700}, {}},
+    {"one_sequence_of_int8_in_a_cluster", 16, 4, 64, 16, {1000}, {}, 0, DType::Int8},
+    {"one_sequence_of_tokens_in_a_cluster", 8, 2, 128, 32, {900}, {2}, 0, DType::E4M3, Scales::Token},
     {"one_sequence_with_a_window", 32, 8, 128, 16, {1500}, {}, 0, DType::E4M3, Scales::Head, 20},
     {"misaligned", 8, 2, 128, 16, {100, 37}, {}, 0, DType::E4M3, Scales::Head, 0, false, 1},
     {"blocks_of_7", 6, 3, 80, 7, {100, 37}, {2, 1}},
@@ -222,6 +226,13 @@ class CudaAttention : public Cuda, public testing::WithParamInterface<Case> {
     run(problem, workspace);
   }
 
+  // As in a usual decode step: a result in 16 bits, and nothing else.
+  static PagedAttention step_of(Problem& p, const Tensor& out) {
+    PagedAttention step = p.on_device();
+    step.out = out.on_device(), step.lse.reset();
+    return step;
+  }
+
   static Tensor make_workspace(const PagedAttention& problem) {
     return Tensor(DType::UInt8, {std::max<std::int64_t>(1, cuda::workspace_size(problem))}, {1}, 0);
   }
@@ -247,6 +258,17 @@ class CudaAttention : public Cuda, public testing::WithParamInterface<Case> {
 TEST_P(CudaAttention, GivesTheResultOfTheCpu) {
   Problem p(GetParam());
   fill(p);
+  p.upload();
+  run(p.on_device());
+  cpu::run(p.on_host());
+  expect_near(p.out, 0x1p-7f * 3.0f, "out");
+  expect_near(p.lse, 4e-3f, "lse");
+}
+
+TEST_P(CudaAttention, SequencesMayBeShorterThanTheirTables) {
+  Problem p(GetParam());
+  fill(p);
+  for (std::int64_t s = 0; s < p.seqs; ++s) values<int>(p.lengths)[s] /= 3;
   p.upload();
   run(p.on_device());
   cpu::run(p.on_host());
@@ -290,6 +312,25 @@ TEST_P(CudaAttention, TheWorkspaceMayHoldAnything) {
   }
 }
 
+// Usual decode steps have a kernel of their own.
+TEST_P(CudaAttention, AResultIn16BitsIsThatIn32Rounded) {
+  Problem p(GetParam());
+  fill(p);
+  p.upload();
+  run(p.on_device());
+  const std::vector<unsigned char> exact = p.out.download();
+  Tensor out = p.heads(DType::BFloat16, p.c.v_size());
+  out.upload();
+  run(step_of(p, out));
+  const std::vector<unsigned char> rounded = out.download();
+  ASSERT_EQ(exact.size(), 2 * rounded.size());
+  for (std::size_t i = p.c.skip; i < exact.size() / 4; ++i) {
+    const float expected = reinterpret_cast<const float*>(exact.data())[i];
+    const float actual = decode(reinterpret_cast<const BFloat16*>(rounded.data())[i]);
+    ASSERT_NEAR(actual, expected, 0x1p-8f * std::abs(expected)) << i;
+  }
+}
+
 // Index tensors and values of any contents: whatever they say, nothing else is touched.
 TEST_P(CudaAttention, SurvivesNonsense) {
   Problem p(GetParam());
@@ -301,6 +342,8 @@ TEST_P(CudaAttention, SurvivesNonsense) {
         values<int>(*t)[i] = round % 2 ? static_cast<int>(random() % 200) - 20 : static_cast<int>(random());
     p.upload();
     run(p.on_device());
+    Tensor out = p.heads(DType::BFloat16, p.c.v_size());
+    run(step_of(p, out));
   }
 }
 

@@ -290,7 +290,7 @@ TEST(PlanAttention, AnotherKernelMergesWhatIsTooMuchForABlock) {
   EXPECT_EQ(merges({.seqs = 64, .max_len = 8192, .heads = 64}), 0);
   EXPECT_EQ(merges({.seqs = 16, .max_len = 8192, .queries = 4}), kMultiprocessors) << "16 columns of 128";
   EXPECT_EQ(merges({.seqs = 16, .max_len = 8192, .heads = 32, .kv_heads = 2, .head_size = 256}), kMultiprocessors);
-  EXPECT_EQ(merges({.seqs = 1, .max_len = 131072, .heads = 8, .kv_heads = 1}), kMultiprocessors) << "132 parts";
+  EXPECT_EQ(merges({.seqs = 1, .max_len = 131072, .heads = 8, .kv_heads = 1}), 1) << "132 parts";
   EXPECT_EQ(merges({.seqs = 1, .max_len = 131072, .heads = 8, .kv_heads = 1, .num_splits = 100}), 1);
   EXPECT_EQ(merges({.seqs = 1, .max_len = 131072, .heads = 8, .kv_heads = 1, .num_splits = 4}), 0);
 }
@@ -298,7 +298,7 @@ TEST(PlanAttention, AnotherKernelMergesWhatIsTooMuchForABlock) {
 TEST(PlanAttention, AWindowBoundsTheTiles) {
   PagedAttention p = problem_of({.seqs = 1, .max_len = 131072});
   p.sliding_window = 128;
-  EXPECT_EQ(plan_of(p).blocks, 8 * 10 / 8);
+  EXPECT_EQ(plan_of(p).blocks, 8 * 2) << "10 tiles of each KV head";
 }
 
 TEST(PlanAttention, OnePartNeedsNoWorkspaceAndDependsOnNoBound) {
@@ -356,12 +356,27 @@ TEST(PlanAttention, OneShortSequenceIsMergedInClusters) {
   EXPECT_EQ(plan_with({.seqs = 1, .max_len = 1024, .num_splits = 4}, 132).cluster, 1);
 }
 
-TEST(PlanAttention, WhatAClusterMergesFitsTheRings) {
-  for (int head_size : {64, 96, 128, 192, 256})
-    for (int column_tiles : {1, 2})
-      for (bool per_token : {false, true})
-        EXPECT_TRUE(AttentionMemory(head_size, column_tiles, per_token, 8, 8 * column_tiles).holds_merged(8 * column_tiles))
-            << head_size << " " << column_tiles;
+TEST(PlanAttention, ClustersHaveMemoryForWhatTheyReceive) {
+  for (auto [head_size, inbox] : {std::pair{64, 16 + 8 * 66 * 4}, {96, 16 + 8 * 3 * 34 * 4}, {128, 16 + 8 * 2 * 66 * 4}}) {
+    const auto plan = [&](int blocks_at_once) {
+      return plan_attention(lower(problem_of({.seqs = 1, .max_len = 1024, .head_size = head_size})), kLimits,
+                            clusters_of(blocks_at_once));
+    };
+    EXPECT_EQ(plan(0).cluster, 1);
+    EXPECT_EQ(plan(132).cluster, 8);
+    EXPECT_EQ(plan(132).shared_memory, plan(0).shared_memory + inbox) << head_size;
+  }
+}
+
+TEST(PlanAttention, OneSequenceHasTheSameNumberOfBlocksForEachKvHead) {
+  const auto plan = plan_of(Shape{.seqs = 1, .max_len = 32768});
+  EXPECT_EQ(plan.parts, kMultiprocessors / 8);
+  EXPECT_EQ(plan.blocks, kMultiprocessors / 8 * 8);
+  EXPECT_EQ(plan.slots, plan.blocks);
+  EXPECT_EQ(plan.least_units, plan.warps) << "tiles that are worth a block";
+  EXPECT_EQ(plan_of({.seqs = 1, .max_len = 512}).parts, 4);
+  EXPECT_EQ(plan_of({.seqs = 1, .max_len = 8192, .queries = 1000}).parts, 0) << "more items than blocks";
+  EXPECT_EQ(plan_of({.seqs = 2, .max_len = 32768}).parts, 0);
 }
 
 // fp8kv.attention_workspace_size, which allocates before there is a plan.

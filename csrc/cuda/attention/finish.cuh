@@ -18,7 +18,7 @@ inline constexpr float kMaxGrowth = 8.0f;    // of a maximum, in powers of two, 
 inline constexpr float kNothing = -FLT_MAX;  // a maximum before any logit; exponentials of -infinity - kNothing are 0
 
 // Exponentials of logits - maximum, added up: 0 where nothing was seen.
-struct Softmax {
+struct alignas(8) Softmax {
   float maximum = kNothing;
   float sum = 0.0f;
 
@@ -67,12 +67,19 @@ __device__ __forceinline__ void store_element(void* data, DType dtype, std::int6
 // From the sums over all positions to the result of one query head.
 class Finish {
  public:
+  // The scale that all elements of V of a KV head have; 1 if there is none.
+  __device__ static float value_scale_of(const AttentionLayout& layout, int kv_head) {
+    const core::ChannelScales& scale = layout.v_scale;
+    return scale.data && scale.dim == 0 && !scale.per_token() ? __ldg(scale.data + kv_head * scale.head) : 1.0f;
+  }
+
   // `base`: what k_offset adds to all logits, in units of log2(e).
   __device__ Finish(const AttentionLayout& layout, const Column& column, int kv_head, const Softmax& softmax, float base)
-      : layout_(layout), column_(column), kv_head_(kv_head) {
-    const float sink = layout.sinks.data
-                           ? load_element(layout.sinks.data, layout.sinks.dtype, column.head * layout.sinks.stride) * kLog2e
-                           : -INFINITY;
+      : Finish(layout, column, kv_head, softmax, base, value_scale_of(layout, kv_head)) {}
+  __device__ Finish(const AttentionLayout& layout, const Column& column, int kv_head, const Softmax& softmax, float base,
+                    float value_scale)
+      : layout_(layout), column_(column), kv_head_(kv_head), value_scale_(value_scale) {
+    const float sink = layout.sinks.data ? sink_of(layout, column.head) : -INFINITY;
     const bool has_sink = sink != -INFINITY;
     saw_nothing_ = softmax.saw_nothing();
     const float maximum = saw_nothing_ ? sink - base : has_sink ? fmaxf(softmax.maximum, sink - base) : softmax.maximum;
@@ -89,18 +96,33 @@ class Finish {
 
   // An element of the output from the weighted sum of V.
   __device__ void store(std::int64_t dim, float sum) const {
+    const float sums[1] = {sum};
+    store(dim, sums);
+  }
+  // Neighboring elements, the first of which is `dim`.
+  template <int kSize>
+  __device__ void store(std::int64_t dim, const float (&sums)[kSize]) const {
     const core::HeadsView& out = layout_.out;
-    store_element(out.data, layout_.out_dtype, column_.row * out.token + column_.head * out.head + dim * out.dim,
-                  value(dim, sum));
+    const std::int64_t at = column_.row * out.token + column_.head * out.head + dim * out.dim;
+    float values[kSize];
+#pragma unroll
+    for (int n = 0; n < kSize; ++n) values[n] = value(dim + n, sums[n]);
+#pragma unroll
+    for (int n = 0; n < kSize; ++n) store_element(out.data, layout_.out_dtype, at + n * out.dim, values[n]);
   }
 
  private:
+  // Out of the way of calls without sinks.
+  __device__ static float sink_of(const AttentionLayout& layout, int head) {
+    return load_element(layout.sinks.data, layout.sinks.dtype, head * layout.sinks.stride) * kLog2e;
+  }
+
   __device__ float value(std::int64_t dim, float sum) const {
     if (saw_nothing_) return 0.0f;
     const core::ChannelScales& scale = layout_.v_scale;
     const core::OffsetView& offset = layout_.v_offset;
-    float x = sum * factor_;
-    if (scale.data && !scale.per_token()) x *= __ldg(scale.data + kv_head_ * scale.head + dim * scale.dim);
+    float x = sum * factor_ * value_scale_;
+    if (scale.dim != 0) x *= __ldg(scale.data + kv_head_ * scale.head + dim * scale.dim);
     if (offset.data) x += seen_ * __ldg(offset.data + kv_head_ * offset.head + dim * offset.dim);
     return x;
   }
@@ -108,6 +130,7 @@ class Finish {
   const AttentionLayout& layout_;
   Column column_;
   int kv_head_;
+  float value_scale_;
   bool saw_nothing_;
   float factor_, seen_, lse_;
 };

@@ -6,11 +6,14 @@
 //   parts == 0: a unit is a tile of an item. The blocks divide all units equally, of which an item has some more for what it
 //               costs to begin with it. Where all sequences are alike, the same number of blocks divide each item, or each
 //               block has whole items, at the same time as its neighbors those next to them.
-//   parts > 0:  a unit is one of so many nearly equal parts of the tiles of an item, one for each block.
+//   parts > 0:  a unit is one of so many nearly equal parts of the tiles of an item, one for each block. Where there are fewer
+//               tiles than are worth so many blocks, the first parts have them.
 // The first warp of a block finds its items, one after the other, and leaves them in shared memory. Of an item that falls to
 // several blocks, each leaves a partial result in the workspace. The last one to do so merges them, or another kernel
 // (plan.merges > 0).
 #pragma once
+
+#include <climits>
 
 #include "core/attention_memory.h"
 #include "core/plan.h"
@@ -115,44 +118,51 @@ class Slots {
 
   __device__ Slots(const AttentionLayout& layout, const AttentionPlan& plan, void* workspace)
       : counters_(static_cast<unsigned long long*>(workspace)),
-        data_(reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + core::slot_counters_size(plan.slots))),
+        data_(static_cast<std::byte*>(workspace) + core::slot_counters_size(plan.slots)),
         columns_(plan.columns),
         head_size_(static_cast<int>(layout.head_size)),
+        slot_size_(static_cast<unsigned>(4 * columns_ * (head_size_ + 4))),
         step_(plan.parts == 0 ? 2 : 1) {}
 
   // The slot of a part of an item: the first one is in the second slot of its block, or the only one, and the others are in the
   // first slots of the blocks behind it.
-  __device__ int slot_of(int first_slot, int part) const { return first_slot + (part == 0 ? 0 : part * step_ - (step_ - 1)); }
+  __device__ int slot_of(int first_slot, int part) const { return first_slot + max(part * step_ - (step_ - 1), 0); }
 
-  __device__ float* sums(std::int64_t slot, int column) const { return at(slot) + column * head_size_; }
-  __device__ float* softmax(std::int64_t slot, int column) const { return at(slot) + columns_ * head_size_ + column * 4; }
+  __device__ float* sums(int slot, int column) const { return at(slot) + column * head_size_; }
+  __device__ float* softmax(int slot, int column) const { return at(slot) + columns_ * head_size_ + column * 4; }
+  // What another slot has in the place of `p`: that of the next part of an item, and of those that follow it by `parts`.
+  __device__ const float* next(const float* p) const { return moved(p, slot_size_); }
+  __device__ const float* later(const float* p, int parts) const {
+    return moved(p, std::int64_t{parts} * static_cast<int>(step_ * slot_size_));
+  }
 
-  __device__ void store(std::int64_t slot, const Header& header) const {
+  __device__ void store(int slot, const Header& header) const {
     store_word(slot, 0, header.parts);
     store_word(slot, 1, header.first_row);
     store_word(slot, 2, header.first_column);
     store_word(slot, 3, header.num_columns);
     store_word(slot, 4, header.kv_head);
   }
-  __device__ void store_no_item(std::int64_t slot) const { store_word(slot, 0, 0); }
-  __device__ Header header(std::int64_t slot) const {
+  __device__ void store_no_item(int slot) const { store_word(slot, 0, 0); }
+  __device__ Header header(int slot) const {
     return {word(slot, 0), word(slot, 1), word(slot, 2), word(slot, 3), word(slot, 4)};
   }
 
-  // Counts a part of an item, by one thread; true: it is the last one. A workspace may hold anything at first: a counter has a
-  // mark in its upper bits, and what has none counts as 0. The last part leaves 0.
+  // Counts a part of an item, by one thread, after the block's barrier behind its stores; true: it is the last one, and all
+  // parts can be read. A workspace may hold anything at first: a counter has a mark in its upper bits, and what has none counts
+  // as 0. The last part leaves 0.
   __device__ bool arrives_last(int first_slot, int parts) const {
     constexpr unsigned long long kNone = 0xa7c3'5e91'd26b'0000;
     static_assert((kNone & core::kMaxParts) == 0);
     const auto is_counter = [&](unsigned long long x) { return x - kNone < static_cast<unsigned>(parts); };
     unsigned long long* counter = counters_ + first_slot;
-    unsigned long long before = atomicAdd(counter, 1);
+    unsigned long long before = add_one(counter);
     while (!is_counter(before)) {
-      const unsigned long long found = atomicCAS(counter, before + 1, kNone + 1);
+      const unsigned long long found = exchange_if(counter, before + 1, kNone + 1);
       if (found == before + 1)
         before = kNone;
       else
-        before = is_counter(found) ? atomicAdd(counter, 1) : found - 1;
+        before = is_counter(found) ? add_one(counter) : found - 1;
     }
     const bool last = before == kNone + parts - 1;
     if (last) *counter = kNone;
@@ -160,14 +170,36 @@ class Slots {
   }
 
  private:
-  __device__ float* at(std::int64_t slot) const { return data_ + slot * (columns_ * (head_size_ + 4)); }
-  __device__ void store_word(std::int64_t slot, int i, int word) const { softmax(slot, i)[3] = __int_as_float(word); }
-  __device__ int word(std::int64_t slot, int i) const { return __float_as_int(__ldcg(softmax(slot, i) + 3)); }
+  // Atomic, behind everything that the block did before, and before what it does next.
+  __device__ static unsigned long long add_one(unsigned long long* counter) {
+    unsigned long long before;
+    asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], 1;" : "=l"(before) : "l"(counter) : "memory");
+    return before;
+  }
+  __device__ static unsigned long long exchange_if(unsigned long long* counter, unsigned long long expected,
+                                                   unsigned long long desired) {
+    unsigned long long before;
+    asm volatile("atom.acq_rel.gpu.global.cas.b64 %0, [%1], %2, %3;"
+                 : "=l"(before)
+                 : "l"(counter), "l"(expected), "l"(desired)
+                 : "memory");
+    return before;
+  }
+
+  __device__ static const float* moved(const float* p, std::int64_t bytes) {
+    return reinterpret_cast<const float*>(reinterpret_cast<const std::byte*>(p) + bytes);
+  }
+  __device__ float* at(int slot) const {
+    return reinterpret_cast<float*>(data_ + std::uint64_t{static_cast<unsigned>(slot)} * slot_size_);
+  }
+  __device__ void store_word(int slot, int i, int word) const { softmax(slot, i)[3] = __int_as_float(word); }
+  __device__ int word(int slot, int i) const { return __float_as_int(__ldcg(softmax(slot, i) + 3)); }
 
   unsigned long long* counters_;  // of items, in the place of their first slots
-  float* data_;
+  std::byte* data_;
   int columns_;  // at least 8
   int head_size_;
+  unsigned slot_size_;  // bytes
   int step_;
 };
 
@@ -201,6 +233,11 @@ class Schedule {
 
   // The share of this block, and a sequence at or before the one that it begins with.
   __device__ void begin(Cursor& cursor) const {
+    if (l_.num_seqs == 1 && plan_.parts > 0 && plan_.merges == 0) {  // shorter: advance() finds the end
+      if (lane_ == 0) cursor = Cursor{.unit = blockIdx.x, .end = UINT_MAX};
+      __syncwarp();
+      return;
+    }
     const int count = static_cast<int>(l_.num_seqs), per_lane = (count + 31) / 32;
     const int first = min(lane_ * per_lane, count), last = min(first + per_lane, count);
     unsigned units = 0, items = 0;
@@ -249,6 +286,12 @@ class Schedule {
     return plan_.parts > 0 ? static_cast<unsigned>(plan_.parts) : max(tiles.end - tiles.begin, 1);
   }
 
+  // parts > 0: so many parts of an item get tiles.
+  __device__ unsigned parts_of(unsigned tiles) const {
+    const auto least = static_cast<unsigned>(plan_.least_units);  // a power of two
+    return min(max((tiles + least - 1) >> __popc(least - 1), 1), static_cast<unsigned>(plan_.parts));
+  }
+
   __device__ unsigned inclusive_sum(unsigned value) const {
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
@@ -264,10 +307,11 @@ class Schedule {
     if (plan_.parts > 0) {
       c.unit = block;
       c.end = total;
-      if (lane_ == 0 && plan_.merges > 0 && block >= total && block < plan_.slots) slots_.store_no_item(block);
+      if (lane_ == 0 && plan_.merges > 0 && block >= total && block < plan_.slots)
+        slots_.store_no_item(static_cast<int>(block));
       return;
     }
-    if (lane_ == 0 && plan_.merges > 0) slots_.store_no_item(2 * std::int64_t{block} + 1);
+    if (lane_ == 0 && plan_.merges > 0) slots_.store_no_item(static_cast<int>(2 * block + 1));
     if (total == 0) return;
     // Blocks beyond those that are worth starting have nothing to do.
     const unsigned least = static_cast<unsigned>(plan_.least_units);
@@ -315,6 +359,7 @@ class Schedule {
       all = tiles_of(sequence);
       units = units_of_item(all) + c.overhead;
       const unsigned in_sequence = static_cast<unsigned>(l_.num_kv_heads) * column_blocks * units;
+      if (l_.num_seqs == 1) c.end = min(c.end, in_sequence);
       if (c.unit - c.first_unit < in_sequence) break;
       c.first_unit += in_sequence;
       ++c.index;
@@ -350,19 +395,22 @@ class Schedule {
         last = to - c.overhead;
       }
     } else {
-      // Without a slot the first part has everything.
-      const bool has_slot = units > 1 && c.unit - from + units <= plan_.slots;
-      if (has_slot || plan_.cluster > 1) {
-        const unsigned share = tiles / units, longer = tiles - share * units;
-        item.slot = has_slot ? static_cast<int>(c.unit) : Item::kInCluster;
-        item.first_slot = static_cast<int>(c.unit - from);
-        item.parts = static_cast<int>(units);
-        first = share * from + min(from, longer);
-        last = first + share + (from < longer);
-      } else if (from > 0) {
-        last = 0;
+      // Without slots the first part has everything.
+      const unsigned first_slot = c.unit - from;
+      const bool has_slots = units > 1 && first_slot + units <= plan_.slots;
+      const unsigned parts = has_slots ? parts_of(tiles) : plan_.cluster > 1 ? units : 1;
+      if (from >= parts) {
         item.num_columns = 0;
+      } else if (parts > 1) {
+        item.slot = has_slots ? static_cast<int>(c.unit) : Item::kInCluster;
+        item.first_slot = static_cast<int>(first_slot);
+        item.parts = static_cast<int>(parts);
+      } else if (lane_ == 0 && has_slots && plan_.merges > 0) {
+        slots_.store_no_item(static_cast<int>(first_slot));
       }
+      const unsigned share = tiles / parts, longer = tiles - share * parts;
+      first = share * from + min(from, longer);
+      last = from < parts ? first + share + (from < longer) : first;
       c.unit = c.unit + gridDim.x < c.unit ? c.end : c.unit + gridDim.x;
     }
     if (lane_ == 0 && plan_.merges > 0 && item.slot >= 0 && item.slot == item.first_slot)

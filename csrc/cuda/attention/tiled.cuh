@@ -9,6 +9,7 @@
 #include <cooperative_groups.h>
 
 #include "cuda/attention/finish.cuh"
+#include "cuda/attention/inbox.cuh"
 #include "cuda/attention/schedule.cuh"
 #include "device/async_copy.cuh"
 #include "device/mma.cuh"
@@ -16,7 +17,7 @@
 
 namespace fp8kv::cuda::attention {
 
-inline constexpr int kMaxWarps = 8;  // of a block; finish() counts on it
+inline constexpr int kMaxWarps = 8;  // of a block
 
 struct TiledArgs {
   AttentionLayout layout;
@@ -75,14 +76,14 @@ class TiledAttention {
   using Shape = TileShape<kHeadSize, kPerToken>;
   static constexpr int kSteps = Shape::kSteps;
   static constexpr int kWarpColumns = kColumnTiles * core::kColumnTile;
-  static constexpr int kPiece = kHeadSize % 64 == 0 ? 64 : 32;  // elements of a column that a warp merges at once
+  static constexpr int kPiece = core::piece_of(kHeadSize);
   static constexpr int kPieces = kHeadSize / kPiece, kPerLane = kPiece / 32;
   static constexpr int kQueryFours = (kHeadSize / 4 + 31) / 32;  // of a row that a lane loads
 
   struct QueryRow {
-    float elements[kQueryFours][4];
-    float factor;   // with softcap of logits, else of logits in units of log2(e)
-    float k_scale;  // 1 unless there is one for all of its keys
+    std::uint32_t words[kQueryFours][4];  // four elements each, as they are in memory
+    float factor;                         // with softcap of logits, else of logits in units of log2(e)
+    float k_scale;                        // 1 unless there is one for all of its keys
   };
 
   // What a lane has of a piece.
@@ -143,8 +144,8 @@ class TiledAttention {
   }
 
   __device__ void begin() {
-    first_query_ = query_of(0);
-    const int last_query = query_of(max(item_.num_columns, 1) - 1);
+    first_query_ = l_.cu_query_lens.data ? query_of(0) : 0;
+    const int last_query = l_.cu_query_lens.data ? query_of(max(item_.num_columns, 1) - 1) : 0;
     one_query_ = first_query_ == last_query;
     // What any query of the item sees, and what all of them see.
     const Sequence sequence = item_.sequence;
@@ -258,9 +259,8 @@ class TiledAttention {
   }
 
   __device__ Column place_of(int column) const {
-    const auto [query, in_group] = args_.group.divmod(static_cast<std::uint32_t>(item_.first_column + column));
-    return {item_.sequence.first_row + static_cast<int>(query),
-            item_.kv_head * static_cast<int>(args_.group.divisor) + static_cast<int>(in_group)};
+    const int query = l_.cu_query_lens.data ? query_of(column) : 0, group = static_cast<int>(args_.group.divisor);
+    return {item_.sequence.first_row + query, item_.kv_head * group + item_.first_column + column - query * group};
   }
 
   // The queries as right operands of the first product, in shared memory: a lane reads those elements of column g whose K it
@@ -309,7 +309,7 @@ class TiledAttention {
     const std::int64_t at = place.row * l_.query.token + place.head * l_.query.head;
 #pragma unroll
     for (int n = 0; n < kQueryFours; ++n)
-      if (lane_ + 32 * n < kHeadSize / 4) load_four(at + 4 * (lane_ + 32 * n), row.elements[n]);
+      if (lane_ + 32 * n < kHeadSize / 4) load_four(at + 4 * (lane_ + 32 * n), row.words[n]);
     row.factor = l_.softcap > 0.0f ? l_.softmax_scale : l_.softmax_scale * kLog2e;
     if (l_.q_scale) row.factor *= __ldg(l_.q_scale + place.head / static_cast<int>(l_.heads_per_q_scale) * l_.q_scale_stride);
     row.k_scale =
@@ -318,14 +318,15 @@ class TiledAttention {
   }
 
   // As operands for all lanes in shared memory.
-  __device__ void share_query(int column, QueryRow& row) const {
+  __device__ void share_query(int column, const QueryRow& row) const {
     const std::int64_t kv_head = item_.kv_head;
-    float largest = 0.0f, product = 0.0f;
+    float elements[kQueryFours][4], largest = 0.0f, product = 0.0f;
 #pragma unroll
     for (int n = 0; n < kQueryFours; ++n) {
-      float (&x)[4] = row.elements[n];
+      float (&x)[4] = elements[n];
       const int first = 4 * (lane_ + 32 * n);
       if (first >= kHeadSize) continue;
+      decode_four(row.words[n], x);
       if (l_.k_offset.data) {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
@@ -353,29 +354,37 @@ class TiledAttention {
       if (four >= kHeadSize / 4) continue;
       const int step = four / (4 * Shape::kKeyWords) * Shape::kKeyWords + four % Shape::kKeyWords;
       const int lane = four / Shape::kKeyWords % 4;
-      const float (&x)[4] = row.elements[n];
+      const float (&x)[4] = elements[n];
       fragments[32 * step + lane] = {device::half2_of(down.times(x[0]), down.times(x[1])),
                                      device::half2_of(down.times(x[2]), down.times(x[3]))};
     }
     if (lane_ == 0) scales()[column] = {up.times(row.factor * row.k_scale), row.factor * product};
   }
 
-  // Elements at to at + 3 of the query in fp32.
-  __device__ void load_four(std::int64_t at, float (&x)[4]) const {
+  // Elements at to at + 3 of the query.
+  __device__ void load_four(std::int64_t at, std::uint32_t (&words)[4]) const {
     const auto* bytes = static_cast<const std::byte*>(l_.query.data);
     if (l_.query_dtype == DType::Float32) {
-      const float4 four = __ldg(reinterpret_cast<const float4*>(bytes + 4 * at));
-      x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+      const uint4 four = __ldg(reinterpret_cast<const uint4*>(bytes + 4 * at));
+      words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+    } else if (l_.query_dtype == DType::Float16 || l_.query_dtype == DType::BFloat16) {
+      const uint2 two = __ldg(reinterpret_cast<const uint2*>(bytes + 2 * at));
+      words[0] = two.x, words[1] = two.y;
+    } else {
+      words[0] = __ldg(reinterpret_cast<const std::uint32_t*>(bytes + at));
+    }
+  }
+
+  // In fp32.
+  __device__ void decode_four(const std::uint32_t (&words)[4], float (&x)[4]) const {
+    if (l_.query_dtype == DType::Float32) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] = __uint_as_float(words[i]);
       return;
     }
-    std::uint32_t pairs[2];  // of 16 bits
-    if (l_.query_dtype == DType::Float16 || l_.query_dtype == DType::BFloat16) {
-      const uint2 words = __ldg(reinterpret_cast<const uint2*>(bytes + 2 * at));
-      pairs[0] = words.x, pairs[1] = words.y;
-    } else {
-      const std::uint32_t word = __ldg(reinterpret_cast<const std::uint32_t*>(bytes + at));
-      pairs[0] = device::halves_of<Fp8, false>(word), pairs[1] = device::halves_of<Fp8, true>(word);
-    }
+    const bool is_16_bits = l_.query_dtype == DType::Float16 || l_.query_dtype == DType::BFloat16;
+    const std::uint32_t pairs[2] = {is_16_bits ? words[0] : device::halves_of<Fp8, false>(words[0]),
+                                    is_16_bits ? words[1] : device::halves_of<Fp8, true>(words[0])};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (l_.query_dtype == DType::BFloat16) {
@@ -639,154 +648,152 @@ class TiledAttention {
     return reinterpret_cast<float*>(shared_ + (warp * kWarpColumns + column) * memory_.sums_pitch);
   }
 
-  // A warp takes a piece of a column at a time.
+  // A warp takes a piece of a column at a time: of all warps, and then of all blocks.
   __device__ void finish() {
-    __syncthreads();  // the rings are free
+    const float value_scale = Finish::value_scale_of(l_, item_.kv_head);  // on its way meanwhile
+    __syncthreads();                                                      // the rings are free
     write_warp();
     __syncthreads();
-    const int step = args_.plan.column_warps;
+    const bool in_cluster = kColumnTiles <= core::AttentionClusters::kMaxColumnTiles && item_.slot == Item::kInCluster;
+    if (in_cluster) prepare_cluster();
     const Slots slots(l_, args_.plan, args_.workspace);
+    const int step = args_.plan.column_warps, parts = warps_ >> log2_of(step);
 #pragma unroll 1
     for (int i = warp_; i < item_.num_columns * kPieces; i += warps_) {
       const int column = i / kPieces, dim = i % kPieces * kPiece + lane_ * kPerLane;
       const int first_warp = column / kWarpColumns, in_warp = column % kWarpColumns;
-      // A lane looks at the part of one warp, in every eight lanes the same ones.
-      const int parts = warps_ >> log2_of(step);
       Softmax total;
-      if ((lane_ & 7) < parts) total = warp_softmax(first_warp + (lane_ & 7) * step)[in_warp];
-      const float kept = merge_lanes<kMaxWarps>(total);
-      float sums[kPerLane] = {};
-#pragma unroll 4
-      for (int p = 0; p < parts; ++p) {
-        const float kept_of_part = __shfl_sync(kAllLanes, kept, p);
-#pragma unroll
-        for (int n = 0; n < kPerLane; ++n) sums[n] += warp_sums(first_warp + p * step, in_warp)[dim + n] * kept_of_part;
-      }
-      const float base = l_.softcap > 0.0f ? 0.0f : scales()[column].y;
+      Lane sums{};
+      merge_parts(
+          parts, total, sums, [&](int part) { return warp_softmax(first_warp + part * step)[in_warp]; },
+          [&](int part) { return *reinterpret_cast<const Lane*>(warp_sums(first_warp + part * step, in_warp) + dim); });
       if (item_.slot == Item::kWhole) {
-        const Finish end(l_, place_of(column), item_.kv_head, total, base);
-#pragma unroll
-        for (int n = 0; n < kPerLane; ++n) end.store(dim + n, sums[n]);
-        if (dim == 0) end.store_lse();
+        end(column, dim, total, sums, value_scale);
+      } else if (in_cluster) {
+        send_piece(i, total, sums);
       } else {
-        const bool in_cluster = item_.slot == Item::kInCluster;
-        float* to = in_cluster ? merged(column) : slots.sums(item_.slot, column);
-#pragma unroll
-        for (int n = 0; n < kPerLane; ++n) to[dim + n] = sums[n];
-        float* softmax = in_cluster ? merged(column) + kHeadSize : slots.softmax(item_.slot, column);
-        if (dim == 0) softmax[0] = total.maximum, softmax[1] = total.sum, softmax[2] = base;
+        *reinterpret_cast<Lane*>(slots.sums(item_.slot, column) + dim) = sums;
+        float* softmax = slots.softmax(item_.slot, column);
+        if (dim == 0) softmax[0] = total.maximum, softmax[1] = total.sum, softmax[2] = base_of(column);
       }
     }
-    if (item_.slot == Item::kInCluster) merge_cluster();
-    if (item_.slot >= 0 && args_.plan.merges == 0) merge_slots(slots);
+    if (in_cluster) merge_cluster(value_scale);
+    if (item_.slot >= 0 && args_.plan.merges == 0) merge_slots(slots, value_scale);
     __syncthreads();  // before rings, scales and queries of the next item
   }
 
-  // Merges the parts that so many neighboring lanes have, in each of them. Returns the factor of the sums of this lane's part.
-  template <int kLanes>
-  __device__ static float merge_lanes(Softmax& softmax) {
-    float kept = softmax.maximum;
-#pragma unroll
-    for (int lanes = 1; lanes < kLanes; lanes *= 2)
-      softmax.maximum = fmaxf(softmax.maximum, __shfl_xor_sync(kAllLanes, softmax.maximum, lanes));
-    kept = device::exp2_approximation(kept - softmax.maximum);
-    softmax.sum *= kept;
-#pragma unroll
-    for (int lanes = 1; lanes < kLanes; lanes *= 2) softmax.sum += __shfl_xor_sync(kAllLanes, softmax.sum, lanes);
-    return kept;
-  }
+  // What k_offset adds to the logits of a column.
+  __device__ float base_of(int column) const { return l_.softcap > 0.0f ? 0.0f : scales()[column].y; }
 
-  // What the block has of a column, for its cluster: head_size sums, a maximum, a sum and a base.
-  __device__ float* merged(int column) const {
-    return reinterpret_cast<float*>(shared_ + memory_.merged + column * memory_.sums_pitch);
-  }
-
-  // A piece of a column from all parts of the item. `softmax(part)` is a maximum, a sum and a base, `sums(part)` this lane's
-  // elements.
+  // Adds parts to what is known of a column. `load_softmax(part)` is a maximum and a sum, `load_sums(part)` this lane's
+  // elements. Lanes don't wait for each other, and loads of several parts are on their way at once.
   template <class LoadSoftmax, class LoadSums>
-  __device__ void merge_parts(int column, int dim, int parts, const LoadSoftmax& softmax, const LoadSums& sums) {
-    Softmax total;
-    float base = 0.0f, merged[kPerLane] = {};
+  __device__ static void merge_parts(int parts, Softmax& total, Lane& sums, const LoadSoftmax& load_softmax,
+                                     const LoadSums& load_sums) {
+    constexpr int kAtOnce = 8;
 #pragma unroll 1
-    for (int first = 0; first < parts; first += 32) {
-      Softmax of_lanes;
-      if (first + lane_ < parts) {
-        const float4 loaded = softmax(first + lane_);
-        of_lanes = {loaded.x, loaded.y};
-        base = loaded.z;
-      }
-      float kept = merge_lanes<32>(of_lanes);
-      const float maximum = fmaxf(total.maximum, of_lanes.maximum);
-      const float earlier = device::exp2_approximation(total.maximum - maximum);
-      const float later = device::exp2_approximation(of_lanes.maximum - maximum);
-      total = {maximum, total.sum * earlier + of_lanes.sum * later};
-      kept *= later;
+    for (int first = 0; first < parts; first += kAtOnce) {
+      Softmax softmax[kAtOnce];
+      Lane loaded[kAtOnce] = {};
 #pragma unroll
-      for (int n = 0; n < kPerLane; ++n) merged[n] *= earlier;
-      const int count = min(32, parts - first);
-#pragma unroll 8
-      for (int p = 0; p < count; ++p) {
-        const Lane part = sums(first + p);
-        const float kept_of_part = __shfl_sync(kAllLanes, kept, p);
+      for (int p = 0; p < kAtOnce; ++p)
+        if (first + p < parts) softmax[p] = load_softmax(first + p), loaded[p] = load_sums(first + p);
+      float maximum = total.maximum;
 #pragma unroll
-        for (int n = 0; n < kPerLane; ++n) merged[n] += kept_of_part * part.x[n];
+      for (int p = 0; p < kAtOnce; ++p) maximum = fmaxf(maximum, softmax[p].maximum);
+      float kept = device::exp2_approximation(total.maximum - maximum);
+      total = {maximum, total.sum * kept};
+#pragma unroll
+      for (int n = 0; n < kPerLane; ++n) sums.x[n] *= kept;
+#pragma unroll
+      for (int p = 0; p < kAtOnce; ++p) {
+        kept = device::exp2_approximation(softmax[p].maximum - maximum);
+        total.sum += softmax[p].sum * kept;
+#pragma unroll
+        for (int n = 0; n < kPerLane; ++n) sums.x[n] += loaded[p].x[n] * kept;
       }
     }
-    base = __shfl_sync(kAllLanes, base, 0);
-    const Finish end(l_, place_of(column), item_.kv_head, total, base);
-#pragma unroll
-    for (int n = 0; n < kPerLane; ++n) end.store(dim + n, merged[n]);
+  }
+
+  // Elements dim and following of the result of a column.
+  __device__ void end(int column, int dim, const Softmax& total, const Lane& sums, float value_scale) const {
+    const Finish end(l_, place_of(column), item_.kv_head, total, base_of(column), value_scale);
+    end.store(dim, sums.x);
     if (dim == 0) end.store_lse();
   }
 
-  // The warps of all blocks of the cluster take pieces, and read what each block has of them.
-  __device__ void merge_cluster() {
+  // Blocks of a cluster take turns at pieces. Each sends what it has of a piece to the block that merges it.
+  __device__ Inbox inbox() const { return Inbox(shared_ + memory_.size); }
+  __device__ float* received(int piece, int from) const {
+    return inbox().at(((piece >> log2_of(args_.plan.cluster)) * args_.plan.cluster + from) *
+                      core::AttentionMemory::piece_bytes(kHeadSize));
+  }
+
+  __device__ void prepare_cluster() const {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    const auto cluster = cooperative_groups::this_cluster();
-    cluster.sync();
-    const int blocks = args_.plan.cluster, rank = static_cast<int>(cluster.block_rank());
-#pragma unroll 1
-    for (int i = warp_ * blocks + rank; i < item_.num_columns * kPieces; i += warps_ * blocks) {
-      const int column = i / kPieces, dim = i % kPieces * kPiece + lane_ * kPerLane;
-      merge_parts(
-          column, dim, blocks,
-          [&](int part) {
-            const float* softmax = cluster.map_shared_rank(merged(column) + kHeadSize, part);
-            return float4{softmax[0], softmax[1], softmax[2], 0.0f};
-          },
-          [&](int part) { return *reinterpret_cast<const Lane*>(cluster.map_shared_rank(merged(column) + dim, part)); });
-    }
-    cluster.sync();  // before its blocks write what comes next, or end
+    if (merges_in_cluster_ > 0) cooperative_groups::this_cluster().sync();  // all have read what they received
 #endif
   }
 
-  // The last block to write its part of the item merges all of them.
-  __device__ void merge_slots(const Slots& slots) {
-    __syncthreads();
-    bool last = false;
-    if (threadIdx.x == 0) {
-      __threadfence();
-      last = slots.arrives_last(item_.first_slot, item_.parts);
-      __threadfence();
+  __device__ void send_piece(int piece, const Softmax& softmax, const Lane& sums) const {
+    const int to = piece & (args_.plan.cluster - 1);
+    const float* at = received(piece, rank_in_cluster());
+    if constexpr (kPerLane == 2)
+      inbox().send(at + 2 * lane_, to, sums.x[0], sums.x[1]);
+    else
+      inbox().send(at + lane_, to, sums.x[0]);
+    if (lane_ == 0) inbox().send(at + kPiece, to, softmax.maximum, softmax.sum);
+  }
+
+  __device__ void merge_cluster(float value_scale) {
+    const int blocks = args_.plan.cluster, rank = rank_in_cluster(), pieces = item_.num_columns * kPieces;
+    const int own = max(pieces - rank + blocks - 1, 0) >> log2_of(blocks);
+    inbox().receive(own * blocks * core::AttentionMemory::piece_bytes(kHeadSize), merges_in_cluster_++);
+#pragma unroll 1
+    for (int i = warp_ * blocks + rank; i < pieces; i += warps_ * blocks) {
+      Softmax total;
+      Lane sums{};
+      merge_parts(
+          blocks, total, sums, [&](int part) { return *reinterpret_cast<const Softmax*>(received(i, part) + kPiece); },
+          [&](int part) { return *reinterpret_cast<const Lane*>(received(i, part) + lane_ * kPerLane); });
+      end(i / kPieces, i % kPieces * kPiece + lane_ * kPerLane, total, sums, value_scale);
     }
+  }
+
+  // Plans with clusters have blocks of one dimension.
+  __device__ int rank_in_cluster() const { return static_cast<int>(blockIdx.x) & (args_.plan.cluster - 1); }
+
+  // The last block to write its part of the item merges all of them.
+  __device__ void merge_slots(const Slots& slots, float value_scale) {
+    __syncthreads();
+    const bool last = threadIdx.x == 0 && slots.arrives_last(item_.first_slot, item_.parts);
     if (!__syncthreads_or(last)) return;
+    const int first_slot = item_.first_slot, later_parts = item_.parts - 1;
 #pragma unroll 1
     for (int i = warp_; i < item_.num_columns * kPieces; i += warps_) {
       const int column = i / kPieces, dim = i % kPieces * kPiece + lane_ * kPerLane;
+      const float *softmax = slots.softmax(first_slot, column), *of_lane = slots.sums(first_slot, column) + dim;
+      Softmax total = load_softmax(softmax);
+      Lane sums = load_lane(of_lane);
+      softmax = slots.next(softmax), of_lane = slots.next(of_lane);
       merge_parts(
-          column, dim, item_.parts,
-          [&](int part) {
-            return __ldcg(reinterpret_cast<const float4*>(slots.softmax(slots.slot_of(item_.first_slot, part), column)));
-          },
-          [&](int part) {
-            const float* from = slots.sums(slots.slot_of(item_.first_slot, part), column) + dim;
-            if constexpr (kPerLane == 2) {
-              const float2 pair = __ldcg(reinterpret_cast<const float2*>(from));
-              return Lane{pair.x, pair.y};
-            } else {
-              return Lane{__ldcg(from)};
-            }
-          });
+          later_parts, total, sums, [&](int part) { return load_softmax(slots.later(softmax, part)); },
+          [&](int part) { return load_lane(slots.later(of_lane, part)); });
+      end(column, dim, total, sums, value_scale);
+    }
+  }
+
+  // What another block has written.
+  __device__ static Softmax load_softmax(const float* p) {
+    const float2 loaded = __ldcg(reinterpret_cast<const float2*>(p));
+    return {loaded.x, loaded.y};
+  }
+  __device__ static Lane load_lane(const float* p) {
+    if constexpr (kPerLane == 2) {
+      const float2 loaded = __ldcg(reinterpret_cast<const float2*>(p));
+      return {loaded.x, loaded.y};
+    } else {
+      return {__ldcg(p)};
     }
   }
 
@@ -819,6 +826,7 @@ class TiledAttention {
   core::AttentionMemory memory_;
   int warps_, lane_, warp_, g_, t_;
   int column_warp_;
+  int merges_in_cluster_ = 0;   // until now
   std::uint32_t ring_address_;  // of this warp
 
   // Of an item.
@@ -841,24 +849,62 @@ struct Work {
   Item item;
 };
 
+// A usual decode step. Of its arguments, the compiler knows those that are always the same: less code, which takes a short
+// kernel most of its time.
+struct PlainStep {
+  static bool is(const AttentionLayout& l, const AttentionPlan& plan) {
+    return !l.cu_query_lens.data && !l.seq_starts.data && !l.sinks.data && !l.lse.data && !l.k_offset.data &&
+           !l.v_offset.data && !l.q_scale && l.softcap == 0.0f && l.sliding_window == 0 && l.query_dtype == DType::BFloat16 &&
+           l.out_dtype == DType::BFloat16 && l.out.dim == 1 && l.block_table.stride == 1 && l.seq_lens.stride == 1 &&
+           is_of_head(l.k_scale) && is_of_head(l.v_scale) && plan.columns == core::kColumnTile && plan.merges == 0;
+  }
+
+  __device__ static TiledArgs of(TiledArgs args) {
+    AttentionLayout& l = args.layout;
+    l.cu_query_lens = l.seq_starts = l.sinks = {};
+    l.lse = {}, l.k_offset = l.v_offset = {};
+    l.q_scale = nullptr, l.softcap = 0.0f, l.sliding_window = 0;
+    l.query_dtype = l.out_dtype = DType::BFloat16;
+    l.out.dim = l.block_table.stride = l.seq_lens.stride = 1;
+    l.k_scale = {l.k_scale.data, 0, 0, l.k_scale.head, 0};
+    l.v_scale = {l.v_scale.data, 0, 0, l.v_scale.head, 0};
+    args.plan.column_tiles = args.plan.column_warps = 1, args.plan.columns = core::kColumnTile, args.plan.merges = 0;
+    return args;
+  }
+
+ private:
+  static bool is_of_head(const core::ChannelScales& scale) { return scale.data && scale.dim == 0 && !scale.per_token(); }
+};
+
 template <class Fp8, int kHeadSize, int kColumnTiles, bool kPerToken>
-__global__ void __launch_bounds__(32 * kMaxWarps, blocks_per_multiprocessor(kHeadSize, kColumnTiles))
-    attention_tiled(const __grid_constant__ TiledArgs args) {
-  extern __shared__ __align__(128) std::byte shared_memory[];
+__device__ __forceinline__ void attend_all(const TiledArgs& args, std::byte* shared) {
   const core::AttentionMemory memory(kHeadSize, kColumnTiles, kPerToken, static_cast<int>(blockDim.x / 32), args.plan.columns);
   static_assert(sizeof(Work) <= core::AttentionMemory::kWorkBytes);
-  Work& work = *reinterpret_cast<Work*>(shared_memory + memory.work);
+  Work& work = *reinterpret_cast<Work*>(shared + memory.work);
+  const Inbox inbox(shared + memory.size);
+  if (args.plan.cluster > 1) inbox.open();
   device::wait_then_release();
   const bool schedules = threadIdx.x < 32;
   const Schedule schedule(args.layout, args.plan, args.group, args.workspace);
   if (schedules) schedule.begin(work.cursor);
-  TiledAttention<Fp8, kHeadSize, kColumnTiles, kPerToken> attention(args, memory, work.item, shared_memory);
+  if (args.plan.cluster > 1) inbox.wait_for_all_open();
+  TiledAttention<Fp8, kHeadSize, kColumnTiles, kPerToken> attention(args, memory, work.item, shared);
   while (true) {
     if (schedules) schedule.next(work.cursor, work.item);
     __syncthreads();
     if (work.item.nothing) return;
     attention.attend();
   }
+}
+
+template <class Fp8, int kHeadSize, int kColumnTiles, bool kPerToken, bool kPlain>
+__global__ void __launch_bounds__(32 * kMaxWarps, blocks_per_multiprocessor(kHeadSize, kColumnTiles))
+    attention_tiled(const __grid_constant__ TiledArgs args) {
+  extern __shared__ __align__(128) std::byte shared_memory[];
+  if constexpr (kPlain)
+    attend_all<Fp8, kHeadSize, kColumnTiles, kPerToken>(PlainStep::of(args), shared_memory);
+  else
+    attend_all<Fp8, kHeadSize, kColumnTiles, kPerToken>(args, shared_memory);
 }
 
 }  // namespace fp8kv::cuda::attention

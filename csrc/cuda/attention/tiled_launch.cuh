@@ -19,9 +19,10 @@ void allow(Kernel kernel) {
 
 template <int kHeadSize, int kColumnTiles>
 void count_clusters(core::AttentionClusters& clusters) {
-  const auto kernel = attention_tiled<E4M3, kHeadSize, kColumnTiles, true>;
+  const auto kernel = attention_tiled<E4M3, kHeadSize, kColumnTiles, true, false>;
   const core::AttentionMemory memory(kHeadSize, kColumnTiles, true, kMaxWarps, kColumnTiles * core::kColumnTile);
-  if (memory.size > device_limits().shared_memory - core::kReservedMemory) return;
+  const int shared_memory = memory.size + memory.inbox_size;
+  if (shared_memory > device_limits().shared_memory - core::kReservedMemory) return;
   allow(kernel);
   for (int log2 = 1; log2 <= core::AttentionClusters::kMaxLog2Blocks; ++log2) {
     cudaLaunchAttribute size{};
@@ -30,7 +31,7 @@ void count_clusters(core::AttentionClusters& clusters) {
     cudaLaunchConfig_t config{};
     config.gridDim = 1u << log2;
     config.blockDim = 32 * kMaxWarps;
-    config.dynamicSmemBytes = memory.size;
+    config.dynamicSmemBytes = shared_memory;
     config.attrs = &size;
     config.numAttrs = 1;
     int& active = clusters.active[kColumnTiles - 1][log2];
@@ -49,9 +50,9 @@ const core::AttentionClusters& clusters() {
   });
 }
 
-template <class Fp8, int kHeadSize, int kColumnTiles, bool kPerToken>
+template <class Fp8, int kHeadSize, int kColumnTiles, bool kPerToken, bool kPlain = false>
 void launch_tiled_kernel(const TiledArgs& args, cudaStream_t stream) {
-  const auto kernel = attention_tiled<Fp8, kHeadSize, kColumnTiles, kPerToken>;
+  const auto kernel = attention_tiled<Fp8, kHeadSize, kColumnTiles, kPerToken, kPlain>;
   static PerDevice<bool> allowed;
   allowed.get([&] {
     allow(kernel);
@@ -83,6 +84,7 @@ void launch_tiled(const AttentionLayout& layout, const AttentionPlan& plan, void
       else
         launch_tiled_kernel<Fp8, kHeadSize, kColumnTiles, false>(args, stream);
     };
+    if (PlainStep::is(layout, plan)) return launch_tiled_kernel<Fp8, kHeadSize, 1, false, true>(args, stream);
     if (plan.column_tiles == 1) return launch(std::integral_constant<int, 1>{});
     if (plan.column_tiles == 2) return launch(std::integral_constant<int, 2>{});
     if constexpr (kHeadSize <= 128) launch(std::integral_constant<int, 4>{});
