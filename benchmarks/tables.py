@@ -1,4 +1,4 @@
-"""Regenerates the tables of README.md and docs/performance.md from benchmarks/results.
+"""Regenerates the tables of README.md and of the pages on performance from benchmarks/results.
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`. A test compares the pages with the files.
 """
@@ -13,13 +13,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = [ROOT / "README.md", ROOT / "docs" / "performance.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "performance_h100.md"]
 
 Shape = tuple[int, ...]
 Row = dict[str, Any]
 Cell = Callable[[str, Shape], str]
-
-_STEPS = (1, 16, 64, 256, 2048, 16384)
 
 
 class Results:
@@ -100,17 +98,19 @@ def beside(names: Sequence[str], *geometry: int, shapes: Sequence[Shape] = ()) -
 
 
 def peers(name: str, others: Sequence[str], *geometry: int, shapes: Sequence[Shape] = ()) -> str:
-    """Microseconds: ours / the others'."""
+    """Microseconds: ours / the others', "-" where one can't do it."""
     results = Results(name)
 
     def cell(work: str, shape: Shape) -> str:
         row = results.rows.get((work, shape))
         if row is None or not row["peers"]:
             return ""
-        return " / ".join([_number(row["us"]), *(_number(row["peers"][other]) for other in others)])
+        found = (row["peers"].get(other) for other in others)
+        return " / ".join([_number(row["us"]), *("-" if us is None else _number(us) for us in found)])
 
     works = [work for work in results.works() if any(cell(work, shape) for shape in results.shapes(*geometry))]
-    return _matrix(works, shapes or results.shapes(*geometry), cell)
+    shapes = [shape for shape in shapes or results.shapes(*geometry) if any(cell(work, shape) for work in works)]
+    return _matrix(works, shapes, cell)
 
 
 def attention(name: str, threads: int | None = None) -> str:
@@ -142,27 +142,38 @@ def host(names: dict[str, str]) -> str:
     return _table("us, relative to `torch.zero_`", list(names), [[call, *line] for call, line in cells.items()])
 
 
-def step_times() -> str:
-    """A decode step with RoPE by number of tokens."""
-    shapes = [(tokens, 32, 8, 128) for tokens in _STEPS]
-    compiled = Results("decode_h100_peers").rows
-    lines = [
-        [label, *(Results(name).us("step rope NHD", shape) for shape in shapes)]
-        for label, name in (("one launch", "decode_h100"), ("with `FP8KV_PDL=1`", "decode_h100_pdl"))
-    ]
-    lines.append(
-        [
-            "`torch.compile`",
-            *(_number(compiled["step rope NHD", shape]["peers"]["torch.compile"]) for shape in shapes),
-        ]
-    )
-    return _table("us, by number of tokens", list(map(str, _STEPS)), lines)
-
-
 SMALL = [(1, 4096), (16, 4096), (128, 4096), (1024, 4096)]
+VLLM = {"h100": (), "h200": ("vllm",)}  # where it was installed
+
+
+def tables_of(card: str) -> dict[str, Callable[[], str]]:
+    """Those of quantization, caches and steps on a GPU."""
+
+    def runs(what: str) -> list[str]:
+        return [f"{what}_{card}", f"{what}_{card}_pdl", f"{what}_{card}_warm"]
+
+    pytorch = ["torch.compile", "torch eager", *VLLM[card]]
+    geometries = [(8192, 8, 64), (8192, 1, 128), (8192, 4, 128), (8192, 32, 128)]
+    return {
+        f"quantize {card}": lambda: times(f"quantize_{card}"),
+        f"quantize small {card}": lambda: beside(runs("quantize"), shapes=SMALL),
+        f"quantize peers {card}": lambda: peers(f"quantize_{card}_peers", pytorch, shapes=[*SMALL, (8192, 4096)]),
+        f"cache {card}": lambda: times(f"cache_{card}", 8, 128),
+        f"cache 32 {card}": lambda: times(f"cache_{card}", 32, 128),
+        f"cache geometries {card}": lambda: times(f"cache_{card}", shapes=geometries),
+        f"cache small {card}": lambda: beside(runs("cache"), 8, 128),
+        f"cache peers {card}": lambda: peers(f"cache_{card}_peers", pytorch, 8, 128),
+        f"decode {card}": lambda: times(f"decode_{card}", 32, 8, 128),
+        f"decode small {card}": lambda: beside(runs("decode"), 32, 8, 128),
+        f"decode peers {card}": lambda: peers(
+            f"decode_{card}_peers", ["separate ops", "torch.compile", "torch eager"], 32, 8, 128
+        ),
+    }
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quantize shares": lambda: shares(
-        "quantize_h100",
+        "quantize_h200",
         {
             "static, per tensor": "static tensor",
             "static, per channel": "static channel",
@@ -172,41 +183,15 @@ TABLES: dict[str, Callable[[], str]] = {
         },
         shapes=[(1, 4096), (128, 4096), (1024, 4096), (8192, 4096), (16384, 8192)],
     ),
-    "cache shares": lambda: shares(
-        "cache_h100",
-        {
-            "append, per head, NHD": "append head NHD",
-            "append, per head, HND": "append head HND",
-            "append, per token and head, NHD": "append token-head NHD",
-            "gather, per head, NHD": "gather head NHD",
-        },
-        8,
-        128,
-    ),
-    "step": step_times,
-    "quantize h100": lambda: times("quantize_h100"),
-    "quantize h200": lambda: times("quantize_h200"),
+    **tables_of("h200"),
+    **tables_of("h100"),
     "quantize cpu": lambda: times("quantize_cpu", threads=1),
-    "quantize small h100": lambda: beside(["quantize_h100", "quantize_h100_pdl", "quantize_h100_warm"], shapes=SMALL),
-    "quantize peers h100": lambda: peers(
-        "quantize_h100_peers", ["torch.compile", "torch eager"], shapes=[*SMALL, (8192, 4096)]
-    ),
-    "cache h100": lambda: times("cache_h100", 8, 128),
-    "cache 32 h100": lambda: times("cache_h100", 32, 128),
-    "cache geometries h100": lambda: times(
-        "cache_h100", shapes=[(8192, 8, 64), (8192, 1, 128), (8192, 4, 128), (8192, 32, 128)]
-    ),
-    "cache h200": lambda: times("cache_h200", 8, 128),
     "cache cpu": lambda: times("cache_cpu", 8, 128, threads=1),
-    "cache small h100": lambda: beside(["cache_h100", "cache_h100_pdl", "cache_h100_warm"], 8, 128),
-    "cache peers h100": lambda: peers("cache_h100_peers", ["torch.compile", "torch eager"], 8, 128),
-    "decode h100": lambda: times("decode_h100", 32, 8, 128),
-    "decode h200": lambda: times("decode_h200", 32, 8, 128),
     "decode cpu": lambda: times("decode_cpu", 32, 8, 128, threads=1),
-    "decode small h100": lambda: beside(["decode_h100", "decode_h100_pdl", "decode_h100_warm"], 32, 8, 128),
-    "decode peers h100": lambda: peers("decode_h100_peers", ["separate ops", "torch.compile", "torch eager"], 32, 8, 128),
+    "attention h200": lambda: attention("attention_h200"),
+    "attention peers h200": lambda: attention("attention_h200_peers"),
     "attention cpu": lambda: attention("attention_cpu", threads=1),
-    "host": lambda: host({"H100": "h100", "H200": "h200", "CPU": "cpu"}),
+    "host": lambda: host({"H200": "h200", "H100": "h100", "CPU": "cpu"}),
 }
 
 

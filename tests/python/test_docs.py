@@ -61,18 +61,14 @@ def test_python_blocks_of_a_page(page: Path, tmp_path: Path, monkeypatch: pytest
         exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
 
 
-#: Pages that are still to be wrapped.
-WIDE_PAGES = ("accuracy.md", "attention.md", "engine.md", "optimization_notes.md", "performance.md", "transformers.md")
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in WIDE_PAGES], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_lines_of_a_page_have_at_most_128_columns(page: Path) -> None:
     """As lines of code have, but for tables and what stands between fences."""
     text = re.sub(r"^ *```.*?^ *```|^ *\|[^\n]*", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     assert [line for line in text.splitlines() if len(line) > 128] == []
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "performance.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("performance*.md"))], ids=lambda page: page.name)
 def test_the_tables_of_a_page_hold_the_numbers_of_the_results(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     render = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))["render"]
