@@ -237,8 +237,9 @@ class Fp8KVImpl(AttentionImpl[Fp8KVMetadata]):
                     softmax_scale=self.scale, softcap=self.logits_soft_cap, s_aux=self.sinks,
                 )  # fmt: skip
                 continue
+            whole = part.rows == slice(0, len(query))  # a view takes the host longer than the question
             paged_attention(
-                query[part.rows],
+                query if whole else query[part.rows],
                 cache.key_cache,
                 cache.value_cache,
                 block_table,
@@ -253,7 +254,7 @@ class Fp8KVImpl(AttentionImpl[Fp8KVMetadata]):
                 sliding_window=self.sliding_window,
                 softcap=self.logits_soft_cap,
                 sinks=self.sinks,
-                out=output[part.rows],
+                out=output if whole else output[part.rows],
             )
         return output
 
