@@ -152,7 +152,7 @@ def peer_table(report: Report) -> Table | None:
     if not rows:
         return None
     isa = rows[0].isa
-    result = Table(title=f"Beside peers on {report.device}" + (f", {isa}" if isa else ""))
+    result = Table(title=f"Compared with peers on {report.device}" + (f", {isa}" if isa else ""))
     result.add_column("work", no_wrap=True)
     for name in ("shape", *(("threads",) if isa else ()), f"{OURS} us", "fastest peer"):
         result.add_column(name, justify="right", no_wrap=True)

@@ -237,7 +237,7 @@ def test_bench_of_attention_writes_tables_json_and_picture(tmp_path: Path) -> No
     assert (report.what, report.against) == ("attention", "read")
     assert {row.work for row in report.rows} == {"decode head NHD", "ragged head NHD"}
     assert all(row.errors["fp8kv"] <= 2.5e-3 for row in report.rows)
-    for words in ("share of read", "Beside peers", "gather", "SDPA", "paged_attention"):
+    for words in ("share of read", "Compared with peers", "gather", "SDPA", "paged_attention"):
         assert words in output
     assert picture.read_bytes().startswith(PNG)
 
