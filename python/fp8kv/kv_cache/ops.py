@@ -170,7 +170,7 @@ def rope_quant_and_cache(
         value: likewise.
         query_out: ``[num_tokens, num_heads, head_size]``, any strides; written, for every token whatever its
             slot. Of the FP8 dtype of the caches or uint8: quantized; float32, float16 or bfloat16: not. Rows
-            beyond the slots stay as they are. Beside int8 caches it is not quantized.
+            beyond the slots stay as they are. With int8 caches it is not quantized.
         key_cache: as for `reshape_and_cache_flash`, as are `value_cache`, `slot_mapping` and
             `kv_cache_dtype`; written.
         value_cache: likewise; written.
