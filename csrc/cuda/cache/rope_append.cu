@@ -361,11 +361,11 @@ void launch_vectorized(const RopeLayout& l, const TokenIndices& slots, const Pos
   if (plan.vecs_per_thread == 2) return launch_many_heads<In, Fp8>(extended, blocks, l, stream);
   const auto launch = [&]<Rope kRope, bool kNorm>() {
     if (l.extended())
-      launch_dependent(rope_append_vectorized<In, Fp8, kRope, kNorm, 1, true>, blocks, plan.threads, stream, extended);
-    else
-      launch_dependent(plan.query_heads_per_thread == 2 ? rope_append_vectorized<In, Fp8, kRope, kNorm, 2>
-                                                        : rope_append_vectorized<In, Fp8, kRope, kNorm, 1>,
-                       blocks, plan.threads, stream, args);
+      return launch_dependent(rope_append_vectorized<In, Fp8, kRope, kNorm, 1, true>, blocks, plan.threads, stream, extended);
+    auto kernel = rope_append_vectorized<In, Fp8, kRope, kNorm, 1>;
+    if constexpr (kRope != Rope::None || kNorm)  // else two heads have nothing to share
+      if (plan.query_heads_per_thread == 2) kernel = rope_append_vectorized<In, Fp8, kRope, kNorm, 2>;
+    launch_dependent(kernel, blocks, plan.threads, stream, args);
   };
   visit_transforms(l, launch);
 }
