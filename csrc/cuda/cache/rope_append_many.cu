@@ -8,14 +8,7 @@ constexpr unsigned kThreads = core::kManyHeadsThreads;
 constexpr int kBlocks = 7;           // per multiprocessor: at most 72 registers
 constexpr int kUnit = 2 * kVecSize;  // elements that a thread takes of a head
 
-// These loads are not ld.global.nc, which ptxas may move before the wait for the kernel before.
-__device__ __forceinline__ void load16(std::uint32_t* words, const void* p) {
-  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "l"(p)
-               : "memory");
-}
-// Else the words stay. As one instruction, for which the compiler makes no copies of them.
+// A load under a condition; else the words stay. As one instruction, for which the compiler makes no copies of them.
 __device__ __forceinline__ void load16_if(bool condition, std::uint32_t* words, const void* p) {
   asm volatile(
       "{\n"
@@ -26,9 +19,6 @@ __device__ __forceinline__ void load16_if(bool condition, std::uint32_t* words, 
       : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
       : "l"(p), "r"(static_cast<std::uint32_t>(condition))
       : "memory");
-}
-__device__ __forceinline__ void load8(std::uint32_t* words, const void* p) {
-  asm volatile("ld.global.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(p) : "memory");
 }
 __device__ __forceinline__ std::uint32_t load4(const void* p) {
   std::uint32_t word;
@@ -51,24 +41,6 @@ struct LoadedIndex {
     return static_cast<std::int64_t>(std::uint64_t{wide ? high : sign} << 32 | low);
   }
 };
-
-// Four elements as fp32, of fp32 or of In.
-template <class In>
-__device__ __forceinline__ void load_four(const void* data, bool wide, std::int64_t offset, float* to) {
-  if (wide) {
-    std::uint32_t words[4];
-    load16(words, static_cast<const float*>(data) + offset);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) to[i] = __uint_as_float(words[i]);
-  } else {
-    Vec<In> vec{};
-    load8(vec.words, static_cast<const In*>(data) + offset);
-    float values[kVecSize];
-    device::unpack(vec, values);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) to[i] = values[i];
-  }
-}
 
 // One element as fp32.
 template <class In>
@@ -118,7 +90,7 @@ __device__ __forceinline__ bool fill(Shared& shared, const ManyHeadsArgs& p, int
       const std::uint32_t four = i % (kUnit / 4);
       const Unit unit = unit_of<kRope>(p, i / (kUnit / 4));
       float values[4];
-      load_four<In>(s.norm_weight, p.wide_weights[which], unit.begin + four / 2 * unit.second + four % 2 * 4, values);
+      load_half<In>(s.norm_weight, p.wide_weights[which], unit.begin + four / 2 * unit.second + four % 2 * 4, values);
       shared.weights[four][unit.index] = {values[0], values[1], values[2], values[3]};
     }
   }
@@ -136,10 +108,10 @@ __device__ __forceinline__ void load_cos_sin(const ManyHeadsArgs& p, std::uint32
   const std::uint32_t size = p.wide_cos_sin ? sizeof(float) : sizeof(In), second = p.wide_cos_sin ? 16 : 0;
   const char* cos = static_cast<const char*>(p.cos_sin) + (position * p.cos_sin_row + first) * size;
   const char* sin = cos + p.rotary_units * kVecSize * size;
-  load16(to.cos, cos);
-  load16(to.cos + 4, cos + second);
-  load16(to.sin, sin);
-  load16(to.sin + 4, sin + second);
+  device::load16(to.cos, cos);
+  device::load16(to.cos + 4, cos + second);
+  device::load16(to.sin, sin);
+  device::load16(to.sin + 4, sin + second);
 }
 
 template <class In>

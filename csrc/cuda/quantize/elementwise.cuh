@@ -186,33 +186,36 @@ __global__ void __launch_bounds__(128)
 
 // --- One scale per row ----------
 
-// A vector per thread.
-template <class Op, class In, class Out>
-__global__ void __launch_bounds__(256)
-    elementwise_vectorized(const In* input, Out* result, const float* scales, const __grid_constant__ IndexMap map) {
+// Calls f(place of the row, vector in it) for the vector of this thread, if there is one.
+template <class F>
+__device__ __forceinline__ void visit_vec_of_row(const IndexMap& map, const F& f) {
   const std::uint32_t vec = blockIdx.x * blockDim.x + threadIdx.x;
   if (vec >= map.count) return;
   device::wait_then_release();
   const auto [row, vec_in_row] = map.vecs_per_row.divmod(vec);
-  const Offsets at = map.at<-1>(row);
-  const Vec<In> raw = device::load_aligned(input + at.in + vec_in_row * kVecSize);
-  const auto scale = Op::prepare(scales[at.scale]);
-  device::store_aligned(result + at.out + vec_in_row * kVecSize, device::convert_vec<Op, Out>(raw, scale));
+  f(map.at<-1>(row), vec_in_row);
+}
+
+template <class Op, class In, class Out>
+__global__ void __launch_bounds__(256)
+    elementwise_vectorized(const In* input, Out* result, const float* scales, const __grid_constant__ IndexMap map) {
+  visit_vec_of_row(map, [&](const Offsets& at, std::uint32_t vec) {
+    const Vec<In> raw = device::load_aligned(input + at.in + vec * kVecSize);
+    const auto scale = Op::prepare(scales[at.scale]);
+    device::store_aligned(result + at.out + vec * kVecSize, device::convert_vec<Op, Out>(raw, scale));
+  });
 }
 
 template <class Op, class In, class Out>
 __global__ void __launch_bounds__(256)
     elementwise_vectorized_unaligned(const In* input, Out* result, const float* scales, const __grid_constant__ IndexMap map) {
-  const std::uint32_t vec = blockIdx.x * blockDim.x + threadIdx.x;
-  if (vec >= map.count) return;
-  device::wait_then_release();
-  const auto [row, vec_in_row] = map.vecs_per_row.divmod(vec);
-  const Offsets at = map.at<-1>(row);
-  const Slice slice = slice_of(result + at.out, vec_in_row, map.row_size);
-  if (slice.range.begin >= slice.range.end) return;
-  const Vec<In> raw = device::load_any(input + at.in, slice.first, map.row_size, slice.range);
-  const auto scale = Op::prepare(scales[at.scale]);
-  device::store_range(result + at.out + slice.first, device::convert_vec<Op, Out>(raw, scale), slice.range);
+  visit_vec_of_row(map, [&](const Offsets& at, std::uint32_t vec) {
+    const Slice slice = slice_of(result + at.out, vec, map.row_size);
+    if (slice.range.begin >= slice.range.end) return;
+    const Vec<In> raw = device::load_any(input + at.in, slice.first, map.row_size, slice.range);
+    const auto scale = Op::prepare(scales[at.scale]);
+    device::store_range(result + at.out + slice.first, device::convert_vec<Op, Out>(raw, scale), slice.range);
+  });
 }
 
 // --- Scales that change along a row ----------
