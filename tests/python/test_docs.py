@@ -68,14 +68,14 @@ def test_lines_of_a_page_have_at_most_128_columns(page: Path) -> None:
     assert [line for line in text.splitlines() if len(line) > 128] == []
 
 
-@pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("performance*.md"))], ids=lambda page: page.name
-)
+TABLES = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
+
+
+@pytest.mark.parametrize("page", TABLES["PAGES"], ids=lambda page: page.name)
 def test_the_tables_of_a_page_hold_the_numbers_of_the_results(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    render = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))["render"]
     assert "<!-- table " in text
-    assert render(text) == text, "run `python benchmarks/tables.py`"
+    assert TABLES["render"](text) == text, "run `python benchmarks/tables.py`"
 
 
 def anchors(page: Path) -> set[str]:
