@@ -227,11 +227,19 @@ def rope_quant_and_cache(
 
     See also: `reshape_and_cache_flash`.
     """
-    rope_append(
+    arguments = (
         query, key, value, query_out, key_cache, value_cache, slot_mapping, kv_cache_dtype, q_scale, k_scale,
-        v_scale, positions, cos_sin_cache, is_neox, q_norm_weight, k_norm_weight, norm_eps, k_offset,
-        v_offset, mrope_section, mrope_interleaved, norm_after_rope,
+        v_scale, positions, cos_sin_cache, is_neox,
     )  # fmt: skip
+    has_norm = q_norm_weight is not None or k_norm_weight is not None
+    # Arguments that say nothing are left to the operator, as each that is passed takes the host 0.07 microseconds.
+    if has_norm or k_offset is not None or v_offset is not None or mrope_section is not None or norm_after_rope:
+        rope_append(
+            *arguments, q_norm_weight, k_norm_weight, norm_eps, k_offset, v_offset, mrope_section,
+            mrope_interleaved, norm_after_rope,
+        )  # fmt: skip
+    else:
+        rope_append(*arguments)
 
 
 def gather_and_dequant_cache(
