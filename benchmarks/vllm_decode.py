@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 32, 8, 128
 VOCABULARY = 32000
-#: Rounds of a measured step; the first ones are not counted.
-WARM_UP, STEPS = 5, 20
+#: Steps before those that are measured, and steps with a profiler after them.
+WARM_UP, PROFILED = 5, 10
 #: What kernels do, by their names, the first that fits.
 KINDS = {
     "cache write": r"reshape_and_cache|append",
@@ -80,6 +80,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs")
     parser.add_argument("--strategy", choices=["attn_head", "tensor"], default="attn_head")
     parser.add_argument("--memory", type=float, default=80.0, help="GiB of the caches of a GPU, at most")
+    parser.add_argument("--steps", type=int, default=20, help="that are measured, of which the median is taken")
+    parser.add_argument("--gpu-memory-utilization", type=float, help="of vLLM, where other programs use the GPU too")
     parser.add_argument("--no-tokens", action="store_true", help="leaves the comparison of tokens out")
     parser.add_argument("--no-steps", action="store_true", help="leaves the times out")
     parser.add_argument("--quick", action="store_true", help="three settings, one batch and context, 2 layers")
@@ -89,19 +91,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.quick:
         options.settings, options.batches, options.contexts = ["reference", "fp8kv", "flash-fp8"], [8], [1024]
         options.layers = 2
-    for name in ("batches", "contexts"):
-        if min(getattr(options, name)) < 1:
+    for name, least in (("batches", min(options.batches)), ("contexts", min(options.contexts)), ("steps", options.steps)):
+        if least < 1:
             parser.error(f"--{name} must be at least 1")
     if NUM_KV_HEADS % options.tensor_parallel:
         parser.error(f"--tensor-parallel must divide {NUM_KV_HEADS}")
     return options
 
 
+def longest_of(context: int, options: argparse.Namespace) -> int:
+    """Tokens of a sequence after all steps."""
+    return context + WARM_UP + int(options.steps) + PROFILED + 8
+
+
 def cases(options: argparse.Namespace) -> list[tuple[int, int]]:
     """Batches and contexts whose caches in 16 bits fit, the largest last."""
     of_token = 2 * 2 * options.layers * NUM_KV_HEADS * HEAD_SIZE // options.tensor_parallel
     pairs = [(b, c) for b in options.batches for c in options.contexts]
-    fitting = [(b, c) for b, c in pairs if b * (c + 64) * of_token <= options.memory * 2**30]
+    fitting = [(b, c) for b, c in pairs if b * longest_of(c, options) * of_token <= options.memory * 2**30]
     return sorted(fitting, key=lambda case: case[0] * case[1])
 
 
@@ -164,7 +171,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     if not options.no_tokens:
         result["tokens"] = greedy_tokens(engine)
     if not options.no_steps and not SETTINGS[name].reference:
-        result["steps"] = [measure(engine, *case) for case in cases(options)]
+        result["steps"] = [measure(engine, *case, options.steps) for case in cases(options)]
     return result
 
 
@@ -176,7 +183,7 @@ def make_engine(setting: Setting, options: argparse.Namespace) -> Any:
         from fp8kv.vllm.versions import BACKEND_NAME as backend  # noqa: N811
     if setting.reference:
         attend_by_the_reference()
-    longest = max([1024, *(c for _, c in cases(options))]) + 64
+    longest = max([1024 + 64, *(longest_of(c, options) for _, c in cases(options))])
     largest = max([8, *(b for b, _ in cases(options))])
     folder = tempfile.mkdtemp()
     config = model_config(options, longest, quantized=setting.cache == "fp8")
@@ -191,7 +198,9 @@ def make_engine(setting: Setting, options: argparse.Namespace) -> Any:
         },
         "compiled": {"compilation_config": {"cudagraph_capture_sizes": sizes}},
     }[setting.mode]  # fmt: skip
-    needed = max([8 * 1024, *(b * (c + 64) for b, c in cases(options))]) * 1.1
+    if options.gpu_memory_utilization is not None:
+        how["gpu_memory_utilization"] = options.gpu_memory_utilization
+    needed = max([8 * 1024, *(b * longest_of(c, options) for b, c in cases(options))]) * 1.1
     of_token = 2 * 2 * options.layers * NUM_KV_HEADS * HEAD_SIZE // options.tensor_parallel
     engine = LLM(
         folder,
@@ -353,7 +362,7 @@ def gap_of_difference(expected: dict[str, Any], actual: dict[str, Any]) -> float
 # Steps
 
 
-def measure(engine: Any, batch: int, context: int) -> dict[str, Any]:
+def measure(engine: Any, batch: int, context: int, steps: int) -> dict[str, Any]:
     """Decode steps of sequences that have `context` tokens at first: milliseconds, and times of kernels.
 
     With several GPUs the kernels run in other processes, and their times are 0.
@@ -363,7 +372,7 @@ def measure(engine: Any, batch: int, context: int) -> dict[str, Any]:
     from vllm import SamplingParams
 
     core = engine.llm_engine
-    wanted = WARM_UP + 2 * STEPS
+    wanted = WARM_UP + steps + PROFILED
     parameters = SamplingParams(max_tokens=wanted + 8, temperature=0.0, ignore_eos=True, detokenize=False)
     prompts: list[Any] = [
         {"prompt_token_ids": [(7 * i + j) % (VOCABULARY - 10) + 3 for j in range(context)]} for i in range(batch)
@@ -381,18 +390,17 @@ def measure(engine: Any, batch: int, context: int) -> dict[str, Any]:
         begun |= {output.request_id for output in core.step() if output.outputs[0].token_ids}
     torch.cuda.synchronize()
     times = []
-    for _ in range(WARM_UP + STEPS):
+    for _ in range(WARM_UP + steps):
         begin = time.perf_counter()
         core.step()
         torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - begin))
-    rounds = STEPS // 2
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(rounds):
+        for _ in range(PROFILED):
             core.step()
         torch.cuda.synchronize()
     kernels = {
-        event.key: event.self_device_time_total / rounds
+        event.key: event.self_device_time_total / PROFILED
         for event in profiler.key_averages()
         if event.self_device_time_total > 0
     }
@@ -404,6 +412,7 @@ def measure(engine: Any, batch: int, context: int) -> dict[str, Any]:
         "context": context,
         "prefill_s": prefill,
         "step_ms": statistics.median(times[WARM_UP:]),
+        "fastest_step_ms": min(times[WARM_UP:]),
         "kernels_us": sum(kernels.values()),
         **{f"{kind} us": us for kind, us in by_kind(kernels).items()},
         "longest": dict(sorted(kernels.items(), key=lambda item: -item[1])[:12]),
