@@ -136,7 +136,7 @@ int choose_cluster(const AttentionLayout& l, const DeviceLimits& limits, const A
 // Warps for the parts of a column; each has a few of them. Not more than let the blocks of the merging kernel start early.
 int sharers_of(std::int64_t parts, const AttentionPlan& plan) {
   constexpr std::int64_t kMostWarps = 8 * 2048;
-  auto sharers = static_cast<int>(std::bit_ceil(static_cast<unsigned>(std::clamp<std::int64_t>(ceil_div(parts, 4), 1, 8))));
+  auto sharers = static_cast<int>(std::bit_ceil(static_cast<unsigned>(std::clamp<std::int64_t>(ceil_div(parts, 4), 1, 16))));
   while (sharers > 1 && plan.merges * plan.columns * sharers > kMostWarps) sharers /= 2;
   return sharers;
 }

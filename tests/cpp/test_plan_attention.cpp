@@ -295,6 +295,16 @@ TEST(PlanAttention, AnotherKernelMergesWhatIsTooMuchForABlock) {
   EXPECT_EQ(merges({.seqs = 1, .max_len = 131072, .heads = 8, .kv_heads = 1, .num_splits = 4}), 0);
 }
 
+TEST(PlanAttention, AFewPartsForEachWarpThatMerges) {
+  const auto sharers = [](const Shape& s) { return plan_of(s).merge_sharers; };
+  const Shape one{.seqs = 1, .max_len = 131072, .heads = 4, .kv_heads = 1, .head_size = 256};
+  EXPECT_EQ(plan_of(one).parts, kMultiprocessors);
+  EXPECT_EQ(sharers(one), 16);
+  EXPECT_EQ(sharers({.seqs = 1, .max_len = 131072, .heads = 16, .kv_heads = 4}), 1) << "merged by their last block";
+  EXPECT_EQ(sharers({.seqs = 1, .max_len = 131072, .heads = 32, .kv_heads = 4}), 16) << "33 parts";
+  EXPECT_EQ(sharers({.seqs = 16, .max_len = 8192, .heads = 32, .kv_heads = 2, .head_size = 256}), 2) << "5 parts";
+}
+
 TEST(PlanAttention, AWindowBoundsTheTiles) {
   PagedAttention p = problem_of({.seqs = 1, .max_len = 131072});
   p.sliding_window = 128;
