@@ -12,7 +12,7 @@ constexpr int kMaxWarps = 8;
 constexpr int kMaxColumns = 64;  // that share a reading of K and V
 constexpr std::int64_t kMaxSlots = 1 << 30;
 // The cost of beginning and ending an item, in bytes of K and V that a multiprocessor could have read in that time.
-constexpr std::int64_t kItemOverhead = 256 * 1024;
+constexpr std::int64_t kItemOverhead = 128 * 1024;
 constexpr std::int64_t kMaxOverhead = 256;  // tiles
 
 bool is_tiled_head_size(std::int64_t size) { return size == 64 || size == 96 || size == 128 || size == 192 || size == 256; }

@@ -278,9 +278,9 @@ TEST(PlanAttention, ManySmallerBlocksWhereThereAreManyItems) {
 }
 
 TEST(PlanAttention, AnItemCostsAsManyTilesAsWereReadMeanwhile) {
-  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192}).item_overhead, 64);
-  EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192}).item_overhead, 16) << "by one of four blocks";
-  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192, .head_size = 256}).item_overhead, 32) << "larger tiles";
+  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192}).item_overhead, 32);
+  EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192}).item_overhead, 8) << "by one of four blocks";
+  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192, .head_size = 256}).item_overhead, 16) << "larger tiles";
 }
 
 TEST(PlanAttention, AnotherKernelMergesWhatIsTooMuchForABlock) {

@@ -4,8 +4,9 @@
 // A tile is 16 neighboring positions of a sequence. An item is what a block does at a time: the tiles of one sequence and KV
 // head, for some of its queries. Items are counted in units, in the order of the sequences:
 //   parts == 0: a unit is a tile of an item. The blocks divide all units equally, of which an item has some more for what it
-//               costs to begin with it. Where all sequences are alike, the same number of blocks divide each item, or each
-//               block has whole items, at the same time as its neighbors those next to them.
+//               costs to begin with it; each KV head has as many blocks, if that leaves few of them idle. Where all sequences
+//               are alike, the same number of blocks divide each item, or each block has whole items, at the same time as its
+//               neighbors those next to them.
 //   parts > 0:  a unit is one of so many nearly equal parts of the tiles of an item, one for each block. Where there are fewer
 //               tiles than are worth so many blocks, the first parts have them.
 // Ends of shares are rounded up to as many tiles as a block takes at once.
@@ -224,6 +225,10 @@ struct Cursor {
   unsigned of_sequence;     // units of every sequence, if there is a step
   unsigned blocks_of_item;  // 0: shares end anywhere
   unsigned overhead;        // units of an item before those of its tiles
+  // The blocks that share the same units, of all KV heads or of one of them: the number of them before these, that of this
+  // block among them, and the last one's.
+  unsigned blocks_before, block, last_block;
+  unsigned first_head, heads;
 };
 
 // Divisors that the host knows; at least 1.
@@ -231,11 +236,13 @@ struct Divisors {
   FastDiv group;  // query heads of a KV head
   FastDiv parts;  // plan.parts
   FastDiv items;  // of one sequence with such parts, at most
+  FastDiv heads;  // of K and V
 
   Divisors(const AttentionLayout& layout, const AttentionPlan& plan)
       : group(layout.heads_per_kv_head()),
         parts(plan.parts > 0 ? plan.parts : 1),
-        items(plan.parts > 0 && layout.num_seqs == 1 ? plan.blocks / plan.parts : 1) {}
+        items(plan.parts > 0 && layout.num_seqs == 1 ? plan.blocks / plan.parts : 1),
+        heads(layout.num_kv_heads) {}
 };
 
 // All threads of a warp call everything together.
@@ -247,6 +254,7 @@ class Schedule {
         group_(divisors.group),
         parts_(divisors.parts),
         items_(divisors.items),
+        heads_(divisors.heads),
         slots_(layout, plan, workspace),
         lane_(static_cast<int>(threadIdx.x % 32)) {}
 
@@ -264,16 +272,20 @@ class Schedule {
     for (int s = first; s < last; ++s) {
       const Sequence sequence = Sequence::load(l_, s);
       const unsigned of_item = units_of_item(tiles_of(sequence));
-      const unsigned in_sequence = static_cast<unsigned>(l_.num_kv_heads) * column_blocks_of(sequence);
-      items += in_sequence;
-      units += in_sequence * of_item;
+      const unsigned of_head = column_blocks_of(sequence);
+      items += of_head;
+      units += of_head * of_item;
       of_items.add(of_item);
-      of_sequences.add(in_sequence * of_item);
+      of_sequences.add(of_head * of_item);
     }
     const bool alike = of_items.is_one_value() && of_sequences.is_one_value();
-    Cursor c{};
-    if (plan_.parts == 0 && !alike) c.overhead = static_cast<unsigned>(plan_.item_overhead);
-    units += items * c.overhead;
+    Cursor c{.block = blockIdx.x, .last_block = static_cast<unsigned>(plan_.blocks) - 1, .heads = heads_.divisor};
+    if (plan_.parts == 0 && !alike) {
+      c.overhead = static_cast<unsigned>(plan_.item_overhead);
+      divide_heads(c);
+    }
+    units = (units + items * c.overhead) * c.heads;
+    items *= c.heads;
     const unsigned sum = inclusive_sum(units);
     share_out(__shfl_sync(kAllLanes, sum, 31), alike ? __reduce_add_sync(kAllLanes, items) : 0, c);
     const int found = __ffs(__ballot_sync(kAllLanes, sum > c.unit)) - 1;
@@ -324,9 +336,23 @@ class Schedule {
     return value;
   }
 
+  // The same number of blocks for each KV head, if no more than a few are idle: neighboring blocks read rows that are side by
+  // side in memory at the same time.
+  __device__ void divide_heads(Cursor& c) const {
+    const unsigned blocks = static_cast<unsigned>(plan_.blocks), of_head = heads_.div(blocks);
+    if (16 * of_head * heads_.divisor < 15 * blocks) return;
+    c.heads = 1;
+    c.last_block = of_head - 1;
+    const auto [block, head] = heads_.divmod(blockIdx.x);
+    if (block >= of_head) return;  // idle
+    c.first_head = head;
+    c.blocks_before = head * of_head;
+    c.block = block;
+  }
+
   // `items`: their number if all sequences are alike, else 0.
   __device__ void share_out(unsigned total, unsigned items, Cursor& c) const {
-    const unsigned block = blockIdx.x;
+    const unsigned block = c.block;
     if (plan_.parts > 0) {
       c.unit = block;
       c.end = total;
@@ -334,10 +360,10 @@ class Schedule {
         slots_.store_no_item(static_cast<int>(block));
       return;
     }
-    if (lane_ == 0 && plan_.merges > 0) slots_.store_no_item(static_cast<int>(2 * block + 1));
+    if (lane_ == 0 && plan_.merges > 0) slots_.store_no_item(static_cast<int>(2 * (c.blocks_before + block) + 1));
     if (total == 0) return;
     // Blocks beyond those that are worth starting have nothing to do.
-    const unsigned blocks = min(static_cast<unsigned>(plan_.blocks), rounds_of(total));
+    const unsigned blocks = min(c.last_block + 1, rounds_of(total));
     const unsigned rounds = (items + blocks - 1) / blocks;
     if (items > 0 && items <= blocks) {
       // The same number of blocks for each item: none has to begin twice.
@@ -380,14 +406,14 @@ class Schedule {
       column_blocks = column_blocks_of(sequence);
       all = tiles_of(sequence);
       units = units_of_item(all) + c.overhead;
-      const unsigned in_sequence = static_cast<unsigned>(l_.num_kv_heads) * column_blocks * units;
+      const unsigned in_sequence = c.heads * column_blocks * units;
       if (c.unit - c.first_unit < in_sequence) break;
       c.first_unit += in_sequence;
       ++c.index;
     }
     const unsigned place = c.unit - c.first_unit, number = plan_.parts > 0 ? parts_.div(place) : place / units,
                    from = place - number * units;
-    describe(item, sequence, c.index, number, column_blocks);
+    describe(item, sequence, c.index, number + c.first_head * column_blocks, column_blocks);
     // Units are those of all tiles of the sequence, of which the queries of an item may see only some.
     const unsigned tiles = max(all.end - all.begin, 0);
     unsigned first = 0, last = tiles;
@@ -400,12 +426,12 @@ class Schedule {
       }
       // A block has at most two items that it doesn't finish alone: the one it begins with and the one it ends with.
       if (from > c.overhead || to < units) {
-        const unsigned block = blockIdx.x, end = begin + (units - c.overhead);
+        const unsigned block = c.block, end = begin + (units - c.overhead);
         const unsigned first_block = c.blocks_of_item > 0 ? block - block % c.blocks_of_item : min(block_of(c, begin), block);
         const unsigned last_block = c.blocks_of_item > 0 ? first_block + c.blocks_of_item - 1 : block_of(c, end - 1);
-        item.slot = static_cast<int>(2 * block + (from <= c.overhead));
-        item.first_slot = static_cast<int>(2 * first_block + 1);
-        item.parts = static_cast<int>(min(last_block, static_cast<unsigned>(plan_.blocks) - 1) - first_block + 1);
+        item.slot = static_cast<int>(2 * (c.blocks_before + block) + (from <= c.overhead));
+        item.first_slot = static_cast<int>(2 * (c.blocks_before + first_block) + 1);
+        item.parts = static_cast<int>(min(last_block, c.last_block) - first_block + 1);
         first = tiles_before(rounds_of(max(from, c.overhead) - c.overhead), tiles);
         last = tiles_before(rounds_of(to - c.overhead), tiles);
       }
@@ -500,6 +526,7 @@ class Schedule {
   const FastDiv& group_;
   const FastDiv& parts_;
   const FastDiv& items_;
+  const FastDiv& heads_;
   Slots slots_;
   int lane_;
 };
