@@ -909,6 +909,7 @@ __device__ __forceinline__ void attend_all(const TiledArgs& args, std::byte* sha
     __syncthreads();
     if (work.item.nothing) return;
     attention.attend();
+    if (args.layout.num_seqs == 1 && args.plan.parts > 0) return;  // that was the only one
   }
 }
 
