@@ -263,7 +263,7 @@ struct AttentionPlan {
   std::int64_t slots = 0;           // partial results in the workspace; 0: no item is divided
   int cluster = 1;                  // blocks that are a cluster: 1, or `parts`
   std::int64_t merges = 0;          // items at most that another kernel merges; 0: none, as the blocks do it
-  int merge_sharers = 1;            // warps that merge the parts of a column: 1, 2, 4 or 8
+  int merge_sharers = 1;            // warps that merge the parts of a column: 1, 2, 4, 8 or 16
   std::int64_t workspace_size = 0;  // bytes
 };
 

@@ -12,7 +12,7 @@ constexpr int kMaxWarps = 8;
 constexpr int kMaxColumns = 64;  // that share a reading of K and V
 constexpr std::int64_t kMaxSlots = 1 << 30;
 // The cost of beginning and ending an item, in bytes of K and V that a multiprocessor could have read in that time.
-constexpr std::int64_t kItemOverhead = 256 * 1024;
+constexpr std::int64_t kItemOverhead = 128 * 1024;
 constexpr std::int64_t kMaxOverhead = 256;  // tiles
 
 bool is_tiled_head_size(std::int64_t size) { return size == 64 || size == 96 || size == 128 || size == 192 || size == 256; }
@@ -136,7 +136,7 @@ int choose_cluster(const AttentionLayout& l, const DeviceLimits& limits, const A
 // Warps for the parts of a column; each has a few of them. Not more than let the blocks of the merging kernel start early.
 int sharers_of(std::int64_t parts, const AttentionPlan& plan) {
   constexpr std::int64_t kMostWarps = 8 * 2048;
-  auto sharers = static_cast<int>(std::bit_ceil(static_cast<unsigned>(std::clamp<std::int64_t>(ceil_div(parts, 4), 1, 8))));
+  auto sharers = static_cast<int>(std::bit_ceil(static_cast<unsigned>(std::clamp<std::int64_t>(ceil_div(parts, 4), 1, 16))));
   while (sharers > 1 && plan.merges * plan.columns * sharers > kMostWarps) sharers /= 2;
   return sharers;
 }

@@ -53,6 +53,13 @@ Case of_two_kinds(const char* name, std::int64_t heads, std::int64_t kv_heads, s
       0,    false, 0,        v_head_size, v_cache};
 }
 
+// So many, up to `longest` tokens long.
+std::vector<int> lengths_of(int count, int longest) {
+  std::vector<int> lengths(count);
+  for (int i = 0; i < count; ++i) lengths[i] = 37 * i * i % (longest + 1);
+  return lengths;
+}
+
 Case changed(Case c, const std::function<void(Case&)>& change) {
   change(c);
   return c;
@@ -85,6 +92,13 @@ const Case kCases[] = {
     {"one_sequence_of_int8_in_a_cluster", 16, 4, 64, 16, {1000}, {}, 0, DType::Int8},
     {"one_sequence_of_tokens_in_a_cluster", 8, 2, 128, 32, {900}, {2}, 0, DType::E4M3, Scales::Token},
     {"one_sequence_with_a_window", 32, 8, 128, 16, {1500}, {}, 0, DType::E4M3, Scales::Head, 20},
+    {"one_sequence_of_16_parts", 32, 8, 128, 16, {5000}, {}},
+    {"one_sequence_of_66_parts", 8, 2, 128, 16, {9000}, {}},
+    {"one_sequence_of_132_parts", 4, 1, 256, 16, {17000}, {}},
+    {"more_items_than_blocks", 32, 16, 64, 16, lengths_of(70, 200), {}},
+    {"more_items_than_blocks_128", 16, 16, 128, 16, lengths_of(60, 150), {}},
+    {"more_items_than_blocks_256", 16, 16, 256, 16, lengths_of(20, 150), std::vector<int>(20, 2)},
+    {"more_items_than_blocks_alike", 16, 16, 128, 16, std::vector<int>(64, 100), {}},
     {"misaligned", 8, 2, 128, 16, {100, 37}, {}, 0, DType::E4M3, Scales::Head, 0, false, 1},
     {"blocks_of_7", 6, 3, 80, 7, {100, 37}, {2, 1}},
     {"plain", 6, 3, 40, 7, {100, 37}, {}, 0, DType::BFloat16},

@@ -278,9 +278,9 @@ TEST(PlanAttention, ManySmallerBlocksWhereThereAreManyItems) {
 }
 
 TEST(PlanAttention, AnItemCostsAsManyTilesAsWereReadMeanwhile) {
-  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192}).item_overhead, 64);
-  EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192}).item_overhead, 16) << "by one of four blocks";
-  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192, .head_size = 256}).item_overhead, 32) << "larger tiles";
+  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192}).item_overhead, 32);
+  EXPECT_EQ(plan_of({.seqs = 64, .max_len = 8192}).item_overhead, 8) << "by one of four blocks";
+  EXPECT_EQ(plan_of({.seqs = 16, .max_len = 8192, .head_size = 256}).item_overhead, 16) << "larger tiles";
 }
 
 TEST(PlanAttention, AnotherKernelMergesWhatIsTooMuchForABlock) {
@@ -293,6 +293,16 @@ TEST(PlanAttention, AnotherKernelMergesWhatIsTooMuchForABlock) {
   EXPECT_EQ(merges({.seqs = 1, .max_len = 131072, .heads = 8, .kv_heads = 1}), 1) << "132 parts";
   EXPECT_EQ(merges({.seqs = 1, .max_len = 131072, .heads = 8, .kv_heads = 1, .num_splits = 100}), 1);
   EXPECT_EQ(merges({.seqs = 1, .max_len = 131072, .heads = 8, .kv_heads = 1, .num_splits = 4}), 0);
+}
+
+TEST(PlanAttention, AFewPartsForEachWarpThatMerges) {
+  const auto sharers = [](const Shape& s) { return plan_of(s).merge_sharers; };
+  const Shape one{.seqs = 1, .max_len = 131072, .heads = 4, .kv_heads = 1, .head_size = 256};
+  EXPECT_EQ(plan_of(one).parts, kMultiprocessors);
+  EXPECT_EQ(sharers(one), 16);
+  EXPECT_EQ(sharers({.seqs = 1, .max_len = 131072, .heads = 16, .kv_heads = 4}), 1) << "merged by their last block";
+  EXPECT_EQ(sharers({.seqs = 1, .max_len = 131072, .heads = 32, .kv_heads = 4}), 16) << "33 parts";
+  EXPECT_EQ(sharers({.seqs = 16, .max_len = 8192, .heads = 32, .kv_heads = 2, .head_size = 256}), 2) << "5 parts";
 }
 
 TEST(PlanAttention, AWindowBoundsTheTiles) {

@@ -4,10 +4,12 @@
 // A tile is 16 neighboring positions of a sequence. An item is what a block does at a time: the tiles of one sequence and KV
 // head, for some of its queries. Items are counted in units, in the order of the sequences:
 //   parts == 0: a unit is a tile of an item. The blocks divide all units equally, of which an item has some more for what it
-//               costs to begin with it. Where all sequences are alike, the same number of blocks divide each item, or each
-//               block has whole items, at the same time as its neighbors those next to them.
+//               costs to begin with it; each KV head has as many blocks, if that leaves few of them idle. Where all sequences
+//               are alike, the same number of blocks divide each item, or each block has whole items, at the same time as its
+//               neighbors those next to them.
 //   parts > 0:  a unit is one of so many nearly equal parts of the tiles of an item, one for each block. Where there are fewer
 //               tiles than are worth so many blocks, the first parts have them.
+// Ends of shares are rounded up to as many tiles as a block takes at once.
 // The first warp of a block finds its items, one after the other, and leaves them in shared memory. Of an item that falls to
 // several blocks, each leaves a partial result in the workspace. The last one to do so merges them, or another kernel
 // (plan.merges > 0).
@@ -223,20 +225,45 @@ struct Cursor {
   unsigned of_sequence;     // units of every sequence, if there is a step
   unsigned blocks_of_item;  // 0: shares end anywhere
   unsigned overhead;        // units of an item before those of its tiles
+  // The blocks that share the same units, of all KV heads or of one of them: the number of them before these, that of this
+  // block among them, and the last one's.
+  unsigned blocks_before, block, last_block;
+  unsigned first_head, heads;
+};
+
+// Divisors that the host knows; at least 1.
+struct Divisors {
+  FastDiv group;  // query heads of a KV head
+  FastDiv parts;  // plan.parts
+  FastDiv items;  // of one sequence with such parts, at most
+  FastDiv heads;  // of K and V
+
+  Divisors(const AttentionLayout& layout, const AttentionPlan& plan)
+      : group(layout.heads_per_kv_head()),
+        parts(plan.parts > 0 ? plan.parts : 1),
+        items(plan.parts > 0 && layout.num_seqs == 1 ? plan.blocks / plan.parts : 1),
+        heads(layout.num_kv_heads) {}
 };
 
 // All threads of a warp call everything together.
 class Schedule {
  public:
-  __device__ Schedule(const AttentionLayout& layout, const AttentionPlan& plan, const FastDiv& group, void* workspace)
-      : l_(layout), plan_(plan), group_(group), slots_(layout, plan, workspace), lane_(static_cast<int>(threadIdx.x % 32)) {}
+  __device__ Schedule(const AttentionLayout& layout, const AttentionPlan& plan, const Divisors& divisors, void* workspace)
+      : l_(layout),
+        plan_(plan),
+        group_(divisors.group),
+        parts_(divisors.parts),
+        items_(divisors.items),
+        heads_(divisors.heads),
+        slots_(layout, plan, workspace),
+        lane_(static_cast<int>(threadIdx.x % 32)) {}
 
-  // The share of this block, and a sequence at or before the one that it begins with.
-  __device__ void begin(Cursor& cursor) const {
-    if (l_.num_seqs == 1 && plan_.parts > 0 && plan_.merges == 0) {  // shorter: advance() finds the end
-      if (lane_ == 0) cursor = Cursor{.unit = blockIdx.x, .end = UINT_MAX};
-      __syncwarp();
-      return;
+  // The share of this block, and a sequence at or before the one that it begins with; or the only item of this block: true.
+  __device__ bool begin(Cursor& cursor, Item& item) const {
+    if (l_.num_seqs == 1 && plan_.parts > 0) {
+      const Item found = only_item();
+      if (lane_ == 0) cursor = Cursor{}, item = found;
+      return true;
     }
     const int count = static_cast<int>(l_.num_seqs), per_lane = (count + 31) / 32;
     const int first = min(lane_ * per_lane, count), last = min(first + per_lane, count);
@@ -245,16 +272,20 @@ class Schedule {
     for (int s = first; s < last; ++s) {
       const Sequence sequence = Sequence::load(l_, s);
       const unsigned of_item = units_of_item(tiles_of(sequence));
-      const unsigned in_sequence = static_cast<unsigned>(l_.num_kv_heads) * column_blocks_of(sequence);
-      items += in_sequence;
-      units += in_sequence * of_item;
+      const unsigned of_head = column_blocks_of(sequence);
+      items += of_head;
+      units += of_head * of_item;
       of_items.add(of_item);
-      of_sequences.add(in_sequence * of_item);
+      of_sequences.add(of_head * of_item);
     }
     const bool alike = of_items.is_one_value() && of_sequences.is_one_value();
-    Cursor c{};
-    if (plan_.parts == 0 && !alike) c.overhead = static_cast<unsigned>(plan_.item_overhead);
-    units += items * c.overhead;
+    Cursor c{.block = blockIdx.x, .last_block = static_cast<unsigned>(plan_.blocks) - 1, .heads = heads_.divisor};
+    if (plan_.parts == 0 && !alike) {
+      c.overhead = static_cast<unsigned>(plan_.item_overhead);
+      divide_heads(c);
+    }
+    units = (units + items * c.overhead) * c.heads;
+    items *= c.heads;
     const unsigned sum = inclusive_sum(units);
     share_out(__shfl_sync(kAllLanes, sum, 31), alike ? __reduce_add_sync(kAllLanes, items) : 0, c);
     const int found = __ffs(__ballot_sync(kAllLanes, sum > c.unit)) - 1;
@@ -263,6 +294,7 @@ class Schedule {
     if (found < 0) c.end = c.unit;  // nothing to do
     if (lane_ == 0) cursor = c;
     __syncwarp();
+    return false;
   }
 
   // The next item of this block.
@@ -286,10 +318,13 @@ class Schedule {
     return plan_.parts > 0 ? static_cast<unsigned>(plan_.parts) : max(tiles.end - tiles.begin, 1);
   }
 
-  // parts > 0: so many parts of an item get tiles.
-  __device__ unsigned parts_of(unsigned tiles) const {
-    const auto least = static_cast<unsigned>(plan_.least_units);  // a power of two
-    return min(max((tiles + least - 1) >> __popc(least - 1), 1), static_cast<unsigned>(plan_.parts));
+  // Of so many tiles as are worth a block, one for each warp. Items are divided between them.
+  __device__ unsigned rounds_of(unsigned tiles) const {
+    const auto least = static_cast<unsigned>(plan_.least_units);
+    return (tiles + least - 1) >> __popc(least - 1);
+  }
+  __device__ unsigned tiles_before(unsigned round, unsigned tiles) const {
+    return min(round * static_cast<unsigned>(plan_.least_units), tiles);
   }
 
   __device__ unsigned inclusive_sum(unsigned value) const {
@@ -301,9 +336,23 @@ class Schedule {
     return value;
   }
 
+  // The same number of blocks for each KV head, if no more than a few are idle: neighboring blocks read rows that are side by
+  // side in memory at the same time.
+  __device__ void divide_heads(Cursor& c) const {
+    const unsigned blocks = static_cast<unsigned>(plan_.blocks), of_head = heads_.div(blocks);
+    if (16 * of_head * heads_.divisor < 15 * blocks) return;
+    c.heads = 1;
+    c.last_block = of_head - 1;
+    const auto [block, head] = heads_.divmod(blockIdx.x);
+    if (block >= of_head) return;  // idle
+    c.first_head = head;
+    c.blocks_before = head * of_head;
+    c.block = block;
+  }
+
   // `items`: their number if all sequences are alike, else 0.
   __device__ void share_out(unsigned total, unsigned items, Cursor& c) const {
-    const unsigned block = blockIdx.x;
+    const unsigned block = c.block;
     if (plan_.parts > 0) {
       c.unit = block;
       c.end = total;
@@ -311,11 +360,10 @@ class Schedule {
         slots_.store_no_item(static_cast<int>(block));
       return;
     }
-    if (lane_ == 0 && plan_.merges > 0) slots_.store_no_item(static_cast<int>(2 * block + 1));
+    if (lane_ == 0 && plan_.merges > 0) slots_.store_no_item(static_cast<int>(2 * (c.blocks_before + block) + 1));
     if (total == 0) return;
     // Blocks beyond those that are worth starting have nothing to do.
-    const unsigned least = static_cast<unsigned>(plan_.least_units);
-    const unsigned blocks = min(static_cast<unsigned>(plan_.blocks), (total + least - 1) / least);
+    const unsigned blocks = min(c.last_block + 1, rounds_of(total));
     const unsigned rounds = (items + blocks - 1) / blocks;
     if (items > 0 && items <= blocks) {
       // The same number of blocks for each item: none has to begin twice.
@@ -358,21 +406,14 @@ class Schedule {
       column_blocks = column_blocks_of(sequence);
       all = tiles_of(sequence);
       units = units_of_item(all) + c.overhead;
-      const unsigned in_sequence = static_cast<unsigned>(l_.num_kv_heads) * column_blocks * units;
-      if (l_.num_seqs == 1) c.end = min(c.end, in_sequence);
+      const unsigned in_sequence = c.heads * column_blocks * units;
       if (c.unit - c.first_unit < in_sequence) break;
       c.first_unit += in_sequence;
       ++c.index;
     }
-    const unsigned number = (c.unit - c.first_unit) / units, from = c.unit - c.first_unit - number * units;
-    const unsigned kv_head = column_blocks == 1 ? number : number / column_blocks;
-    item.sequence = sequence;
-    item.index = c.index;
-    item.kv_head = static_cast<int>(kv_head);
-    item.first_column = static_cast<int>(number - kv_head * column_blocks) * plan_.columns;
-    item.num_columns = min(plan_.columns, sequence.num_queries * static_cast<int>(group_.divisor) - item.first_column);
-    item.slot = Item::kWhole;
-
+    const unsigned place = c.unit - c.first_unit, number = plan_.parts > 0 ? parts_.div(place) : place / units,
+                   from = place - number * units;
+    describe(item, sequence, c.index, number + c.first_head * column_blocks, column_blocks);
     // Units are those of all tiles of the sequence, of which the queries of an item may see only some.
     const unsigned tiles = max(all.end - all.begin, 0);
     unsigned first = 0, last = tiles;
@@ -385,37 +426,83 @@ class Schedule {
       }
       // A block has at most two items that it doesn't finish alone: the one it begins with and the one it ends with.
       if (from > c.overhead || to < units) {
-        const unsigned block = blockIdx.x, end = begin + (units - c.overhead);
+        const unsigned block = c.block, end = begin + (units - c.overhead);
         const unsigned first_block = c.blocks_of_item > 0 ? block - block % c.blocks_of_item : min(block_of(c, begin), block);
         const unsigned last_block = c.blocks_of_item > 0 ? first_block + c.blocks_of_item - 1 : block_of(c, end - 1);
-        item.slot = static_cast<int>(2 * block + (from <= c.overhead));
-        item.first_slot = static_cast<int>(2 * first_block + 1);
-        item.parts = static_cast<int>(min(last_block, static_cast<unsigned>(plan_.blocks) - 1) - first_block + 1);
-        first = max(from, c.overhead) - c.overhead;
-        last = to - c.overhead;
+        item.slot = static_cast<int>(2 * (c.blocks_before + block) + (from <= c.overhead));
+        item.first_slot = static_cast<int>(2 * (c.blocks_before + first_block) + 1);
+        item.parts = static_cast<int>(min(last_block, c.last_block) - first_block + 1);
+        first = tiles_before(rounds_of(max(from, c.overhead) - c.overhead), tiles);
+        last = tiles_before(rounds_of(to - c.overhead), tiles);
       }
     } else {
-      // Without slots the first part has everything.
-      const unsigned first_slot = c.unit - from;
-      const bool has_slots = units > 1 && first_slot + units <= plan_.slots;
-      const unsigned parts = has_slots ? parts_of(tiles) : plan_.cluster > 1 ? units : 1;
-      if (from >= parts) {
-        item.num_columns = 0;
-      } else if (parts > 1) {
-        item.slot = has_slots ? static_cast<int>(c.unit) : Item::kInCluster;
-        item.first_slot = static_cast<int>(first_slot);
-        item.parts = static_cast<int>(parts);
-      } else if (lane_ == 0 && has_slots && plan_.merges > 0) {
-        slots_.store_no_item(static_cast<int>(first_slot));
-      }
-      const unsigned share = tiles / parts, longer = tiles - share * parts;
-      first = share * from + min(from, longer);
-      last = from < parts ? first + share + (from < longer) : first;
+      take_part(item, from, c.unit - from, tiles, first, last);
       c.unit = c.unit + gridDim.x < c.unit ? c.end : c.unit + gridDim.x;
     }
+    set_tiles(item, all, first, last, column_blocks);
+  }
+
+  // Where one sequence has fixed parts. Blocks alternate between its items, but those of a cluster have the same one: rows of
+  // neighboring KV heads, which are side by side in memory, are read at the same time.
+  __device__ Item only_item() const {
+    const Sequence sequence = Sequence::load(l_, 0);
+    unsigned number, part;
+    if (plan_.cluster > 1)
+      number = parts_.div(blockIdx.x), part = blockIdx.x - number * parts_.divisor;
+    else
+      part = items_.div(blockIdx.x), number = blockIdx.x - part * items_.divisor;
+    const unsigned column_blocks = column_blocks_of(sequence), first_slot = number * parts_.divisor;
+    Item item{};
+    item.nothing = number >= static_cast<unsigned>(l_.num_kv_heads) * column_blocks;
+    if (item.nothing) {
+      if (lane_ == 0 && part == 0 && plan_.merges > 0) slots_.store_no_item(static_cast<int>(first_slot));
+      return item;
+    }
+    const Positions all = tiles_of(sequence);
+    describe(item, sequence, 0, number, column_blocks);
+    unsigned first, last;
+    take_part(item, part, first_slot, max(all.end - all.begin, 0), first, last);
+    set_tiles(item, all, first, last, column_blocks);
+    return item;
+  }
+
+  // The item `number` of a sequence, but for its tiles.
+  __device__ void describe(Item& item, const Sequence& sequence, int index, unsigned number, unsigned column_blocks) const {
+    const unsigned kv_head = column_blocks == 1 ? number : number / column_blocks;
+    item.sequence = sequence;
+    item.index = index;
+    item.kv_head = static_cast<int>(kv_head);
+    item.first_column = static_cast<int>(number - kv_head * column_blocks) * plan_.columns;
+    item.num_columns = min(plan_.columns, sequence.num_queries * static_cast<int>(group_.divisor) - item.first_column);
+    item.slot = Item::kWhole;
+  }
+
+  // Which of its tiles a part of an item has. Without slots the first part has everything.
+  __device__ void take_part(Item& item, unsigned part, unsigned first_slot, unsigned tiles, unsigned& first,
+                            unsigned& last) const {
+    const auto most = static_cast<unsigned>(plan_.parts);
+    const bool has_slots = most > 1 && first_slot + most <= plan_.slots;
+    const unsigned rounds = rounds_of(tiles), parts = has_slots ? min(max(rounds, 1), most) : plan_.cluster > 1 ? most : 1;
+    if (part >= parts) {
+      item.num_columns = 0;
+    } else if (parts > 1) {
+      item.slot = has_slots ? static_cast<int>(first_slot + part) : Item::kInCluster;
+      item.first_slot = static_cast<int>(first_slot);
+      item.parts = static_cast<int>(parts);
+    } else if (lane_ == 0 && has_slots && plan_.merges > 0) {
+      slots_.store_no_item(static_cast<int>(first_slot));
+    }
+    const unsigned share = parts == most ? parts_.div(rounds) : rounds / parts, longer = rounds - share * parts;
+    const unsigned round = share * part + min(part, longer);
+    first = tiles_before(round, tiles);
+    last = part < parts ? tiles_before(round + share + (part < longer), tiles) : first;
+  }
+
+  // Tiles [first, last) of those of the sequence, as far as the queries of the item see them.
+  __device__ void set_tiles(Item& item, const Positions& all, unsigned first, unsigned last, unsigned column_blocks) const {
     if (lane_ == 0 && plan_.merges > 0 && item.slot >= 0 && item.slot == item.first_slot)
       slots_.store(item.slot, {.parts = item.parts,
-                               .first_row = sequence.first_row,
+                               .first_row = item.sequence.first_row,
                                .first_column = item.first_column,
                                .num_columns = item.num_columns,
                                .kv_head = item.kv_head});
@@ -423,7 +510,7 @@ class Schedule {
     if (column_blocks > 1) {
       const auto first_query = static_cast<int>(group_.div(item.first_column)),
                  last_query = static_cast<int>(group_.div(item.first_column + max(item.num_columns, 1) - 1));
-      seen = sequence.seen_by_any(l_, first_query, last_query + 1).tiles();
+      seen = item.sequence.seen_by_any(l_, first_query, last_query + 1).tiles();
     }
     item.tiles = {max(all.begin + static_cast<int>(first), seen.begin), min(all.begin + static_cast<int>(last), seen.end)};
   }
@@ -436,7 +523,10 @@ class Schedule {
 
   const AttentionLayout& l_;
   const AttentionPlan& plan_;
-  const FastDiv& group_;  // query heads of a KV head
+  const FastDiv& group_;
+  const FastDiv& parts_;
+  const FastDiv& items_;
+  const FastDiv& heads_;
   Slots slots_;
   int lane_;
 };

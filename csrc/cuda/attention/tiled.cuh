@@ -24,7 +24,7 @@ struct TiledArgs {
   AttentionPlan plan;
   CacheStrides keys, values;
   FastDiv tiles_per_block;  // of the cache
-  FastDiv group;            // query heads of a KV head
+  Divisors divisors;
   void* workspace;
 };
 
@@ -255,11 +255,11 @@ class TiledAttention {
 
   // The query of a column of the item.
   __device__ int query_of(int column) const {
-    return static_cast<int>(args_.group.div(static_cast<std::uint32_t>(item_.first_column + column)));
+    return static_cast<int>(args_.divisors.group.div(static_cast<std::uint32_t>(item_.first_column + column)));
   }
 
   __device__ Column place_of(int column) const {
-    const int query = l_.cu_query_lens.data ? query_of(column) : 0, group = static_cast<int>(args_.group.divisor);
+    const int query = l_.cu_query_lens.data ? query_of(column) : 0, group = static_cast<int>(args_.divisors.group.divisor);
     return {item_.sequence.first_row + query, item_.kv_head * group + item_.first_column + column - query * group};
   }
 
@@ -664,7 +664,7 @@ class TiledAttention {
       const int first_warp = column / kWarpColumns, in_warp = column % kWarpColumns;
       Softmax total;
       Lane sums{};
-      merge_parts(
+      merge_parts<kMaxWarps>(
           parts, total, sums, [&](int part) { return warp_softmax(first_warp + part * step)[in_warp]; },
           [&](int part) { return *reinterpret_cast<const Lane*>(warp_sums(first_warp + part * step, in_warp) + dim); });
       if (item_.slot == Item::kWhole) {
@@ -687,10 +687,9 @@ class TiledAttention {
 
   // Adds parts to what is known of a column. `load_softmax(part)` is a maximum and a sum, `load_sums(part)` this lane's
   // elements. Lanes don't wait for each other, and loads of several parts are on their way at once.
-  template <class LoadSoftmax, class LoadSums>
+  template <int kAtOnce, class LoadSoftmax, class LoadSums>
   __device__ static void merge_parts(int parts, Softmax& total, Lane& sums, const LoadSoftmax& load_softmax,
                                      const LoadSums& load_sums) {
-    constexpr int kAtOnce = 8;
 #pragma unroll 1
     for (int first = 0; first < parts; first += kAtOnce) {
       Softmax softmax[kAtOnce];
@@ -753,7 +752,7 @@ class TiledAttention {
     for (int i = warp_ * blocks + rank; i < pieces; i += warps_ * blocks) {
       Softmax total;
       Lane sums{};
-      merge_parts(
+      merge_parts<1 << core::AttentionClusters::kMaxLog2Blocks>(
           blocks, total, sums, [&](int part) { return *reinterpret_cast<const Softmax*>(received(i, part) + kPiece); },
           [&](int part) { return *reinterpret_cast<const Lane*>(received(i, part) + lane_ * kPerLane); });
       end(i / kPieces, i % kPieces * kPiece + lane_ * kPerLane, total, sums, value_scale);
@@ -765,6 +764,7 @@ class TiledAttention {
 
   // The last block to write its part of the item merges all of them.
   __device__ void merge_slots(const Slots& slots, float value_scale) {
+    constexpr int kLaterParts = 15;  // at once: of 16 parts, as one sequence of 8 KV heads has them
     __syncthreads();
     const bool last = threadIdx.x == 0 && slots.arrives_last(item_.first_slot, item_.parts);
     if (!__syncthreads_or(last)) return;
@@ -776,7 +776,7 @@ class TiledAttention {
       Softmax total = load_softmax(softmax);
       Lane sums = load_lane(of_lane);
       softmax = slots.next(softmax), of_lane = slots.next(of_lane);
-      merge_parts(
+      merge_parts<kLaterParts>(
           later_parts, total, sums, [&](int part) { return load_softmax(slots.later(softmax, part)); },
           [&](int part) { return load_lane(slots.later(of_lane, part)); });
       end(column, dim, total, sums, value_scale);
@@ -856,7 +856,7 @@ struct PlainStep {
     return !l.cu_query_lens.data && !l.seq_starts.data && !l.sinks.data && !l.lse.data && !l.k_offset.data &&
            !l.v_offset.data && !l.q_scale && l.softcap == 0.0f && l.sliding_window == 0 && l.query_dtype == DType::BFloat16 &&
            l.out_dtype == DType::BFloat16 && l.out.dim == 1 && l.block_table.stride == 1 && l.seq_lens.stride == 1 &&
-           is_of_head(l.k_scale) && is_of_head(l.v_scale) && plan.columns == core::kColumnTile && plan.merges == 0;
+           is_of_head(l.k_scale) && is_of_head(l.v_scale) && plan.columns == core::kColumnTile;
   }
 
   __device__ static TiledArgs of(TiledArgs args) {
@@ -868,13 +868,23 @@ struct PlainStep {
     l.out.dim = l.block_table.stride = l.seq_lens.stride = 1;
     l.k_scale = {l.k_scale.data, 0, 0, l.k_scale.head, 0};
     l.v_scale = {l.v_scale.data, 0, 0, l.v_scale.head, 0};
-    args.plan.column_tiles = args.plan.column_warps = 1, args.plan.columns = core::kColumnTile, args.plan.merges = 0;
+    args.plan.column_tiles = args.plan.column_warps = 1, args.plan.columns = core::kColumnTile;
     return args;
   }
 
  private:
   static bool is_of_head(const core::ChannelScales& scale) { return scale.data && scale.dim == 0 && !scale.per_token(); }
 };
+
+// The blocks bring the table of one sequence into the L2 cache, while they find out what they have of it.
+__device__ __forceinline__ void prefetch_table(const TiledArgs& args) {
+  constexpr unsigned kEntries = 8;  // of a sector
+  const AttentionLayout& l = args.layout;
+  const unsigned entry = kEntries * ((threadIdx.x - 32) * gridDim.x + blockIdx.x);
+  const unsigned entries = min(static_cast<unsigned>(l.max_blocks), args.tiles_per_block.div(l.max_seq_len / kTile) + 1);
+  if (entry < entries)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const int*>(l.block_table.data) + entry * l.block_table.stride));
+}
 
 template <class Fp8, int kHeadSize, int kColumnTiles, bool kPerToken>
 __device__ __forceinline__ void attend_all(const TiledArgs& args, std::byte* shared) {
@@ -885,15 +895,21 @@ __device__ __forceinline__ void attend_all(const TiledArgs& args, std::byte* sha
   if (args.plan.cluster > 1) inbox.open();
   device::wait_then_release();
   const bool schedules = threadIdx.x < 32;
-  const Schedule schedule(args.layout, args.plan, args.group, args.workspace);
-  if (schedules) schedule.begin(work.cursor);
+  const Schedule schedule(args.layout, args.plan, args.divisors, args.workspace);
+  bool found = false;  // the first item
+  if (schedules)
+    found = schedule.begin(work.cursor, work.item);
+  else if (args.layout.num_seqs == 1)
+    prefetch_table(args);
   if (args.plan.cluster > 1) inbox.wait_for_all_open();
   TiledAttention<Fp8, kHeadSize, kColumnTiles, kPerToken> attention(args, memory, work.item, shared);
   while (true) {
-    if (schedules) schedule.next(work.cursor, work.item);
+    if (schedules && !found) schedule.next(work.cursor, work.item);
+    found = false;
     __syncthreads();
     if (work.item.nothing) return;
     attention.attend();
+    if (args.layout.num_seqs == 1 && args.plan.parts > 0) return;  // that was the only one
   }
 }
 

@@ -75,7 +75,7 @@ void launch_tiled(const AttentionLayout& layout, const AttentionPlan& plan, void
                        .keys = CacheStrides(layout.key_cache),
                        .values = CacheStrides(layout.value_cache),
                        .tiles_per_block = FastDiv(layout.block_size / kTile),
-                       .group = FastDiv(layout.heads_per_kv_head()),
+                       .divisors = Divisors(layout, plan),
                        .workspace = workspace};
   core::visit_quantized(layout.cache_dtype, [&]<class Fp8>(core::Type<Fp8>) {
     const auto launch = [&]<int kColumnTiles>(std::integral_constant<int, kColumnTiles>) {
