@@ -423,7 +423,7 @@ def test_where_an_empty_sequence_starts_does_not_matter(device: torch.device) ->
 TABLE = [[1, 0, 4], [2, 3, 0]]
 #: block_table, cu_seq_lens, seq_starts, the sentence, and the rows that are written on CUDA; of a cache of 5
 #: blocks of 4 tokens and 10 rows of key and value.
-BAD_INDICES = {
+BAD_INDICES: dict[str, tuple[list[list[int]], list[int], list[int] | None, str, list[int]]] = {
     "no block": (
         [[1, -1, 4], [2, 3, 0]], [0, 6, 10], None,
         "block_table must have blocks from 0 to num_blocks - 1 = 4, got -1 at 1 in sequence 0",
