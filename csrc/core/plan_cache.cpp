@@ -27,12 +27,27 @@ bool cache_vecs_aligned(const CacheLayout& layout) {
   return layout.head_size % kVecSize == 0;
 }
 
+// Whether all strides count less than 2^32 bytes, but for those of scales per channel.
+bool strides_are_short(const CacheLayout& layout) {
+  const auto fits = [](std::int64_t stride, std::int64_t size, std::int64_t element) {
+    return size <= 1 || stride <= std::int64_t{UINT32_MAX} / element;
+  };
+  const std::int64_t row = size_of(layout.row_dtype), cached = size_of(layout.cache_dtype), scale = sizeof(float);
+  const auto short_ones = [&](const KVViews& kv) {
+    return fits(kv.rows.token, layout.num_tokens, row) && fits(kv.rows.head, layout.num_heads, row) &&
+           fits(kv.cache.block, layout.num_blocks, cached) && fits(kv.cache.offset, layout.block_size, cached) &&
+           fits(kv.cache.head, layout.num_heads, cached) && fits(kv.scales.block, layout.num_blocks, scale) &&
+           fits(kv.scales.offset, layout.block_size, scale) && fits(kv.scales.head, layout.num_heads, scale);
+  };
+  return short_ones(layout.k) && (layout.sides == 1 || short_ones(layout.v));
+}
+
 // With given scales; the start of a plan with dynamic ones. `max_slot`: the last that a token may be at.
-CachePlan plan_given_scales(const CacheLayout& layout, std::int64_t max_slot) {
+CachePlan plan_given_scales(const CacheLayout& layout, std::int64_t max_slot, bool can_align = true) {
   CachePlan plan;
   plan.tokens = layout.num_tokens;
   if (!contiguous_heads(layout) || max_slot >= kMaxChunk || layout.num_heads * layout.head_size >= kMaxChunk) return plan;
-  const bool aligned = cache_vecs_aligned(layout);
+  const bool aligned = can_align && cache_vecs_aligned(layout);
   if (layout.has_channels() && !(aligned && channels_aligned(layout))) return plan;
   plan.path = layout.has_channels() ? KernelPath::PerColumn : KernelPath::Vectorized;
   plan.aligned = aligned;
@@ -91,17 +106,19 @@ CachePlan plan_append_dynamic(const CacheLayout& layout) {
 
 // Positions are int32 by themselves.
 CachePlan plan_gather(const CacheLayout& layout) {
-  CachePlan plan = plan_given_scales(layout, 0);
-  // Once there is enough to do for half as many threads, two tokens share what their channels have, or two vectors what is
-  // found of their token.
-  const bool halves = layout.num_heads % 2 == 0 || plan.vecs_per_head % 2 == 0;
+  // Kernels for one scale per vector take strides in 32 bits where all is aligned.
+  CachePlan plan = plan_given_scales(layout, 0, layout.has_channels() || strides_are_short(layout));
   const std::int64_t vecs = plan.tokens * layout.num_heads * plan.vecs_per_head;
   if (plan.path == KernelPath::PerColumn) {
-    plan.tokens_per_thread = vecs >= 1 << 17 ? 2 : 1;
+    // Once the threads of one token each would come in several waves, two tokens share what their channels have.
+    plan.tokens_per_thread = vecs >= 1 << 18 ? 2 : 1;
     plan.threads = 128;
-  } else if (plan.path == KernelPath::Vectorized && plan.aligned && halves && vecs >= 1 << 17) {
-    plan.vecs_per_thread = 2;
-    plan.threads = 128;
+  } else if (plan.path == KernelPath::Vectorized && plan.aligned && vecs >= 1 << 17) {
+    // Once there is enough to do for fewer threads, vectors share what is found of their token. Two are faster than four where
+    // there is so much to do that places for threads are what lacks.
+    const auto divides = [&](int n) { return layout.num_heads % n == 0 || plan.vecs_per_head % n == 0; };
+    plan.vecs_per_thread = vecs < 1 << 20 && divides(4) ? 4 : divides(2) ? 2 : 1;
+    if (plan.vecs_per_thread > 1) plan.threads = 128;
   }
   return plan;
 }

@@ -125,6 +125,28 @@ CacheAppend channels_append(const Geometry& g, std::int64_t misalignment = 0) {
   return p;
 }
 
+// Where all is aligned, a gather counts the bytes of strides in 32 bits.
+TEST(PlanCache, AGatherWithLongStridesIsNotAligned) {
+  constexpr std::int64_t kLimit = std::int64_t{1} << 32;
+  const auto aligned = [](const CacheAppend& p) { return plan_gather(lower(p).front()).aligned; };
+  CacheAppend p = append_of({16, 8, 128});
+  EXPECT_TRUE(aligned(p));
+  p.value_cache.strides[0] = kLimit - 8;
+  EXPECT_TRUE(aligned(p));
+  p.value_cache.strides[0] = kLimit;
+  EXPECT_FALSE(aligned(p));
+  EXPECT_TRUE(plan_append(lower(p).front()).aligned);
+  p = append_of({16, 8, 128});
+  p.key.strides[0] = kLimit / 2;
+  EXPECT_FALSE(aligned(p)) << "of bf16";
+  p = append_of({1, 8, 128});
+  p.key.strides[0] = kLimit;
+  EXPECT_TRUE(aligned(p)) << "of one token";
+  p = channels_append({16, 8, 128});
+  p.key_cache.strides[0] = kLimit;
+  EXPECT_TRUE(aligned(p)) << "kernels for channels count in 64 bits";
+}
+
 TEST(PlanCache, ChannelsAreVectorsOfScales) {
   const Geometry g{128, 8, 128};
   const CachePlan plan = plan_append(lower(channels_append(g)).front());
@@ -168,8 +190,8 @@ TEST(PlanCache, ManyTokensShareTheScalesOfChannels) {
   EXPECT_EQ(plan_append(lower(channels_append({512, 8, 128})).front()).tokens_per_thread, 4);
   EXPECT_EQ(plan_append(lower(append_of({4095, 8, 128})).front()).tokens_per_thread, 1);
   EXPECT_EQ(plan_append(lower(append_of({4096, 8, 128})).front()).tokens_per_thread, 2);
-  EXPECT_EQ(plan_gather(lower(channels_append({1023, 8, 128})).front()).tokens_per_thread, 1);
-  EXPECT_EQ(plan_gather(lower(channels_append({1024, 8, 128})).front()).tokens_per_thread, 2);
+  EXPECT_EQ(plan_gather(lower(channels_append({2047, 8, 128})).front()).tokens_per_thread, 1);
+  EXPECT_EQ(plan_gather(lower(channels_append({2048, 8, 128})).front()).tokens_per_thread, 2);
 }
 
 TEST(PlanCache, DynamicAppendsWithOffsetsHoldAHeadToo) {
@@ -187,14 +209,20 @@ TEST(PlanCache, DynamicAppendsWithOffsetsHoldAHeadToo) {
   EXPECT_EQ(plan_append_dynamic(lower(dynamic).front()).path, KernelPath::Scalar);
 }
 
-TEST(PlanCache, LargeGathersTakeTwoVectorsPerThread) {
+TEST(PlanCache, LargeGathersTakeSeveralVectorsPerThread) {
   const auto plan = [](const Geometry& g) { return plan_gather(lower(append_of(g)).front()); };
   EXPECT_EQ(plan({1023, 8, 128}).vecs_per_thread, 1);
   EXPECT_EQ(plan({1023, 8, 128}).threads, 256);
-  EXPECT_EQ(plan({1024, 8, 128}).vecs_per_thread, 2);
+  EXPECT_EQ(plan({1024, 8, 128}).vecs_per_thread, 4);
   EXPECT_EQ(plan({1024, 8, 128}).threads, 128);
-  EXPECT_EQ(plan({8192, 1, 128}).vecs_per_thread, 2) << "halves of a head";
-  EXPECT_EQ(plan({8192, 5, 120}).vecs_per_thread, 1) << "neither heads nor vectors can be halved";
+  EXPECT_EQ(plan({8191, 8, 128}).vecs_per_thread, 4);
+  EXPECT_EQ(plan({8192, 8, 128}).vecs_per_thread, 2);
+  EXPECT_EQ(plan({8192, 8, 128}).threads, 128);
+  EXPECT_EQ(plan({8192, 1, 128}).vecs_per_thread, 4) << "fourths of a head";
+  EXPECT_EQ(plan({65536, 1, 128}).vecs_per_thread, 2) << "halves of a head";
+  EXPECT_EQ(plan({8192, 2, 72}).vecs_per_thread, 2) << "neither heads nor vectors can be divided by 4";
+  EXPECT_EQ(plan({8192, 5, 120}).vecs_per_thread, 1) << "nor by 2";
+  EXPECT_EQ(plan({8192, 5, 120}).threads, 256);
   EXPECT_EQ(plan({8192, 8, 20}).vecs_per_thread, 1) << "not aligned";
   EXPECT_EQ(plan_gather(lower(channels_append({8192, 8, 128})).front()).vecs_per_thread, 1);
 }

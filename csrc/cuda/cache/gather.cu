@@ -1,179 +1,314 @@
 // gather_and_dequant_cache: rows of any sequences out of the blocks they lie in.
+#include <limits>
+
 #include "cuda/cache/cache.cuh"
 
 namespace fp8kv::cuda {
 namespace {
 
+// p, `index` strides further on; they count bytes.
+template <class T, class Stride>
+__device__ __forceinline__ T* step(T* p, std::uint32_t index, Stride stride) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + index * static_cast<std::uint64_t>(stride));
+}
+
+// A sequence: its tokens from `begin` up to `end`, and the position of the first.
+struct Span {
+  std::uint32_t index;
+  int begin;
+  int end;
+  int start;
+};
+inline constexpr Span kBeforeAll{.index = 0, .begin = 0, .end = INT32_MIN, .start = 0};
+
+// Where a token lies in the cache. The block may be any number: Sequences::num_blocks is the limit of those that are there.
+struct Place {
+  std::uint32_t block = 0xffffffffu;
+  std::uint32_t offset = 0;
+};
+
 // Sequences, and where their positions lie. Whatever the index tensors hold, nothing outside of them or of the cache is read.
-// Tokens, positions and blocks count in 32 bits, as the index tensors do; a negative one says that there is none.
+// Tokens, positions and blocks count in 32 bits, as the index tensors do; a negative one says that there is none. Strides count
+// bytes: in 32 bits where they fit, as they nearly always do.
+template <class Stride>
 struct Sequences {
   const int* cu_seq_lens;
-  std::int64_t cu_seq_lens_stride;
   const int* starts;  // nullptr: all 0
-  std::int64_t starts_stride;
   const int* table;
-  std::int64_t table_row;
-  std::int64_t table_stride;
+  Stride cu_seq_lens_stride;
+  Stride starts_stride;
+  Stride table_row;
+  Stride table_stride;
+  std::uint32_t count;  // not 0
   std::uint32_t max_blocks;
   std::uint32_t num_blocks;
-  std::uint32_t count;
 
   static Sequences of(const CacheGather& p) {
     const auto data = [](const TensorView& view) { return static_cast<const int*>(view.data); };
+    const auto bytes = [](const TensorView& view, int dim) { return static_cast<Stride>(view.strides[dim] * sizeof(int)); };
     const auto count = [](std::int64_t n) { return static_cast<std::uint32_t>(std::min<std::int64_t>(n, INT32_MAX)); };
     return {.cu_seq_lens = data(p.cu_seq_lens),
-            .cu_seq_lens_stride = p.cu_seq_lens.strides[0],
             .starts = p.seq_starts ? data(*p.seq_starts) : nullptr,
-            .starts_stride = p.seq_starts ? p.seq_starts->strides[0] : 0,
             .table = data(p.block_table),
-            .table_row = p.block_table.strides[0],
-            .table_stride = p.block_table.strides[1],
+            .cu_seq_lens_stride = bytes(p.cu_seq_lens, 0),
+            .starts_stride = p.seq_starts ? bytes(*p.seq_starts, 0) : 0,
+            .table_row = bytes(p.block_table, 0),
+            .table_stride = bytes(p.block_table, 1),
+            .count = count(p.block_table.sizes[0]),
             .max_blocks = count(p.block_table.sizes[1]),
-            .num_blocks = count(p.key_cache.sizes[0]),
-            .count = count(p.block_table.sizes[0])};
+            .num_blocks = count(p.key_cache.sizes[0])};
   }
 
-  __device__ __forceinline__ int sum(std::uint32_t i) const { return __ldg(cu_seq_lens + i * cu_seq_lens_stride); }
-
-  // The first sequence from `first` on that ends after the token, most often `first` itself; `count` if there is none.
-  __device__ __forceinline__ std::uint32_t find(int token, std::uint32_t first) const {
-    if (first < count && sum(first + 1) > token) return first;
-    std::uint32_t end = count;
-    while (first < end) {
-      const std::uint32_t middle = first + (end - first) / 2;
-      if (sum(middle + 1) > token)
-        end = middle;
-      else
-        first = middle + 1;
-    }
-    return first;
+  // Whether all strides fit.
+  static bool fit(const CacheGather& p) {
+    constexpr std::int64_t kLimit = std::numeric_limits<Stride>::max() / std::int64_t{sizeof(int)};
+    return p.cu_seq_lens.strides[0] <= kLimit && (!p.seq_starts || p.seq_starts->strides[0] <= kLimit) &&
+           p.block_table.strides[0] <= kLimit && p.block_table.strides[1] <= kLimit;
   }
 
-  // The same from 0 on, by a whole warp with one token: in each round every lane looks at one of 32 parts.
-  __device__ __forceinline__ std::uint32_t find_together(int token) const {
-    constexpr std::uint32_t kWarp = 32;
-    std::uint32_t first = 0, end = count;
-    while (first < end) {
-      const std::uint32_t part = (end - first + kWarp - 1) / kWarp;
-      const std::uint32_t last = first + (threadIdx.x % kWarp + 1) * part - 1;
-      const unsigned after = __ballot_sync(0xffffffffu, last >= end || sum(last + 1) > token);
-      if (after == 0) return end;
-      first += (__ffs(after) - 1) * part;
-      end = min(end, first + part - 1);
-    }
-    return first;
+  // Index tensors are read without __ldg, whose loads ptxas moves before the wait for the previous kernel.
+  __device__ __forceinline__ int sum(std::uint32_t i) const { return *step(cu_seq_lens, i, cu_seq_lens_stride); }
+
+  // Behind the last sequence, the last one.
+  __device__ __forceinline__ Span span(std::uint32_t index) const {
+    index = min(index, count - 1);
+    const int* sums = step(cu_seq_lens, index, cu_seq_lens_stride);
+    return {.index = index,
+            .begin = *sums,
+            .end = *step(sums, 1, cu_seq_lens_stride),
+            .start = starts ? *step(starts, index, starts_stride) : 0};
   }
 
-  __device__ __forceinline__ int position(int token, std::uint32_t sequence) const {
-    if (sequence >= count) return -1;
-    const int start = starts ? __ldg(starts + sequence * starts_stride) : 0;
-    const int within = static_cast<int>(static_cast<unsigned>(token) - static_cast<unsigned>(sum(sequence)));
-    return (start | within) < 0 ? -1 : static_cast<int>(static_cast<unsigned>(start) + static_cast<unsigned>(within));
+  // The position of a token of a sequence; negative: there is none.
+  __device__ __forceinline__ int position(std::uint32_t token, const Span& sequence) const {
+    constexpr std::uint32_t kSign = 0x80000000u;
+    const auto start = static_cast<std::uint32_t>(sequence.start), within = token - static_cast<std::uint32_t>(sequence.begin);
+    return static_cast<int>((start + within) | ((start | within) & kSign));
   }
 
   // The block of number `index` of a sequence.
-  __device__ __forceinline__ int block(std::uint32_t sequence, std::uint32_t index) const {
-    if (index >= max_blocks) return -1;
-    const int block = __ldg(table + sequence * table_row + index * table_stride);
-    return static_cast<std::uint32_t>(block) < num_blocks ? block : -1;
+  __device__ __forceinline__ std::uint32_t block(std::uint32_t sequence, std::uint32_t index) const {
+    if (index >= max_blocks) return Place{}.block;
+    return static_cast<std::uint32_t>(*step(step(table, sequence, table_row), index, table_stride));
   }
-
-  // Where a token lies in the cache; -1: nowhere. `sequence` must not be behind its own, which it becomes.
-  struct Place {
-    int block;
-    std::uint32_t offset;
-  };
-  __device__ __forceinline__ Place locate(int token, std::uint32_t& sequence, const FastDiv& block_size) const {
-    sequence = find(token, sequence);
+  __device__ __forceinline__ Place place(std::uint32_t token, const Span& sequence, const FastDiv& block_size) const {
     const int at = position(token, sequence);
-    if (at < 0) return {-1, 0};
+    if (at < 0) return {};
     const auto [index, offset] = block_size.divmod(static_cast<std::uint32_t>(at));
-    return {block(sequence, index), offset};
+    return {block(sequence.index, index), offset};
   }
 };
 
-// From one vector of a thread to the next, in elements.
-struct Steps {
-  std::int64_t rows, cache, scales;
+// Finds the sequences of a warp's tokens, which ascend with the lanes. All lanes call it together. Each knows one of 32
+// sequences, so that there is nothing left to load once one of these is found.
+template <class Stride>
+class SequenceFinder {
+ public:
+  explicit __device__ __forceinline__ SequenceFinder(const Sequences<Stride>& sequences)
+      : sequences_(sequences), known_(sequences.span(lane())) {}
+
+  // The sequence that ends first after the lane's token; behind all tokens if there is none.
+  __device__ __forceinline__ Span find(std::uint32_t token, bool wanted) {
+    Span sequence = kBeforeAll;
+    advance(token, wanted, sequence, kAll);
+    return sequence;
+  }
+
+  // The same where one is known that is not behind it.
+  __device__ __forceinline__ void advance(std::uint32_t token, bool wanted, Span& sequence) {
+    advance(token, wanted, sequence, __ballot_sync(kAll, wanted && static_cast<int>(token) >= sequence.end));
+  }
+
+ private:
+  static constexpr std::uint32_t kWarp = 32;
+  static constexpr unsigned kAll = 0xffffffffu;
+  static __device__ __forceinline__ std::uint32_t lane() { return threadIdx.x % kWarp; }
+
+  // For the lanes of `left`. Nearly always they all have tokens of one sequence.
+  __device__ __forceinline__ void advance(std::uint32_t token, bool wanted, Span& sequence, unsigned left) {
+    while (left != 0) {
+      const Span next = first_after(static_cast<int>(__shfl_sync(kAll, token, __ffs(left) - 1)));
+      if (static_cast<int>(token) >= sequence.end) sequence = next;
+      left = __ballot_sync(kAll, wanted && static_cast<int>(token) >= sequence.end);
+    }
+  }
+
+  // The sequence that ends first after a token that is the same in all lanes.
+  __device__ __forceinline__ Span first_after(int token) {
+    std::uint32_t first = 0;
+    if (sequences_.count > kWarp) {
+      std::uint32_t last = sequences_.count;
+      while (last - first > kWarp) {  // in each round, a lane looks at one of 32 parts
+        const std::uint32_t part = (last - first + kWarp - 1) / kWarp, end = first + (lane() + 1) * part;
+        const unsigned after = __ballot_sync(kAll, end >= last || sequences_.sum(end) > token);
+        first += (__ffs(after) - 1) * part;
+        last = min(last, first + part);
+      }
+      known_ = sequences_.span(first + lane());
+    }
+    const unsigned after = __ballot_sync(kAll, known_.end > token);
+    const int found = __ffs(after) - 1;
+    Span span{.index = first + static_cast<std::uint32_t>(found),
+              .begin = __shfl_sync(kAll, known_.begin, found),
+              .end = __shfl_sync(kAll, known_.end, found),
+              .start = sequences_.starts ? __shfl_sync(kAll, known_.start, found) : 0};
+    if (after == 0) span.begin = span.end = INT32_MAX;  // none
+    return span;
+  }
+
+  const Sequences<Stride>& sequences_;
+  Span known_;
 };
 
 struct GatherArgs {
-  KVViews kv[2];
-  int sides;
-  Sequences sequences;
+  Sequences<std::uint32_t> sequences;
   std::uint32_t first_token;
   std::uint32_t num_tokens;
-  std::uint32_t head_size;
   FastDiv vecs_per_token;  // threads of a token
   FastDiv vecs_per_head;
   FastDiv block_size;
-  Steps steps[2];  // with several vectors a thread
+  std::uint32_t head_size;
+  int sides;
+  KVViews kv[2];
 };
 
-// A vector of quantized values with one scale. Only a NaN or an infinity gives NaN, so that the look for it is at the input.
-template <class Out, class In>
-__device__ __forceinline__ Vec<Out> dequantized(const Vec<In>& raw, float scale) {
-  bool any_nan = !is_finite(scale);
-  if constexpr (!std::is_same_v<In, Int8>) {
-    constexpr std::uint32_t kToSign = std::is_same_v<In, E4M3> ? 0x01010101u : 0x04040404u;  // from NaN, from infinity on
-    const std::uint32_t a = (raw.words[0] & 0x7f7f7f7fu) + kToSign, b = (raw.words[1] & 0x7f7f7f7fu) + kToSign;
-    any_nan |= ((a | b) & 0x80808080u) != 0;
+// Parameters of gather_heads, in as few bytes as possible: a launch of few tokens takes 5% longer with all strides in 64 bits.
+// Strides count bytes. K and V share those of caches and rows.
+struct HeadsArgs {
+  struct Side {  // K or V
+    const void* cache;
+    const float* scales;
+    void* rows;
+    std::uint32_t scale_block, scale_offset, scale_head;
+    std::int64_t scale_step;  // from one vector of a thread to the next
+  };
+
+  Sequences<std::uint32_t> sequences;
+  std::uint32_t first_token;
+  std::uint32_t num_tokens;
+  FastDiv vecs_per_token;  // threads of a token
+  FastDiv vecs_per_head;
+  FastDiv block_size;
+  std::uint32_t cache_block, cache_offset, cache_head;
+  std::uint32_t row_token, row_head;
+  std::int64_t cache_step, row_step;
+  int sides;
+  Side side[2];
+};
+
+// Where a token lies, in the lanes that want to know it; nowhere in the others. All lanes of a warp call it together.
+template <class Args>
+__device__ __forceinline__ Place find_place(const Args& p, std::uint32_t token, bool wanted) {
+  const auto& sequences = p.sequences;
+  if (sequences.count == 1) {
+    // One sequence nearly always begins at 0: so its block is asked for together with its length, not after it.
+    if (!wanted) return {};
+    const Span only = sequences.span(0);
+    const auto [index, offset] = p.block_size.divmod(token);
+    const std::uint32_t block = sequences.block(0, index);
+    const bool within = static_cast<int>(token) < only.end, from_0 = (only.begin | only.start) == 0;
+    if (within & from_0) return {block, offset};
+    return within ? sequences.place(token, only, p.block_size) : Place{};
   }
-  if (any_nan) return device::convert_vec<device::DequantizeOp, Out>(raw, device::DequantizeOp::prepare(scale));
+  const Span sequence = SequenceFinder(sequences).find(token, wanted);
+  return wanted ? sequences.place(token, sequence, p.block_size) : Place{};
+}
+
+// Vectors of quantized values with one scale each. Only a NaN or an infinity gives NaN, so that the look for it is at the
+// input.
+template <class Out, class In, int kCount>
+__device__ __forceinline__ void dequantize(const Vec<In> (&raw)[kCount], const float (&scales)[kCount],
+                                           Vec<Out> (&to)[kCount]) {
+  bool any_nan = false;
+  std::uint32_t signs = 0;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    any_nan |= !is_finite(scales[k]);
+    if constexpr (!std::is_same_v<In, Int8>) {
+      constexpr std::uint32_t kToSign = std::is_same_v<In, E4M3> ? 0x01010101u : 0x04040404u;  // from NaN, from infinity on
+      signs |= ((raw[k].words[0] & 0x7f7f7f7fu) + kToSign) | ((raw[k].words[1] & 0x7f7f7f7fu) + kToSign);
+    }
+  }
+  any_nan |= (signs & 0x80808080u) != 0;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    float values[kVecSize];
+    device::unpack(raw[k], values);
+#pragma unroll
+    for (int i = 0; i < kVecSize; ++i) values[i] = __fmul_rn(values[i], scales[k]);
+    if constexpr (sizeof(Out) == 2) {
+      to[k] = device::pack_any_nan<Out>(values);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVecSize; ++i) to[k].words[i] = __float_as_uint(values[i]);
+    }
+  }
+  if (!any_nan) return;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k)
+    to[k] = device::convert_vec<device::DequantizeOp, Out>(raw[k], device::DequantizeOp::prepare(scales[k]));
+}
+
+// The same with the parameters of channels. Many of them could give NaN, so that the look is at the result.
+template <class Out, class In>
+__device__ __forceinline__ Vec<Out> dequantized(const Vec<In>& raw, const device::Channels<device::DequantizeOp>& channels) {
   float values[kVecSize];
   device::unpack(raw, values);
 #pragma unroll
-  for (int i = 0; i < kVecSize; ++i) values[i] = __fmul_rn(values[i], scale);
+  for (int i = 0; i < kVecSize; ++i) values[i] = __fadd_rn(__fmul_rn(values[i], channels.scales[i].scale), channels.offsets[i]);
   if constexpr (sizeof(Out) == 2) {
-    return device::pack_any_nan<Out>(values);
+    Vec<Out> vec[1] = {device::pack_any_nan<Out>(values)};
+    device::make_nan_canonical(vec);
+    return vec[0];
   } else {
-    Vec<Out> vec;
-#pragma unroll
-    for (int i = 0; i < kVecSize; ++i) vec.words[i] = __float_as_uint(values[i]);
-    return vec;
+    return device::pack<Out>(values);
   }
 }
 
 // Where all is aligned: kVecs vectors of each side per thread, at the same place in heads that are far apart, which share what
-// is found of the token. A warp searches for the sequence of its first token; lanes that are further along, each for itself.
+// is found of the token.
 template <class Op, class In, class Out, int kVecs>
-__global__ void __launch_bounds__(256, 4) gather_heads(const __grid_constant__ GatherArgs p) {
+__global__ void __launch_bounds__(256, kVecs == 4 ? 5 : 8) gather_heads(const __grid_constant__ HeadsArgs p) {
   const std::uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
-  const std::uint32_t warp_token = p.first_token + p.vecs_per_token.div(thread & ~31u);
   const auto [token_in_chunk, vec_in_token] = p.vecs_per_token.divmod(thread);
-  const std::uint32_t token = p.first_token + token_in_chunk;
-  device::wait_then_release();
-  std::uint32_t sequence = p.sequences.find_together(static_cast<int>(warp_token));
-  if (token_in_chunk >= p.num_tokens) return;
-  const auto [block, offset] = p.sequences.locate(static_cast<int>(token), sequence, p.block_size);
-  if (block < 0) return;
   const auto [head, vec] = p.vecs_per_head.divmod(vec_in_token);
+  const std::uint32_t token = p.first_token + token_in_chunk;
+  const bool wanted = token_in_chunk < p.num_tokens;
+  device::wait_then_release();
+  const auto [block, offset] = find_place(p, token, wanted);
+  if (block >= p.sequences.num_blocks) return;
+  const std::uint64_t in_cache = std::uint64_t{block} * p.cache_block + std::uint64_t{offset} * p.cache_offset +
+                                 std::uint64_t{head} * p.cache_head + vec * Vec<In>::kBytes;
+  const std::uint64_t in_rows = std::uint64_t{token} * p.row_token + std::uint64_t{head} * p.row_head + vec * Vec<Out>::kBytes;
   Vec<In> raw[2][kVecs];
   float scales[2][kVecs];
 #pragma unroll
-  for (int s = 0; s < 2; ++s) {
-    if (s >= p.sides) break;
-    const KVViews& kv = p.kv[s];
-    const In* from = row<const In>(kv.cache, static_cast<std::uint32_t>(block), offset, head) + vec * kVecSize;
-    const float* scale = kv.scales.data + at(kv.scales, static_cast<std::uint32_t>(block), offset, head);
+  for (int s = 1; s >= 0; --s) {  // V first: behind its branch, the compiler would wait for K before it loads V
+    if (s >= 1 && p.sides == 1) continue;
+    const HeadsArgs::Side& side = p.side[s];
+    const char* from = static_cast<const char*>(side.cache) + in_cache;
+    const float* scale =
+        step(step(step(side.scales, head, side.scale_head), offset, side.scale_offset), block, side.scale_block);
 #pragma unroll
     for (int v = 0; v < kVecs; ++v) {
-      raw[s][v] = device::load_aligned(from + v * p.steps[s].cache);
-      scales[s][v] = __ldg(scale + v * p.steps[s].scales);
+      raw[s][v] = device::load_aligned(reinterpret_cast<const In*>(step(from, v, p.cache_step)));
+      scales[s][v] = __ldg(step(scale, v, side.scale_step));
     }
   }
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
-    if (s >= p.sides) break;
-    Out* to = row<Out>(p.kv[s].rows, token, head) + vec * kVecSize;
+    if (s >= 1 && p.sides == 1) break;
+    Vec<Out> rows[kVecs];
+    if constexpr (core::kIsQuantized<In>) {
+      dequantize(raw[s], scales[s], rows);
+    } else {
 #pragma unroll
-    for (int v = 0; v < kVecs; ++v) {
-      Out* place = to + v * p.steps[s].rows;
-      if constexpr (core::kIsQuantized<In>)
-        device::store_aligned(place, dequantized<Out>(raw[s][v], scales[s][v]));
-      else
-        device::store_aligned(place, device::convert_vec<Op, Out>(raw[s][v], Op::prepare(scales[s][v])));
+      for (int v = 0; v < kVecs; ++v) rows[v] = device::convert_vec<Op, Out>(raw[s][v], Op::prepare(scales[s][v]));
     }
+    char* to = static_cast<char*>(p.side[s].rows) + in_rows;
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v) device::store_aligned(reinterpret_cast<Out*>(step(to, v, p.row_step)), rows[v]);
   }
 }
 
@@ -181,15 +316,12 @@ __global__ void __launch_bounds__(256, 4) gather_heads(const __grid_constant__ G
 template <class Op, class In, class Out>
 __global__ void __launch_bounds__(256) gather_unaligned(const __grid_constant__ GatherArgs p) {
   const std::uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
-  const std::uint32_t warp_token = p.first_token + p.vecs_per_token.div(thread & ~31u);
   const auto [token_in_chunk, vec_in_token] = p.vecs_per_token.divmod(thread);
   const std::uint32_t token = p.first_token + token_in_chunk;
+  const bool wanted = token_in_chunk < p.num_tokens;
   device::wait_then_release();
-  std::uint32_t sequence = p.sequences.find_together(static_cast<int>(warp_token));
-  if (token_in_chunk >= p.num_tokens) return;
-  const auto [entry, offset] = p.sequences.locate(static_cast<int>(token), sequence, p.block_size);
-  if (entry < 0) return;
-  const auto block = static_cast<std::uint32_t>(entry);
+  const auto [block, offset] = find_place(p, token, wanted);
+  if (block >= p.sequences.num_blocks) return;
   const auto [head, vec] = p.vecs_per_head.divmod(vec_in_token);
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
@@ -209,27 +341,33 @@ __global__ void __launch_bounds__(256) gather_unaligned(const __grid_constant__ 
 template <class Op, class In, class Out, int kTokens, ChannelParameters kChannels>
 __global__ void __launch_bounds__(128, 6) gather_tokens(const __grid_constant__ GatherArgs p) {
   const std::uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
-  const std::uint32_t warp_token = p.first_token + p.vecs_per_token.div(thread & ~31u) * kTokens;
   const auto [batch, vec_in_token] = p.vecs_per_token.divmod(thread);
   const auto [head, vec] = p.vecs_per_head.divmod(vec_in_token);
   const std::uint32_t column = vec * kVecSize, first = batch * kTokens;
   device::wait_then_release();
-  std::uint32_t sequence = p.sequences.find_together(static_cast<int>(warp_token));
-  int blocks[kTokens];
-  std::uint32_t offsets[kTokens];
-  Vec<In> raw[2][kTokens];
+  SequenceFinder finder(p.sequences);
+  Span sequence = kBeforeAll;
+  Place places[kTokens];
+  Vec<In> raw[2][kTokens] = {};
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
-    blocks[t] = -1;
-    if (first + t >= p.num_tokens) continue;
-    const auto [block, offset] = p.sequences.locate(static_cast<int>(p.first_token + first + t), sequence, p.block_size);
-    blocks[t] = block, offsets[t] = offset;
-    if (block < 0) continue;
+    const std::uint32_t token = p.first_token + first + t;
+    const bool wanted = first + t < p.num_tokens;
+    // Most tokens lie behind the one before, in the same block.
+    const Place before = places[t > 0 ? t - 1 : 0];
+    const bool follows = wanted && static_cast<int>(token) < sequence.end && before.block < p.sequences.num_blocks &&
+                         before.offset + 1 < p.block_size.divisor;
+    if (t > 0 && __all_sync(0xffffffffu, follows)) {
+      places[t] = {before.block, before.offset + 1};
+    } else {
+      finder.advance(token, wanted, sequence);
+      if (wanted) places[t] = p.sequences.place(token, sequence, p.block_size);
+    }
+    const auto [block, offset] = places[t];
+    if (block >= p.sequences.num_blocks) continue;
 #pragma unroll
     for (int s = 0; s < 2; ++s)
-      if (s < p.sides)
-        raw[s][t] =
-            device::load_aligned(row<const In>(p.kv[s].cache, static_cast<std::uint32_t>(block), offset, head) + column);
+      if (s < p.sides) raw[s][t] = device::load_aligned(row<const In>(p.kv[s].cache, block, offset, head) + column);
   }
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
@@ -239,14 +377,14 @@ __global__ void __launch_bounds__(128, 6) gather_tokens(const __grid_constant__ 
     auto channels = load_channels<Op, In, kChannels>(kv, scale, head, {column});
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
-      if (blocks[t] < 0) continue;
+      const auto [block, offset] = places[t];
+      if (block >= p.sequences.num_blocks) continue;
       if (kChannels == ChannelParameters::Any && kv.scales.per_token()) {
-        const auto prepared = Op::prepare(__ldg(scale + at(kv.scales, static_cast<std::uint32_t>(blocks[t]), offsets[t], 0u)));
+        const auto prepared = Op::prepare(__ldg(scale + at(kv.scales, block, offset, 0u)));
 #pragma unroll
         for (int i = 0; i < kVecSize; ++i) channels.scales[i] = prepared;
       }
-      Out* to = row<Out>(kv.rows, p.first_token + first + t, head) + column;
-      device::store_aligned(to, device::convert_vec<Op, Out>(raw[s][t], channels));
+      device::store_aligned(row<Out>(kv.rows, p.first_token + first + t, head) + column, dequantized<Out>(raw[s][t], channels));
     }
   }
 }
@@ -254,7 +392,7 @@ __global__ void __launch_bounds__(128, 6) gather_tokens(const __grid_constant__ 
 struct ScalarGatherArgs {
   KVViews kv[2];
   int sides;
-  Sequences sequences;
+  Sequences<std::int64_t> sequences;
   std::int64_t count;
   std::int64_t num_heads;
   std::int64_t head_size;
@@ -265,17 +403,18 @@ struct ScalarGatherArgs {
 template <class Op, class In, class Out, bool kChannels>
 __global__ void __launch_bounds__(256) gather_scalar(const __grid_constant__ ScalarGatherArgs p) {
   const std::int64_t element = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (element >= p.count) return;
-  device::wait_then_release();
+  const bool wanted = element < p.count;
   const std::int64_t dim = element % p.head_size;
   const std::int64_t head = element / p.head_size % p.num_heads;
   const std::int64_t token = element / p.head_size / p.num_heads;
-  const std::uint32_t sequence = p.sequences.find(static_cast<int>(token), 0);
-  const std::int64_t position = p.sequences.position(static_cast<int>(token), sequence);
+  device::wait_then_release();
+  const Span sequence = SequenceFinder(p.sequences).find(static_cast<std::uint32_t>(token), wanted);
+  if (!wanted) return;
+  const std::int64_t position = p.sequences.position(static_cast<std::uint32_t>(token), sequence);
   if (position < 0) return;
   const std::int64_t offset = position % p.block_size;
-  const std::int64_t block = p.sequences.block(sequence, static_cast<std::uint32_t>(position / p.block_size));
-  if (block < 0) return;
+  const std::int64_t block = p.sequences.block(sequence.index, static_cast<std::uint32_t>(position / p.block_size));
+  if (block >= p.sequences.num_blocks) return;
   for (int s = 0; s < p.sides; ++s) {
     const KVViews& kv = p.kv[s];
     const float* scale = kv.scales.data + at(kv.scales, block, offset, head);
@@ -284,14 +423,61 @@ __global__ void __launch_bounds__(256) gather_scalar(const __grid_constant__ Sca
   }
 }
 
+// Whether K and V have the same strides, but for those of their scales.
+bool alike(const CacheLayout& layout) {
+  const auto same = [](std::int64_t k, std::int64_t v, std::int64_t size) { return k == v || size <= 1; };
+  const auto& [k, v] = std::pair<const KVViews&, const KVViews&>(layout.k, layout.v);
+  return same(k.rows.token, v.rows.token, layout.num_tokens) && same(k.rows.head, v.rows.head, layout.num_heads) &&
+         same(k.cache.block, v.cache.block, layout.num_blocks) && same(k.cache.offset, v.cache.offset, layout.block_size) &&
+         same(k.cache.head, v.cache.head, layout.num_heads);
+}
+
+template <class In, class Out>
+HeadsArgs heads_args(const CacheLayout& layout, const CachePlan& plan, const CacheGather& problem) {
+  // The vectors of a thread are in heads that are far apart, or in parts of a head where their number is odd.
+  const bool by_heads = layout.num_heads % plan.vecs_per_thread == 0;
+  const std::int64_t heads = by_heads ? layout.num_heads / plan.vecs_per_thread : 0;
+  const std::int64_t vecs = by_heads ? plan.vecs_per_head : plan.vecs_per_head / plan.vecs_per_thread;
+  const std::int64_t in_head = by_heads ? 0 : vecs * kVecSize;
+  constexpr std::int64_t kIn = sizeof(In), kOut = sizeof(Out), kScale = sizeof(float);
+  // 0 for a dimension of one element, which may have any stride.
+  const auto bytes = [](std::int64_t stride, std::int64_t size, std::int64_t element) {
+    return static_cast<std::uint32_t>(size > 1 ? stride * element : 0);
+  };
+  const auto side = [&](const KVViews& kv) {
+    return HeadsArgs::Side{.cache = kv.cache.data,
+                           .scales = kv.scales.data,
+                           .rows = kv.rows.data,
+                           .scale_block = bytes(kv.scales.block, layout.num_blocks, kScale),
+                           .scale_offset = bytes(kv.scales.offset, layout.block_size, kScale),
+                           .scale_head = bytes(kv.scales.head, layout.num_heads, kScale),
+                           .scale_step = heads * kv.scales.head * kScale};
+  };
+  const core::PagedView& cache = layout.k.cache;
+  const core::HeadsView& rows = layout.k.rows;
+  return {.sequences = Sequences<std::uint32_t>::of(problem),
+          .vecs_per_token = FastDiv(layout.num_heads * plan.vecs_per_head / plan.vecs_per_thread),
+          .vecs_per_head = FastDiv(vecs),
+          .block_size = FastDiv(layout.block_size),
+          .cache_block = bytes(cache.block, layout.num_blocks, kIn),
+          .cache_offset = bytes(cache.offset, layout.block_size, kIn),
+          .cache_head = bytes(cache.head, layout.num_heads, kIn),
+          .row_token = bytes(rows.token, layout.num_tokens, kOut),
+          .row_head = bytes(rows.head, layout.num_heads, kOut),
+          .cache_step = (heads * cache.head + in_head) * kIn,
+          .row_step = (heads * rows.head + in_head) * kOut,
+          .sides = layout.sides,
+          .side = {side(layout.k), side(layout.v)}};
+}
+
 template <class Op, class In, class Out>
-void launch_gather(const char* op, const CacheLayout& layout, const Sequences& sequences, const CachePlan& plan,
+void launch_gather(const char* op, const CacheLayout& layout, const CacheGather& problem, const CachePlan& plan,
                    cudaStream_t stream) {
   const auto blocks = [&](std::int64_t threads) { return static_cast<unsigned>(core::ceil_div(threads, plan.threads)); };
   if (plan.path == KernelPath::Scalar) {
     const ScalarGatherArgs params{.kv = {layout.k, layout.v},
                                   .sides = layout.sides,
-                                  .sequences = sequences,
+                                  .sequences = Sequences<std::int64_t>::of(problem),
                                   .count = layout.num_tokens * layout.num_heads * layout.head_size,
                                   .num_heads = layout.num_heads,
                                   .head_size = layout.head_size,
@@ -302,39 +488,42 @@ void launch_gather(const char* op, const CacheLayout& layout, const Sequences& s
     launch_dependent(kernel, blocks(params.count), plan.threads, stream, params);
     return check_launch(op);
   }
-  // The vectors of a thread are in heads that are far apart, or in parts of a head where their number is odd.
   const std::int64_t threads_per_token = layout.num_heads * plan.vecs_per_head / plan.vecs_per_thread;
-  const bool by_heads = layout.num_heads % plan.vecs_per_thread == 0;
-  const std::int64_t heads = layout.num_heads / plan.vecs_per_thread;
-  const std::int64_t vecs = by_heads ? plan.vecs_per_head : plan.vecs_per_head / plan.vecs_per_thread;
-  const auto steps = [&](const KVViews& kv) {
-    if (by_heads) return Steps{heads * kv.rows.head, heads * kv.cache.head, heads * kv.scales.head};
-    return Steps{vecs * kVecSize, vecs * kVecSize, 0};
+  const auto in_chunks = [&](auto kernel, auto params) {
+    for (std::int64_t first = 0; first < layout.num_tokens; first += params.num_tokens) {
+      params.first_token = static_cast<std::uint32_t>(first);
+      params.num_tokens = static_cast<std::uint32_t>(std::min(plan.tokens, layout.num_tokens - first));
+      const std::int64_t batches = core::ceil_div(params.num_tokens, plan.tokens_per_thread);
+      launch_dependent(kernel, blocks(batches * threads_per_token), plan.threads, stream, params);
+      check_launch(op);
+    }
   };
-  GatherArgs params{.kv = {layout.k, layout.v},
-                    .sides = layout.sides,
-                    .sequences = sequences,
-                    .first_token = 0,
-                    .num_tokens = 0,
-                    .head_size = static_cast<std::uint32_t>(layout.head_size),
-                    .vecs_per_token = FastDiv(threads_per_token),
-                    .vecs_per_head = FastDiv(vecs),
-                    .block_size = FastDiv(layout.block_size),
-                    .steps = {steps(layout.k), steps(layout.v)}};
-  auto kernel = !plan.aligned               ? gather_unaligned<Op, In, Out>
-                : plan.vecs_per_thread == 1 ? gather_heads<Op, In, Out, 1>
-                                            : gather_heads<Op, In, Out, 2>;
+  if (plan.path == KernelPath::Vectorized && plan.aligned) {
+    const auto kernel = plan.vecs_per_thread == 1   ? gather_heads<Op, In, Out, 1>
+                        : plan.vecs_per_thread == 2 ? gather_heads<Op, In, Out, 2>
+                                                    : gather_heads<Op, In, Out, 4>;
+    if (layout.sides == 1 || alike(layout)) return in_chunks(kernel, heads_args<In, Out>(layout, plan, problem));
+    CacheLayout side = layout;
+    side.sides = 1;
+    for (const KVViews* kv : {&layout.k, &layout.v}) {
+      side.k = *kv;
+      in_chunks(kernel, heads_args<In, Out>(side, plan, problem));
+    }
+    return;
+  }
+  auto kernel = gather_unaligned<Op, In, Out>;
   if constexpr (core::kIsQuantized<In>)
     if (plan.path == KernelPath::PerColumn)
       kernel = plan.tokens_per_thread == 1    ? gather_tokens<Op, In, Out, 1, ChannelParameters::Any>
                : layout.only_channel_scales() ? gather_tokens<Op, In, Out, 2, ChannelParameters::Scales>
                                               : gather_tokens<Op, In, Out, 2, ChannelParameters::Any>;
-  for (; params.first_token < layout.num_tokens; params.first_token += params.num_tokens) {
-    params.num_tokens = static_cast<std::uint32_t>(std::min(plan.tokens, layout.num_tokens - params.first_token));
-    const std::int64_t batches = core::ceil_div(params.num_tokens, plan.tokens_per_thread);
-    launch_dependent(kernel, blocks(batches * threads_per_token), plan.threads, stream, params);
-    check_launch(op);
-  }
+  in_chunks(kernel, GatherArgs{.sequences = Sequences<std::uint32_t>::of(problem),
+                               .vecs_per_token = FastDiv(threads_per_token),
+                               .vecs_per_head = FastDiv(plan.vecs_per_head),
+                               .block_size = FastDiv(layout.block_size),
+                               .head_size = static_cast<std::uint32_t>(layout.head_size),
+                               .sides = layout.sides,
+                               .kv = {layout.k, layout.v}});
 }
 
 }  // namespace
@@ -345,20 +534,20 @@ void run(const CacheGather& problem, Stream stream) {
   core::check_on_device({op, "key_cache", problem.key_cache}, current_device());
   if (layouts.empty()) return;
   if (debugging(stream)) debug_check_sequences(problem, layouts.front(), stream);
-  if (layouts.front().num_slots() == 0) return;
-  const Sequences sequences = Sequences::of(problem);
+  if (layouts.front().num_slots() == 0 || problem.block_table.sizes[0] == 0) return;
   for (CacheLayout layout : layouts) {
     if (layout.empty()) continue;
     layout.num_tokens = std::min<std::int64_t>(layout.num_tokens, INT32_MAX);  // no sequence reaches beyond
-    const CachePlan plan = core::plan_gather(layout);
+    CachePlan plan = core::plan_gather(layout);
+    if (!Sequences<std::uint32_t>::fit(problem)) plan = {.tokens = layout.num_tokens};  // elements, counted in 64 bits
     core::visit_real(layout.row_dtype, [&]<class Out>(core::Type<Out>) {
       if (core::is_quantized(layout.cache_dtype))
         core::visit_quantized(layout.cache_dtype, [&]<class In>(core::Type<In>) {
-          launch_gather<device::DequantizeOp, In, Out>(op, layout, sequences, plan, stream);
+          launch_gather<device::DequantizeOp, In, Out>(op, layout, problem, plan, stream);
         });
       else
         core::visit_real(layout.cache_dtype, [&]<class In>(core::Type<In>) {
-          launch_gather<device::CopyOp, In, Out>(op, layout, sequences, plan, stream);
+          launch_gather<device::CopyOp, In, Out>(op, layout, problem, plan, stream);
         });
     });
   }

@@ -373,16 +373,17 @@ def test_what_is_read_stays(device: torch.device) -> None:
 
 @pytest.mark.parametrize("block_size", [1, 16, 7])
 @pytest.mark.parametrize("count", [1, 2, 31, 32, 33, 300, 1100])
-def test_numbers_of_sequences(device: torch.device, count: int, block_size: int) -> None:
-    """Of few tokens each, with stretches of empty ones."""
+@pytest.mark.parametrize("geometry", [(2, 24), (1, 8)], ids=str)
+def test_numbers_of_sequences(device: torch.device, geometry: tuple[int, int], count: int, block_size: int) -> None:
+    """Of few tokens each, with stretches of empty ones; a warp has the tokens of many of them."""
     generator = torch.Generator().manual_seed(count)
     lengths = torch.randint(0, 6, (count,), generator=generator)
     lengths[count // 3 : count // 2] = 0
     lengths[0] = 3
     blocks = (40, block_size)
     check(
-        device, any_contents(blocks, 2, 24, E4M3), table_of(lengths.tolist(), blocks),
-        sums_of(lengths.tolist()), scales=all_scales(blocks, 2)[2],
+        device, any_contents(blocks, *geometry, E4M3), table_of(lengths.tolist(), blocks),
+        sums_of(lengths.tolist()), scales=all_scales(blocks, geometry[0])[2],
     )  # fmt: skip
 
 
@@ -422,7 +423,7 @@ def test_where_an_empty_sequence_starts_does_not_matter(device: torch.device) ->
 TABLE = [[1, 0, 4], [2, 3, 0]]
 #: block_table, cu_seq_lens, seq_starts, the sentence, and the rows that are written on CUDA; of a cache of 5
 #: blocks of 4 tokens and 10 rows of key and value.
-BAD_INDICES = {
+BAD_INDICES: dict[str, tuple[list[list[int]], list[int], list[int] | None, str, list[int]]] = {
     "no block": (
         [[1, -1, 4], [2, 3, 0]], [0, 6, 10], None,
         "block_table must have blocks from 0 to num_blocks - 1 = 4, got -1 at 1 in sequence 0",
@@ -489,11 +490,10 @@ BAD_INDICES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("cache", ["e4m3", "bf16"])
-@pytest.mark.parametrize("case", BAD_INDICES)
-def test_indices_that_lead_nowhere(device: torch.device, case: str, cache: str) -> None:
-    """On the CPU the op raises and writes nothing; on CUDA such rows are skipped."""
+def check_rows(device: torch.device, case: str, cache: str, count: int) -> None:
+    """With the first `count` sequences of a case: on the CPU the op raises, on CUDA these rows are written."""
     blocks, sums, starts, sentence, rows = BAD_INDICES[case]
+    blocks, sums, starts = blocks[:count], sums[: count + 1], starts[:count] if starts else None
     name, dtype, _ = CACHES[cache]
     contents = any_contents((5, 4), 2, 24, dtype)
     table = torch.tensor(blocks, dtype=torch.int32)
@@ -516,11 +516,39 @@ def test_indices_that_lead_nowhere(device: torch.device, case: str, cache: str) 
     for (_, buffer), content in zip(outputs, contents, strict=True):
         expected, expected_buffer = empty_view((10, 2, 24), torch.bfloat16, "inside", CPU)
         for row in rows:
+            if row >= sums[-1]:
+                continue
             s = 0 if row < sums[1] else 1
             position = row - sums[s] + (starts[s] if starts else 0)
             x = content[table[s, position // 4], position % 4]
             expected[row] = reference.dequantize(x, ONE) if cache == "e4m3" else x
         assert_same_bytes(buffer, expected_buffer)
+
+
+@pytest.mark.parametrize("cache", ["e4m3", "bf16"])
+@pytest.mark.parametrize("case", BAD_INDICES)
+def test_indices_that_lead_nowhere(device: torch.device, case: str, cache: str) -> None:
+    """On the CPU the op raises and writes nothing; on CUDA such rows are skipped."""
+    check_rows(device, case, cache, 2)
+
+
+@pytest.mark.parametrize("cache", ["e4m3", "bf16"])
+@pytest.mark.parametrize("case", BAD_INDICES)
+def test_indices_of_one_sequence_that_lead_nowhere(cuda: torch.device, case: str, cache: str) -> None:
+    """The first sequence of each case without the second."""
+    check_rows(cuda, case, cache, 1)
+
+
+@pytest.mark.parametrize("start", [0, 1, 5])
+@pytest.mark.parametrize("length", [1, 2, 33])
+def test_one_sequence(device: torch.device, length: int, start: int) -> None:
+    """From any position on, in results with more rows than it has tokens."""
+    for heads, size in ((1, 8), (2, 24), (8, 128)):
+        blocks = (9, 4)
+        check(
+            device, any_contents(blocks, heads, size, E4M3), table_of([length], blocks, [start]), sums_of([length]),
+            scales=all_scales(blocks, heads)[1], starts=[start], spare_rows=40,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("sums", [[0, 6, 4, 9], [0, -3, 2, 9], [0, 9, 0, 3]], ids=str)
@@ -656,6 +684,33 @@ def test_more_than_2_to_the_31_elements_of_key_and_value(cuda: torch.device) -> 
     reference.gather_and_dequant_cache(*contents, *tail, table, sums_of([200]), "fp8", ONE, ONE, int32(rows - 200))
     for x, expected in zip(outputs, tail, strict=True):
         assert_same_bytes(x[-200:], expected)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("which", ["caches", "table rows", "table columns", "sums", "starts"])
+def test_strides_of_more_than_32_bits(cuda: torch.device, which: str) -> None:
+    """Counted in bytes."""
+    require_gpu_memory(cuda, 24)
+    contents = any_contents((2, 16), 4, 64, E4M3)
+    scales = [random_scales((4,), seed) for seed in (1, 2)]
+    table, sums, starts = int32(1, 0, 0, 1).view(2, 2), sums_of([20, 7]), int32(3, 9)
+    expected = torch.empty(2, 27, 4, 64, dtype=torch.bfloat16)
+    reference.gather_and_dequant_cache(*contents, *expected, table, sums, "fp8", *scales, starts)
+
+    def spread(x: Tensor, name: str, dim: int = 0) -> Tensor:
+        strides = list(x.stride())
+        if name == which:
+            strides[dim] = (1 << 32) // x.element_size() + 64
+        size = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True))
+        return torch.empty(size, dtype=x.dtype, device=cuda).as_strided(x.shape, strides).copy_(x)
+
+    actual = torch.empty_like(expected, device=cuda)
+    gather_and_dequant_cache(
+        *(spread(x, "caches") for x in contents), *actual,
+        spread(table, which, ["table rows", "table columns"].index(which)) if "table" in which else table.to(cuda),
+        spread(sums, "sums"), "fp8", *(x.to(cuda) for x in scales), spread(starts, "starts"),
+    )  # fmt: skip
+    assert_same_bytes(actual, expected)
 
 
 # Round trips
