@@ -27,12 +27,30 @@ bool cache_vecs_aligned(const CacheLayout& layout) {
   return layout.head_size % kVecSize == 0;
 }
 
+// Strides in bytes have 32 bits, wherever an index is not always 0.
+bool strides_are_short(const CacheLayout& layout) {
+  const auto is_short = [](std::int64_t stride, DType dtype, std::int64_t size) {
+    return size == 1 || (stride >= 0 && stride < (std::int64_t{1} << 32) / size_of(dtype));
+  };
+  for (const KVViews* kv : {&layout.k, &layout.v}) {
+    const bool rows_are_short = is_short(kv->rows.token, layout.row_dtype, layout.num_tokens);
+    const bool cache_is_short = is_short(kv->cache.block, layout.cache_dtype, layout.num_blocks) &&
+                                is_short(kv->cache.offset, layout.cache_dtype, layout.block_size);
+    const auto head_is_short = [&](std::int64_t stride, DType dtype) { return is_short(stride, dtype, layout.num_heads); };
+    const bool heads_are_short =
+        head_is_short(kv->rows.head, layout.row_dtype) && head_is_short(kv->cache.head, layout.cache_dtype) &&
+        head_is_short(kv->scales.head, DType::Float32) && head_is_short(kv->offsets.head, DType::Float32);
+    if (!rows_are_short || !cache_is_short || !heads_are_short) return false;
+  }
+  return true;
+}
+
 // With given scales; the start of a plan with dynamic ones. `max_slot`: the last that a token may be at.
 CachePlan plan_given_scales(const CacheLayout& layout, std::int64_t max_slot) {
   CachePlan plan;
   plan.tokens = layout.num_tokens;
   if (!contiguous_heads(layout) || max_slot >= kMaxChunk || layout.num_heads * layout.head_size >= kMaxChunk) return plan;
-  const bool aligned = cache_vecs_aligned(layout);
+  const bool aligned = cache_vecs_aligned(layout) && strides_are_short(layout);
   if (layout.has_channels() && !(aligned && channels_aligned(layout))) return plan;
   plan.path = layout.has_channels() ? KernelPath::PerColumn : KernelPath::Vectorized;
   plan.aligned = aligned;
@@ -53,6 +71,7 @@ CachePlan plan_append(const CacheLayout& layout) {
     plan.threads = plan.tokens_per_thread == 4 ? 64 : 128;
   } else if (plan.aligned && vecs >= 1 << 19) {
     plan.tokens_per_thread = 2;
+    plan.threads = 64;  // 2% faster than 256 where rows are half a line of memory
   }
   return plan;
 }
@@ -81,7 +100,7 @@ CachePlan plan_append_dynamic(const CacheLayout& layout) {
     // Once there is enough to do for half as many threads, two heads share what is found of their token.
     if (can_pair_heads(layout, plan) && plan.tokens * layout.num_heads * plan.vecs_per_head >= 1 << 20) {
       plan.heads_per_thread = 2;
-      plan.threads = 128;
+      plan.threads = 64;
     }
     return plan;
   }

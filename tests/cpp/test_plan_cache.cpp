@@ -36,6 +36,26 @@ TEST(PlanCache, StridesOfSizeOneDoNotMatter) {
   EXPECT_TRUE(plan_append(lower(p).front()).aligned);
 }
 
+// Where all is aligned, kernels have strides of 32 bits.
+TEST(PlanCache, StridesOf4GiBAreNotAligned) {
+  constexpr std::int64_t kBytes = std::int64_t{1} << 32;
+  const auto aligned = [](auto change, std::int64_t tokens = 16) {
+    CacheAppend p = append_of({tokens, 2, 64});
+    change(p);
+    return plan_append(lower(p).front()).aligned;
+  };
+  EXPECT_TRUE(aligned([](CacheAppend& p) { p.key.strides[0] = kBytes / 2 - 8; }));
+  EXPECT_FALSE(aligned([](CacheAppend& p) { p.key.strides[0] = kBytes / 2; }));
+  EXPECT_TRUE(aligned([](CacheAppend& p) { p.key.strides[0] = kBytes / 2; }, 1)) << "of one token";
+  EXPECT_FALSE(aligned([](CacheAppend& p) { p.value.strides[1] = kBytes / 2; }));
+  for (int d : {0, 1, 2}) EXPECT_FALSE(aligned([d](CacheAppend& p) { p.value_cache.strides[d] = kBytes; })) << d;
+  EXPECT_FALSE(aligned([](CacheAppend& p) { p.k_scale.strides[0] = kBytes / 4; }));
+  CacheAppend p = append_of({16, 2, 64});
+  p.k_offset = channels_of({16, 2, 64}, 9);
+  p.k_offset->strides[0] = kBytes / 4;
+  EXPECT_EQ(plan_append(lower(p).front()).path, KernelPath::Scalar);
+}
+
 TEST(PlanCache, SpacedElementsGoOneByOne) {
   CacheAppend p = append_of({16, 2, 64});
   for (int d = 0; d < 3; ++d) p.key.strides[d] *= 2;
@@ -92,6 +112,7 @@ TEST(PlanCache, LargeDynamicAppendsTakeTwoHeadsPerThread) {
   EXPECT_EQ(plan({8191, 8, 128}).heads_per_thread, 1);
   EXPECT_EQ(plan({8192, 8, 128}).heads_per_thread, 2);
   EXPECT_EQ(plan({8192, 8, 128}).threads_per_head, 8);
+  EXPECT_EQ(plan({8192, 8, 128}).threads, 64);
   EXPECT_EQ(plan({16384, 8, 64}).heads_per_thread, 1);
   EXPECT_EQ(plan({8192, 7, 128}).heads_per_thread, 1);
   EXPECT_EQ(plan({8192, 8, 120}).heads_per_thread, 1);
@@ -168,6 +189,7 @@ TEST(PlanCache, ManyTokensShareTheScalesOfChannels) {
   EXPECT_EQ(plan_append(lower(channels_append({512, 8, 128})).front()).tokens_per_thread, 4);
   EXPECT_EQ(plan_append(lower(append_of({4095, 8, 128})).front()).tokens_per_thread, 1);
   EXPECT_EQ(plan_append(lower(append_of({4096, 8, 128})).front()).tokens_per_thread, 2);
+  EXPECT_EQ(plan_append(lower(append_of({4096, 8, 128})).front()).threads, 64);
   EXPECT_EQ(plan_gather(lower(channels_append({1023, 8, 128})).front()).tokens_per_thread, 1);
   EXPECT_EQ(plan_gather(lower(channels_append({1024, 8, 128})).front()).tokens_per_thread, 2);
 }
