@@ -36,6 +36,29 @@ TEST(PlanCache, StridesOfSizeOneDoNotMatter) {
   EXPECT_TRUE(plan_append(lower(p).front()).aligned);
 }
 
+// Where all is aligned, kernels have strides of 32 bits.
+TEST(PlanCache, StridesOf4GiBAreNotAligned) {
+  constexpr std::int64_t kBytes = std::int64_t{1} << 32;
+  const auto aligned = [](auto change, std::int64_t tokens = 16) {
+    CacheAppend p = append_of({tokens, 2, 64});
+    change(p);
+    const bool appends = plan_append(lower(p).front()).aligned;
+    EXPECT_EQ(plan_gather(lower(p).front()).aligned, appends);
+    return appends;
+  };
+  EXPECT_TRUE(aligned([](CacheAppend& p) { p.key.strides[0] = kBytes / 2 - 8; }));
+  EXPECT_FALSE(aligned([](CacheAppend& p) { p.key.strides[0] = kBytes / 2; }));
+  EXPECT_TRUE(aligned([](CacheAppend& p) { p.key.strides[0] = kBytes / 2; }, 1)) << "of one token";
+  EXPECT_FALSE(aligned([](CacheAppend& p) { p.value.strides[1] = kBytes / 2; }));
+  for (int d : {0, 1, 2}) EXPECT_FALSE(aligned([d](CacheAppend& p) { p.value_cache.strides[d] = kBytes; })) << d;
+  EXPECT_FALSE(aligned([](CacheAppend& p) { p.k_scale.strides[0] = kBytes / 4; }));
+  CacheAppend p = append_of({16, 2, 64});
+  p.k_offset = channels_of({16, 2, 64}, 9);
+  p.k_offset->strides[0] = kBytes / 4;
+  EXPECT_EQ(plan_append(lower(p).front()).path, KernelPath::Scalar);
+  EXPECT_EQ(plan_gather(lower(p).front()).path, KernelPath::Scalar);
+}
+
 TEST(PlanCache, SpacedElementsGoOneByOne) {
   CacheAppend p = append_of({16, 2, 64});
   for (int d = 0; d < 3; ++d) p.key.strides[d] *= 2;
@@ -92,6 +115,7 @@ TEST(PlanCache, LargeDynamicAppendsTakeTwoHeadsPerThread) {
   EXPECT_EQ(plan({8191, 8, 128}).heads_per_thread, 1);
   EXPECT_EQ(plan({8192, 8, 128}).heads_per_thread, 2);
   EXPECT_EQ(plan({8192, 8, 128}).threads_per_head, 8);
+  EXPECT_EQ(plan({8192, 8, 128}).threads, 64);
   EXPECT_EQ(plan({16384, 8, 64}).heads_per_thread, 1);
   EXPECT_EQ(plan({8192, 7, 128}).heads_per_thread, 1);
   EXPECT_EQ(plan({8192, 8, 120}).heads_per_thread, 1);
@@ -123,28 +147,6 @@ CacheAppend channels_append(const Geometry& g, std::int64_t misalignment = 0) {
   CacheAppend p = append_of(g);
   p.k_scale = channels_of(g, 9, misalignment);
   return p;
-}
-
-// Where all is aligned, a gather counts the bytes of strides in 32 bits.
-TEST(PlanCache, AGatherWithLongStridesIsNotAligned) {
-  constexpr std::int64_t kLimit = std::int64_t{1} << 32;
-  const auto aligned = [](const CacheAppend& p) { return plan_gather(lower(p).front()).aligned; };
-  CacheAppend p = append_of({16, 8, 128});
-  EXPECT_TRUE(aligned(p));
-  p.value_cache.strides[0] = kLimit - 8;
-  EXPECT_TRUE(aligned(p));
-  p.value_cache.strides[0] = kLimit;
-  EXPECT_FALSE(aligned(p));
-  EXPECT_TRUE(plan_append(lower(p).front()).aligned);
-  p = append_of({16, 8, 128});
-  p.key.strides[0] = kLimit / 2;
-  EXPECT_FALSE(aligned(p)) << "of bf16";
-  p = append_of({1, 8, 128});
-  p.key.strides[0] = kLimit;
-  EXPECT_TRUE(aligned(p)) << "of one token";
-  p = channels_append({16, 8, 128});
-  p.key_cache.strides[0] = kLimit;
-  EXPECT_TRUE(aligned(p)) << "kernels for channels count in 64 bits";
 }
 
 TEST(PlanCache, ChannelsAreVectorsOfScales) {
@@ -190,6 +192,7 @@ TEST(PlanCache, ManyTokensShareTheScalesOfChannels) {
   EXPECT_EQ(plan_append(lower(channels_append({512, 8, 128})).front()).tokens_per_thread, 4);
   EXPECT_EQ(plan_append(lower(append_of({4095, 8, 128})).front()).tokens_per_thread, 1);
   EXPECT_EQ(plan_append(lower(append_of({4096, 8, 128})).front()).tokens_per_thread, 2);
+  EXPECT_EQ(plan_append(lower(append_of({4096, 8, 128})).front()).threads, 64);
   EXPECT_EQ(plan_gather(lower(channels_append({2047, 8, 128})).front()).tokens_per_thread, 1);
   EXPECT_EQ(plan_gather(lower(channels_append({2048, 8, 128})).front()).tokens_per_thread, 2);
 }
