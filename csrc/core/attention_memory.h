@@ -8,11 +8,15 @@
 namespace fp8kv::core {
 
 inline constexpr int kTile = 16;              // neighboring positions of a sequence, which lie in one block of the cache
-inline constexpr int kRingTiles = 3;          // that a warp has in shared memory
 inline constexpr int kColumnTile = 8;         // columns of a matrix product
 inline constexpr int kReservedMemory = 1024;  // bytes of shared memory that every block costs beyond its own
 inline constexpr int kInboxBarrier = 16;      // bytes
 inline constexpr int kMaxParts = 0xffff;      // of an item that several blocks share
+
+// That a warp takes at once: two where it would wait for its own products, few of which are independent of each other.
+constexpr int tiles_at_once(int head_size, int column_tiles) { return column_tiles > 1 && head_size <= 128 ? 2 : 1; }
+// That a warp has in shared memory.
+constexpr int ring_tiles(int head_size, int column_tiles) { return tiles_at_once(head_size, column_tiles) == 2 ? 4 : 3; }
 
 // A tile: rows of K, rows of V, and the scales of its positions where each has its own. Rows of V are padded so
 // that their chunks of 16 bytes can be permuted to keep lanes off each other's banks. Tiles are aligned to 128 bytes: where a
@@ -42,12 +46,12 @@ struct AttentionMemory {
   // `columns`: of the block.
   constexpr AttentionMemory(int head_size, int column_tiles, bool per_token, int warps, int columns)
       : sums_pitch((head_size + 4) * 4),
-        softmax(std::max(warps * kRingTiles * TileBytes(head_size, per_token).size,
+        softmax(std::max(warps * ring_tiles(head_size, column_tiles) * TileBytes(head_size, per_token).size,
                          warps * column_tiles * kColumnTile * sums_pitch)),
         scales(softmax + warps * column_tiles * kColumnTile * 8),
         queries(scales + columns * 8),
         missing(queries + (column_tiles > 1 ? columns * head_size * 2 : 0)),
-        work(missing + warps * kRingTiles * 4),
+        work(missing + warps * ring_tiles(head_size, column_tiles) * 4),
         size(work + kWorkBytes),
         inbox_size(kInboxBarrier + columns * (head_size / piece_of(head_size)) * piece_bytes(head_size)) {}
 

@@ -16,9 +16,8 @@ __device__ __forceinline__ void copy16_async(std::uint32_t shared, const void* g
 }
 
 // Likewise 4 bytes.
-__device__ __forceinline__ void copy4_async(void* shared, const void* global, int bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
-               : "memory");
+__device__ __forceinline__ void copy4_async(std::uint32_t shared, const void* global, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
 // Ends a group: the copies that this thread started since the last one.

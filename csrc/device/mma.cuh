@@ -24,9 +24,12 @@ __device__ __forceinline__ std::uint32_t halves_of<E5M2, true>(std::uint32_t wor
 template <bool kUpper>
 __device__ __forceinline__ std::uint32_t halves_of_e4m3(std::uint32_t word) {
 #if FP8KV_HAS_FP8_CVT
+  // Taken apart like this, the upper half is an operand of the conversion; a shift would be an instruction of its own.
   std::uint32_t halves;
-  const auto pair = static_cast<std::uint16_t>(kUpper ? word >> 16 : word);
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
+  if constexpr (kUpper)
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, high; }" : "=r"(halves) : "r"(word));
+  else
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, low; }" : "=r"(halves) : "r"(word));
   return halves;
 #else
   // Sign, exponent and mantissa in the places of fp16, times 2^8 for the other bias; NaN apart.

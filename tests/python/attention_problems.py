@@ -243,6 +243,11 @@ def check(device: torch.device, problem: Problem | None = None, **changes: Any) 
     reference.paged_attention(inputs.query, *inputs.caches, inputs.table, **inputs.options, out=exact, lse=exact_lse)
     actual, actual_lse = out[:num_tokens].cpu(), lse[:num_tokens].cpu()
     assert_near(actual, exact[:num_tokens], inputs.largest_v)
+    # On CUDA, most calls without lse have kernels of their own.
+    without_lse, buffer = empty_view((num_tokens + problem.spare_rows[1], *shape), chosen, problem.layouts[1], device)
+    fp8kv.paged_attention(query, key_cache, value_cache, table, **kwargs, out=without_lse)
+    assert_untouched(without_lse, buffer, num_tokens)
+    assert_near(without_lse[:num_tokens].cpu(), exact[:num_tokens], inputs.largest_v)
     assert_near_lse(actual_lse, exact_lse[:num_tokens], rounded=problem.query == torch.float32)
     return actual, actual_lse
 

@@ -193,7 +193,7 @@ class GroupedAttention {
           if (!scale.per_token()) return;
           const float* from = scale.data;
           if (seen) from += block * scale.block + offset * scale.offset + kv_head_ * scale.head;
-          device::copy4_async(to, from, seen ? 4 : 0);
+          device::copy4_async(device::shared_address(to), from, seen ? 4 : 0);
         };
         copy_scale(l_.k_scale, data);
         copy_scale(l_.v_scale, data + kPositions);

@@ -26,6 +26,7 @@ struct TiledArgs {
   FastDiv tiles_per_block;  // of the cache
   Divisors divisors;
   void* workspace;
+  float inverse_softcap;
 };
 
 // How a tile lies in shared memory, and what a lane reads of it: of K, kKeyBytes neighboring bytes of each of kKeyParts parts
@@ -78,7 +79,10 @@ class TiledAttention {
   static constexpr int kWarpColumns = kColumnTiles * core::kColumnTile;
   static constexpr int kPiece = core::piece_of(kHeadSize);
   static constexpr int kPieces = kHeadSize / kPiece, kPerLane = kPiece / 32;
-  static constexpr int kQueryFours = (kHeadSize / 4 + 31) / 32;  // of a row that a lane loads
+  static constexpr int kAtOnce = core::tiles_at_once(kHeadSize, kColumnTiles),
+                       kRing = core::ring_tiles(kHeadSize, kColumnTiles);
+  static constexpr bool kKeepsFactors = kColumnTiles * kHeadSize <= 256;  // in registers
+  static constexpr int kQueryFours = (kHeadSize / 4 + 31) / 32;           // of a row that a lane loads
 
   struct QueryRow {
     std::uint32_t words[kQueryFours][4];  // four elements each, as they are in memory
@@ -110,22 +114,25 @@ class TiledAttention {
   __device__ void attend() {
     begin();
     const QueryRow row = load_query(warp_);  // before tiles, which fill all queues
-    constexpr int kLast = core::kRingTiles - 1;
+    constexpr int kAhead = kRing - kAtOnce;
     int stage = 0;  // of the ring
 #pragma unroll 1
-    for (int i = 0; i < kLast; ++i) start_copy(i, i);
+    for (int i = 0; i < kAhead; ++i) start_copy(i, i);
     share_queries(row);
     const int column_warps = args_.plan.column_warps;
 #pragma unroll 1
-    for (int i = 0; i < iterations_; ++i) {
-      device::wait_for_copies<core::kRingTiles - 2>();
+    for (int i = 0; i < iterations_; i += kAtOnce) {
+      device::wait_for_copies<kAhead - kAtOnce>();
       sync_tile_warps();
-      start_copy(i + kLast, stage == 0 ? kLast : stage - 1);
+#pragma unroll 1
+      for (int n = 0; n < kAtOnce; ++n) start_copy(i + kAhead + n, (stage >= kAtOnce ? stage - kAtOnce : stage + kAhead) + n);
       const int tile = first_tile_ + i * warps_ - column_warp_;
 #pragma unroll 1
-      for (int w = 0; w < column_warps; ++w)
-        if (tile + w >= tiles_.begin && tile + w < tiles_.end) take_tile(warp_ - column_warp_ + w, stage, tile + w);
-      stage = stage == kLast ? 0 : stage + 1;
+      for (int w = 0; w < column_warps; ++w) {
+        const int last = tile + w + (kAtOnce - 1) * warps_;
+        if (last >= tiles_.begin && tile + w < tiles_.end) take_tiles(warp_ - column_warp_ + w, stage, tile + w);
+      }
+      stage = stage + kAtOnce >= kRing ? 0 : stage + kAtOnce;
     }
     device::wait_for_copies<0>();
     finish();
@@ -136,16 +143,16 @@ class TiledAttention {
 
   // --- Tiles: into the ring --------------------------------
 
-  __device__ std::byte* tile_memory(int warp, int stage) const {
-    return shared_ + (warp * core::kRingTiles + stage) * Shape::kBytes.size;
-  }
+  __device__ std::byte* tile_memory(int warp, int stage) const { return shared_ + (warp * kRing + stage) * Shape::kBytes.size; }
   __device__ int* missing(int warp, int stage) const {
-    return reinterpret_cast<int*>(shared_ + memory_.missing) + warp * core::kRingTiles + stage;
+    return reinterpret_cast<int*>(shared_ + memory_.missing) + warp * kRing + stage;
   }
 
   __device__ void begin() {
-    first_query_ = l_.cu_query_lens.data ? query_of(0) : 0;
-    const int last_query = l_.cu_query_lens.data ? query_of(max(item_.num_columns, 1) - 1) : 0;
+    // Not as conditional expressions, for whose sake ptxas (13.0) spills registers.
+    first_query_ = query_of(0);
+    int last_query = query_of(max(item_.num_columns, 1) - 1);
+    if (kColumnTiles == 1 && !l_.cu_query_lens.data) first_query_ = last_query = 0;
     one_query_ = first_query_ == last_query;
     // What any query of the item sees, and what all of them see.
     const Sequence sequence = item_.sequence;
@@ -153,7 +160,7 @@ class TiledAttention {
     all_ = {sequence.seen_by(l_, last_query).begin, sequence.seen_by(l_, first_query_).end};
     // Whatever range of tiles a block has, a tile falls to the same warp.
     tiles_ = item_.tiles;
-    const int first = tiles_.begin & ~(warps_ - 1);
+    const int first = tiles_.begin & ~(kAtOnce * warps_ - 1);
     iterations_ = tiles_.empty() ? 0 : (tiles_.end - first + warps_ - 1) >> log2_of(warps_);
     first_tile_ = first + warp_;
 
@@ -188,7 +195,8 @@ class TiledAttention {
       next_blocks_ = block_of_iteration(iteration + 32 + lane_);
     }
     const int tile = first_tile_ + iteration * warps_;
-    if (tile >= tiles_.begin && tile < tiles_.end) {
+    // One that is taken together with others is filled with zeros where there is none.
+    if (kAtOnce > 1 ? (iteration & ~(kAtOnce - 1)) < iterations_ : tile >= tiles_.begin && tile < tiles_.end) {
       const int block = __shfl_sync(kAllLanes, blocks_, iteration & 31);
       int within = 0;  // the block
       if (args_.tiles_per_block.divisor > 1)
@@ -199,7 +207,7 @@ class TiledAttention {
                                          [](int row) { return Shape::key_chunk(row, 0); });
       copy_rows<Shape::kBytes.value_pitch>(to, value_to(), l_.value_cache.data, value_from_, args_.values, block, within, first,
                                            rows, [](int row) { return Shape::value_chunk(row, 0); });
-      if constexpr (kPerToken) copy_scales(tile_memory(warp_, stage) + Shape::kBytes.scales, block, within, first, rows);
+      if constexpr (kPerToken) copy_scales(to + Shape::kBytes.scales, block, within, first, rows);
       if (lane_ == 0) *missing(warp_, stage) = block < 0;
     }
     device::commit_copies();
@@ -233,12 +241,15 @@ class TiledAttention {
   }
 
   // Lanes 0 to 15 those of K, the others those of V.
-  __device__ void copy_scales(std::byte* to, int block, int within, int first, int rows) const {
-    const core::ChannelScales& scale = lane_ < kTile ? l_.k_scale : l_.v_scale;
+  __device__ void copy_scales(std::uint32_t to, int block, int within, int first, int rows) const {
+    const core::ChannelScales &k = l_.k_scale, &v = l_.v_scale;
+    const bool of_keys = lane_ < kTile;
     const int row = lane_ % kTile;
-    const bool seen = static_cast<unsigned>(row - first) < static_cast<unsigned>(rows) && scale.dim == 0;
-    const float* from = scale.data + item_.kv_head * scale.head;
-    if (seen) from += block * scale.block + (std::int64_t{within} + row) * scale.offset;
+    const bool seen = static_cast<unsigned>(row - first) < static_cast<unsigned>(rows) && (of_keys ? k.dim : v.dim) == 0;
+    const float* from = of_keys ? k.data : v.data;
+    if (seen)
+      from += item_.kv_head * (of_keys ? k.head : v.head) + block * (of_keys ? k.block : v.block) +
+              (std::int64_t{within} + row) * (of_keys ? k.offset : v.offset);
     device::copy4_async(to + lane_ * 4, from, seen ? 4 : 0);
   }
 
@@ -273,10 +284,12 @@ class TiledAttention {
       share_query(i, row);
     }
     __syncthreads();
+    if constexpr (kKeepsFactors) {
 #pragma unroll
-    for (int j = 0; j < kColumnTiles; ++j)
+      for (int j = 0; j < kColumnTiles; ++j)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) factor_[j][i] = scales()[column_of(j, 2 * t_ + i)].x;
+        for (int i = 0; i < 2; ++i) factor_[j][i] = scales()[column_of(j, 2 * t_ + i)].x;
+    }
     if constexpr (kColumnTiles == 1) {
       const uint2* query = query_fragments(column_warp_, 0);
 #pragma unroll
@@ -288,13 +301,17 @@ class TiledAttention {
     }
   }
 
+  __device__ float factor(int column_tile, int i) const {
+    if constexpr (kKeepsFactors) return factor_[column_tile][i];
+    return scales()[column_of(column_tile, 2 * t_ + i)].x;
+  }
   __device__ float2* scales() const { return reinterpret_cast<float2*>(shared_ + memory_.scales); }
 
   // Of a column tile: operands of all lanes for each step. With one column tile per warp they go to registers, and the stage
   // of the ring that is copied to last holds them until then.
   __device__ uint2* query_fragments(int column_warp, int column_tile) const {
     if constexpr (kColumnTiles == 1) {
-      return reinterpret_cast<uint2*>(tile_memory(column_warp, core::kRingTiles - 1));
+      return reinterpret_cast<uint2*>(tile_memory(column_warp, kRing - 1));
     } else {
       const int tile = column_warp * kColumnTiles + column_tile;
       return reinterpret_cast<uint2*>(shared_ + memory_.queries) + tile * kSteps * 32;
@@ -398,80 +415,118 @@ class TiledAttention {
 
   // --- A tile -------------------------------------------------
 
-  // The tile `index` of the sequence, which a warp has copied.
-  __device__ void take_tile(int warp, int stage, int index) {
-    const std::byte* tile = tile_memory(warp, stage);
-    std::uint32_t key[2][Shape::kKeyParts][Shape::kKeyWords], value[4][Shape::kValueWords];
+  // The tile `index` of the sequence, which a warp has copied, and those that it takes together with it.
+  __device__ void take_tiles(int warp, int stage, int index) {
+    float logits[kAtOnce][kColumnTiles][4];
+    float value_logits[kAtOnce][2] = {};  // log2 of the scales of V of rows g and g + 8
+    std::uint32_t key[kAtOnce][2][Shape::kKeyParts][Shape::kKeyWords];
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
+    for (int u = 0; u < kAtOnce; ++u)
 #pragma unroll
-      for (int c = 0; c < Shape::kKeyParts; ++c) {
-        const int row = g_ + 8 * r, at = (c * 4 + t_) * Shape::kKeyBytes;
-        load_shared<Shape::kKeyBytes>(key[r][c],
-                                      tile + row * Shape::kBytes.key_pitch + Shape::key_chunk(row, at / 16) * 16 + at % 16);
-      }
+      for (int r = 0; r < 2; ++r)
 #pragma unroll
-    for (int r = 0; r < 4; ++r) load_values(tile + Shape::kBytes.values, value_row(r), value[r]);
-
-    float logits[kColumnTiles][4];
+        for (int c = 0; c < Shape::kKeyParts; ++c) {
+          const int row = g_ + 8 * r, at = (c * 4 + t_) * Shape::kKeyBytes;
+          load_shared<Shape::kKeyBytes>(key[u][r][c], tile_memory(warp, stage + u) + row * Shape::kBytes.key_pitch +
+                                                          Shape::key_chunk(row, at / 16) * 16 + at % 16);
+        }
     multiply_keys(key, logits);
-    float value_logits[2] = {0.0f, 0.0f};  // log2 of the scales of V of rows g and g + 8
-    scale_logits(tile, logits, value_logits);
-    mask(index, *missing(warp, stage) != 0, logits);
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) scale_logits(tile_memory(warp, stage + u), logits[u], value_logits[u]);
+    mask(warp, stage, index, logits);
     raise_maxima(logits, value_logits);
-    std::uint32_t weights[kColumnTiles][2];
-    weigh(logits, value_logits, weights);
-    if (!one_query_ && is_edge(index)) {
-      bool not_finite = false;
+    std::uint32_t weights[kAtOnce][kColumnTiles][2];
 #pragma unroll
-      for (int r = 0; r < 4; ++r)
+    for (int u = 0; u < kAtOnce; ++u) weigh(logits[u], value_logits[u], weights[u]);
+    if (!one_query_ && has_edge(index) && !are_values_finite(warp, stage)) {
+#pragma unroll 1
+      for (int u = 0; u < kAtOnce; ++u) {
+        std::uint32_t value[4][Shape::kValueWords], own[kColumnTiles][2];
+        load_values(warp, stage + u, value);
 #pragma unroll
-        for (int w = 0; w < Shape::kValueWords; ++w) not_finite |= device::any_not_finite<Fp8>(value[r][w]);
-      if (__any_sync(kAllLanes, not_finite)) return add_values_by_query(index, value, weights);
+        for (int j = 0; j < kColumnTiles; ++j)
+#pragma unroll
+          for (int r = 0; r < 2; ++r) own[j][r] = u == 0 ? weights[0][j][r] : weights[kAtOnce - 1][j][r];
+        add_values_by_query(index + u * warps_, value, own);
+      }
+      return;
     }
-    add_values(value, weights, [](float (&sum)[4], const float (&product)[4], int) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sum[i] = product[i];
-    });
+    for (int u = 0; u < kAtOnce; ++u) {
+      std::uint32_t value[4][Shape::kValueWords];
+      load_values(warp, stage + u, value);
+      add_values(value, weights[u], [](float (&sum)[4], const float (&product)[4], int) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[i] = product[i];
+      });
+    }
   }
 
   __device__ int value_row(int r) const { return 2 * t_ + (r & 1) + (r >> 1) * 8; }
 
-  __device__ void load_values(const std::byte* values, int row, std::uint32_t (&words)[Shape::kValueWords]) const {
+  __device__ void load_values(int warp, int stage, std::uint32_t (&words)[4][Shape::kValueWords]) const {
     constexpr int kAccess = Shape::kValueBytes % 16 == 0 ? 16 : Shape::kValueBytes % 8 == 0 ? 8 : 4;
+    const std::byte* values = tile_memory(warp, stage) + Shape::kBytes.values;
 #pragma unroll
-    for (int i = 0; i < Shape::kValueBytes; i += kAccess) {
-      const int at = g_ * Shape::kValueBytes + i;
-      load_shared<kAccess>(words + i / 4,
-                           values + row * Shape::kBytes.value_pitch + Shape::value_chunk(row, at / 16) * 16 + at % 16);
+    for (int r = 0; r < 4; ++r)
+#pragma unroll
+      for (int i = 0; i < Shape::kValueBytes; i += kAccess) {
+        const int row = value_row(r), at = g_ * Shape::kValueBytes + i;
+        load_shared<kAccess>(words[r] + i / 4,
+                             values + row * Shape::kBytes.value_pitch + Shape::value_chunk(row, at / 16) * 16 + at % 16);
+      }
+  }
+
+  // Of all tiles that are taken at once.
+  __device__ bool are_values_finite(int warp, int stage) const {
+    bool finite = true;
+#pragma unroll 1
+    for (int u = 0; u < kAtOnce; ++u) {
+      std::uint32_t value[4][Shape::kValueWords];
+      load_values(warp, stage + u, value);
+#pragma unroll
+      for (int r = 0; r < 4; ++r)
+#pragma unroll
+        for (int w = 0; w < Shape::kValueWords; ++w) finite &= !device::any_not_finite<Fp8>(value[r][w]);
     }
+    return __all_sync(kAllLanes, finite);
   }
 
   // Elements 0 and 1 of `logits` are columns 2t and 2t + 1 of position g, 2 and 3 those of position g + 8.
-  __device__ void multiply_keys(const std::uint32_t (&key)[2][Shape::kKeyParts][Shape::kKeyWords],
-                                float (&logits)[kColumnTiles][4]) const {
-    constexpr int kSums = kColumnTiles == 1 ? 2 : 1;  // independent ones, so that a product need not wait for the one before
-    float sums[kColumnTiles][kSums][4] = {};
+  __device__ void multiply_keys(const std::uint32_t (&key)[kAtOnce][2][Shape::kKeyParts][Shape::kKeyWords],
+                                float (&logits)[kAtOnce][kColumnTiles][4]) const {
+    // Independent sums, so that a product need not wait for the one before.
+    constexpr int kSums = kColumnTiles * kAtOnce <= 2 ? 2 : 1;
+    float sums[kAtOnce][kColumnTiles][kSums][4] = {};
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      const std::uint32_t upper = key[0][k / Shape::kKeyWords][k % Shape::kKeyWords],
-                          lower = key[1][k / Shape::kKeyWords][k % Shape::kKeyWords];
-      const std::uint32_t a0 = device::halves_of<Fp8, false>(upper), a1 = device::halves_of<Fp8, false>(lower),
-                          a2 = device::halves_of<Fp8, true>(upper), a3 = device::halves_of<Fp8, true>(lower);
+      std::uint32_t a[kAtOnce][4];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        const std::uint32_t upper = key[u][0][k / Shape::kKeyWords][k % Shape::kKeyWords],
+                            lower = key[u][1][k / Shape::kKeyWords][k % Shape::kKeyWords];
+        a[u][0] = device::halves_of<Fp8, false>(upper), a[u][1] = device::halves_of<Fp8, false>(lower);
+        a[u][2] = device::halves_of<Fp8, true>(upper), a[u][3] = device::halves_of<Fp8, true>(lower);
+      }
 #pragma unroll
       for (int j = 0; j < kColumnTiles; ++j) {
-        if constexpr (kColumnTiles == 1) {
-          device::multiply_add(sums[j][k % kSums], a0, a1, a2, a3, query_[k][0], query_[k][1]);
-        } else {
-          const uint2 query = query_fragments(column_warp_, j)[32 * k + lane_];
-          device::multiply_add(sums[j][0], a0, a1, a2, a3, query.x, query.y);
-        }
+        uint2 query;
+        if constexpr (kColumnTiles == 1)
+          query = {query_[k][0], query_[k][1]};
+        else
+          query = query_fragments(column_warp_, j)[32 * k + lane_];
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u)
+          device::multiply_add(sums[u][j][k % kSums], a[u][0], a[u][1], a[u][2], a[u][3], query.x, query.y);
       }
     }
 #pragma unroll
-    for (int j = 0; j < kColumnTiles; ++j)
+    for (int u = 0; u < kAtOnce; ++u)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) logits[j][i] = kSums == 2 ? sums[j][0][i] + sums[j][kSums - 1][i] : sums[j][0][i];
+      for (int j = 0; j < kColumnTiles; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          logits[u][j][i] = kSums == 2 ? sums[u][j][0][i] + sums[u][j][kSums - 1][i] : sums[u][j][0][i];
   }
 
   __device__ void scale_logits(const std::byte* tile, float (&logits)[kColumnTiles][4], float (&value_logits)[2]) const {
@@ -487,33 +542,38 @@ class TiledAttention {
 #pragma unroll
     for (int j = 0; j < kColumnTiles; ++j)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) logits[j][i] *= kPerToken ? factor_[j][i % 2] * key_scales[i / 2] : factor_[j][i % 2];
+      for (int i = 0; i < 4; ++i) logits[j][i] *= kPerToken ? factor(j, i % 2) * key_scales[i / 2] : factor(j, i % 2);
     if (l_.softcap > 0.0f) {
+      const float capped = l_.softcap * kLog2e;
 #pragma unroll
       for (int j = 0; j < kColumnTiles; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float base = scales()[column_of(j, 2 * t_ + i % 2)].y;
-          logits[j][i] = l_.softcap * tanh_of((logits[j][i] + base) * __frcp_rn(l_.softcap)) * kLog2e;
+          const float base = l_.k_offset.data ? scales()[column_of(j, 2 * t_ + i % 2)].y : 0.0f;
+          logits[j][i] = capped * tanh_of((logits[j][i] + base) * args_.inverse_softcap);
         }
     }
   }
 
   // Within 2e-7.
   __device__ static float tanh_of(float x) {
-    const float exponential = device::exp2_approximation(2.0f * kLog2e * fabsf(x));
-    const float large = copysignf(1.0f - __fdividef(2.0f, exponential + 1.0f), x);
+    const float large = 1.0f - __fdividef(2.0f, device::exp2_approximation(2.0f * kLog2e * x) + 1.0f);
     const float square = x * x;
     const float small = x + x * square * (-1.0f / 3 + square * (2.0f / 15 - square * (17.0f / 315)));
     return fabsf(x) < 0.2f ? small : large;
   }
 
-  // Whether some positions of the tile are not seen by all queries.
-  __device__ bool is_edge(int tile) const { return tile * kTile < all_.begin || (tile + 1) * kTile > all_.end; }
+  // Whether some positions of the tiles are not seen by all queries.
+  __device__ bool has_edge(int tile) const {
+    return tile * kTile < all_.begin || (tile + (kAtOnce - 1) * warps_ + 1) * kTile > all_.end;
+  }
 
   // Logits of positions that are not seen become -infinity.
-  __device__ void mask(int tile, bool missing, float (&logits)[kColumnTiles][4]) const {
-    if (!is_edge(tile) && !missing) return;
+  __device__ void mask(int warp, int stage, int index, float (&logits)[kAtOnce][kColumnTiles][4]) const {
+    bool all_seen = !has_edge(index);
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) all_seen &= *missing(warp, stage + u) == 0;
+    if (all_seen) return;
 #pragma unroll
     for (int j = 0; j < kColumnTiles; ++j)
 #pragma unroll
@@ -521,9 +581,13 @@ class TiledAttention {
         Positions seen = any_;
         if (!one_query_) seen = item_.sequence.seen_by(l_, query_of(column_of(j, 2 * t_ + i)));
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int position = tile * kTile + g_ + 8 * r;
-          if (missing || position < seen.begin || position >= seen.end) logits[j][2 * r + i] = -INFINITY;
+        for (int u = 0; u < kAtOnce; ++u) {
+          const bool is_missing = *missing(warp, stage + u) != 0;
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const int position = (index + u * warps_) * kTile + g_ + 8 * r;
+            if (is_missing || position < seen.begin || position >= seen.end) logits[u][j][2 * r + i] = -INFINITY;
+          }
         }
       }
   }
@@ -531,28 +595,37 @@ class TiledAttention {
   // --- Softmax ------------------------------------------------
 
   // Maxima grow only where a logit is far above them, which is decided for each column by itself.
-  __device__ void raise_maxima(const float (&logits)[kColumnTiles][4], const float (&value_logits)[2]) {
+  __device__ void raise_maxima(const float (&logits)[kAtOnce][kColumnTiles][4], const float (&value_logits)[kAtOnce][2]) {
+    float largest[kColumnTiles][2], largest_value[kColumnTiles][2];
+    bool grows = false;
 #pragma unroll
-    for (int j = 0; j < kColumnTiles; ++j) {
-      float largest[2], largest_value[2];
-      bool grows = false;
+    for (int j = 0; j < kColumnTiles; ++j)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        largest[i] = fmaxf(logits[j][i], logits[j][2 + i]);
-        grows |= largest[i] > softmax_[j][i].maximum + kMaxGrowth;
+        float (&x)[2] = largest[j];
+        x[i] = fmaxf(logits[0][j][i], logits[0][j][2 + i]);
+#pragma unroll
+        for (int u = 1; u < kAtOnce; ++u) x[i] = fmaxf(x[i], fmaxf(logits[u][j][i], logits[u][j][2 + i]));
+        grows |= x[i] > softmax_[j][i].maximum + kMaxGrowth;
         if constexpr (kPerToken) {
-          largest_value[i] = fmaxf(logits[j][i] + value_logits[0], logits[j][2 + i] + value_logits[1]);
-          grows |= largest_value[i] > value_maximum_[j][i] + kMaxGrowth;
+          float (&y)[2] = largest_value[j];
+          y[i] = fmaxf(logits[0][j][i] + value_logits[0][0], logits[0][j][2 + i] + value_logits[0][1]);
+#pragma unroll
+          for (int u = 1; u < kAtOnce; ++u)
+            y[i] = fmaxf(y[i], fmaxf(logits[u][j][i] + value_logits[u][0], logits[u][j][2 + i] + value_logits[u][1]));
+          grows |= y[i] > value_maximum_[j][i] + kMaxGrowth;
         }
       }
-      if (!__any_sync(kAllLanes, grows)) continue;
+    if (!__any_sync(kAllLanes, grows)) return;
+#pragma unroll
+    for (int j = 0; j < kColumnTiles; ++j) {
       float rescale[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float kept = raise(softmax_[j][i].maximum, largest[i]);
+        const float kept = raise(softmax_[j][i].maximum, largest[j][i]);
         softmax_[j][i].sum *= kept;
         rescale[i] = kept;
-        if constexpr (kPerToken) rescale[i] = raise(value_maximum_[j][i], largest_value[i]);
+        if constexpr (kPerToken) rescale[i] = raise(value_maximum_[j][i], largest_value[j][i]);
       }
 #pragma unroll
       for (int k = 0; k < kSteps; ++k)
@@ -838,7 +911,7 @@ class TiledAttention {
   const int* table_;
   int blocks_, next_blocks_;  // of iterations, one per lane
   std::uint32_t query_[kColumnTiles == 1 ? kSteps : 1][2];
-  float factor_[kColumnTiles][2];  // of columns 2t and 2t + 1
+  float factor_[kKeepsFactors ? kColumnTiles : 1][2];  // of columns 2t and 2t + 1
   Softmax softmax_[kColumnTiles][2];
   float value_maximum_[kColumnTiles][2];  // with a scale for each token: of logits plus log2 of V's scale
   float out_[kColumnTiles][kSteps][4];
@@ -849,31 +922,52 @@ struct Work {
   Item item;
 };
 
-// A usual decode step. Of its arguments, the compiler knows those that are always the same: less code, which takes a short
-// kernel most of its time.
-struct PlainStep {
+// What the compiler knows of the arguments of a call: less code, which takes a short kernel most of its time, and fewer
+// registers. Usual: 16-bit queries and results, and nothing rare; with a column tile, one query per sequence. Plain: a usual
+// call without sinks and softcap, which cost it 1% and up to 5% of a short one.
+enum class Known { Nothing, Usual, Plain };
+
+template <int kColumnTiles, bool kPerToken, Known kKnown>
+struct KnownCall {
+  static_assert(kKnown != Known::Nothing);
+
   static bool is(const AttentionLayout& l, const AttentionPlan& plan) {
-    return !l.cu_query_lens.data && !l.seq_starts.data && !l.sinks.data && !l.lse.data && !l.k_offset.data &&
-           !l.v_offset.data && !l.q_scale && l.softcap == 0.0f && l.sliding_window == 0 && l.query_dtype == DType::BFloat16 &&
-           l.out_dtype == DType::BFloat16 && l.out.dim == 1 && l.block_table.stride == 1 && l.seq_lens.stride == 1 &&
-           is_of_head(l.k_scale) && is_of_head(l.v_scale) && plan.columns == core::kColumnTile;
+    if (kColumnTiles == 1 && l.cu_query_lens.data) return false;
+    if (kKnown == Known::Plain && (l.sinks.data || l.softcap > 0.0f)) return false;
+    const bool known_sinks = !l.sinks.data || l.sinks.dtype == DType::Float32 || l.sinks.dtype == DType::BFloat16;
+    return known_sinks && !l.seq_starts.data && !l.lse.data && !l.k_offset.data && !l.v_offset.data && !l.q_scale &&
+           l.sliding_window == 0 && l.query_dtype == DType::BFloat16 && l.out_dtype == DType::BFloat16 && l.out.dim == 1 &&
+           l.block_table.stride == 1 && l.seq_lens.stride == 1 && are_known(l.k_scale, l.v_scale) &&
+           plan.column_tiles == kColumnTiles && plan.column_warps == 1;
   }
 
   __device__ static TiledArgs of(TiledArgs args) {
     AttentionLayout& l = args.layout;
-    l.cu_query_lens = l.seq_starts = l.sinks = {};
-    l.lse = {}, l.k_offset = l.v_offset = {};
-    l.q_scale = nullptr, l.softcap = 0.0f, l.sliding_window = 0;
+    if constexpr (kColumnTiles == 1) l.cu_query_lens = {};
+    if constexpr (kKnown == Known::Plain) l.sinks = {}, l.softcap = 0.0f;
+    l.sinks.dtype = l.sinks.dtype == DType::Float32 ? DType::Float32 : DType::BFloat16;
+    l.seq_starts = {}, l.lse = {}, l.k_offset = l.v_offset = {};
+    l.q_scale = nullptr, l.sliding_window = 0;
     l.query_dtype = l.out_dtype = DType::BFloat16;
     l.out.dim = l.block_table.stride = l.seq_lens.stride = 1;
-    l.k_scale = {l.k_scale.data, 0, 0, l.k_scale.head, 0};
-    l.v_scale = {l.v_scale.data, 0, 0, l.v_scale.head, 0};
-    args.plan.column_tiles = args.plan.column_warps = 1, args.plan.columns = core::kColumnTile;
+    if constexpr (kPerToken) {
+      __builtin_assume(l.k_scale.offset != 0);
+      l.k_scale.dim = 0;
+      l.v_scale = {l.v_scale.data, l.k_scale.block, l.k_scale.offset, l.k_scale.head, 0};
+    } else {
+      l.k_scale = {l.k_scale.data, 0, 0, l.k_scale.head, 0};
+      l.v_scale = {l.v_scale.data, 0, 0, l.v_scale.head, 0};
+    }
+    args.plan.column_tiles = kColumnTiles, args.plan.column_warps = 1, args.plan.columns = kColumnTiles * core::kColumnTile;
     return args;
   }
 
  private:
-  static bool is_of_head(const core::ChannelScales& scale) { return scale.data && scale.dim == 0 && !scale.per_token(); }
+  static bool are_known(const core::ChannelScales& k, const core::ChannelScales& v) {
+    if (!k.data || !v.data || k.dim != 0 || v.dim != 0) return false;
+    if (!kPerToken) return !k.per_token() && !v.per_token();
+    return k.offset != 0 && k.block == v.block && k.offset == v.offset && k.head == v.head;
+  }
 };
 
 // The blocks bring the table of one sequence into the L2 cache, while they find out what they have of it.
@@ -913,14 +1007,14 @@ __device__ __forceinline__ void attend_all(const TiledArgs& args, std::byte* sha
   }
 }
 
-template <class Fp8, int kHeadSize, int kColumnTiles, bool kPerToken, bool kPlain>
+template <class Fp8, int kHeadSize, int kColumnTiles, bool kPerToken, Known kKnown>
 __global__ void __launch_bounds__(32 * kMaxWarps, blocks_per_multiprocessor(kHeadSize, kColumnTiles))
     attention_tiled(const __grid_constant__ TiledArgs args) {
   extern __shared__ __align__(128) std::byte shared_memory[];
-  if constexpr (kPlain)
-    attend_all<Fp8, kHeadSize, kColumnTiles, kPerToken>(PlainStep::of(args), shared_memory);
-  else
+  if constexpr (kKnown == Known::Nothing)
     attend_all<Fp8, kHeadSize, kColumnTiles, kPerToken>(args, shared_memory);
+  else
+    attend_all<Fp8, kHeadSize, kColumnTiles, kPerToken>(KnownCall<kColumnTiles, kPerToken, kKnown>::of(args), shared_memory);
 }
 
 }  // namespace fp8kv::cuda::attention

@@ -19,7 +19,7 @@ void allow(Kernel kernel) {
 
 template <int kHeadSize, int kColumnTiles>
 void count_clusters(core::AttentionClusters& clusters) {
-  const auto kernel = attention_tiled<E4M3, kHeadSize, kColumnTiles, true, false>;
+  const auto kernel = attention_tiled<E4M3, kHeadSize, kColumnTiles, true, Known::Nothing>;
   const core::AttentionMemory memory(kHeadSize, kColumnTiles, true, kMaxWarps, kColumnTiles * core::kColumnTile);
   const int shared_memory = memory.size + memory.inbox_size;
   if (shared_memory > device_limits().shared_memory - core::kReservedMemory) return;
@@ -50,9 +50,9 @@ const core::AttentionClusters& clusters() {
   });
 }
 
-template <class Fp8, int kHeadSize, int kColumnTiles, bool kPerToken, bool kPlain = false>
+template <class Fp8, int kHeadSize, int kColumnTiles, bool kPerToken, Known kKnown>
 void launch_tiled_kernel(const TiledArgs& args, cudaStream_t stream) {
-  const auto kernel = attention_tiled<Fp8, kHeadSize, kColumnTiles, kPerToken, kPlain>;
+  const auto kernel = attention_tiled<Fp8, kHeadSize, kColumnTiles, kPerToken, kKnown>;
   static PerDevice<bool> allowed;
   allowed.get([&] {
     allow(kernel);
@@ -76,15 +76,24 @@ void launch_tiled(const AttentionLayout& layout, const AttentionPlan& plan, void
                        .values = CacheStrides(layout.value_cache),
                        .tiles_per_block = FastDiv(layout.block_size / kTile),
                        .divisors = Divisors(layout, plan),
-                       .workspace = workspace};
+                       .workspace = workspace,
+                       .inverse_softcap = 1.0f / layout.softcap};
   core::visit_quantized(layout.cache_dtype, [&]<class Fp8>(core::Type<Fp8>) {
     const auto launch = [&]<int kColumnTiles>(std::integral_constant<int, kColumnTiles>) {
+      const auto with = [&]<bool kPerToken>(std::bool_constant<kPerToken>) {
+        if constexpr (kColumnTiles == 1 && !kPerToken)
+          if (KnownCall<kColumnTiles, kPerToken, Known::Plain>::is(layout, plan))
+            return launch_tiled_kernel<Fp8, kHeadSize, kColumnTiles, kPerToken, Known::Plain>(args, stream);
+        if constexpr (kColumnTiles == 1 || !kPerToken)
+          if (KnownCall<kColumnTiles, kPerToken, Known::Usual>::is(layout, plan))
+            return launch_tiled_kernel<Fp8, kHeadSize, kColumnTiles, kPerToken, Known::Usual>(args, stream);
+        launch_tiled_kernel<Fp8, kHeadSize, kColumnTiles, kPerToken, Known::Nothing>(args, stream);
+      };
       if (layout.k_scale.per_token() || layout.v_scale.per_token())
-        launch_tiled_kernel<Fp8, kHeadSize, kColumnTiles, true>(args, stream);
+        with(std::true_type{});
       else
-        launch_tiled_kernel<Fp8, kHeadSize, kColumnTiles, false>(args, stream);
+        with(std::false_type{});
     };
-    if (PlainStep::is(layout, plan)) return launch_tiled_kernel<Fp8, kHeadSize, 1, false, true>(args, stream);
     if (plan.column_tiles == 1) return launch(std::integral_constant<int, 1>{});
     if (plan.column_tiles == 2) return launch(std::integral_constant<int, 2>{});
     if constexpr (kHeadSize <= 128) launch(std::integral_constant<int, 4>{});
