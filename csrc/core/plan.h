@@ -51,11 +51,14 @@ constexpr std::int64_t grid_stride_blocks(std::int64_t count, int multiprocessor
 enum class ElementwiseKernel : std::uint8_t {
   Scalar,
   Contiguous,    // input and result are one contiguous range each, of a GroupGrid
+  RowsOfBlocks,  // the same by batches of rows that share scales
   AcrossGroups,  // the same in units of kUnitSize elements, in which a group may end
   Vectorized,    // rows of one scale
   VectorizedUnaligned,
-  PerChannel,  // contiguous, with a scale for each column
-  PerColumn,   // other rows that share scales that change along them
+  PerChannelOfOneRow,  // contiguous, with a scale for each column
+  PerChannel,
+  PerChannelMerged,  // rows of odd length
+  PerColumn,         // other rows that share scales that change along them
   PerColumnUnaligned,
 };
 
@@ -75,6 +78,9 @@ enum class Groups : std::uint8_t { One, Row, Grid };
 // Neighboring elements that a thread takes of such a tensor: one access of 16 bytes to FP8.
 inline constexpr int kUnitSize = 16;
 
+inline constexpr int kRowsOfBlocks = 4;   // per thread of that kernel
+inline constexpr int kOneRowColumns = 2;  // per thread of PerChannelOfOneRow
+
 struct ElementwisePlan {
   ElementwiseKernel kernel = ElementwiseKernel::Scalar;
   KernelPath path = KernelPath::Scalar;
@@ -86,17 +92,16 @@ struct ElementwisePlan {
   std::int64_t vecs_per_row = 1;  // Vectorized, PerColumn
   int vecs_per_thread = 1;        // Contiguous: 1 or 2
   std::int64_t row_size = 0;      // elements; of merged rows where there are any
-  GroupGrid grid{};               // Contiguous, AcrossGroups
+  GroupGrid grid{};               // Contiguous, RowsOfBlocks, AcrossGroups
   Groups groups = Groups::Grid;   // Contiguous
 
   // PerColumn, aligned: the dimension before the row, if it shares its scales, so that a thread can loop over it.
   std::int64_t rows = 1;
-  int rows_per_thread = 1;       // PerChannel: 1 or 4; PerColumn: 1, 2 or 4
+  int rows_per_thread = 1;       // PerChannel: 1 or 4; PerChannelMerged: 1, 2 or 4; PerColumn: 1 or 2; also of RowsOfBlocks
   std::int64_t rows_merged = 1;  // contiguous rows of odd length that are taken as one aligned row
   std::int64_t row_in = 0;       // strides from one (merged) row to the next
   std::int64_t row_out = 0;
-  std::int64_t last_row_size = 0;  // a last merged row may be incomplete
-  bool vector_scales = false;      // 8 scales are one aligned access
+  bool vector_scales = false;  // 8 scales are one aligned access
 };
 
 // Whether groups of a contiguous problem end inside vectors, and units of the whole tensor are the way to take it: then it is
@@ -165,19 +170,22 @@ constexpr const char* name(DynamicPath path) {
 struct DynamicPlan {
   DynamicPath path = DynamicPath::TwoPasses;
   bool aligned = false;
-  bool contiguous = false;  // PerGroup: aligned; the input, the result and the scales are one contiguous range each
-  bool units = false;       // PerGroup, contiguous: a lane has a unit
+  bool contiguous = false;  // PerGroup: input, result and scales are one contiguous range each, from aligned addresses on
+  bool units = false;       // PerGroup, aligned and contiguous: a lane has a unit
   int threads = 256;        // per block
   std::int64_t blocks = 0;
   int lanes_per_group = 0;        // PerGroup: a power of two up to 32; 0 for a block. Misaligned, they take single elements
   int vecs_per_thread = 1;        // PerGroup, Redundant, Cluster: kept in registers; 0: the row is read twice
   GroupGrid grid{};               // AcrossGroups
+  int tile_units = 1;             // AcrossGroups: per thread: 1, or kManyTileUnits
   int shared_vecs = 0;            // Cooperative: kept in shared memory, per thread
   std::int64_t vecs_per_row = 1;  // what covers a row of any alignment
 };
 
 inline constexpr int kElementsPerLane = 8;  // of misaligned groups that share a warp
-inline constexpr int kTileThreads = 128;    // of AcrossGroups, for as many units
+inline constexpr int kTileThreads = 128;    // of AcrossGroups
+inline constexpr int kManyTileUnits = 3;
+inline constexpr int kLongestTileGroup = 256;
 inline constexpr int kRedundantThreads = 1024;
 inline constexpr int kRedundantVecs = 512;  // a block quantizes
 inline constexpr int kCooperativeThreads = 512;

@@ -35,11 +35,10 @@ bool row_fits(const Layout& layout) {
 
 // Whether groups of one row each, short enough to be read at both ends of a tile, end inside vectors.
 bool tiles_fit(const Chunk& chunk, const TensorView& input, const TensorView& result) {
-  constexpr std::int64_t kLongest = kTileThreads * kUnitSize / 8;
   if (chunk.layout.numel > kMaxChunk || !goes_across_groups(chunk, input, result)) return false;
   const GroupGrid grid = *grid_of(chunk.layout);
   const bool own_scales = grid.row == chunk.layout.numel || (grid.row_block == 1 && grid.row_scale != 0);
-  return own_scales && grid.group_scale != 0 && grid.group <= kLongest;
+  return own_scales && grid.group_scale != 0 && grid.group <= kLongestTileGroup;
 }
 
 void plan_one_group(DynamicPlan& plan, DType real, const DeviceLimits& limits, int max_cluster) {
@@ -91,7 +90,9 @@ DynamicPlan plan_dynamic(const Chunk& chunk, const TensorView& input, const Tens
     plan.path = DynamicPath::AcrossGroups;
     plan.grid = *grid_of(layout);
     plan.threads = kTileThreads;
-    plan.blocks = ceil_div(layout.numel, kTileThreads * kUnitSize);
+    const std::int64_t units = ceil_div(layout.numel, kUnitSize);
+    if (units >= 4096 * std::int64_t{limits.multiprocessors}) plan.tile_units = kManyTileUnits;  // many blocks remain
+    plan.blocks = ceil_div(units, kTileThreads * plan.tile_units);
     return plan;
   }
   if (!row_fits(layout)) return plan;
@@ -102,8 +103,9 @@ DynamicPlan plan_dynamic(const Chunk& chunk, const TensorView& input, const Tens
     return plan;
   }
   plan.path = DynamicPath::PerGroup;
-  plan.contiguous = plan.aligned && contiguous(layout) && scales_contiguous(layout);
-  const bool units = plan.contiguous && vecs % 2 == 0 && units_aligned(chunk, input, result);
+  plan.contiguous =
+      contiguous(layout) && scales_contiguous(layout) && base_aligned(input, chunk.in) && base_aligned(result, chunk.out);
+  const bool units = plan.aligned && plan.contiguous && vecs % 2 == 0 && units_aligned(chunk, input, result);
   const std::int64_t lanes = !plan.aligned ? ceil_div(layout.inner().size, kElementsPerLane) : units ? vecs / 2 : vecs;
   if (lanes <= kWarp) {
     plan.units = units;
@@ -112,11 +114,12 @@ DynamicPlan plan_dynamic(const Chunk& chunk, const TensorView& input, const Tens
     plan.blocks = ceil_div(groups, plan.threads / plan.lanes_per_group);
     return plan;
   }
-  // One vector per thread where all groups are in flight at once, else two; misaligned rows have more to do for each, and
-  // prefer more.
+  // One vector per thread where all groups are in flight at once, else two; rows at any address have more to do for each, and
+  // prefer more, as do aligned blocks of them whose ends are not.
   const bool few = groups * vecs <= 1024 * std::int64_t{limits.multiprocessors};
   const int most = vecs_in_registers(input.dtype);
-  plan.vecs_per_thread = vecs_per_thread(vecs, kMaxThreads, !plan.aligned ? most : few ? 1 : 2, most);
+  const int fewest = plan.aligned ? (few ? 1 : 2) : plan.contiguous ? (few ? 1 : 4) : most;
+  plan.vecs_per_thread = vecs_per_thread(vecs, kMaxThreads, fewest, most);
   plan.threads =
       plan.vecs_per_thread == 0 ? kMaxThreads : static_cast<int>(round_up(ceil_div(vecs, plan.vecs_per_thread), kWarp));
   plan.blocks = groups;

@@ -9,6 +9,8 @@ namespace {
 // From this number of vectors on the device is full, and a thread takes two.
 constexpr std::int64_t kManyVecs = 1 << 18;
 
+constexpr int kChannelThreads = 128;  // per block of the kernels per column, but for two rows per thread
+
 // Three groups in a unit are slow. They are rare where only the last group of a row is that small, and rows are long.
 bool three_in_a_unit_are_rare(const GroupGrid& grid) {
   constexpr std::int64_t kLongRow = 64 * kUnitSize;
@@ -24,13 +26,26 @@ ElementwisePlan plan_across_groups(const GroupGrid& grid, std::int64_t numel) {
   return plan;
 }
 
+// Whether batches of kRowsOfBlocks rows have one scale for each column, and few rows are missing in the last batch.
+bool batches_share_scales(const GroupGrid& grid, std::int64_t rows) {
+  const bool shared = grid.row_scale == 0 || grid.row_block % kRowsOfBlocks == 0;
+  return shared && (rows % kRowsOfBlocks == 0 || rows >= 16 * kRowsOfBlocks);
+}
+
 ElementwisePlan plan_contiguous(const GroupGrid& grid, std::int64_t numel) {
   ElementwisePlan plan{.kernel = ElementwiseKernel::Contiguous, .path = KernelPath::Vectorized, .aligned = true};
   plan.work = numel / kVecSize;
-  if (plan.work >= kManyVecs) plan.vecs_per_thread = 2;
   plan.grid = grid;
   const bool one_row = grid.row == numel;
   plan.groups = one_row && grid.group == numel ? Groups::One : one_row ? Groups::Row : Groups::Grid;
+  if (plan.work < kManyVecs) return plan;
+  if (batches_share_scales(grid, numel / grid.row)) {
+    plan.kernel = ElementwiseKernel::RowsOfBlocks;
+    plan.rows_per_thread = kRowsOfBlocks;
+    plan.work = ceil_div(numel / grid.row, kRowsOfBlocks) * (grid.row / kVecSize);
+  } else {
+    plan.vecs_per_thread = 2;
+  }
   return plan;
 }
 
@@ -51,7 +66,7 @@ bool scales_aligned(const Chunk& chunk, const TensorView& scale) {
 }
 
 ElementwisePlan plan_per_column(const Chunk& chunk, const TensorView& input, const TensorView& result, const TensorView& scale,
-                                bool aligned) {
+                                bool aligned, int multiprocessors) {
   const Layout& layout = chunk.layout;
   const Layout::Dim& inner = layout.inner();
   ElementwisePlan plan{.path = KernelPath::PerColumn, .aligned = aligned};
@@ -60,8 +75,8 @@ ElementwisePlan plan_per_column(const Chunk& chunk, const TensorView& input, con
   plan.rows = looped.size;
   plan.row_size = inner.size;
   const bool one_range = contiguous(layout);
-  if (!aligned && one_range && loops && layout.ndim == 2 && inner.block == 1 && base_aligned(input, chunk.in) &&
-      base_aligned(result, chunk.out)) {
+  if (!aligned && one_range && loops && layout.ndim == 2 && inner.block == 1 && inner.scale == 1 &&
+      base_aligned(input, chunk.in) && base_aligned(result, chunk.out)) {
     plan.rows_merged = kVecSize / std::gcd(inner.size, std::int64_t{kVecSize});
     plan.aligned = true;
   }
@@ -79,15 +94,20 @@ ElementwisePlan plan_per_column(const Chunk& chunk, const TensorView& input, con
   plan.rows = ceil_div(looped.size, plan.rows_merged);
   plan.row_in = looped.in * plan.rows_merged;
   plan.row_out = looped.out * plan.rows_merged;
-  plan.last_row_size = loops ? (looped.size - (plan.rows - 1) * plan.rows_merged) * inner.size : plan.row_size;
   plan.vector_scales = !merged && inner.scale == 1 && inner.block == 1 && scales_aligned(chunk, scale);
   // One row while there is little to do; then more, so that preparing the scales is shared. Merged rows share even more work.
   const std::int64_t vecs = layout.numel / kVecSize;
-  if (one_range && plan.outer_dims == 0 && plan.vector_scales) {
+  const bool per_channel = one_range && plan.outer_dims == 0 && plan.vector_scales;
+  if (per_channel && looped.size == 1 && inner.size <= std::int64_t{kChannelThreads} * multiprocessors) {
+    plan.kernel = ElementwiseKernel::PerChannelOfOneRow;
+    plan.work = inner.size / kOneRowColumns;
+    return plan;
+  }
+  if (per_channel) {
     plan.kernel = ElementwiseKernel::PerChannel;
     plan.rows_per_thread = vecs >= kManyVecs ? 4 : 1;
   } else {
-    plan.kernel = ElementwiseKernel::PerColumn;
+    plan.kernel = merged ? ElementwiseKernel::PerChannelMerged : ElementwiseKernel::PerColumn;
     if (vecs > (merged ? 1 << 17 : 1 << 18)) plan.rows_per_thread = merged ? 4 : 2;
     plan.rows_per_thread =
         static_cast<int>(std::min<std::int64_t>(plan.rows_per_thread, std::bit_floor(static_cast<std::uint64_t>(plan.rows))));
@@ -137,7 +157,7 @@ ElementwisePlan plan_elementwise(const Chunk& chunk, const TensorView& input, co
     plan.outer_dims = layout.ndim;
     plan.work = layout.numel;
   } else if (layout.inner().scale != 0) {
-    plan = plan_per_column(chunk, input, result, scale, aligned);
+    plan = plan_per_column(chunk, input, result, scale, aligned, multiprocessors);
   } else if (aligned && grid) {
     plan = plan_contiguous(*grid, layout.numel);
   } else {
@@ -146,8 +166,8 @@ ElementwisePlan plan_elementwise(const Chunk& chunk, const TensorView& input, co
   // Columns hold many registers: smaller blocks fill a multiprocessor better. They also spread tiny problems over more
   // multiprocessors.
   if (plan.path == KernelPath::PerColumn)
-    plan.threads = plan.rows_per_thread == 2 ? 64 : 128;
-  else if (plan.vecs_per_thread > 1 || plan.work <= 64 * std::int64_t{multiprocessors})
+    plan.threads = plan.rows_per_thread == 2 ? 64 : kChannelThreads;
+  else if (plan.vecs_per_thread > 1 || plan.rows_per_thread > 1 || plan.work <= 64 * std::int64_t{multiprocessors})
     plan.threads = 128;
   plan.blocks = ceil_div(plan.work, plan.threads * plan.vecs_per_thread);
   return plan;

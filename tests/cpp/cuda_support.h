@@ -80,6 +80,13 @@ class Cuda : public testing::Test {
     for (auto& byte : tensor.bytes()) byte = static_cast<unsigned char>(random());
   }
 
+  // Magnitudes of 2^-7 to 2, in any of the wider types: their dynamic scales do not divide.
+  void fill_moderate_reals(Tensor& tensor, DType dtype) {
+    fill_reals(tensor);
+    const std::size_t size = size_of(dtype);
+    for (std::size_t i = size - 1; i < tensor.bytes().size(); i += size) tensor.bytes()[i] = (tensor.bytes()[i] & 0x83) | 0x3c;
+  }
+
   void fill_scales(Tensor& tensor) {
     constexpr float kSpecial[] = {0.0f, -1.0f, 1e-45f, 0x1p-126f, 0x1p96f, 0x1p127f, 1.0f};
     // Significands just below a multiple of 2^20; of INT8 just below one of 2^17 and above.

@@ -70,10 +70,19 @@ const Case kCases[] = {
     {"token_odd", {37, 333}, {37, 1}, GroupShape{1, -1}, Memory::Contiguous, Memory::Padded, 1},
     {"token_short", {300, 20}, {300}, GroupShape{1, -1}},
     {"token_long", {3, 70001}, {3}, GroupShape{1, -1}},
+    {"token_of_any_length", {37, 1333}, {37}, GroupShape{1, -1}},
+    {"token_of_any_length_whole_vectors_at_the_end", {8, 1335}, {8}, GroupShape{1, -1}},
+    {"token_of_any_length_one_row", {1, 5137}, {1}, GroupShape{1, -1}},
+    {"token_of_any_length_2_vectors", {301, 5137}, {301}, GroupShape{1, -1}},
+    {"token_of_any_length_4_vectors", {101, 20001}, {101}, GroupShape{1, -1}},
+    {"token_of_any_length_8_vectors", {41, 40003}, {41}, GroupShape{1, -1}},
     {"token_transposed", {33, 72}, {33}, GroupShape{1, -1}, Memory::Reversed, Memory::Contiguous},
     {"channel", {300, 128}, {128}, GroupShape{-1, 1}},
     {"channel_odd", {130, 37}, {37}, GroupShape{-1, 1}},
     {"channel_merged", {1031, 1025}, {1025}, GroupShape{-1, 1}},
+    {"channel_merged_few_rows", {17, 131073}, {131073}, GroupShape{-1, 1}},
+    {"channel_merged_exactly", {64, 1028}, {1028}, GroupShape{-1, 1}},
+    {"channel_one_row", {1, 4104}, {4104}, GroupShape{-1, 1}},
     {"channel_many_rows", {4100, 2056}, {2056}, GroupShape{-1, 1}},
     {"channel_padded", {130, 40}, {1, 40}, GroupShape{-1, 1}, Memory::Padded, Memory::Contiguous, 2},
     {"channel_both_transposed", {130, 40}, {40}, GroupShape{-1, 1}, Memory::Reversed, Memory::Reversed},
@@ -93,6 +102,9 @@ const Case kCases[] = {
     {"tokens_across_units", {37, 333}, {8}, GroupShape{5, -1}},
     {"tensor_across_units", {127, 129}, {1}, GroupShape{-1, -1}},
     {"block", {256, 384}, {2, 3}, GroupShape{128, 128}},
+    {"head_of_many_rows", {1031, 2048}, {16}, GroupShape{-1, 128}},
+    {"block_of_many_rows", {1030, 2064}, {9, 17}, GroupShape{128, 128}},
+    {"block_of_many_rows_in_pairs", {1030, 2048}, {515, 16}, GroupShape{2, 128}},
     {"block_ragged", {130, 200}, {2, 2}, GroupShape{128, 128}},
     {"block_small_ragged", {31, 77}, {11, 16}, GroupShape{3, 5}},
     {"block_row_ragged", {31, 500}, {31, 4}, GroupShape{1, 128}},
@@ -145,6 +157,19 @@ TEST_P(CudaQuantize, DynamicGivesTheBytesOfTheCpu) {
       scale(DType::Float32, c.scale, strides_for(c.scale, {}), 0);
   Tensor result(fp8, c.shape, strides_for(c.shape, c.result), c.skip);
   fill_reals(input);
+  for (Tensor* t : {&input, &scale, &result}) t->upload();
+  cuda::run(DynamicQuantize{result.on_device(), input.on_device(), scale.on_device(), {}, c.group_shape});
+  cpu::run(DynamicQuantize{result.on_host(), input.on_host(), scale.on_host(), {}, c.group_shape});
+  expect_same(scale, "scale");
+  expect_same(result, "result");
+}
+
+TEST_P(CudaQuantize, DynamicOfModerateValuesGivesTheBytesOfTheCpu) {
+  const auto& [c, real, fp8] = GetParam();
+  Tensor input(real, c.shape, strides_for(c.shape, c.input), c.skip),
+      scale(DType::Float32, c.scale, strides_for(c.scale, {}), 0);
+  Tensor result(fp8, c.shape, strides_for(c.shape, c.result), c.skip);
+  fill_moderate_reals(input, real);
   for (Tensor* t : {&input, &scale, &result}) t->upload();
   cuda::run(DynamicQuantize{result.on_device(), input.on_device(), scale.on_device(), {}, c.group_shape});
   cpu::run(DynamicQuantize{result.on_host(), input.on_host(), scale.on_host(), {}, c.group_shape});
@@ -274,6 +299,24 @@ TEST_F(Cuda, ThreadsLaunchCooperativeKernelsOfDifferentSizesAtOnce) {
   for (CooperativeWork* work : {&large, &small}) {
     expect_same(work->scale(), "scale");
     expect_same(work->result(), "result");
+  }
+}
+
+// As large as it takes for blocks of several units per thread.
+TEST_F(Cuda, LargeTilesOfGroupsThatEndInsideVectors) {
+  const Sizes shape{2059, 4213}, groups{2059, 33};
+  for (bool moderate : {false, true}) {
+    Tensor input(DType::BFloat16, shape, strides_for(shape, {}), 0), scale(DType::Float32, groups, strides_for(groups, {}), 0),
+        result(DType::E4M3, shape, strides_for(shape, {}), 0);
+    if (moderate)
+      fill_moderate_reals(input, DType::BFloat16);
+    else
+      fill_reals(input);
+    for (Tensor* t : {&input, &scale, &result}) t->upload();
+    cuda::run(DynamicQuantize{result.on_device(), input.on_device(), scale.on_device(), {}, GroupShape{1, 128}});
+    cpu::run(DynamicQuantize{result.on_host(), input.on_host(), scale.on_host(), {}, GroupShape{1, 128}});
+    expect_same(scale, "scale");
+    expect_same(result, "result");
   }
 }
 

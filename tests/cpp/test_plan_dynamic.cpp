@@ -72,7 +72,8 @@ TEST(PlanDynamic, AVeryLongRowIsReadTwice) {
 TEST(PlanDynamic, ContiguousWhereDataAndScalesAre) {
   EXPECT_TRUE(plan_of(quantize_problem(100, 4096, {1, -1})).contiguous);
   EXPECT_TRUE(plan_of(quantize_problem(100, 4096, {1, 128})).contiguous);
-  EXPECT_FALSE(plan_of(quantize_problem(100, 4097, {1, -1})).contiguous);
+  EXPECT_TRUE(plan_of(quantize_problem(100, 4097, {1, -1})).contiguous) << "rows of any length";
+  EXPECT_FALSE(plan_of(quantize_problem(100, 4097, {1, -1}, 1)).contiguous) << "from an aligned address on";
   StaticQuantize p = quantize_problem(100, 64, {1, -1});
   p.input.strides[0] = 128;
   EXPECT_FALSE(plan_of(p).contiguous);
@@ -85,13 +86,34 @@ TEST(PlanDynamic, OneVectorPerThreadWhereAllRowsAreInFlightAtOnce) {
   EXPECT_EQ(plan_of(quantize_problem(1024, 4096, {1, -1})).threads, 256);
 }
 
+TEST(PlanDynamic, TilesAreOfThreeUnitsPerThreadWhereManyBlocksRemain) {
+  const auto plan = [](std::int64_t units) { return plan_of(quantize_problem(1, units * 16, {1, 100})); };
+  EXPECT_EQ(plan(4096 * 132 - 1).tile_units, 1);
+  EXPECT_EQ(plan(4096 * 132 - 1).blocks, 32 * 132);
+  EXPECT_EQ(plan(4096 * 132).tile_units, 3);
+  EXPECT_EQ(plan(4096 * 132).blocks, 1408);
+}
+
+TEST(PlanDynamic, ContiguousRowsOfOddLengthTakeOneOrFourVectorsPerThread) {
+  const DynamicPlan one = plan_of(quantize_problem(128, 4097, {1, -1})), four = plan_of(quantize_problem(1024, 4097, {1, -1}));
+  EXPECT_FALSE(one.aligned);
+  EXPECT_EQ(one.vecs_per_thread, 1);
+  EXPECT_EQ(one.threads, 544);  // 514 vectors, in whole warps
+  EXPECT_EQ(four.vecs_per_thread, 4);
+  EXPECT_EQ(four.threads, 160);
+  StaticQuantize padded = quantize_problem(1024, 4097, {1, -1});
+  padded.input.strides[0] = 4099;
+  EXPECT_EQ(plan_of(padded).vecs_per_thread, 8);
+}
+
 // --- Groups that end inside vectors --------------------------------
 
 TEST(PlanDynamic, ShortGroupsThatEndInsideVectorsAreTakenInTiles) {
   const DynamicPlan plan = plan_of(quantize_problem(4097, 5137, {1, 128}));
   EXPECT_EQ(plan.path, DynamicPath::AcrossGroups);
   EXPECT_EQ(plan.threads, 128);
-  EXPECT_EQ(plan.blocks, 10277);  // of 2048 elements
+  EXPECT_EQ(plan.tile_units, 3);
+  EXPECT_EQ(plan.blocks, 3426);  // of 3 * 2048 elements
   EXPECT_EQ(plan.grid.row, 5137);
   EXPECT_EQ(plan.grid.group, 128);
   EXPECT_EQ(plan.grid.row_scale, 41);

@@ -62,6 +62,8 @@ const KernelOf kKernels[] = {
     {"row_blocks", quantize_problem(64, 4096, {1, 128}), Kernel::Contiguous, KernelPath::Vectorized},
     {"head", quantize_problem(64, 4096, {-1, 128}), Kernel::Contiguous, KernelPath::Vectorized},
     {"blocks", quantize_problem(256, 384, {128, 128}), Kernel::Contiguous, KernelPath::Vectorized},
+    {"blocks_of_many_rows", quantize_problem(1024, 2048, {128, 128}), Kernel::RowsOfBlocks, KernelPath::Vectorized},
+    {"heads_of_many_rows", quantize_problem(1031, 2048, {-1, 128}), Kernel::RowsOfBlocks, KernelPath::Vectorized},
     {"blocks_4d", blocks_4d({2, 3, 4, 16}, {2, 1, 4, 1}), Kernel::Vectorized, KernelPath::Vectorized},
     {"padded_rows", with_input_pitch(quantize_problem(16, 64, {-1, -1}), 72), Kernel::Vectorized, KernelPath::Vectorized},
     {"odd_rows", quantize_problem(10, 131, {1, -1}), Kernel::AcrossGroups, KernelPath::Vectorized},
@@ -72,12 +74,13 @@ const KernelOf kKernels[] = {
     {"misaligned", quantize_problem(8, 64, {-1, -1}, 1), Kernel::VectorizedUnaligned, KernelPath::Vectorized},
     {"channel", quantize_problem(128, 4096, {-1, 1}), Kernel::PerChannel, KernelPath::PerColumn},
     {"short_blocks", quantize_problem(128, 4096, {-1, 4}), Kernel::PerColumn, KernelPath::PerColumn},
-    {"channel_of_one_row", quantize_problem(1, 4096, {-1, 1}), Kernel::PerChannel, KernelPath::PerColumn},
+    {"channel_of_one_row", quantize_problem(1, 4096, {-1, 1}), Kernel::PerChannelOfOneRow, KernelPath::PerColumn},
+    {"channel_of_one_long_row", quantize_problem(1, 1 << 17, {-1, 1}), Kernel::PerChannel, KernelPath::PerColumn},
     {"channel_padded", with_input_pitch(quantize_problem(128, 64, {-1, 1}), 72), Kernel::PerColumn, KernelPath::PerColumn},
-    {"channel_merged", quantize_problem(100, 129, {-1, 1}), Kernel::PerColumn, KernelPath::PerColumn},
+    {"channel_merged", quantize_problem(100, 129, {-1, 1}), Kernel::PerChannelMerged, KernelPath::PerColumn},
     {"channel_in_blocks_of_rows", quantize_problem(128, 64, {32, 1}), Kernel::PerColumn, KernelPath::PerColumn},
     {"channel_many_rows", quantize_problem(8192, 4096, {-1, 1}), Kernel::PerChannel, KernelPath::PerColumn},
-    {"channel_merged_many_rows", quantize_problem(1031, 1025, {-1, 1}), Kernel::PerColumn, KernelPath::PerColumn},
+    {"channel_merged_many_rows", quantize_problem(1031, 1025, {-1, 1}), Kernel::PerChannelMerged, KernelPath::PerColumn},
     {"channel_odd_pitch", with_input_pitch(quantize_problem(100, 129, {-1, 1}), 131), Kernel::PerColumnUnaligned,
      KernelPath::PerColumn},
     {"channel_misaligned", quantize_problem(100, 128, {-1, 1}, 1), Kernel::PerColumnUnaligned, KernelPath::PerColumn},
@@ -100,9 +103,10 @@ TEST_P(PlanElementwiseKernels, ThreadsCoverTheWork) {
     const ElementwisePlan plan = plan_of(p, multiprocessors);
     EXPECT_GE(plan.blocks * plan.threads * plan.vecs_per_thread, plan.work);
     EXPECT_LT((plan.blocks - 1) * plan.threads * plan.vecs_per_thread, plan.work);
-    const std::int64_t for_each = plan.kernel == Kernel::AcrossGroups ? kUnitSize
-                                  : plan.path == KernelPath::Scalar   ? 1
-                                                                      : kVecSize * plan.rows_per_thread;
+    const std::int64_t for_each = plan.kernel == Kernel::AcrossGroups         ? kUnitSize
+                                  : plan.kernel == Kernel::PerChannelOfOneRow ? kOneRowColumns
+                                  : plan.path == KernelPath::Scalar           ? 1
+                                                                              : kVecSize * plan.rows_per_thread;
     EXPECT_GE(plan.work * for_each, p.input.numel());
   }
 }
@@ -133,7 +137,7 @@ TEST(PlanElementwise, GroupsOfOneRowAreCountedOnly) {
 }
 
 TEST(PlanElementwise, ThreadsTakeTwoVectorsInLargeContiguousProblems) {
-  for (GroupShape shape : {GroupShape{-1, -1}, {1, -1}, {-1, 128}, {128, 128}}) {
+  for (GroupShape shape : {GroupShape{-1, -1}, {1, -1}, {1, 128}}) {
     const ElementwisePlan small = plan_of(quantize_problem(511, 4096, shape)),
                           large = plan_of(quantize_problem(512, 4096, shape));
     EXPECT_EQ(small.vecs_per_thread, 1);
@@ -143,6 +147,27 @@ TEST(PlanElementwise, ThreadsTakeTwoVectorsInLargeContiguousProblems) {
     EXPECT_EQ(large.blocks, 512 * 512 / 256);
   }
   EXPECT_EQ(plan_of(with_input_pitch(quantize_problem(512, 4096, {1, -1}), 4104)).vecs_per_thread, 1) << "not contiguous";
+}
+
+TEST(PlanElementwise, ThreadsTakeFourRowsOfBlocksInLargeContiguousProblems) {
+  for (GroupShape shape : {GroupShape{-1, 128}, {128, 128}, {4, 256}, {256, -1}}) {
+    const ElementwisePlan small = plan_of(quantize_problem(511, 4096, shape)),
+                          large = plan_of(quantize_problem(513, 4096, shape));
+    EXPECT_EQ(small.kernel, Kernel::Contiguous);
+    EXPECT_EQ(large.kernel, Kernel::RowsOfBlocks);
+    EXPECT_EQ(large.rows_per_thread, 4);
+    EXPECT_EQ(large.work, 129 * 512);
+    EXPECT_EQ(large.threads, 128);
+    EXPECT_EQ(large.blocks, 129 * 4);
+  }
+  const auto two_vectors = [](const StaticQuantize& p) {
+    const ElementwisePlan plan = plan_of(p);
+    return plan.kernel == Kernel::Contiguous && plan.vecs_per_thread == 2;
+  };
+  EXPECT_TRUE(two_vectors(quantize_problem(512, 4096, {2, 128}))) << "batches of rows with two scales";
+  EXPECT_TRUE(two_vectors(quantize_problem(63, 1 << 16, {-1, 128}))) << "a last batch that is not whole would count";
+  EXPECT_FALSE(two_vectors(quantize_problem(60, 1 << 16, {-1, 128})));
+  EXPECT_FALSE(two_vectors(quantize_problem(65, 1 << 16, {-1, 128})));
 }
 
 TEST(PlanElementwise, StridedRowsOfOddLengthAreDividedAtAlignedAddresses) {
@@ -241,6 +266,16 @@ TEST(PlanElementwise, PerChannelTakesFourRowsPerThread) {
   EXPECT_EQ(plan_of(quantize_problem(128, 4096, {-1, 1})).rows_per_thread, 1);
 }
 
+TEST(PlanElementwise, OneShortRowPerChannelTakesTwoColumnsPerThread) {
+  const ElementwisePlan plan = plan_of(quantize_problem(1, 4096, {-1, 1}));
+  EXPECT_EQ(plan.work, 2048);
+  EXPECT_EQ(plan.threads, 128);
+  EXPECT_EQ(plan.blocks, 16);
+  EXPECT_EQ(plan_of(quantize_problem(1, 128 * 132, {-1, 1})).kernel, Kernel::PerChannelOfOneRow);
+  EXPECT_EQ(plan_of(quantize_problem(1, 128 * 132 + 8, {-1, 1})).kernel, Kernel::PerChannel);
+  EXPECT_EQ(plan_of(quantize_problem(2, 4096, {-1, 1})).kernel, Kernel::PerChannel);
+}
+
 TEST(PlanElementwise, PerChannelMergesRowsOfOddLength) {
   const ElementwisePlan plan = plan_of(quantize_problem(100, 129, {-1, 1}));
   EXPECT_TRUE(plan.aligned);
@@ -250,7 +285,6 @@ TEST(PlanElementwise, PerChannelMergesRowsOfOddLength) {
   EXPECT_EQ(plan.rows, 13);
   EXPECT_EQ(plan.row_in, 8 * 129);
   EXPECT_EQ(plan.row_out, 8 * 129);
-  EXPECT_EQ(plan.last_row_size, 4 * 129);
   EXPECT_EQ(plan_of(quantize_problem(100, 130, {-1, 1})).rows_merged, 4);
   EXPECT_EQ(plan_of(quantize_problem(100, 132, {-1, 1})).rows_merged, 2);
   EXPECT_EQ(plan_of(quantize_problem(100, 136, {-1, 1})).rows_merged, 1);
@@ -260,6 +294,16 @@ TEST(PlanElementwise, RowsThatDoNotTouchAreNotMerged) {
   EXPECT_EQ(plan_of(with_input_pitch(quantize_problem(100, 129, {-1, 1}), 131)).rows_merged, 1);
   EXPECT_EQ(plan_of(quantize_problem(100, 129, {-1, 1}, 1)).rows_merged, 1) << "merged rows would not be aligned";
   EXPECT_EQ(plan_of(quantize_problem(100, 129, {32, 1})).rows_merged, 1) << "rows of several scales";
+  StaticQuantize p = quantize_problem(100, 129, {-1, 1});
+  p.scale.strides[1] = 2;
+  EXPECT_EQ(plan_of(p).rows_merged, 1) << "scales that are not neighbors";
+}
+
+TEST(PlanElementwise, MergedRowsTakeUpToFourPerThread) {
+  EXPECT_EQ(plan_of(quantize_problem(100, 129, {-1, 1})).rows_per_thread, 1) << "little to do";
+  EXPECT_EQ(plan_of(quantize_problem(4097, 5137, {-1, 1})).rows_per_thread, 4);
+  EXPECT_EQ(plan_of(quantize_problem(17, (1 << 17) + 1, {-1, 1})).rows_per_thread, 2) << "three merged rows";
+  EXPECT_EQ(plan_of(quantize_problem(3, (1 << 20) + 1, {-1, 1})).rows_per_thread, 1) << "one";
 }
 
 TEST(PlanElementwise, EightScalesAreOneAccessWhereTheyAreAlignedNeighbors) {

@@ -21,7 +21,7 @@ LIBRARY = Path(_introspect.__file__).with_name("_ops_cuda.so")
 #: Kernels that are launched with cuda::launch_dependent or LaunchShape::dependent, in mangled names.
 DEPENDENT = re.compile(
     r"append_|gather_|attention_|merge_parts|elementwise_"
-    r"|quantize_(groups|rows_contiguous|units_contiguous|elements|across_groups|redundant)"
+    r"|quantize_(groups|rows_|units_contiguous|elements|across_groups|redundant)"
 )
 WAIT = re.compile(r"\bACQBULK\b")
 ACCESS = re.compile(r"\b(LDG|LDGSTS|LD|STG|ST|ATOMG|ATOM|RED)\.")

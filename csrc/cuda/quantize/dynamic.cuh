@@ -166,30 +166,123 @@ __global__ void __launch_bounds__(1024) quantize_groups(const In* input, Fp8* re
 // The same where a group has the block, and aligned rows are contiguous, as are their scales: few parameters, and nothing to
 // compute before the loads.
 template <class Fp8, class In, int kVecs>
-__global__ void __launch_bounds__(1024)
-    quantize_rows_contiguous(const In* input, Fp8* result, float* scales, const float* upper_bound, std::uint32_t vecs) {
+__global__ void __launch_bounds__(1024) quantize_rows_contiguous(const In* input, Fp8* result, float* scales,
+                                                                 const float* upper_bound, bool dependent, std::uint32_t vecs) {
   const std::int64_t first = std::int64_t{blockIdx.x} * vecs * kVecSize;
-  device::wait_then_release();
+  device::wait_then_release(dependent);
   quantize_group<kVecs, false>(Row<Fp8, In, true>{input + first, result + first, 0}, scales + blockIdx.x, upper_bound, true,
                                threadIdx.x, blockDim.x, vecs);
 }
 
-// The same for short groups of whole units, one for each of at most 2^lanes_log2 lanes.
+template <class In>
+__device__ __forceinline__ std::uint32_t finite_bits_at(const In* p) {
+  return device::finite_bits<In>(*reinterpret_cast<const typename device::BitsOf<In>::type*>(p));
+}
+
+// A row by its elements, by a block: what is rare.
 template <class Fp8, class In>
+__device__ __noinline__ void quantize_row_by_elements(const In* input, Fp8* result, float* scale_out, float bound,
+                                                      std::uint32_t begin, std::uint32_t end) {
+  using Op = device::QuantizeOp<Fp8>;
+  __shared__ std::uint32_t scratch[32];
+  std::uint32_t bits = 0;
+#pragma unroll 1
+  for (std::uint32_t i = begin + threadIdx.x; i < end; i += blockDim.x) bits = max(bits, finite_bits_at(input + i));
+  bits = device::block_max(bits, scratch);
+  const float scale = device::fast_dynamic_scale<Fp8>(device::magnitude<In>(bits), bound);
+  if (threadIdx.x == 0) *scale_out = scale;
+  const auto prepared = Op::prepare(scale);
+#pragma unroll 1
+  for (std::uint32_t i = begin + threadIdx.x; i < end; i += blockDim.x)
+    result[i] = device::convert_element<Op, Fp8>(input[i], prepared);
+}
+
+// Rows of any length that follow each other from an aligned address on, as do their scales, a row for each block: vectors of
+// the whole input. The first and the last of a row may have elements of its neighbors: two threads take these ends in addition.
+template <class Fp8, class In, int kVecs>
+__global__ void __launch_bounds__(1024)
+    quantize_rows_of_any_length(const In* input, Fp8* result, float* scales, const float* upper_bound, bool dependent,
+                                std::uint32_t size, std::uint32_t count) {
+  using Op = device::QuantizeOp<Fp8>;
+  using Bits = typename device::BitsOf<In>::type;
+  __shared__ std::uint32_t scratch[32];
+  const std::uint32_t begin = blockIdx.x * size, end = begin + size;
+  const std::uint32_t first = begin / kVecSize, last = (end - 1) / kVecSize;
+  device::wait_then_release(dependent);
+  Vec<In> held[kVecs];
+#pragma unroll
+  for (int k = 0; k < kVecs; ++k) {
+    const std::uint32_t vec = first + 1 + threadIdx.x + k * blockDim.x;
+    held[k] = vec < last ? device::load_aligned(input + std::int64_t{vec} * kVecSize) : Vec<In>{};
+  }
+  const bool has_end = threadIdx.x < 2, left_end = threadIdx.x == 0;
+  const std::uint32_t end_at = (left_end ? first : last) * kVecSize;
+  const int cut = static_cast<int>((left_end ? begin : end) - end_at);  // elements before the row, or of it
+  Vec<In> at_end{};
+  if (has_end) {
+    if (end_at + kVecSize <= count) {
+      at_end = device::load_aligned(input + end_at);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVecSize; ++i)
+        if (i < cut)
+          at_end.words[i * sizeof(In) / 4] |= std::uint32_t{reinterpret_cast<const Bits*>(input)[end_at + i]}
+                                              << (8 * (i * sizeof(In) % 4));
+    }
+  }
+  const float bound = device::bound_of(upper_bound);
+  std::uint32_t word = 0;
+#pragma unroll
+  for (int k = 0; k < kVecs; ++k) device::raise_word(word, held[k]);
+  if (has_end) {
+    std::uint32_t words[2] = {};
+    device::raise_words(words, at_end, cut);
+    word = device::larger_word<In>(word, left_end ? words[1] : words[0]);
+  }
+  const std::uint32_t bits = device::block_max(device::largest_of_word<In>(word), scratch);
+  const float scale = device::fast_dynamic_scale<Fp8>(device::magnitude<In>(bits), bound);
+  const auto prepared = Op::prepare(scale);
+  if (bits >= device::kInfinityBits<In> || prepared.divide)
+    return quantize_row_by_elements(input, result, scales + blockIdx.x, bound, begin, end);
+#pragma unroll
+  for (int k = 0; k < kVecs; ++k) {
+    const std::uint32_t vec = first + 1 + threadIdx.x + k * blockDim.x;
+    if (vec < last) device::store_aligned(result + std::int64_t{vec} * kVecSize, quantized<Fp8>(held[k], prepared));
+  }
+  if (left_end) scales[blockIdx.x] = scale;
+  if (has_end)
+    device::store_range(result + end_at, quantized<Fp8>(at_end, prepared), left_end ? Range{cut, kVecSize} : Range{0, cut});
+}
+
+// Of kLanes neighboring lanes, or of `width` where that is 0.
+template <int kLanes>
+__device__ __forceinline__ std::uint32_t group_max(std::uint32_t value, int width) {
+  if constexpr (kLanes == 0) {
+    value = device::lanes_max(value, width);
+  } else {
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) value = max(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  }
+  return value;
+}
+
+// The same for short groups of whole units, one for each of at most 2^lanes_log2 lanes; kLanes as in group_max.
+template <class Fp8, class In, int kLanes>
 __global__ void __launch_bounds__(128)
-    quantize_units_contiguous(const In* input, Fp8* result, float* scales, const float* upper_bound, std::uint32_t groups,
-                              std::uint32_t units, int lanes_log2) {
+    quantize_units_contiguous(const In* input, Fp8* result, float* scales, const float* upper_bound, bool dependent,
+                              std::uint32_t groups, std::uint32_t units, int lanes_log2) {
   using Op = device::QuantizeOp<Fp8>;
   constexpr int kVecs = core::kUnitSize / kVecSize;
-  const std::uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x, lanes = 1u << lanes_log2;
-  const std::uint32_t group = thread >> lanes_log2, lane = thread & (lanes - 1);
+  const std::uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
+  const std::uint32_t lanes = kLanes > 0 ? kLanes : 1u << lanes_log2;
+  const std::uint32_t group = kLanes > 0 ? thread / kLanes : thread >> lanes_log2, lane = thread & (lanes - 1);
   const bool works = group < groups && lane < units;
   const std::int64_t first = (std::int64_t{group} * units + lane) * core::kUnitSize;
-  device::wait_then_release();
+  device::wait_then_release(dependent);
   Vec<In> raw[kVecs] = {};
   if (works) device::load_aligned(input + first, raw);
   const float bound = device::bound_of(upper_bound);
-  const std::uint32_t bits = device::lanes_max(device::finite_max_bits(raw), static_cast<int>(lanes));
+  const std::uint32_t bits = group_max<kLanes>(device::finite_max_bits(raw), static_cast<int>(lanes));
   if (!works) return;
   const float scale = device::fast_dynamic_scale<Fp8>(device::magnitude<In>(bits), bound);
   const auto prepared = Op::prepare(scale);
@@ -233,9 +326,9 @@ __global__ void __launch_bounds__(128) quantize_elements(const In* input, Fp8* r
     for (std::uint32_t i = lane; i < size; i += lanes) out[i - lane] = device::convert_element<Op, Fp8>(in[i - lane], prepared);
 }
 
-// DynamicPath::AcrossGroups. A block takes a tile of the whole tensor, a thread a unit of it, which has parts of up to two
-// groups. The maxima of the tile's groups are collected in shared memory. Of the first and the last group other elements may
-// lie in other tiles: they are read here too. The scale of a group is stored by the block in whose tile it begins.
+// DynamicPath::AcrossGroups. A block takes a tile of the whole tensor, a thread kUnits units of it, which have parts of up to
+// two groups each. The maxima of the tile's groups are collected in shared memory. Of the first and the last group other
+// elements may lie in other tiles: they are read here too. The scale of a group is stored by the block in whose tile it begins.
 struct GroupTile {
   GroupGrid grid;
   device::FastDiv groups_per_row;
@@ -257,11 +350,6 @@ struct GroupTile {
   }
 };
 
-template <class In>
-__device__ __forceinline__ std::uint32_t finite_bits_at(const In* p) {
-  return device::finite_bits<In>(*reinterpret_cast<const typename device::BitsOf<In>::type*>(p));
-}
-
 // Of elements [begin, end), one by one: what is rare.
 template <class In>
 __device__ __noinline__ void raise_maxima(const In* input, const GroupTile& tile, std::uint32_t begin, std::uint32_t end,
@@ -276,52 +364,101 @@ __device__ __noinline__ void quantize_by_elements(const In* input, Fp8* result, 
     result[i] = device::convert_element<Op, Fp8>(input[i], Op::prepare(scales[tile.number_of(i) - first_group]));
 }
 
-template <class Fp8, class In>
+template <class Fp8, class In, int kUnits>
 __global__ void __launch_bounds__(core::kTileThreads)
-    quantize_across_groups(const In* input, Fp8* result, float* scales, const float* upper_bound,
+    quantize_across_groups(const In* input, Fp8* result, float* scales, const float* upper_bound, bool dependent,
                            const __grid_constant__ GroupTile tile) {
   using Op = device::QuantizeOp<Fp8>;
   constexpr int kVecs = core::kUnitSize / kVecSize;
-  constexpr std::uint32_t kTileSize = core::kTileThreads * core::kUnitSize;
-  constexpr int kMostGroups = core::kTileThreads + 8;  // of kUnitSize elements, and a few smaller ones at the ends of long rows
+  constexpr std::uint32_t kTileSize = core::kTileThreads * core::kUnitSize * kUnits;
+  // Of kUnitSize elements, and a few smaller ones at the ends of long rows.
+  constexpr int kMostGroups = (core::kTileThreads + 8) * kUnits;
+  // With several units, what the first and the last group have in other tiles is asked for together with them; with one, the
+  // registers for that would cost more than the second wait.
+  constexpr bool kAskTogether = kUnits > 1;
+  constexpr std::uint32_t kOutside = core::kLongestTileGroup / core::kTileThreads;
   __shared__ std::uint32_t maxima[kMostGroups];
   __shared__ float his[kMostGroups], los[kMostGroups], group_scales[kMostGroups];
   __shared__ std::uint32_t first_shared, last_shared;
   const GroupGrid& grid = tile.grid;
   const std::uint32_t begin = blockIdx.x * kTileSize, end = min(begin + kTileSize, grid.count);
-  const std::uint32_t unit = begin + threadIdx.x * core::kUnitSize, unit_end = min(unit + core::kUnitSize, end);
-  device::wait_then_release();
-  Vec<In> raw[kVecs] = {};
-  const bool whole = unit + core::kUnitSize <= end;
-  if (whole) device::load_aligned(input + unit, raw);
+  std::uint32_t first_group = 0, last_group = 0;
+  if constexpr (kAskTogether) first_group = tile.number_of(begin), last_group = tile.number_of(end - 1);
+  device::wait_then_release(dependent);
+  std::uint32_t unit[kUnits], unit_end[kUnits];
+  Vec<In> raw[kUnits][kVecs] = {};
+  bool usual[kUnits];
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    unit[u] = min(begin + (threadIdx.x + u * core::kTileThreads) * core::kUnitSize, end);
+    unit_end[u] = min(unit[u] + core::kUnitSize, end);
+    usual[u] = unit[u] + core::kUnitSize <= end;
+    if (usual[u]) device::load_aligned(input + unit[u], raw[u]);
+  }
+  std::uint32_t before[kOutside] = {}, behind[kOutside] = {};
+  if constexpr (kAskTogether) {
+    const std::uint32_t first_begin = tile.begin_of(first_group), last_end = min(tile.begin_of(last_group + 1), grid.count);
+#pragma unroll
+    for (std::uint32_t k = 0; k < kOutside; ++k) {
+      const std::uint32_t i = threadIdx.x + k * core::kTileThreads;
+      if (first_begin + i < begin) before[k] = load_part<1>(input + first_begin + i).words[0];
+      if (end + i < last_end) behind[k] = load_part<1>(input + end + i).words[0];
+    }
+  }
   const float bound = device::bound_of(upper_bound);
-
-  const UnitPlace place(grid, unit);
-  const std::uint32_t number = tile.number_of(place.row, place.group);
 #pragma unroll 1
   for (int i = threadIdx.x; i < kMostGroups; i += core::kTileThreads) maxima[i] = 0;
-  if (threadIdx.x == 0) first_shared = number;
-  if (unit < end && unit + core::kUnitSize >= end) last_shared = tile.number_of(end - 1);
-  __syncthreads();
-  const std::uint32_t first_group = first_shared, last_group = last_shared, local = number - first_group;
-  const bool usual = whole && place.two_at_most();
-  std::uint32_t words[2] = {};
-#pragma unroll
-  for (int k = 0; k < kVecs; ++k) device::raise_words(words, raw[k], place.left - k * kVecSize);
-  const std::uint32_t bits = device::largest_of_word<In>(words[0]), next_bits = device::largest_of_word<In>(words[1]);
-  if (usual && max(bits, next_bits) < device::kInfinityBits<In>) {
-    atomicMax(&maxima[local], bits);
-    if (place.left < core::kUnitSize) atomicMax(&maxima[local + 1], next_bits);
-  } else {
-    raise_maxima(input, tile, unit, unit_end, maxima, first_group);
+  if constexpr (!kAskTogether) {
+    if (threadIdx.x == 0) first_shared = tile.number_of(begin);
+    if (threadIdx.x == 32) last_shared = tile.number_of(end - 1);
   }
+  int left[kUnits];
+  std::uint32_t local[kUnits];
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    const UnitPlace place(grid, unit[u]);
+    left[u] = place.left;
+    local[u] = tile.number_of(place.row, place.group);
+    usual[u] = usual[u] && place.two_at_most();
+  }
+  __syncthreads();
+  if constexpr (!kAskTogether) first_group = first_shared, last_group = last_shared;
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    local[u] -= first_group;
+    std::uint32_t words[2] = {};
+#pragma unroll
+    for (int k = 0; k < kVecs; ++k) device::raise_words(words, raw[u][k], left[u] - k * kVecSize);
+    const std::uint32_t bits = device::largest_of_word<In>(words[0]), next_bits = device::largest_of_word<In>(words[1]);
+    if (usual[u] && max(bits, next_bits) < device::kInfinityBits<In>) {
+      atomicMax(&maxima[local[u]], bits);
+      if (left[u] < core::kUnitSize) atomicMax(&maxima[local[u] + 1], next_bits);
+    } else {
+      raise_maxima(input, tile, unit[u], unit_end[u], maxima, first_group);
+    }
+  }
+  if constexpr (kAskTogether) {
+    std::uint32_t of_first = 0, of_last = 0;
+#pragma unroll
+    for (std::uint32_t k = 0; k < kOutside; ++k) {
+      of_first = max(of_first, device::finite_bits<In>(before[k]));
+      of_last = max(of_last, device::finite_bits<In>(behind[k]));
+    }
+    of_first = __reduce_max_sync(0xffffffffu, of_first);
+    of_last = __reduce_max_sync(0xffffffffu, of_last);
+    if (threadIdx.x % 32 == 0) {
+      atomicMax(&maxima[0], of_first);
+      atomicMax(&maxima[last_group - first_group], of_last);
+    }
+  } else {
 #pragma unroll 1
-  for (std::uint32_t i = tile.begin_of(first_group) + threadIdx.x; i < begin; i += core::kTileThreads)
-    atomicMax(&maxima[0], finite_bits_at(input + i));
-  const std::uint32_t end_of_last = min(tile.begin_of(last_group + 1), grid.count);
+    for (std::uint32_t i = tile.begin_of(first_group) + threadIdx.x; i < begin; i += core::kTileThreads)
+      atomicMax(&maxima[0], finite_bits_at(input + i));
+    const std::uint32_t end_of_last = min(tile.begin_of(last_group + 1), grid.count);
 #pragma unroll 1
-  for (std::uint32_t i = end + threadIdx.x; i < end_of_last; i += core::kTileThreads)
-    atomicMax(&maxima[last_group - first_group], finite_bits_at(input + i));
+    for (std::uint32_t i = end + threadIdx.x; i < end_of_last; i += core::kTileThreads)
+      atomicMax(&maxima[last_group - first_group], finite_bits_at(input + i));
+  }
   __syncthreads();
 
   bool divide = false;
@@ -335,16 +472,22 @@ __global__ void __launch_bounds__(core::kTileThreads)
     divide |= prepared.divide;
     if (i > 0 || tile.begin_of(first_group) == begin) scales[tile.scale_of(first_group + i)] = scale;
   }
-  if (__syncthreads_or(divide) || !usual)
-    return quantize_by_elements(input, result, tile, unit, unit_end, group_scales, first_group);
-  const std::uint32_t next = place.left < core::kUnitSize ? local + 1 : local;
-  const float hi = his[local], lo = los[local], next_hi = his[next], next_lo = los[next];
-  Vec<Fp8> converted[kVecs];
-  multiply_vecs<Op>(raw, converted, [&](int k, int i) {
-    const bool first = k * kVecSize + i < place.left;
-    return typename Op::Prepared{first ? hi : next_hi, first ? lo : next_lo, 0.0f, false};
-  });
-  device::store_aligned(result + unit, converted);
+  divide = __syncthreads_or(divide);
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    if (divide || !usual[u]) {
+      quantize_by_elements(input, result, tile, unit[u], unit_end[u], group_scales, first_group);
+      continue;
+    }
+    const std::uint32_t next = left[u] < core::kUnitSize ? local[u] + 1 : local[u];
+    const float hi = his[local[u]], lo = los[local[u]], next_hi = his[next], next_lo = los[next];
+    Vec<Fp8> converted[kVecs];
+    multiply_vecs<Op>(raw[u], converted, [&](int k, int i) {
+      const bool first = k * kVecSize + i < left[u];
+      return typename Op::Prepared{first ? hi : next_hi, first ? lo : next_lo, 0.0f, false};
+    });
+    device::store_aligned(result + unit[u], converted);
+  }
 }
 
 // DynamicPath::Redundant: one row, one scale. Every block finds the maximum of all of it, which takes less time than asking
@@ -568,23 +711,35 @@ struct DynamicLauncher {
     }
   }
 
+  template <class Kernel, class... Arguments>
+  void launch_dependent_on(const core::Chunk& chunk, const core::DynamicPlan& plan, Kernel kernel,
+                           const Arguments&... arguments) const {
+    const auto blocks = static_cast<unsigned>(plan.blocks);
+    launch_dependent(kernel, blocks, plan.threads, stream, input + chunk.in, result + chunk.out, scale + chunk.scale,
+                     upper_bound, arguments...);
+  }
+
   void launch_groups(const core::Chunk& chunk, const core::DynamicPlan& plan) const {
     const auto groups = static_cast<std::uint32_t>(chunk.layout.numel / chunk.layout.inner().size);
     const auto vecs = static_cast<std::uint32_t>(plan.vecs_per_row);
     const int lanes_log2 = std::countr_zero(static_cast<unsigned>(plan.lanes_per_group));
     const IndexMap map = IndexMap::over(chunk.layout, chunk.layout.ndim - 1, vecs, groups);
-    const auto start = [&](auto kernel, const auto&... arguments) {
-      launch_dependent(kernel, static_cast<unsigned>(plan.blocks), plan.threads, stream, input + chunk.in, result + chunk.out,
-                       scale + chunk.scale, upper_bound, arguments...);
-    };
+    const auto start = [&](auto kernel, const auto&... arguments) { launch_dependent_on(chunk, plan, kernel, arguments...); };
+    const bool dependent = launches_dependent(static_cast<unsigned>(plan.blocks));
     if (plan.lanes_per_group > 0) {
-      if (plan.units) return start(quantize_units_contiguous<Fp8, In>, groups, vecs / 2, lanes_log2);
+      if (plan.units)
+        return start(plan.lanes_per_group == 8 ? quantize_units_contiguous<Fp8, In, 8> : quantize_units_contiguous<Fp8, In, 0>,
+                     dependent, groups, vecs / 2, lanes_log2);
       if (plan.aligned) return start(quantize_groups<Fp8, In, 1, true, true>, map, lanes_log2);
       return start(quantize_elements<Fp8, In>, map, lanes_log2);
     }
     const auto start_blocks = [&]<int kVecs>(std::integral_constant<int, kVecs>) {
       if constexpr (kVecs == 1 || kVecs == 2)
-        if (plan.contiguous) return start(quantize_rows_contiguous<Fp8, In, kVecs>, vecs);
+        if (plan.aligned && plan.contiguous) return start(quantize_rows_contiguous<Fp8, In, kVecs>, dependent, vecs);
+      if constexpr (kVecs > 0)
+        if (!plan.aligned && plan.contiguous)
+          return start(quantize_rows_of_any_length<Fp8, In, kVecs>, dependent, static_cast<std::uint32_t>(map.row_size),
+                       static_cast<std::uint32_t>(chunk.layout.numel));
       start(plan.aligned ? quantize_groups<Fp8, In, kVecs, false, true> : quantize_groups<Fp8, In, kVecs, false, false>, map,
             0);
     };
@@ -595,16 +750,16 @@ struct DynamicLauncher {
   void launch_across_groups(const core::Chunk& chunk, const core::DynamicPlan& plan) const {
     const GroupTile tile{.grid = GroupGrid(plan.grid, chunk.layout.numel, 1),
                          .groups_per_row = device::FastDiv(core::ceil_div(plan.grid.row, plan.grid.group))};
-    launch_dependent(quantize_across_groups<Fp8, In>, static_cast<unsigned>(plan.blocks), plan.threads, stream,
-                     input + chunk.in, result + chunk.out, scale + chunk.scale, upper_bound, tile);
+    launch_dependent_on(
+        chunk, plan,
+        plan.tile_units == 1 ? quantize_across_groups<Fp8, In, 1> : quantize_across_groups<Fp8, In, core::kManyTileUnits>,
+        launches_dependent(static_cast<unsigned>(plan.blocks)), tile);
   }
 
   void launch_redundant(const core::Chunk& chunk, const core::DynamicPlan& plan) const {
     visit_vecs<2, kMostVecs>(plan.vecs_per_thread, [&](auto vecs) {
       const auto kernel = plan.aligned ? quantize_redundant<Fp8, In, vecs, true> : quantize_redundant<Fp8, In, vecs, false>;
-      launch_dependent(kernel, static_cast<unsigned>(plan.blocks), plan.threads, stream, input + chunk.in, result + chunk.out,
-                       scale + chunk.scale, upper_bound, chunk.layout.inner().size,
-                       static_cast<std::uint32_t>(plan.vecs_per_row));
+      launch_dependent_on(chunk, plan, kernel, chunk.layout.inner().size, static_cast<std::uint32_t>(plan.vecs_per_row));
     });
   }
 

@@ -131,6 +131,33 @@ __global__ void __launch_bounds__(256)
   }
 }
 
+// Where kRows rows share their scales: a thread takes kRows vectors, one below the other, with one prepared scale. Beyond the
+// end it repeats the last row.
+template <class Op, class In, class Out, int kRows>
+__global__ void __launch_bounds__(128, 10)
+    elementwise_rows_of_blocks(const In* input, Out* result, const float* scales, std::uint32_t rows,
+                               const __grid_constant__ GroupGrid grid) {
+  const auto [batch, vec_in_row] = grid.row.divmod(blockIdx.x * blockDim.x + threadIdx.x);
+  const std::uint32_t row = batch * kRows;
+  if (row >= rows) return;
+  device::wait_then_release();
+  const std::uint32_t first = row * grid.row.divisor + vec_in_row;
+  const auto at = [&](std::uint32_t r) { return std::int64_t{first + min(r, rows - 1 - row) * grid.row.divisor} * kVecSize; };
+  Vec<In> raw[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) raw[r] = device::load_aligned(input + at(r));
+  const float* scale = scales + grid.scale_of(row, grid.group.div(vec_in_row));
+  const auto prepared = Op::prepare(*scale);
+  Vec<Out> converted[kRows];
+  multiply_vecs<Op>(raw, converted, [&](int, int) { return prepared; });
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) device::store_aligned(result + at(r), converted[r]);
+  if (prepared.divide) {
+#pragma unroll 1
+    for (int r = 0; r < kRows; ++r) divide_vec<Op>(input + at(r), result + at(r), *scale);
+  }
+}
+
 // Where a unit of neighboring elements lies among groups.
 struct UnitPlace {
   std::uint32_t row, group;
@@ -222,7 +249,6 @@ __global__ void __launch_bounds__(256)
 
 struct PerColumnScales {
   std::int64_t stride;
-  std::uint32_t period;  // elements after which they repeat, 0 for the whole row
   device::FastDiv block;
   bool vectors;  // 8 of them are one aligned access
 
@@ -239,12 +265,10 @@ __device__ __forceinline__ void prepare_scales(typename Op::Prepared (&prepared)
     for (int i = 0; i < kVecSize; ++i) prepared[i] = Op::prepare(values[i]);
     return;
   }
-  std::uint32_t column = columns.period ? first % columns.period : first;
 #pragma unroll
   for (int i = 0; i < kVecSize; ++i) {
     const bool valid = i >= range.begin && i < range.end;
-    prepared[i] = Op::prepare(valid ? scales[columns.offset(column)] : 1.0f);
-    if (++column == columns.period) column = 0;
+    prepared[i] = Op::prepare(valid ? scales[columns.offset(first + i)] : 1.0f);
   }
 }
 
@@ -289,12 +313,124 @@ __global__ void __launch_bounds__(128)
     divide_columns<Op>(input + at(0), result + at(0), vecs_per_row.divisor * kVecSize, count, scales + vec_in_row * kVecSize);
 }
 
+// kCount elements, in the first words of a vector, at an address aligned to their size, which is at most 16 bytes.
+template <int kCount, class T>
+__device__ __forceinline__ Vec<T> load_part(const T* p) {
+  constexpr int kBytes = kCount * sizeof(T);
+  Vec<T> vec{};
+  if constexpr (kBytes == 2) {
+    std::uint16_t bits;
+    asm volatile("ld.global.b16 %0, [%1];" : "=h"(bits) : "l"(p));
+    vec.words[0] = bits;
+  } else if constexpr (kBytes == 4) {
+    asm volatile("ld.global.b32 %0, [%1];" : "=r"(vec.words[0]) : "l"(p));
+  } else {
+    device::load_words<kBytes / 4>(vec.words, p);
+  }
+  return vec;
+}
+template <int kCount, class T>
+__device__ __forceinline__ void store_part(T* p, const Vec<T>& vec) {
+  constexpr int kBytes = kCount * sizeof(T);
+  static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8);
+  if constexpr (kBytes == 2)
+    asm volatile("st.global.b16 [%0], %1;" ::"l"(p), "h"(static_cast<std::uint16_t>(vec.words[0])) : "memory");
+  else if constexpr (kBytes == 4)
+    asm volatile("st.global.b32 [%0], %1;" ::"l"(p), "r"(vec.words[0]) : "memory");
+  else
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(vec.words[0]), "r"(vec.words[1]) : "memory");
+}
+
+// The same for one row that is short: two columns per thread, as what takes time is what one thread has to do.
+template <class Op, class In, class Out>
+__global__ void __launch_bounds__(128) elementwise_per_channel_of_one_row(const In* input, Out* result, const float* scales,
+                                                                          bool dependent, std::uint32_t columns) {
+  constexpr int kCount = core::kOneRowColumns;
+  const std::uint32_t column = (blockIdx.x * blockDim.x + threadIdx.x) * kCount;
+  if (column >= columns) return;
+  device::wait_then_release(dependent);
+  const Vec<In> raw = load_part<kCount>(input + column);
+  float values[kVecSize];
+  device::unpack(load_part<kCount>(scales + column), values);
+  typename Op::Prepared prepared[kVecSize] = {};
+  bool divide = false;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    prepared[i] = Op::prepare(values[i]);
+    divide |= prepared[i].divide;
+  }
+  store_part<kCount>(result + column, multiplied<Op, Out>(raw, [&](int i) { return prepared[i]; }));
+  if (divide) {
+#pragma unroll 1
+    for (int i = 0; i < kCount; ++i)
+      result[column + i] = device::convert_element<Op, Out>(input[column + i], Op::prepare(scales[column + i]));
+  }
+}
+
+// Contiguous rows of any length, merged until a merged row is of whole vectors.
+struct MergedRows {
+  std::uint32_t count;           // elements
+  device::FastDiv vecs_per_row;  // of a merged row
+  device::FastDiv columns;       // that scales repeat after
+};
+
+// Elements [begin, end) one by one.
+template <class Op, class Out, class In>
+__device__ __noinline__ void convert_columns(const In* input, Out* result, const float* scales, const MergedRows& rows,
+                                             std::uint32_t begin, std::uint32_t end) {
+#pragma unroll 1
+  for (std::uint32_t i = begin; i < end; ++i)
+    result[i] = device::convert_element<Op, Out>(input[i], Op::prepare(scales[rows.columns.divmod(i).remainder]));
+}
+
+// A thread owns 8 elements of a merged row, and so their scales, in kRows merged rows.
+template <class Op, class In, class Out, int kRows>
+__global__ void __launch_bounds__(128, 8)
+    elementwise_per_channel_merged(const In* input, Out* result, const float* scales, bool dependent,
+                                   const __grid_constant__ MergedRows rows) {
+  const auto [batch, vec_in_row] = rows.vecs_per_row.divmod(blockIdx.x * blockDim.x + threadIdx.x);
+  const std::uint32_t step = rows.vecs_per_row.divisor;
+  const std::uint32_t first = batch * kRows * step + vec_in_row;
+  const std::uint32_t whole = rows.count / kVecSize;
+  if (first >= (rows.count + kVecSize - 1) / kVecSize) return;
+  device::wait_then_release(dependent);
+  Vec<In> raw[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+    if (first + r * step < whole) raw[r] = device::load_aligned(input + std::int64_t{first + r * step} * kVecSize);
+  const std::uint32_t column = rows.columns.divmod(vec_in_row * kVecSize).remainder;
+  const float* here = scales + column;
+  const float* wrapped = here - rows.columns.divisor;
+  float values[kVecSize];
+#pragma unroll
+  for (int i = 0; i < kVecSize; ++i) values[i] = column + i < rows.columns.divisor ? here[i] : wrapped[i];
+  typename Op::Prepared prepared[kVecSize];
+  bool divide = false;
+#pragma unroll
+  for (int i = 0; i < kVecSize; ++i) {
+    prepared[i] = Op::prepare(values[i]);
+    divide |= prepared[i].divide;
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+    if (first + r * step < whole)
+      device::store_aligned(result + std::int64_t{first + r * step} * kVecSize,
+                            multiplied<Op, Out>(raw[r], [&](int i) { return prepared[i]; }));
+  if (divide || first + (kRows - 1) * step >= whole) {  // or the tensor may end inside a vector
+#pragma unroll 1
+    for (int r = 0; r < kRows; ++r) {
+      const std::uint32_t vec = first + r * step;
+      if (divide || vec == whole)
+        convert_columns<Op>(input, result, scales, rows, vec * kVecSize, min((vec + 1) * kVecSize, rows.count));
+    }
+  }
+}
+
 // The rows that a thread loops over.
 struct LoopedRows {
   std::uint32_t count;
-  device::FastDiv batches;     // of kRows rows
-  std::int64_t in, out;        // strides
-  std::int64_t last_row_size;  // elements of the last row: a merged one may be incomplete
+  device::FastDiv batches;  // of kRows rows
+  std::int64_t in, out;     // strides
 };
 
 // Aligned, in any other way. A thread owns 8 columns: it prepares their scales once and loops over kRows rows.
@@ -310,33 +446,19 @@ __global__ void __launch_bounds__(256)
   const Offsets at = map.at<-1>(outer);
   const std::uint32_t column = vec_in_row * kVecSize;
   const std::uint32_t row = batch * kRows;
+  const int count = static_cast<int>(min(rows.count - row, std::uint32_t{kRows}));
   const In* in = input + at.in + row * rows.in + column;
   Out* out = result + at.out + row * rows.out + column;
 
   Vec<In> raw[kRows];
-  Range ranges[kRows];
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    const std::int64_t left = (row + r + 1 < rows.count    ? map.row_size
-                               : row + r + 1 == rows.count ? rows.last_row_size
-                                                           : 0) -
-                              column;
-    ranges[r].end = left >= kVecSize ? kVecSize : left < 0 ? 0 : static_cast<int>(left);
-    if (ranges[r].end == kVecSize)
-      raw[r] = device::load_aligned(in + r * rows.in);
-    else if (ranges[r].end > 0)
-      raw[r] = device::load_any(in + r * rows.in, 0, ranges[r].end, ranges[r]);
-  }
+  for (int r = 0; r < kRows; ++r)
+    if (r < count) raw[r] = device::load_aligned(in + r * rows.in);
   typename Op::Prepared prepared[kVecSize];
   prepare_scales<Op>(prepared, scales + at.scale, columns, column);
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    if (ranges[r].end == 0) return;
-    float values[kVecSize];
-    device::unpack(raw[r], values);
-    device::apply<Op>(prepared, values);
-    device::store_range(out + r * rows.out, device::pack<Out>(values), ranges[r]);
-  }
+  for (int r = 0; r < kRows; ++r)
+    if (r < count) device::store_aligned(out + r * rows.out, convert_per_column<Op, Out>(raw[r], prepared));
 }
 
 // Vectors begin at other columns in every row, so a thread takes one.
@@ -405,40 +527,53 @@ auto contiguous_kernel(const core::ElementwisePlan& plan) {
 }
 
 template <class Op, class In, class Out>
+auto merged_kernel(int rows) {
+  return rows == 4   ? elementwise_per_channel_merged<Op, In, Out, 4>
+         : rows == 2 ? elementwise_per_channel_merged<Op, In, Out, 2>
+                     : elementwise_per_channel_merged<Op, In, Out, 1>;
+}
+
+template <class Op, class In, class Out>
 void launch_elementwise_chunk(const core::ElementwisePlan& plan, const core::Chunk& chunk, const In* input, Out* result,
                               const float* scales, cudaStream_t stream) {
   using core::ElementwiseKernel;
   const Layout::Dim& inner = chunk.layout.inner();
   IndexMap map = IndexMap::over(chunk.layout, plan.outer_dims, plan.vecs_per_row, plan.work);
   map.row_size = plan.row_size;
-  const PerColumnScales columns{.stride = inner.scale,
-                                .period = plan.rows_merged > 1 ? static_cast<std::uint32_t>(inner.size) : 0u,
-                                .block = device::FastDiv(inner.block),
-                                .vectors = plan.vector_scales};
+  const PerColumnScales columns{.stride = inner.scale, .block = device::FastDiv(inner.block), .vectors = plan.vector_scales};
   const LoopedRows rows{.count = static_cast<std::uint32_t>(plan.rows),
                         .batches = device::FastDiv(core::ceil_div(plan.rows, plan.rows_per_thread)),
                         .in = plan.row_in,
-                        .out = plan.row_out,
-                        .last_row_size = plan.last_row_size};
+                        .out = plan.row_out};
+  const auto blocks = static_cast<unsigned>(plan.blocks);
   const auto launch = [&](auto kernel, const auto&... arguments) {
-    launch_dependent(kernel, static_cast<unsigned>(plan.blocks), plan.threads, stream, input + chunk.in, result + chunk.out,
-                     scales + chunk.scale, arguments...);
+    launch_dependent(kernel, blocks, plan.threads, stream, input + chunk.in, result + chunk.out, scales + chunk.scale,
+                     arguments...);
   };
   const auto grid = [&](int unit) { return GroupGrid(plan.grid, chunk.layout.numel, unit); };
   switch (plan.kernel) {
     case ElementwiseKernel::Scalar: return launch(elementwise_scalar<Op, In, Out>, map, FlatRows::of(chunk));
     case ElementwiseKernel::Contiguous: return launch(contiguous_kernel<Op, In, Out>(plan), grid(kVecSize));
+    case ElementwiseKernel::RowsOfBlocks:
+      return launch(elementwise_rows_of_blocks<Op, In, Out, core::kRowsOfBlocks>,
+                    static_cast<std::uint32_t>(chunk.layout.numel / plan.grid.row), grid(kVecSize));
     case ElementwiseKernel::AcrossGroups: return launch(elementwise_across_groups<Op, In, Out>, grid(1));
     case ElementwiseKernel::Vectorized: return launch(elementwise_vectorized<Op, In, Out>, map);
     case ElementwiseKernel::VectorizedUnaligned: return launch(elementwise_vectorized_unaligned<Op, In, Out>, map);
+    case ElementwiseKernel::PerChannelOfOneRow:
+      return launch(elementwise_per_channel_of_one_row<Op, In, Out>, launches_dependent(blocks),
+                    static_cast<std::uint32_t>(inner.size));
     case ElementwiseKernel::PerChannel:
       return launch(
           plan.rows_per_thread == 1 ? elementwise_per_channel<Op, In, Out, 1> : elementwise_per_channel<Op, In, Out, 4>,
           rows.count, map.vecs_per_row);
+    case ElementwiseKernel::PerChannelMerged:
+      return launch(merged_kernel<Op, In, Out>(plan.rows_per_thread), launches_dependent(blocks),
+                    MergedRows{.count = static_cast<std::uint32_t>(chunk.layout.numel),
+                               .vecs_per_row = map.vecs_per_row,
+                               .columns = device::FastDiv(inner.size)});
     case ElementwiseKernel::PerColumn:
-      return launch(plan.rows_per_thread == 4   ? elementwise_per_column<Op, In, Out, 4>
-                    : plan.rows_per_thread == 2 ? elementwise_per_column<Op, In, Out, 2>
-                                                : elementwise_per_column<Op, In, Out, 1>,
+      return launch(plan.rows_per_thread == 2 ? elementwise_per_column<Op, In, Out, 2> : elementwise_per_column<Op, In, Out, 1>,
                     map, rows, columns);
     case ElementwiseKernel::PerColumnUnaligned: return launch(elementwise_per_column_unaligned<Op, In, Out>, map, columns);
   }

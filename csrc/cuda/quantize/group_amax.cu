@@ -219,7 +219,7 @@ void launch_amax(const core::AmaxPlan& plan, const core::Chunk& chunk, const In*
     return;
   }
   const Layout::Dim& inner = chunk.layout.inner();
-  const PerColumnScales columns{.stride = inner.scale, .period = 0, .block = device::FastDiv(inner.block), .vectors = false};
+  const PerColumnScales columns{.stride = inner.scale, .block = device::FastDiv(inner.block), .vectors = false};
   const auto kernel = plan.aligned ? group_amax_per_column<In, true, Finish> : group_amax_per_column<In, false, Finish>;
   kernel<<<blocks, plan.threads, 0, stream>>>(input, target, map, dim, columns, static_cast<std::uint32_t>(plan.num_spans),
                                               finish);
