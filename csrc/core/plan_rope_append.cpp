@@ -63,7 +63,7 @@ bool fits_many_heads(const RopeLayout& layout) {
 // Whole warps for the heads of K, so that few threads of a block for Q, K or V have nothing to do.
 int threads_of_token(const RopeLayout& layout, std::int64_t threads_per_head) {
   const std::int64_t heads = layout.cache.num_heads > 0 ? layout.cache.num_heads : layout.num_heads;
-  return static_cast<int>(std::min<std::int64_t>(128, ceil_div(heads * threads_per_head, kWarp) * kWarp));
+  return static_cast<int>(std::clamp<std::int64_t>(ceil_div(heads * threads_per_head, kWarp) * kWarp, kWarp, 128));
 }
 
 }  // namespace
