@@ -60,10 +60,18 @@ bool fits_many_heads(const RopeLayout& layout) {
          divides(layout.num_heads) && divides(cache.num_heads) && std::max(layout.num_heads, cache.num_heads) > 1;
 }
 
-// Whole warps for the heads of K, so that few threads of a block for Q, K or V have nothing to do.
+// More vectors of Q, K and V than these are worth it: about what a large GPU has threads for at once.
+std::int64_t least_for_many_heads(const RopeLayout& layout) {
+  if (layout.cache.has_channels()) return 1 << 19;
+  return layout.has_norm() ? 5 << 15 : 7 << 15;
+}
+
+// Those of the heads of K, so that few threads of a block for Q, K or V have nothing to do. With a norm, whole warps of a
+// token.
 int threads_of_token(const RopeLayout& layout, std::int64_t threads_per_head) {
   const std::int64_t heads = layout.cache.num_heads > 0 ? layout.cache.num_heads : layout.num_heads;
-  return static_cast<int>(std::clamp<std::int64_t>(ceil_div(heads * threads_per_head, kWarp) * kWarp, kWarp, 128));
+  const std::int64_t unit = layout.has_norm() ? kWarp : 1;
+  return static_cast<int>(std::clamp<std::int64_t>(ceil_div(heads * threads_per_head, unit) * unit, 1, 128));
 }
 
 }  // namespace
@@ -80,8 +88,8 @@ RopeAppendPlan plan_rope_append(const RopeLayout& layout) {
       return static_cast<int>(norm ? std::bit_ceil(static_cast<std::uint64_t>(units)) : units);
     };
     // Several heads share cosines, sines, weights and channels, once there is enough to do for as many fewer threads.
-    if ((transforms || channels) && fits_many_heads(layout) && work > (norm && !channels ? 1 << 17 : 1 << 18)) {
-      const int most = work <= 1 << 18 ? 2 : norm && work > 1 << 22 ? 8 : 4;
+    if ((transforms || channels) && fits_many_heads(layout) && work > least_for_many_heads(layout)) {
+      const int most = work <= 1 << 19 ? 2 : norm && work > 1 << 22 ? 8 : 4;
       plan.vecs_per_thread = 2;
       plan.query_heads_per_thread = shared_heads(layout.num_heads, transforms ? most : 2);
       plan.kv_heads_per_thread = shared_heads(cache.num_heads, most);

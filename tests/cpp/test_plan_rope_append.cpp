@@ -63,11 +63,13 @@ RopeAppend with_norm(RopeAppend p, std::int64_t head_size) {
 }
 
 TEST(PlanRopeAppend, ManyTokensShareWhatIsReadForAHead) {
-  EXPECT_EQ(share_of(rope_of(341, 8, 128, 128)), (Share{1, 1, 1}));
-  EXPECT_EQ(share_of(rope_of(342, 8, 128, 128)), (Share{2, 4, 4}));
+  EXPECT_EQ(share_of(rope_of(298, 8, 128, 128)), (Share{1, 1, 1}));
+  EXPECT_EQ(share_of(rope_of(299, 8, 128, 128)), (Share{2, 2, 2}));
+  EXPECT_EQ(share_of(rope_of(683, 8, 128, 128)), (Share{2, 4, 4}));
   EXPECT_EQ(share_of(rope_of(16384, 8, 128, 128)), (Share{2, 4, 4}));
-  EXPECT_EQ(share_of(with_norm(rope_of(170, 8, 128, 128), 128)), (Share{1, 1, 1}));
-  EXPECT_EQ(share_of(with_norm(rope_of(171, 8, 128, 128), 128)), (Share{2, 2, 2}));
+  EXPECT_EQ(share_of(with_norm(rope_of(213, 8, 128, 128), 128)), (Share{1, 1, 1}));
+  EXPECT_EQ(share_of(with_norm(rope_of(214, 8, 128, 128), 128)), (Share{2, 2, 2}));
+  EXPECT_EQ(share_of(with_norm(rope_of(683, 8, 128, 128), 128)), (Share{2, 4, 4}));
   EXPECT_EQ(share_of(with_norm(rope_of(16384, 8, 128, 128), 128)), (Share{2, 8, 8}));
 }
 
@@ -84,7 +86,7 @@ TEST(PlanRopeAppend, HeadsAreSharedEvenly) {
   EXPECT_EQ(share_of(rope_of(16384, 3, 64, 64)), (Share{2, 4, 3}));
   EXPECT_EQ(share_of(rope_of(4096, 5, 64, 64)), (Share{2, 4, 5}));
   EXPECT_EQ(share_of(rope_of(4096, 7, 64, 64)), (Share{2, 4, 7}));
-  EXPECT_EQ(share_of(rope_of(8192, 1, 64, 64)), (Share{2, 4, 1}));
+  EXPECT_EQ(share_of(rope_of(16384, 1, 64, 64)), (Share{2, 4, 1}));
   EXPECT_EQ(share_of(rope_of(4096, 11, 64, 64)), (Share{1, 1, 1})) << "no divisor up to 8";
   EXPECT_EQ(share_of(rope_of(4096, 65, 64, 64)), (Share{1, 1, 1})) << "more scales than shared memory holds";
   RopeAppend p = rope_of(1 << 16, 1, 64, 64);
@@ -107,13 +109,15 @@ TEST(PlanRopeAppend, TwoVectorsOfAHeadHaveHalfTheThreads) {
   EXPECT_EQ(share_of(p), (Share{1, 1, 1})) << "rows of the table that are not aligned to 16 bytes";
 }
 
-TEST(PlanRopeAppend, ATokenHasWholeWarpsForTheHeadsOfK) {
+TEST(PlanRopeAppend, ATokenHasThreadsForTheHeadsOfK) {
   const auto threads = [](const RopeAppend& p) { return plan_rope_append(lower(p)).threads; };
   EXPECT_EQ(threads(rope_of(16, 8, 128, 128)), 128);
   EXPECT_EQ(threads(rope_of(16, 32, 128, 128)), 128) << "in several blocks";
   EXPECT_EQ(threads(rope_of(16, 4, 128, 128)), 64);
   EXPECT_EQ(threads(rope_of(16, 6, 128, 128)), 96);
-  EXPECT_EQ(threads(rope_of(16, 3, 64, 64)), 32);
+  EXPECT_EQ(threads(rope_of(16, 3, 64, 64)), 24);
+  EXPECT_EQ(threads(rope_of(16, 1, 64, 64)), 8);
+  EXPECT_EQ(threads(with_norm(rope_of(16, 3, 64, 64), 64)), 32) << "whole warps";
   EXPECT_EQ(threads(with_norm(rope_of(16, 3, 80, 32), 80)), 64) << "16 threads for 10 vectors";
   EXPECT_EQ(threads(without_rope(rope_of(64, 8, 128, 128))), 64) << "two vectors per thread";
 }
@@ -126,8 +130,8 @@ TEST(PlanRopeAppend, ChannelsAreSharedByTokens) {
   EXPECT_EQ(share_of(with_norm(p, 128)), (Share{2, 4, 4}));
   p.k_offset = channels_of({4096, 8, 128}, 12, 4);
   EXPECT_EQ(plan_rope_append(lower(p)).path, KernelPath::Scalar);
-  p = rope_of(341, 8, 128, 128);
-  p.k_offset = channels_of({341, 8, 128}, 12);
+  p = rope_of(682, 8, 128, 128);
+  p.k_offset = channels_of({682, 8, 128}, 12);
   EXPECT_EQ(share_of(p), (Share{1, 1, 1})) << "few tokens";
   p = with_norm(p, 128);
   EXPECT_EQ(share_of(p), (Share{1, 1, 1}));
@@ -158,7 +162,8 @@ TEST(PlanRopeAppend, WhatDoesNotFitIsAWarpPerHead) {
   EXPECT_EQ(path([](auto& p) { p.query_out.strides[0] += 4; }), KernelPath::Scalar);
   EXPECT_EQ(path([](auto& p) { p.query_out.dtype = DType::Float32, p.query_out.strides[0] *= 2; }), KernelPath::Scalar);
   EXPECT_EQ(path([](auto& p) { p.query.strides[0] += 8 * 128; }), KernelPath::Vectorized) << "a slice";
-  EXPECT_EQ(path([](auto& p) { p.cos_sin_cache->sizes[0] = kMaxChunk; }), KernelPath::Scalar) << "positions of more than 31 bits";
+  EXPECT_EQ(path([](auto& p) { p.cos_sin_cache->sizes[0] = kMaxChunk; }), KernelPath::Scalar)
+      << "positions of more than 31 bits";
   EXPECT_EQ(plan_rope_append(lower(rope_of(1, 1 << 13, 128, 128))).path, KernelPath::Scalar) << "blocks of a token";
 }
 

@@ -218,10 +218,12 @@ __device__ __forceinline__ void append_unit(const ArgsOf<kExtended>& p, std::uin
   if (stores) store<kTurn>(static_cast<Fp8*>(s.out) + place, unit.second, results);
 }
 
+constexpr int kMaxThreads = 256;  // per block
+
 // One or two vectors of a head per thread. Blocks have threads of Q, of K or of V in x, and tokens in y. kExtended: with three
 // positions, a norm after RoPE, or scales or offsets per channel.
 template <class In, class Fp8, Rope kRope, bool kNorm, int kVecs, bool kExtended>
-__global__ void __launch_bounds__(256) rope_append_vectorized(const __grid_constant__ ArgsOf<kExtended> p) {
+__global__ void __launch_bounds__(kMaxThreads) rope_append_vectorized(const __grid_constant__ ArgsOf<kExtended> p) {
   const std::uint32_t token = blockIdx.x * blockDim.y + threadIdx.y, block = blockIdx.y;
   device::wait_then_release();
   if (block >= p.first_blocks[2])
@@ -358,8 +360,6 @@ struct Launch {
   std::uint32_t blocks = 0;
 };
 
-constexpr unsigned kBlockThreads = 128;  // at most, with one head per thread
-
 bool shares_heads(const RopeAppendPlan& plan) { return plan.query_heads_per_thread > 1 || plan.kv_heads_per_thread > 1; }
 
 Launch launch_of(const RopeLayout& l, const TokenIndices& slots, const TokenIndices& positions, const RopeAppendPlan& plan) {
@@ -424,10 +424,11 @@ void launch_vectorized(const RopeLayout& l, const TokenIndices& slots, const Pos
   const ExtendedArgs extended{
       args, positions, l.norm_after_rope, {l.cache.k.has_channels(), l.cache.v.has_channels()}, {l.cache.k, l.cache.v}};
   if (shares_heads(plan)) return launch_many_heads<In, Fp8>(extended, blocks, l, stream);
-  const std::int64_t tokens = kBlockThreads / plan.threads;
+  // Several tokens per block, but not so many that few blocks are left.
+  const std::int64_t tokens = std::clamp<std::int64_t>(l.cache.num_tokens / 4, 1, kMaxThreads / plan.threads);
   const dim3 grid(static_cast<unsigned>(core::ceil_div(l.cache.num_tokens, tokens)), blocks);
   const LaunchShape shape{.grid = grid,
-                          .threads = dim3(plan.threads, static_cast<unsigned>(std::min(tokens, l.cache.num_tokens))),
+                          .threads = dim3(plan.threads, static_cast<unsigned>(tokens)),
                           .dependent = launches_dependent(grid.x * grid.y)};
   visit_transforms(l, [&]<Rope kRope, bool kNorm>() {
     if (l.extended()) return launch(rope_append_vectorized<In, Fp8, kRope, kNorm, 1, true>, shape, stream, extended);

@@ -150,7 +150,8 @@ __device__ __forceinline__ void load_cos_sin(const ExtendedArgs& p, std::uint32_
 // Whole warps call it.
 __device__ __forceinline__ void normalize(const ExtendedArgs& p, const Shared& shared, const Unit& unit,
                                           float (&x)[2][kVecSize]) {
-  float sum = unit.holds ? sum_of_squares(x) : 0.0f;
+  float sum = sum_of_squares(x);
+  sum = unit.holds ? sum : 0.0f;
   const auto add = [&](std::uint32_t lanes) { sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, lanes)); };
   if (p.threads_per_head.divisor == 8) {  // heads of 128, without a loop
     add(4), add(2), add(1);
