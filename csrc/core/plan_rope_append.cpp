@@ -66,10 +66,10 @@ std::int64_t least_for_many_heads(const RopeLayout& layout) {
   return layout.has_norm() ? 5 << 15 : 7 << 15;
 }
 
-// Those of the heads of K, so that few threads of a block for Q, K or V have nothing to do. With a norm, whole warps of a
-// token.
+// Of a block, for one of its tokens: as many as K takes, so that few have nothing to do, but enough for Q to take at most 64
+// blocks. With a norm, whole warps.
 int threads_of_token(const RopeLayout& layout, std::int64_t threads_per_head) {
-  const std::int64_t heads = layout.cache.num_heads > 0 ? layout.cache.num_heads : layout.num_heads;
+  const std::int64_t heads = std::max(layout.cache.num_heads, ceil_div(layout.num_heads, std::int64_t{64}));
   const std::int64_t unit = layout.has_norm() ? kWarp : 1;
   return static_cast<int>(std::clamp<std::int64_t>(ceil_div(heads * threads_per_head, unit) * unit, 1, 128));
 }

@@ -120,6 +120,10 @@ TEST(PlanRopeAppend, ATokenHasThreadsForTheHeadsOfK) {
   EXPECT_EQ(threads(with_norm(rope_of(16, 3, 64, 64), 64)), 32) << "whole warps";
   EXPECT_EQ(threads(with_norm(rope_of(16, 3, 80, 32), 80)), 64) << "16 threads for 10 vectors";
   EXPECT_EQ(threads(without_rope(rope_of(64, 8, 128, 128))), 64) << "two vectors per thread";
+  RopeAppend p = rope_of(16, 1, 64, 64);
+  p.query = contiguous(address(7), DType::BFloat16, {16, 129, 64});
+  p.query_out = contiguous(address(8), DType::E4M3, {16, 129, 64});
+  EXPECT_EQ(threads(p), 24) << "64 blocks for Q would have 2.02 heads each";
 }
 
 TEST(PlanRopeAppend, ChannelsAreSharedByTokens) {
