@@ -225,16 +225,16 @@ FP8KV_API CachePlan plan_gather(const CacheLayout& layout);
 
 struct RopeAppendPlan {
   KernelPath path = KernelPath::Scalar;  // one warp per head; or Vectorized: every access aligned
-  int threads = 256;                     // per block
+  int threads = 256;                     // per block; Vectorized, with one head per thread: per token of a block
   int threads_per_head = 32;             // Vectorized with a norm: a power of two
   int vecs_per_thread = 1;               // Vectorized, of each of its heads: 1 or 2
-  // Vectorized. With one vector both are 1 or both 2; with two vectors they divide the heads.
+  // Vectorized. They divide the heads; more than one of Q or of K only with two vectors.
   int query_heads_per_thread = 1;
   int kv_heads_per_thread = 1;
   std::int64_t tokens = 0;  // of one launch
 };
 
-// With two vectors per thread.
+// With several heads of Q or of K per thread.
 inline constexpr int kManyHeadsThreads = 128;
 inline constexpr int kMaxSharedHeads = 256;  // of Q, and of K
 

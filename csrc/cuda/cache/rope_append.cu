@@ -10,167 +10,228 @@ using core::CacheLayout;
 using core::RopeAppendPlan;
 using core::View1D;
 
-template <class In>
-__device__ __forceinline__ float load_element(const void* data, bool wide, std::int64_t offset) {
-  return wide ? __ldg(static_cast<const float*>(data) + offset) : decode(static_cast<const In*>(data)[offset]);
-}
+template <bool kExtended>
+using ArgsOf = std::conditional_t<kExtended, ExtendedArgs, RopeAppendArgs>;
 
-// With scales or offsets per channel. All that few calls have is in kernels of its own.
-struct ExtendedArgs : ManyHeadsArgs {
-  KVViews kv[2];
+// Elements on their way, of a table or of weights: fp32, or In, which is expanded at the first use. Without branches, nothing
+// waits for them before.
+template <class In, int kCount>
+struct LoadedFloats {
+  std::uint32_t words[kCount] = {}, narrow[kCount / 2] = {};
 
-  __device__ __forceinline__ bool in_table(std::uint32_t token, std::int64_t position) const {
-    return all_positions.in_table(token, position);
+  LoadedFloats() = default;
+  // That are `value` where nothing is loaded, and `wide`.
+  __device__ __forceinline__ explicit LoadedFloats(float value) {
+#pragma unroll
+    for (std::uint32_t& word : words) word = __float_as_uint(value);
+  }
+
+  // From an address aligned to half a vector.
+  __device__ __forceinline__ void load(bool condition, const void* data, bool wide, std::int64_t first) {
+    const char* at = static_cast<const char*>(data) + first * (wide ? sizeof(float) : sizeof(In));
+#pragma unroll
+    for (int i = 0; i < kCount; i += kHalf) {
+      load16_if(condition && wide, words + i, at + i * sizeof(float));
+      load8_if(condition && !wide, narrow + i / 2, at + i * sizeof(In));
+    }
+  }
+  __device__ __forceinline__ void expand(bool wide) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += kHalf) {
+      float values[kVecSize];
+      device::unpack(Vec<In>{narrow[i / 2], narrow[i / 2 + 1]}, values);
+#pragma unroll
+      for (int k = 0; k < kHalf; ++k) words[i + k] = wide ? words[i + k] : __float_as_uint(values[k]);
+    }
   }
 };
 
-// Cosines and sines of the frequencies first to first + 3 of a token, whose first position is known.
-template <class In>
-__device__ __forceinline__ void load_cos_sin(const RopeAppendArgs& p, std::uint32_t, std::int64_t position, std::uint32_t first,
-                                             float (&cos)[kHalf], float (&sin)[kHalf]) {
-  const std::int64_t at = position * p.cos_sin_row + first;
-  load_half<In>(p.cos_sin, p.wide_cos_sin, at, cos);
-  load_half<In>(p.cos_sin, p.wide_cos_sin, at + p.rotary_units * kHalf, sin);
-}
-
-template <class In>
-__device__ __forceinline__ void load_cos_sin(const ExtendedArgs& p, std::uint32_t token, std::int64_t position,
-                                             std::uint32_t first, float (&cos)[kHalf], float (&sin)[kHalf]) {
-  if (p.all_positions.sections.axes == 1)
-    return load_cos_sin<In>(static_cast<const RopeAppendArgs&>(p), token, position, first, cos, sin);
-#pragma unroll
-  for (int i = 0; i < kHalf; ++i) {
-    const std::int64_t at = p.all_positions.of_frequency(token, first + i) * p.cos_sin_row + first + i;
-    cos[i] = load_element<In>(p.cos_sin, p.wide_cos_sin, at);
-    sin[i] = load_element<In>(p.cos_sin, p.wide_cos_sin, at + p.rotary_units * kHalf);
-  }
-}
-
-// The elements of a thread: two halves of a vector, `second` elements apart.
-template <class T>
-__device__ __forceinline__ void store_halves(T* p, std::uint32_t second, const Vec<T>& vec) {
-  using Bits = std::conditional_t<core::kIsQuantized<T>, std::uint32_t, uint2>;
-  const auto* halves = reinterpret_cast<const Bits*>(vec.words);
-  *reinterpret_cast<Bits*>(p) = halves[0];
-  *reinterpret_cast<Bits*>(p + second) = halves[1];
-}
-
-template <Rope kRope, class T>
-__device__ __forceinline__ void store(T* p, std::uint32_t second, const Vec<T>& vec) {
-  if constexpr (kRope == Rope::Neox)
-    store_halves(p, second, vec);
-  else
-    device::store_aligned(p, vec);
-}
-
-// A thread takes one vector of kHeads neighboring heads, so that it reads cosines, sines and weights once.
-template <class In, class Fp8, Rope kRope, bool kNorm, int kHeads, bool kExtended = false>
-__global__ void __launch_bounds__(256)
-    rope_append_vectorized(const __grid_constant__ std::conditional_t<kExtended, ExtendedArgs, RopeAppendArgs> p) {
+// By the IEEE division, which few scales need: out of line.
+template <class Fp8, class In>
+__device__ __noinline__ Vec<Fp8> divide(const Vec<In> vec, float scale) {
   using Op = device::QuantizeOp<Fp8>;
-  const int which = p.segment_of(blockIdx.x);
-  const Segment& s = p.segments[which];
-  const bool is_query = which == 0, transforms = which < 2 && (kRope != Rope::None || kNorm);
-  std::uint32_t thread = (blockIdx.x - s.first_block) * blockDim.x + threadIdx.x;
-  const bool works = thread < s.threads;
-  if constexpr (kNorm)
-    thread = min(thread, s.threads - 1);  // whole warps take part in the sum
-  else if (!works)
-    return;
-  const auto [token, thread_in_token] = s.threads_per_token.divmod(thread);
-  const auto [head_batch, vec] = p.threads_per_head.divmod(thread_in_token);
-  const std::uint32_t first_head = head_batch * kHeads;
+  return device::convert_vec<Op, Fp8>(vec, typename Op::Prepared{.scale = scale, .divide = true});
+}
 
-  device::wait_then_release();
-  const std::int64_t position = kRope == Rope::None ? 0 : p.positions[token];
-  const std::int64_t slot = is_query ? 0 : p.slots[token];
-  const bool rotates = kRope != Rope::None && transforms && vec < p.rotary_units;
-  const bool apart = kRope == Rope::Neox && rotates;
-  const std::uint32_t begin = apart ? vec * kHalf : vec * kVecSize, second = apart ? p.rotary_units * kHalf : kHalf;
-  const bool holds = !kNorm || vec < p.units_per_head;
-  const In* from = static_cast<const In*>(s.in) + token * s.in_token + first_head * s.in_head + begin;
-  Vec<In> raw[kHeads];
-  float scale_values[kHeads];
-#pragma unroll
-  for (int h = 0; h < kHeads; ++h) {
-    raw[h] = Vec<In>{};
-    scale_values[h] = 1.0f;
-    if (first_head + h >= s.heads) continue;
-    scale_values[h] = __ldg(s.scales + s.heads_per_scale.div(first_head + h) * s.scale_stride);
-    if (!holds) continue;
-    if constexpr (kRope == Rope::Neox) {
-      device::load8(raw[h].words, from + h * s.in_head);
-      device::load8(raw[h].words + 2, from + h * s.in_head + second);
-    } else {
-      raw[h] = device::load_aligned(from + h * s.in_head);
-    }
+// The parts of a unit: apart, or next to each other.
+template <Rope kRope, int kVecs, class T>
+__device__ __forceinline__ void store(T* to, std::uint32_t second, const Vec<T> (&vecs)[kVecs]) {
+  if constexpr (kVecs == 2) {
+    device::store_aligned(to, vecs[0]);
+    device::store_aligned(to + second, vecs[1]);
+  } else if constexpr (kRope == Rope::Neox) {
+    using Bits = std::conditional_t<core::kIsQuantized<T>, std::uint32_t, uint2>;
+    const auto* halves = reinterpret_cast<const Bits*>(vecs[0].words);
+    *reinterpret_cast<Bits*>(to) = halves[0];
+    *reinterpret_cast<Bits*>(to + second) = halves[1];
+  } else {
+    device::store_aligned(to, vecs[0]);
   }
-  const bool in_table = kRope == Rope::None || p.in_table(token, position);
+}
 
-  if (transforms) {
-    float cos[kHalf], sin[kHalf], weights[2][kHalf];
-    if (rotates && in_table) load_cos_sin<In>(p, token, position, vec * kHalf, cos, sin);
-    const bool normalizes = kNorm && s.norm_weight != nullptr;
-    if (normalizes && holds) {
-      load_half<In>(s.norm_weight, p.wide_weights[which], begin, weights[0]);
-      load_half<In>(s.norm_weight, p.wide_weights[which], begin + second, weights[1]);
-    }
+// A unit of Q, of K or of V (kWhich). All that does not depend on a position is loaded before one is waited for, all in one
+// block of code: behind a branch, the compiler would wait before it loads.
+template <class In, class Fp8, Rope kRope, bool kNorm, int kVecs, bool kExtended, int kWhich>
+__device__ __forceinline__ void append_unit(const ArgsOf<kExtended>& p, std::uint32_t row, std::uint32_t block) {
+  using Op = device::QuantizeOp<Fp8>;
+  constexpr int kPart = Unit<kVecs>::kPart;
+  constexpr bool kQuery = kWhich == 0, kTurns = kWhich < 2 && kRope != Rope::None, kNormalizes = kWhich < 2 && kNorm;
+  constexpr Rope kTurn = kTurns ? kRope : Rope::None;
+  const Segment& s = p.segments[kWhich];
+  const std::uint32_t token = min(row, p.tokens - 1);
+  const LoadedIndex position(kRope == Rope::None ? p.slots : p.positions, token);
+  const LoadedIndex slot(p.slots, token);  // of Q too, which does not ask for it
+
+  const auto [head, index] = p.threads_per_head.divmod((block - p.first_blocks[kWhich]) * blockDim.x + threadIdx.x);
+  Unit<kVecs> unit = unit_of<kTurn, kVecs>(p, index);
+  unit.holds &= head < s.heads && row == token;
+  const In* from = static_cast<const In*>(s.in) + token * s.in_token + head * s.in_head + unit.begin;
+  Vec<In> raw[kVecs] = {};
+  if constexpr (kVecs == 2) {
+    load16_if(unit.holds, raw[0].words, from);
+    load16_if(unit.holds, raw[1].words, from + unit.second);
+  } else if constexpr (kTurn == Rope::Neox) {
+    load8_if(unit.holds, raw[0].words, from);
+    load8_if(unit.holds, raw[0].words + 2, from + unit.second);
+  } else {
+    load16_if(unit.holds, raw[0].words, from);
+  }
+  std::uint32_t scale_bits = 0x3f800000u;  // 1, which does not divide, for threads without elements
+  load4_if(unit.holds, scale_bits, s.scales + (kQuery ? s.heads_per_scale.div(head) : head) * s.scale_stride);
+  const bool normalizes = kNormalizes && s.norm_weight != nullptr;
+  LoadedFloats<In, kPart> weights[2] = {LoadedFloats<In, kPart>(1.0f), LoadedFloats<In, kPart>(1.0f)};
+  if constexpr (kNormalizes) {
+    weights[0].load(normalizes && unit.holds, s.norm_weight, p.wide_weights[kWhich], unit.begin);
+    weights[1].load(normalizes && unit.holds, s.norm_weight, p.wide_weights[kWhich], unit.begin + unit.second);
+  }
+  __syncwarp();  // which no load is moved across
+  if (row != token) return;
+
+  if constexpr (kNormalizes) {
+    weights[0].expand(p.wide_weights[kWhich]);
+    weights[1].expand(p.wide_weights[kWhich]);
+  }
+  bool in_table = kRope == Rope::None || position.within(p.positions), one_position = true;
+  if constexpr (kExtended) {
+    one_position = p.all_positions.sections.axes == 1;
+    for (int axis = 1; axis < p.all_positions.sections.axes; ++axis)
+      in_table &= LoadedIndex(p.all_positions.axes[axis], token).within(p.all_positions.axes[axis]);
+  }
+  LoadedFloats<In, kPart> cos, sin;
+  if constexpr (kTurns) {
+    const std::int64_t at = position.low * p.cos_sin_row + index * kPart, sines = p.rotary_units * kPart;
+    cos.load(unit.rotates && in_table && one_position, p.cos_sin, p.wide_cos_sin, at);
+    sin.load(unit.rotates && in_table && one_position, p.cos_sin, p.wide_cos_sin, at + sines);
+    if constexpr (kExtended) {
+      if (!one_position && unit.rotates && in_table) {
 #pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
-      float x[kVecSize];
-      device::unpack(raw[h], x);
-      const auto normalize = [&] {
-        float sum = 0.0f;
-#pragma unroll
-        for (int i = 0; i < kVecSize; ++i) sum = __fmaf_rn(x[i], x[i], sum);
-        for (std::uint32_t lanes = p.threads_per_head.divisor / 2; lanes > 0; lanes /= 2)
-          sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, lanes));
-        const float factor = rsqrtf(__fmaf_rn(sum, p.per_element, p.norm_eps));
-#pragma unroll
-        for (int i = 0; i < kVecSize; ++i) x[i] = __fmul_rn(__fmul_rn(x[i], factor), weights[i / kHalf][i % kHalf]);
-      };
-      if (normalizes && !p.norm_after_rope) normalize();
-      if (rotates) {
-#pragma unroll
-        for (int i = 0; i < kHalf; ++i) {
-          if constexpr (kRope == Rope::Neox)
-            rotate(x[i], x[i + kHalf], cos[i], sin[i]);
-          else
-            rotate(x[2 * i], x[2 * i + 1], cos[i], sin[i]);
+        for (int i = 0; i < kPart; ++i) {
+          const std::uint32_t frequency = index * kPart + i;
+          const std::int64_t at = p.all_positions.of_frequency(token, frequency) * p.cos_sin_row + frequency;
+          cos.words[i] = __float_as_uint(load_element<In>(p.cos_sin, p.wide_cos_sin, at));
+          sin.words[i] = __float_as_uint(load_element<In>(p.cos_sin, p.wide_cos_sin, at + sines));
         }
       }
-      if (normalizes && p.norm_after_rope) normalize();
-      raw[h] = device::pack_any_nan<In>(x);
-      if (is_query && !p.quantizes_query) device::make_nan_canonical(raw[h]);
+    }
+  }
+  if constexpr (kTurns && kNormalizes) __syncwarp();
+  if (!in_table) return;
+
+  const float scale = __uint_as_float(scale_bits);
+  const auto prepared = Op::prepare(scale);
+  std::int64_t place = token * s.out_offset;
+  bool stores = unit.holds;
+  if constexpr (!kQuery) {
+    stores &= slot.within(p.slots);
+    const auto [block, offset] = p.block_size.divmod(slot.low);
+    place = block * s.out_block + offset * s.out_offset;
+  }
+  place += head * s.out_head + unit.begin;
+
+  if constexpr (kTurns || kNormalizes) {
+    float x[2][kPart];
+    float values[kVecs][kVecSize];
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v) device::unpack(raw[v], values[v]);
+#pragma unroll
+    for (int i = 0; i < 2 * kPart; ++i) x[i / kPart][i % kPart] = values[i / kVecSize][i % kVecSize];
+    const auto normalize = [&] {
+      float sum = sum_of_squares(x);
+#pragma unroll
+      for (std::uint32_t lanes = 16; lanes > 0; lanes /= 2) {
+        const float other = __shfl_xor_sync(kAllLanes, sum, lanes);
+        sum = lanes < p.threads_per_head.divisor ? __fadd_rn(sum, other) : sum;
+      }
+      const float factor = normalizes ? norm_factor(p, sum) : 1.0f;
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+#pragma unroll
+        for (int i = 0; i < kPart; ++i)
+          x[part][i] = __fmul_rn(__fmul_rn(x[part][i], factor), __uint_as_float(weights[part].words[i]));
+      }
+    };
+    bool after = false;
+    if constexpr (kExtended) after = p.norm_after_rope;
+    if (kNormalizes && !after) normalize();
+    if constexpr (kTurns) {
+      cos.expand(p.wide_cos_sin || !one_position);
+      sin.expand(p.wide_cos_sin || !one_position);
+      if (unit.rotates) rotate_pairs<kRope>(cos.words, sin.words, x);
+    }
+    if (kNormalizes && after) normalize();
+#pragma unroll
+    for (int i = 0; i < 2 * kPart; ++i) values[i / kVecSize][i % kVecSize] = x[i / kPart][i % kPart];
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v) {
+      raw[v] = device::pack_any_nan<In>(values[v]);
+      if (kQuery && !p.quantizes_query) device::make_nan_canonical(raw[v]);
     }
   }
 
-  if (!works || !holds || !in_table) return;
-  std::int64_t place = token * s.out_offset;
-  if (!is_query) {
-    if (!p.slots.contains(slot)) return;
-    const auto [block, offset] = p.block_size.divmod(static_cast<std::uint32_t>(slot));
-    place = block * s.out_block + offset * s.out_offset;
+  if constexpr (kQuery) {
+    if (!p.quantizes_query) {
+      if (stores) store<kTurn>(static_cast<In*>(s.out) + place, unit.second, raw);
+      return;
+    }
   }
-  place += first_head * s.out_head + begin;
-  if constexpr (kExtended) {
-    static_assert(kHeads == 1);
-    if (!is_query && p.kv[which - 1].has_channels()) {
-      const KVViews& kv = p.kv[which - 1];
-      const auto channels = load_channels<Op, In, ChannelParameters::Any>(kv, s.scales + first_head * s.scale_stride,
-                                                                          first_head, {begin, second});
-      return store<kRope>(static_cast<Fp8*>(s.out) + place, second, device::convert_vec<Op, Fp8>(raw[0], channels));
+  Vec<Fp8> results[kVecs];
+  if constexpr (kExtended && !kQuery) {
+    if (p.has_channels[kWhich - 1]) {
+      if (!stores) return;
+      const float* scales = s.scales + head * s.scale_stride;
+#pragma unroll
+      for (int v = 0; v < kVecs; ++v) {
+        const Columns columns = kVecs == 1 ? Columns{unit.begin, unit.second} : Columns{unit.begin + v * unit.second};
+        results[v] = device::convert_vec<Op, Fp8>(
+            raw[v], load_channels<Op, In, ChannelParameters::Any>(p.kv[kWhich - 1], scales, head, columns));
+      }
+      return store<kTurn>(static_cast<Fp8*>(s.out) + place, unit.second, results);
     }
   }
 #pragma unroll
-  for (int h = 0; h < kHeads; ++h) {
-    if (first_head + h >= s.heads) break;
-    if (is_query && !p.quantizes_query)
-      store<kRope>(static_cast<In*>(s.out) + place + h * s.out_head, second, raw[h]);
-    else
-      store<kRope>(static_cast<Fp8*>(s.out) + place + h * s.out_head, second,
-                   device::convert_vec<Op, Fp8>(raw[h], Op::prepare(scale_values[h])));
+  for (int v = 0; v < kVecs; ++v)
+    results[v] = device::convert_vec<Op, Fp8>(raw[v], typename Op::Prepared{.hi = prepared.hi, .lo = prepared.lo});
+  if (prepared.divide) [[unlikely]] {
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v) results[v] = divide<Fp8>(raw[v], scale);
   }
+  if (stores) store<kTurn>(static_cast<Fp8*>(s.out) + place, unit.second, results);
+}
+
+constexpr int kMaxThreads = 256;  // per block
+
+// One or two vectors of a head per thread. Blocks have threads of Q, of K or of V in x, and tokens in y. kExtended: with three
+// positions, a norm after RoPE, or scales or offsets per channel.
+template <class In, class Fp8, Rope kRope, bool kNorm, int kVecs, bool kExtended>
+__global__ void __launch_bounds__(kMaxThreads) rope_append_vectorized(const __grid_constant__ ArgsOf<kExtended> p) {
+  const std::uint32_t token = blockIdx.x * blockDim.y + threadIdx.y, block = blockIdx.y;
+  device::wait_then_release();
+  if (block >= p.first_blocks[2])
+    append_unit<In, Fp8, kRope, kNorm, kVecs, kExtended, 2>(p, token, block);
+  else if (block >= p.first_blocks[1])
+    append_unit<In, Fp8, kRope, kNorm, kVecs, kExtended, 1>(p, token, block);
+  else
+    append_unit<In, Fp8, kRope, kNorm, kVecs, kExtended, 0>(p, token, block);
 }
 
 struct ScalarRopeAppendArgs {
@@ -276,7 +337,7 @@ __global__ void __launch_bounds__(256) rope_append_scalar(const __grid_constant_
   const In* from = row<const In>(in, token, head);
   const float* scales =
       is_query ? l.q_scale + head / l.heads_per_scale * l.q_scale_stride : kv.scales.data + head * kv.scales.head;
-  const auto scale = Op::prepare(__ldg(scales));
+  const auto scale = Op::prepare(*scales);
   ScalarTransform<In> transform{l, from, in.dim, which < 2 ? l.norm_weights[which] : View1D{}, p.positions, token};
   transform.find_factor(lane);
   const bool transforms = which < 2 && (l.rotary_dim > 0 || transform.weight.data);
@@ -293,11 +354,13 @@ __global__ void __launch_bounds__(256) rope_append_scalar(const __grid_constant_
   }
 }
 
-// The parameters of a launch, and its blocks.
+// The parameters of a launch, and its blocks: of a token, or of all where threads share several heads.
 struct Launch {
   RopeAppendArgs args;
   std::uint32_t blocks = 0;
 };
+
+bool shares_heads(const RopeAppendPlan& plan) { return plan.query_heads_per_thread > 1 || plan.kv_heads_per_thread > 1; }
 
 Launch launch_of(const RopeLayout& l, const TokenIndices& slots, const TokenIndices& positions, const RopeAppendPlan& plan) {
   const CacheLayout& cache = l.cache;
@@ -312,26 +375,26 @@ Launch launch_of(const RopeLayout& l, const TokenIndices& slots, const TokenIndi
               .in_head = in.head,
               .scales = scales,
               .scale_stride = scale_stride,
-              .threads_per_token = FastDiv(std::max<std::int64_t>(1, per_token)),
               .heads = static_cast<std::uint32_t>(heads),
+              .threads_per_token = FastDiv(std::max<std::int64_t>(1, per_token)),
               .heads_per_thread = static_cast<std::uint32_t>(heads_per_thread),
-              .threads = static_cast<std::uint32_t>(threads),
-              .first_block = blocks};
-    blocks += static_cast<std::uint32_t>(core::ceil_div(threads, plan.threads));
+              .threads = static_cast<std::uint32_t>(threads)};
+    blocks += static_cast<std::uint32_t>(core::ceil_div(shares_heads(plan) ? threads : per_token, plan.threads));
     return s;
   };
-  RopeAppendArgs args{.slots = slots,
-                      .positions = positions,
-                      .cos_sin = l.cos_sin.data,
-                      .cos_sin_row = l.cos_sin_row,
-                      .block_size = FastDiv(std::max<std::int64_t>(1, cache.block_size)),
+  RopeAppendArgs args{.positions = positions,
+                      .slots = slots,
+                      .tokens = static_cast<std::uint32_t>(cache.num_tokens),
                       .threads_per_head = FastDiv(plan.threads_per_head),
                       .units_per_head = static_cast<std::uint32_t>(cache.head_size / unit),
                       .rotary_units = static_cast<std::uint32_t>(l.rotary_dim / unit),
+                      .wide_cos_sin = l.cos_sin.dtype == DType::Float32,
+                      .quantizes_query = core::is_quantized(l.query_out_dtype),
                       .norm_eps = l.norm_eps,
                       .per_element = 1.0f / static_cast<float>(cache.head_size),
-                      .wide_cos_sin = l.cos_sin.dtype == DType::Float32,
-                      .quantizes_query = core::is_quantized(l.query_out_dtype)};
+                      .block_size = FastDiv(std::max<std::int64_t>(1, cache.block_size)),
+                      .cos_sin = l.cos_sin.data,
+                      .cos_sin_row = l.cos_sin_row};
   Segment& query = args.segments[0] = segment(l.query, l.num_heads, plan.query_heads_per_thread, l.q_scale, l.q_scale_stride);
   query.out = l.query_out.data;
   query.out_offset = l.query_out.token;
@@ -340,6 +403,7 @@ Launch launch_of(const RopeLayout& l, const TokenIndices& slots, const TokenIndi
   const std::int64_t kv_heads = cache.num_slots() > 0 ? cache.num_heads : 0;
   for (int i = 0; i < 2; ++i) {
     const KVViews& from = i == 0 ? cache.k : cache.v;
+    args.first_blocks[1 + i] = blocks;
     Segment& s = args.segments[1 + i] =
         segment(from.rows, kv_heads, plan.kv_heads_per_thread, from.scales.data, from.scales.head);
     s.out = from.cache.data;
@@ -357,17 +421,22 @@ void launch_vectorized(const RopeLayout& l, const TokenIndices& slots, const Pos
                        cudaStream_t stream) {
   const auto [args, blocks] = launch_of(l, slots, positions.axes[0], plan);
   if (blocks == 0) return;  // no query heads, and no slots
-  const ExtendedArgs extended{{args, positions, l.norm_after_rope}, {l.cache.k, l.cache.v}};
-  if (plan.vecs_per_thread == 2) return launch_many_heads<In, Fp8>(extended, blocks, l, stream);
-  const auto launch = [&]<Rope kRope, bool kNorm>() {
-    if (l.extended())
-      return launch_dependent(rope_append_vectorized<In, Fp8, kRope, kNorm, 1, true>, blocks, plan.threads, stream, extended);
-    auto kernel = rope_append_vectorized<In, Fp8, kRope, kNorm, 1>;
-    if constexpr (kRope != Rope::None || kNorm)  // else two heads have nothing to share
-      if (plan.query_heads_per_thread == 2) kernel = rope_append_vectorized<In, Fp8, kRope, kNorm, 2>;
-    launch_dependent(kernel, blocks, plan.threads, stream, args);
-  };
-  visit_transforms(l, launch);
+  const ExtendedArgs extended{
+      args, positions, l.norm_after_rope, {l.cache.k.has_channels(), l.cache.v.has_channels()}, {l.cache.k, l.cache.v}};
+  if (shares_heads(plan)) return launch_many_heads<In, Fp8>(extended, blocks, l, stream);
+  // Several tokens per block, but not so many that few blocks are left.
+  const std::int64_t tokens = std::clamp<std::int64_t>(l.cache.num_tokens / 4, 1, kMaxThreads / plan.threads);
+  const dim3 grid(static_cast<unsigned>(core::ceil_div(l.cache.num_tokens, tokens)), blocks);
+  const LaunchShape shape{.grid = grid,
+                          .threads = dim3(plan.threads, static_cast<unsigned>(tokens)),
+                          .dependent = launches_dependent(grid.x * grid.y)};
+  visit_transforms(l, [&]<Rope kRope, bool kNorm>() {
+    if (l.extended()) return launch(rope_append_vectorized<In, Fp8, kRope, kNorm, 1, true>, shape, stream, extended);
+    auto kernel = rope_append_vectorized<In, Fp8, kRope, kNorm, 1, false>;
+    if constexpr (kRope == Rope::None && !kNorm)
+      if (plan.vecs_per_thread == 2) kernel = rope_append_vectorized<In, Fp8, kRope, kNorm, 2, false>;
+    launch(kernel, shape, stream, args);
+  });
 }
 
 template <class Op, class In, class Out>

@@ -1,4 +1,4 @@
-// rope_quant_and_cache for many tokens: threads with two vectors of several heads.
+// rope_quant_and_cache for many tokens, with RoPE, a norm or channels: threads with two vectors of several heads.
 #include "cuda/cache/rope_append.cuh"
 
 namespace fp8kv::cuda {
@@ -8,61 +8,7 @@ constexpr unsigned kThreads = core::kManyHeadsThreads;
 constexpr int kBlocks = 7;           // per multiprocessor: at most 72 registers
 constexpr int kUnit = 2 * kVecSize;  // elements that a thread takes of a head
 
-// A load under a condition; else the words stay. As one instruction, for which the compiler makes no copies of them.
-__device__ __forceinline__ void load16_if(bool condition, std::uint32_t* words, const void* p) {
-  asm volatile(
-      "{\n"
-      ".reg .pred condition;\n"
-      "setp.ne.u32 condition, %5, 0;\n"
-      "@condition ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-      "}"
-      : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
-      : "l"(p), "r"(static_cast<std::uint32_t>(condition))
-      : "memory");
-}
-__device__ __forceinline__ std::uint32_t load4(const void* p) {
-  std::uint32_t word;
-  asm volatile("ld.global.b32 %0, [%1];" : "=r"(word) : "l"(p) : "memory");
-  return word;
-}
-
-// An index on its way, of either type without a branch: what first asks for its value waits for it.
-struct LoadedIndex {
-  std::uint32_t low, high;
-  bool wide;
-
-  __device__ __forceinline__ LoadedIndex(const TokenIndices& indices, std::uint32_t token) : wide(indices.wide) {
-    const char* at = static_cast<const char*>(indices.data) + token * indices.stride * (wide ? 8 : 4);
-    low = load4(at);
-    high = load4(at + (wide ? 4 : 0));
-  }
-  __device__ __forceinline__ std::int64_t value() const {
-    const std::uint32_t sign = static_cast<std::int32_t>(low) < 0 ? 0xffffffffu : 0u;
-    return static_cast<std::int64_t>(std::uint64_t{wide ? high : sign} << 32 | low);
-  }
-};
-
-// One element as fp32.
-template <class In>
-__device__ __forceinline__ float load_one(const void* data, bool wide, std::int64_t offset) {
-  return wide ? static_cast<const float*>(data)[offset] : decode(static_cast<const In*>(data)[offset]);
-}
-
-// What a thread takes of a head: two vectors, `second` elements apart. With RoPE of neox they turn with each other.
-struct Unit {
-  std::uint32_t index;
-  std::uint32_t begin, second;
-  bool holds;  // elements; a norm has threads that do not
-  bool rotates;
-};
-
-template <Rope kRope>
-__device__ __forceinline__ Unit unit_of(const ManyHeadsArgs& p, std::uint32_t index) {
-  const bool rotates = kRope != Rope::None && index < p.rotary_units;
-  const bool apart = kRope == Rope::Neox && rotates;
-  return {index, index * (apart ? kVecSize : kUnit), apart ? p.rotary_units * kVecSize : kVecSize, index < p.units_per_head,
-          rotates};
-}
+using Unit = cuda::Unit<2>;
 
 // What a block reads for every head of Q, of K or of V.
 struct Shared {
@@ -70,12 +16,77 @@ struct Shared {
   float4 weights[kUnit / 4][32];         // of the norm: four of a unit, for all units
 };
 
-// Fills `shared`, and says whether a scale asks for the IEEE division. A barrier.
-template <class In, class Out, Rope kRope, bool kNorm>
-__device__ __forceinline__ bool fill(Shared& shared, const ManyHeadsArgs& p, int which) {
+// Prepared parameters of the channels of K or of V, four at a time: hi, lo and offset, each [head][four of a unit][unit], so
+// that neighboring threads read neighboring words.
+extern __shared__ float4 channels[];
+
+// Fills `channels`, and returns whether a scale asks for the IEEE division.
+template <class In, class Out, Rope kRope>
+__device__ __forceinline__ bool fill_channels(const ExtendedArgs& p, int which) {
+  const KVViews& kv = p.kv[which - 1];
+  const std::uint32_t fours = kUnit / 4 * p.units_per_head, count = p.segments[which].heads * fours;
+  bool divides = false;
+#pragma unroll 1
+  for (std::uint32_t i = threadIdx.x; i < count; i += kThreads) {
+    const std::uint32_t head = i / fours, four = i % fours / p.units_per_head;
+    const Unit unit = unit_of<kRope, 2>(p, i % p.units_per_head);
+    const std::uint32_t column = unit.begin + four / 2 * unit.second + four % 2 * 4;
+    const float* scale = kv.scales.data + head * kv.scales.head;
+    float scales[4], offsets[4] = {};
+    if (kv.scales.dim != 0) {
+      load_half(scale + column, scales);
+    } else {
+#pragma unroll
+      for (float& to : scales) to = *scale;
+    }
+    if (kv.offsets.data) load_half(kv.offsets.data + head * kv.offsets.head + column, offsets);
+    float hi[4], lo[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const auto prepared = device::QuantizeOp<Out>::prepare(scales[k]);
+      divides |= prepared.divide;
+      hi[k] = prepared.hi, lo[k] = prepared.lo;
+    }
+    channels[i] = {hi[0], hi[1], hi[2], hi[3]};
+    channels[count + i] = {lo[0], lo[1], lo[2], lo[3]};
+    channels[2 * count + i] = {offsets[0], offsets[1], offsets[2], offsets[3]};
+  }
+  return divides;
+}
+
+// A unit of a head by what `channels` has for it.
+template <class Out, class In>
+__device__ __forceinline__ void convert_channels(const ExtendedArgs& p, int which, std::uint32_t head, const Unit& unit,
+                                                 const Vec<In> (&vecs)[2], Vec<Out> (&results)[2]) {
+  const std::uint32_t fours = kUnit / 4 * p.units_per_head, count = p.segments[which].heads * fours;
+  const float4* at = channels + head * fours + unit.index;
+#pragma unroll
+  for (int v = 0; v < 2; ++v) {
+    float x[kVecSize];
+    device::unpack(vecs[v], x);
+#pragma unroll
+    for (int i = 0; i < kVecSize; i += 4, at += p.units_per_head) {
+      const float4 hi = at[0], lo = at[count], offset = at[2 * count];
+      const auto apply = [](float x, float hi, float lo, float offset) {
+        return device::QuantizeOp<Out>::apply({.hi = hi, .lo = lo}, __fsub_rn(x, offset));
+      };
+      x[i] = apply(x[i], hi.x, lo.x, offset.x);
+      x[i + 1] = apply(x[i + 1], hi.y, lo.y, offset.y);
+      x[i + 2] = apply(x[i + 2], hi.z, lo.z, offset.z);
+      x[i + 3] = apply(x[i + 3], hi.w, lo.w, offset.w);
+    }
+    results[v] = device::pack<Out>(x);
+  }
+}
+
+// Fills `shared`, and returns whether a scale asks for the IEEE division. A barrier.
+template <class In, class Out, Rope kRope, bool kNorm, bool kChannels>
+__device__ __forceinline__ bool fill(Shared& shared, const ExtendedArgs& p, int which) {
   const Segment& s = p.segments[which];
   bool divides = false;
-  if constexpr (core::kIsQuantized<Out>) {
+  if constexpr (kChannels) {
+    divides = fill_channels<In, Out, kRope>(p, which);
+  } else if constexpr (core::kIsQuantized<Out>) {
 #pragma unroll 1
     for (std::uint32_t head = threadIdx.x; head < s.heads; head += kThreads) {
       const std::uint32_t scale = load4(s.scales + s.heads_per_scale.div(head) * s.scale_stride);
@@ -88,7 +99,7 @@ __device__ __forceinline__ bool fill(Shared& shared, const ManyHeadsArgs& p, int
 #pragma unroll 1  // from the last thread on: as a rule other warps than those with scales
     for (std::uint32_t i = kThreads - 1 - threadIdx.x; i < kUnit / 4 * p.units_per_head; i += kThreads) {
       const std::uint32_t four = i % (kUnit / 4);
-      const Unit unit = unit_of<kRope>(p, i / (kUnit / 4));
+      const Unit unit = unit_of<kRope, 2>(p, i / (kUnit / 4));
       float values[4];
       load_half<In>(s.norm_weight, p.wide_weights[which], unit.begin + four / 2 * unit.second + four % 2 * 4, values);
       shared.weights[four][unit.index] = {values[0], values[1], values[2], values[3]};
@@ -104,7 +115,7 @@ struct CosSin {
 
 // The loads are the same for both types: without branches, nothing waits for them before they are needed.
 template <class In>
-__device__ __forceinline__ void load_cos_sin(const ManyHeadsArgs& p, std::uint32_t first, std::int64_t position, CosSin& to) {
+__device__ __forceinline__ void load_cos_sin(const ExtendedArgs& p, std::uint32_t first, std::uint32_t position, CosSin& to) {
   const std::uint32_t size = p.wide_cos_sin ? sizeof(float) : sizeof(In), second = p.wide_cos_sin ? 16 : 0;
   const char* cos = static_cast<const char*>(p.cos_sin) + (position * p.cos_sin_row + first) * size;
   const char* sin = cos + p.rotary_units * kVecSize * size;
@@ -124,28 +135,23 @@ __device__ __forceinline__ void expand(std::uint32_t (&words)[kVecSize]) {
 
 // With three positions; expanded.
 template <class In>
-__device__ __forceinline__ void load_cos_sin(const ManyHeadsArgs& p, std::uint32_t first, const std::int64_t (&positions)[3],
+__device__ __forceinline__ void load_cos_sin(const ExtendedArgs& p, std::uint32_t first, const std::uint32_t (&positions)[3],
                                              CosSin& to) {
 #pragma unroll
   for (int i = 0; i < kVecSize; ++i) {
     const int axis = p.all_positions.sections.axis_of(first + i);
-    const std::int64_t position = axis == 0 ? positions[0] : axis == 1 ? positions[1] : positions[2];
+    const std::uint32_t position = axis == 0 ? positions[0] : axis == 1 ? positions[1] : positions[2];
     const std::int64_t at = position * p.cos_sin_row + first + i;
-    to.cos[i] = __float_as_uint(load_one<In>(p.cos_sin, p.wide_cos_sin, at));
-    to.sin[i] = __float_as_uint(load_one<In>(p.cos_sin, p.wide_cos_sin, at + p.rotary_units * kVecSize));
+    to.cos[i] = __float_as_uint(load_element<In>(p.cos_sin, p.wide_cos_sin, at));
+    to.sin[i] = __float_as_uint(load_element<In>(p.cos_sin, p.wide_cos_sin, at + p.rotary_units * kVecSize));
   }
 }
 
 // Whole warps call it.
-__device__ __forceinline__ void normalize(const ManyHeadsArgs& p, const Shared& shared, const Unit& unit,
+__device__ __forceinline__ void normalize(const ExtendedArgs& p, const Shared& shared, const Unit& unit,
                                           float (&x)[2][kVecSize]) {
-  float sums[2] = {};
-#pragma unroll
-  for (int i = 0; i < kVecSize; ++i) {
-    sums[0] = __fmaf_rn(x[0][i], x[0][i], sums[0]);
-    sums[1] = __fmaf_rn(x[1][i], x[1][i], sums[1]);
-  }
-  float sum = unit.holds ? __fadd_rn(sums[0], sums[1]) : 0.0f;
+  float sum = sum_of_squares(x);
+  sum = unit.holds ? sum : 0.0f;
   const auto add = [&](std::uint32_t lanes) { sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, lanes)); };
   if (p.threads_per_head.divisor == 8) {  // heads of 128, without a loop
     add(4), add(2), add(1);
@@ -153,7 +159,7 @@ __device__ __forceinline__ void normalize(const ManyHeadsArgs& p, const Shared& 
 #pragma unroll 1
     for (std::uint32_t lanes = p.threads_per_head.divisor / 2; lanes > 0; lanes /= 2) add(lanes);
   }
-  const float factor = rsqrtf(__fmaf_rn(sum, p.per_element, p.norm_eps));
+  const float factor = norm_factor(p, sum);
 #pragma unroll
   for (int i = 0; i < kUnit; i += 4) {
     const float4 four = shared.weights[i / 4][unit.index];
@@ -165,37 +171,25 @@ __device__ __forceinline__ void normalize(const ManyHeadsArgs& p, const Shared& 
   }
 }
 
-template <Rope kRope>
-__device__ __forceinline__ void rotate_pairs(const CosSin& turn, float (&x)[2][kVecSize]) {
-#pragma unroll
-  for (int i = 0; i < kVecSize; ++i) {
-    const float cos = __uint_as_float(turn.cos[i]), sin = __uint_as_float(turn.sin[i]);
-    if constexpr (kRope == Rope::Neox)
-      rotate(x[0][i], x[1][i], cos, sin);
-    else
-      rotate(x[i / 4][i % 4 * 2], x[i / 4][i % 4 * 2 + 1], cos, sin);
-  }
-}
-
 // The heads of a block. kAhead: heads that a thread has loaded. kExtended: with three positions, a norm after RoPE, or one of Q
 // or of K alone. kDivide: by the IEEE division, with `shared` filled.
 template <class In, class Out, Rope kRope, bool kNorm, int kAhead, bool kExtended, bool kDivide>
-__device__ __forceinline__ void append_heads(const ManyHeadsArgs& p, Shared& shared, int which);
+__device__ __forceinline__ void append_heads(const ExtendedArgs& p, Shared& shared, int which);
 
 // The same out of line and from the beginning, so that it costs the usual case no registers.
-template <class In, class Out, Rope kRope, bool kNorm, int kAhead, bool kDivide>
-__device__ __noinline__ void append_apart(const ManyHeadsArgs& p, Shared& shared, int which) {
-  append_heads<In, Out, kRope, kNorm, kAhead, true, kDivide>(p, shared, which);
+template <class In, class Out, Rope kRope, bool kNorm, int kAhead, bool kChannels = false, bool kDivide = false>
+__device__ __noinline__ void append_apart(const ExtendedArgs& p, Shared& shared, int which) {
+  append_heads<In, Out, kRope, kNorm, kAhead, true, kChannels, kDivide>(p, shared, which);
 }
 
-template <class In, class Out, Rope kRope, bool kNorm, int kAhead, bool kExtended, bool kDivide>
-__device__ __forceinline__ void append_heads(const ManyHeadsArgs& p, Shared& shared, int which) {
+template <class In, class Out, Rope kRope, bool kNorm, int kAhead, bool kExtended, bool kChannels, bool kDivide>
+__device__ __forceinline__ void append_heads(const ExtendedArgs& p, Shared& shared, int which) {
   const Segment& s = p.segments[which];
-  const std::uint32_t thread = (blockIdx.x - s.first_block) * kThreads + threadIdx.x;
+  const std::uint32_t thread = (blockIdx.x - p.first_blocks[which]) * kThreads + threadIdx.x;
   const auto [token, in_token] = s.threads_per_token.divmod(min(thread, s.threads - 1));  // the whole block goes on
   const auto [batch, index] = p.threads_per_head.divmod(in_token);
   const std::uint32_t first_head = batch * s.heads_per_thread;
-  const Unit unit = unit_of<kRope>(p, index);
+  const Unit unit = unit_of<kRope, 2>(p, index);
 
   const LoadedIndex loaded_position(kRope != Rope::None || p.rotary_units > 0 ? p.positions : p.slots, token);
   const LoadedIndex loaded_slot(p.slots, token);  // of Q too, which does not ask for it
@@ -212,12 +206,13 @@ __device__ __forceinline__ void append_heads(const ManyHeadsArgs& p, Shared& sha
   bool stores = thread < s.threads && unit.holds;
   CosSin turn;
   if constexpr (kRope != Rope::None) {
-    std::int64_t positions[3] = {loaded_position.value()};
-    stores &= p.positions.contains(positions[0]);
+    std::uint32_t positions[3] = {loaded_position.low};
+    stores &= loaded_position.within(p.positions);
     const bool three = kExtended && p.all_positions.sections.axes > 1;
     for (int axis = 1; three && axis < 3; ++axis) {
-      positions[axis] = LoadedIndex(p.all_positions.axes[axis], token).value();
-      stores &= p.all_positions.axes[axis].contains(positions[axis]);
+      const LoadedIndex position(p.all_positions.axes[axis], token);
+      positions[axis] = position.low;
+      stores &= position.within(p.all_positions.axes[axis]);
     }
     if (unit.rotates && stores) {
       if (three)
@@ -227,9 +222,9 @@ __device__ __forceinline__ void append_heads(const ManyHeadsArgs& p, Shared& sha
     }
   }
   if constexpr (!kDivide) {
-    const bool divides = fill<In, Out, kRope, kNorm>(shared, p, which);
+    const bool divides = fill<In, Out, kRope, kNorm, kChannels>(shared, p, which);
     if constexpr (core::kIsQuantized<Out>)
-      if (divides) return append_apart<In, Out, kRope, kNorm, 1, true>(p, shared, which);
+      if (divides) return append_apart<In, Out, kRope, kNorm, 1, kChannels, true>(p, shared, which);
   }
   if constexpr (kRope != Rope::None) {
     if (!p.wide_cos_sin && !(kExtended && p.all_positions.sections.axes > 1)) {
@@ -237,14 +232,14 @@ __device__ __forceinline__ void append_heads(const ManyHeadsArgs& p, Shared& sha
       expand<In>(turn.sin);
     }
   } else if (p.rotary_units > 0) {  // V, which is not stored either where a position is wrong
-    stores &= p.positions.contains(loaded_position.value());
+    stores &= loaded_position.within(p.positions);
     for (int axis = 1; kExtended && axis < p.all_positions.sections.axes; ++axis)
-      stores &= p.all_positions.axes[axis].contains(LoadedIndex(p.all_positions.axes[axis], token).value());
+      stores &= LoadedIndex(p.all_positions.axes[axis], token).within(p.all_positions.axes[axis]);
   }
 
   std::int64_t place = token * s.out_offset;
   if (which > 0) {
-    stores &= p.slots.contains(loaded_slot.value());
+    stores &= loaded_slot.within(p.slots);
     const auto [block, offset] = p.block_size.divmod(loaded_slot.low);
     place = block * s.out_block + offset * s.out_offset;
   }
@@ -264,20 +259,29 @@ __device__ __forceinline__ void append_heads(const ManyHeadsArgs& p, Shared& sha
       load(left > kAhead, raw[k]);
       if (kRope != Rope::None || normalizes) {
         if (normalizes && !after) normalize(p, shared, unit, x);
-        if (unit.rotates) rotate_pairs<kRope>(turn, x);
+        if (unit.rotates) rotate_pairs<kRope>(turn.cos, turn.sin, x);
         if (normalizes && after) normalize(p, shared, unit, x);
         vecs[0] = device::pack_any_nan<In>(x[0]);
         vecs[1] = device::pack_any_nan<In>(x[1]);
         if constexpr (std::is_same_v<In, Out>) device::make_nan_canonical(vecs);
       }
+      const auto head = static_cast<std::uint32_t>(scale - shared.scales);
       Vec<Out> results[2];
       if constexpr (std::is_same_v<In, Out>) {
         results[0] = vecs[0], results[1] = vecs[1];
+      } else if constexpr (kChannels && !kDivide) {
+        convert_channels(p, which, head, unit, vecs, results);
+      } else if constexpr (kChannels) {
+        using Op = device::QuantizeOp<Out>;
+#pragma unroll
+        for (int v = 0; v < 2; ++v)
+          results[v] = device::convert_vec<Op, Out>(
+              vecs[v], load_channels<Op, In, ChannelParameters::Any>(p.kv[which - 1], s.scales + head * s.scale_stride, head,
+                                                                     {unit.begin + v * unit.second}));
       } else {
         using Op = device::QuantizeOp<Out>;
         typename Op::Prepared prepared{.hi = scale->x, .lo = scale->y};
         if constexpr (kDivide) {
-          const auto head = static_cast<std::uint32_t>(scale - shared.scales);
           prepared = {.scale = s.scales[s.heads_per_scale.div(head) * s.scale_stride], .divide = true};
         }
         results[0] = device::convert_vec<Op, Out>(vecs[0], prepared);
@@ -294,37 +298,49 @@ __device__ __forceinline__ void append_heads(const ManyHeadsArgs& p, Shared& sha
   }
 }
 
-template <class In, class Fp8, Rope kRope, bool kNorm>
-__global__ void __launch_bounds__(kThreads, kBlocks) rope_append_many(const __grid_constant__ ManyHeadsArgs p) {
+template <class In, class Fp8, Rope kRope, bool kNorm, bool kChannels>
+__global__ void __launch_bounds__(kThreads, kBlocks) rope_append_many(const __grid_constant__ ExtendedArgs p) {
   constexpr int kAhead = kNorm || kRope != Rope::None ? 2 : 1;
   __shared__ Shared shared;
   const int which = p.segment_of(blockIdx.x);
   const bool extended = p.all_positions.sections.axes > 1 ||
                         (which < 2 && kNorm && (p.norm_after_rope || p.segments[which].norm_weight == nullptr));
   device::wait_then_release();
+  if constexpr (kChannels) {
+    if (which == 1 && p.has_channels[0]) return append_apart<In, Fp8, kRope, kNorm, 1, true>(p, shared, which);
+    if (which == 2 && p.has_channels[1]) return append_apart<In, Fp8, Rope::None, false, 1, true>(p, shared, which);
+  }
   if (which == 0 && !p.quantizes_query)
-    append_apart<In, In, kRope, kNorm, kAhead, false>(p, shared, which);
+    append_apart<In, In, kRope, kNorm, kAhead>(p, shared, which);
   else if (which == 2 && extended)
-    append_apart<In, Fp8, Rope::None, false, kAhead, false>(p, shared, which);
+    append_apart<In, Fp8, Rope::None, false, kAhead>(p, shared, which);
   else if (which == 2)
-    append_heads<In, Fp8, Rope::None, false, kAhead, false, false>(p, shared, which);
+    append_heads<In, Fp8, Rope::None, false, kAhead, false, false, false>(p, shared, which);
   else if (extended)
-    append_apart<In, Fp8, kRope, kNorm, 1, false>(p, shared, which);
+    append_apart<In, Fp8, kRope, kNorm, 1>(p, shared, which);
   else
-    append_heads<In, Fp8, kRope, kNorm, kAhead, false, false>(p, shared, which);
+    append_heads<In, Fp8, kRope, kNorm, kAhead, false, false, false>(p, shared, which);
 }
 
 }  // namespace
 
 template <class In, class Fp8>
-void launch_many_heads(const ManyHeadsArgs& args, unsigned blocks, const RopeLayout& layout, cudaStream_t stream) {
+void launch_many_heads(const ExtendedArgs& args, unsigned blocks, const RopeLayout& layout, cudaStream_t stream) {
+  const core::CacheLayout& cache = layout.cache;
+  const bool channels = cache.has_channels();
+  const auto bytes = static_cast<int>(3 * sizeof(float) * cache.num_heads * cache.head_size);
+  const LaunchShape shape{
+      .grid = blocks, .threads = kThreads, .shared_memory = channels ? bytes : 0, .dependent = launches_dependent(blocks)};
   visit_transforms(layout, [&]<Rope kRope, bool kNorm>() {
-    launch_dependent(rope_append_many<In, Fp8, kRope, kNorm>, blocks, kThreads, stream, args);
+    auto kernel = rope_append_many<In, Fp8, kRope, kNorm, true>;
+    if constexpr (kRope != Rope::None || kNorm)  // else heads share nothing but what they have per channel
+      if (!channels) kernel = rope_append_many<In, Fp8, kRope, kNorm, false>;
+    launch(kernel, shape, stream, args);
   });
 }
 
 #define FP8KV_LAUNCH(In, Fp8) \
-  template void launch_many_heads<In, Fp8>(const ManyHeadsArgs&, unsigned, const RopeLayout&, cudaStream_t);
+  template void launch_many_heads<In, Fp8>(const ExtendedArgs&, unsigned, const RopeLayout&, cudaStream_t);
 FP8KV_LAUNCH(BFloat16, E4M3)
 FP8KV_LAUNCH(BFloat16, E5M2)
 FP8KV_LAUNCH(BFloat16, Int8)

@@ -250,31 +250,37 @@ def test_many_tokens(device: torch.device, rope: str, norm: bool) -> None:
     for real, cache in ((torch.bfloat16, "e4m3"), (torch.float16, "e5m2"), (torch.bfloat16, "e5m2 in uint8"),
                         (torch.float16, "e4m3 in uint8")):  # fmt: skip
         Step(
-            tokens=200 if norm else 400, num_heads=32, num_kv_heads=8, head_size=128, blocks=(30, 16),
+            tokens=400, num_heads=32, num_kv_heads=8, head_size=128, blocks=(30, 16),
             real=real, cache=cache, query_out=CACHES[cache][1], rope=rope, norm=norm, specials=not norm,
             scales=(32, 8, 8),
         ).check(device)  # fmt: skip
 
 
+CHANNELS = 0.01 + torch.rand(8, 64, generator=torch.Generator().manual_seed(1))
 #: Steps for which CUDA threads take two vectors of several heads, or of one where nothing is shared.
 MANY: dict[str, dict[str, Any]] = {
-    "2 heads": {"tokens": 400},
-    "4 heads": {"tokens": 700},
+    "2 heads": {"tokens": 700},
+    "4 heads": {"tokens": 1400},
     "3 heads": {"tokens": 2300, "num_heads": 9, "num_kv_heads": 3},
     "5 heads": {"tokens": 1400, "num_heads": 25, "num_kv_heads": 1},
     "6 threads a head": {"tokens": 500, "head_size": 96},
     "16 threads a head": {"tokens": 200, "head_size": 256},
-    "1 thread a head": {"tokens": 1500, "head_size": 16},
+    "1 thread a head": {"tokens": 2800, "head_size": 16},
     "partial rotation": {"tokens": 400, "head_size": 128, "rotary_dim": 48},
-    "table of the input type": {"tokens": 400, "real": torch.float16, "table": torch.float16},
-    "fp32 weights": {"tokens": 400, "weight": torch.float32},
-    "real query_out": {"tokens": 400, "query_out": None},
-    "E5M2, HND": {"tokens": 400, "cache": "e5m2", "query_out": torch.float8_e5m2, "cache_layout": "HND"},
-    "INT8": {"tokens": 400, "cache": "int8", "query_out": None, "cache_layout": "[nb, 2] HND"},
-    "three positions": {"tokens": 400, "section": (12, 10, 10)},
-    "three positions, interleaved": {"tokens": 400, "section": (12, 10, 10), "interleaved": True},
-    "scales that divide": {"tokens": 400, "changes": {"q_scale": torch.tensor([1e-40] + [1.0] * 31),
+    "table of the input type": {"tokens": 700, "real": torch.float16, "table": torch.float16},
+    "fp32 weights": {"tokens": 700, "weight": torch.float32},
+    "real query_out": {"tokens": 700, "query_out": None},
+    "E5M2, HND": {"tokens": 700, "cache": "e5m2", "query_out": torch.float8_e5m2, "cache_layout": "HND"},
+    "INT8": {"tokens": 700, "cache": "int8", "query_out": None, "cache_layout": "[nb, 2] HND"},
+    "three positions": {"tokens": 700, "section": (12, 10, 10)},
+    "three positions, interleaved": {"tokens": 700, "section": (12, 10, 10), "interleaved": True},
+    "scales that divide": {"tokens": 700, "changes": {"q_scale": torch.tensor([1e-40] + [1.0] * 31),
                                                       "v_scale": torch.tensor([1.0] * 7 + [3e38])}},
+    "scales per channel": {"tokens": 1400, "changes": {"k_scale": CHANNELS, "v_scale": CHANNELS.flip(0)}},
+    "offsets": {"tokens": 1400, "changes": {"k_offset": CHANNELS - 0.5, "v_offset": CHANNELS.flip(1) - 0.5}},
+    "channels of V, INT8": {"tokens": 1400, "cache": "int8", "query_out": None, "cache_layout": "HND",
+                            "changes": {"v_scale": CHANNELS, "v_offset": CHANNELS.flip(0) - 0.5}},
+    "channels that divide": {"tokens": 1400, "changes": {"k_scale": CHANNELS * torch.tensor([1e-38] + [1.0] * 63)}},
 }  # fmt: skip
 
 
