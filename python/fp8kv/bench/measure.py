@@ -167,7 +167,6 @@ def _run_cuda(what: str, device: torch.device, cases: Sequence[Case[Any]], setti
         report.warm, report.against = settings.warm, settings.floor
         report.specified_gbps = specified_gbps(report.device)
         memory = torch.cuda.get_device_properties(device).total_memory
-        _use_first_memory(device)
         for case in cases:
             count = _rotation(case.size, device, settings.warm)
             if count < 2:
@@ -184,14 +183,6 @@ def _run_cuda(what: str, device: torch.device, cases: Sequence[Case[Any]], setti
             del buffers
             report.rows.append(_row(case, ours, floors.time(case.size, count), peers))
     return report
-
-
-def _use_first_memory(device: torch.device) -> None:
-    """Allocates some and gives it back. Calls on the first buffers of a process take up to 0.2 us less than on later ones."""
-    buffers = [_random_bytes(1 << 14, device) for _ in range(512)]
-    graph_time([buffer.zero_ for buffer in buffers], 2)
-    del buffers
-    cuda.empty_cache()
 
 
 def _rotation(size: int, device: torch.device, warm: bool) -> int:
