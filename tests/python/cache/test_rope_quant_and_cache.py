@@ -301,6 +301,10 @@ def test_many_heads_per_thread(cuda: torch.device, case: str, rope: str, norm: s
     if rope != "none":
         changes["positions"] = arguments["positions"]
         changes["positions"][..., [0, step.tokens // 2]] = torch.tensor([-1, 1 << 40])
+    if norm and "k_offset" in step.changes:
+        # Far from K: where they nearly cancel, a step of K in 16 bits, which the order of a sum may change, is several
+        # steps of the result.
+        changes |= {"k_offset": step.changes["k_offset"] + 32, "k_scale": torch.full((8,), 0.25)}
     step.changes = step.changes | changes
     compare = assert_within_one_step if norm else assert_same_bytes
     for actual, expected in zip(step.run(fp8kv, cuda), step.run(reference, cuda), strict=True):
