@@ -115,7 +115,8 @@ class SequenceFinder {
     return sequence;
   }
 
-  // The same where one is known that is not behind it.
+  // The same where one is known that is not behind it. A template, for the compiler not to warn of where it is not called.
+  template <bool = true>
   __device__ __forceinline__ void advance(std::uint32_t token, bool wanted, Span& sequence) {
     advance(token, wanted, sequence, __ballot_sync(kAll, wanted && static_cast<int>(token) >= sequence.end));
   }
