@@ -280,6 +280,18 @@ __device__ __forceinline__ Vec<Out> convert_per_column(const Vec<In>& raw, const
   return device::pack<Out>(values);
 }
 
+// Scales of 8 columns; whether one of them divides.
+template <class Op>
+__device__ __forceinline__ bool prepare_each(const float (&scales)[kVecSize], typename Op::Prepared (&prepared)[kVecSize]) {
+  bool divide = false;
+#pragma unroll
+  for (int i = 0; i < kVecSize; ++i) {
+    prepared[i] = Op::prepare(scales[i]);
+    divide |= prepared[i].divide;
+  }
+  return divide;
+}
+
 // Contiguous, with 8 scales one aligned access. A thread owns 8 columns: it asks for their elements of kRows rows, then
 // prepares their scales once.
 template <class Op, class In, class Out, int kRows>
@@ -300,12 +312,7 @@ __global__ void __launch_bounds__(128)
   float values[kVecSize];
   device::unpack(device::load_aligned(scales + vec_in_row * kVecSize), values);
   typename Op::Prepared prepared[kVecSize];
-  bool divide = false;
-#pragma unroll
-  for (int i = 0; i < kVecSize; ++i) {
-    prepared[i] = Op::prepare(values[i]);
-    divide |= prepared[i].divide;
-  }
+  const bool divide = prepare_each<Op>(values, prepared);
 #pragma unroll
   for (int r = 0; r < kRows; ++r)
     if (r < count) device::store_aligned(result + at(r), multiplied<Op, Out>(raw[r], [&](int i) { return prepared[i]; }));
@@ -405,12 +412,7 @@ __global__ void __launch_bounds__(128, 8)
 #pragma unroll
   for (int i = 0; i < kVecSize; ++i) values[i] = column + i < rows.columns.divisor ? here[i] : wrapped[i];
   typename Op::Prepared prepared[kVecSize];
-  bool divide = false;
-#pragma unroll
-  for (int i = 0; i < kVecSize; ++i) {
-    prepared[i] = Op::prepare(values[i]);
-    divide |= prepared[i].divide;
-  }
+  const bool divide = prepare_each<Op>(values, prepared);
 #pragma unroll
   for (int r = 0; r < kRows; ++r)
     if (first + r * step < whole)
