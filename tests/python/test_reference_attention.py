@@ -325,6 +325,7 @@ def test_a_nan_that_is_seen_gives_nan_to_those_who_see_it() -> None:
         ({"block_table": int32(3)[None]}, "block_table has no block of the cache for position 0"),
         ({"block_table": int32(-1)[None]}, "block_table has no block of the cache for position 0"),
         ({"seq_lens": int32(5)}, "block_table has no block of the cache for position 4"),
+        ({"seq_lens": int32((1 << 31) - 1)}, "block_table has no block of the cache for position 4"),
         ({"seq_lens": int32(-1)}, "seq_lens and seq_starts must be at least 0"),
         ({"seq_starts": int32(-1)}, "seq_lens and seq_starts must be at least 0"),
         ({"cu_query_lens": int32(1, 1)}, "cu_query_lens must rise from 0"),

@@ -114,7 +114,10 @@ def _look_up(sequence: int, seen: list[range], block_table: Tensor, cache: Tenso
     num_blocks, block_size = cache.shape[:2]
     table = block_table[sequence].tolist()
     positions, blocks, offsets = [], [], []
-    for position in sorted(set().union(*seen)):
+    # One position beyond the table stands for all of them.
+    end = len(table) * block_size
+    bounded = (range(x.start, min(x.stop, max(x.start, end) + 1)) for x in seen)
+    for position in sorted(set().union(*bounded)):
         entry, offset = divmod(position, block_size)
         block = table[entry] if entry < len(table) else -1
         if 0 <= block < num_blocks:

@@ -710,7 +710,9 @@ def test_an_unknown_type_of_model_is_one_sentence(model_folder: Path, text_file:
 # calibrate: many processes
 
 
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+#: PyTorch asks for the names of addresses; without a network, each question waits for its time limit.
+RESOLVER = {"RES_OPTIONS": "timeout:1 attempts:1"}
+ONE_THREAD = {**os.environ, **RESOLVER, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 #: `python -m fp8kv`, which at the end also writes how many threads it has, of Python or not, to a file.
 COUNTING = """
 import atexit, os, pathlib
