@@ -53,8 +53,7 @@ FORMATS = {
         ),
     )
 }
-#: Those of FP8. Only in these can queries be quantized, only tensors of these may be uint8, and only these
-#: have CUDA kernels so far.
+#: Those of FP8. Only in these can queries be quantized, and only tensors of these may be uint8.
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 #: What is meant where no format is named: by configs of checkpoints, hence by calibration, and by benchmarks.
 DEFAULT_FORMAT = FORMATS[torch.float8_e4m3fn]

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 import fp8kv
+from fp8kv._dtypes import CACHE_NAMES
 from fp8kv.bench import attention_peers
-from fp8kv.bench.kv_cache import BLOCK_SIZE, KV_CACHE_DTYPE
+from fp8kv.bench.kv_cache import BLOCK_SIZE, quantized, tensor_dtype
 from fp8kv.bench.measure import FP8, INPUT, Call, Case, small
 
 OP = "paged_attention"
@@ -29,9 +30,9 @@ class Work(NamedTuple):
     """The kind of a case.
 
     `layout` is "NHD", "HND", or "side by side": K and V of a token and head are adjacent. `scales` are
-    "tensor", "head" or "token-head". Each sequence has `queries` queries, for its last tokens. `ragged`:
-    lengths are random, the longest is the context. `window` is the number of positions that a query sees, 0:
-    all.
+    "tensor", "head", "token-head" or "channel". Each sequence has `queries` queries, for its last tokens.
+    `ragged`: lengths are random, the longest is the context. `window` is the number of positions that a query
+    sees, 0: all. `dtype` is the format of the caches. `offsets`: each channel has one.
     """
 
     layout: str = "NHD"
@@ -41,6 +42,8 @@ class Work(NamedTuple):
     window: int = 0
     softcap: float = 0.0
     sinks: bool = False
+    dtype: torch.dtype = FP8
+    offsets: bool = False
 
 
 PLAIN = "decode head NHD"
@@ -51,6 +54,8 @@ WORKS = {
     "decode head side by side": Work(layout="side by side"),
     "decode tensor NHD": Work(scales="tensor"),
     "decode token-head NHD": Work(scales="token-head"),
+    "decode int8 channel NHD": Work(scales="channel", dtype=torch.int8),
+    "decode int8 channel offset NHD": Work(scales="channel", dtype=torch.int8, offsets=True),
     "ragged head NHD": Work(ragged=True),
     WINDOW: Work(window=1024),
     "softcap head NHD": Work(softcap=50.0),
@@ -106,6 +111,8 @@ class Buffers:
     value_cache: Tensor
     k_scale: Tensor
     v_scale: Tensor
+    k_offset: Tensor | None
+    v_offset: Tensor | None
     table: Tensor
     lengths: Tensor
     cu_query_lens: Tensor
@@ -161,18 +168,20 @@ class AttentionCase(Case[Buffers]):
         window = self.how.window or self.context
         seen = sum(min(length, window + self.how.queries - 1) for length in self.lengths)
         scale = torch.float32.itemsize if self.how.scales == "token-head" else 0
-        return 2 * seen * self.num_kv_heads * (self.head_size * FP8.itemsize + scale)
+        return 2 * seen * self.num_kv_heads * (self.head_size * self.how.dtype.itemsize + scale)
 
     def buffers(self, count: int) -> list[Buffers]:
-        """Keys, values and queries of mean 0 and standard deviation 1."""
+        """Keys, values and queries of mean 0 and standard deviation 1, to which offsets of channels are added."""
         batch, queries = self.batch, self.how.queries
         generator = torch.Generator(self.device).manual_seed(0)
         random: dict[str, Any] = {"generator": generator, "device": self.device}
         width = self.context // BLOCK_SIZE
         blocks = count * batch * width
         keys, values = self._caches(blocks, generator)
-        shape = {"tensor": (1,), "head": keys.shape[2:3], "token-head": keys.shape[:3]}[self.how.scales]
-        k_scale, v_scale = ((0.75 + 0.5 * torch.rand(shape, **random)) / SPREAD for _ in range(2))
+        channels = keys.shape[2:]
+        shapes = {"tensor": (1,), "head": channels[:1], "token-head": keys.shape[:3], "channel": channels}
+        k_scale, v_scale = ((0.75 + 0.5 * torch.rand(shapes[self.how.scales], **random)) / SPREAD for _ in range(2))
+        k_offset, v_offset = (torch.randn(channels, **random) if self.how.offsets else None for _ in range(2))
         tables = torch.randperm(blocks, **random).int().view(count, batch, width)
         lengths = torch.tensor(self.lengths, dtype=torch.int32, device=self.device)
         sums = torch.arange(batch + 1, dtype=torch.int32, device=self.device) * queries
@@ -181,7 +190,7 @@ class AttentionCase(Case[Buffers]):
         for table in tables:
             query = torch.randn(batch * queries, self.num_heads, self.head_size, **random).to(INPUT)
             out = torch.empty_like(query)
-            made.append(Buffers(query, out, keys, values, k_scale, v_scale, table, lengths, sums, sinks))
+            made.append(Buffers(query, out, keys, values, k_scale, v_scale, k_offset, v_offset, table, lengths, sums, sinks))
         return made
 
     def _caches(self, blocks: int, generator: torch.Generator) -> list[Tensor]:
@@ -190,15 +199,17 @@ class AttentionCase(Case[Buffers]):
         in_memory = _IN_MEMORY[self.how.layout]
         pattern = SPREAD * torch.randn(PATTERN, generator=generator, device=self.device)
         size = math.prod(shape)
-        memory = pattern.to(FP8).view(torch.uint8).repeat(-(-size // len(pattern)))[:size]
-        caches = memory.view([shape[i] for i in in_memory])
+        memory = quantized(pattern, self.how.dtype).repeat(-(-size // len(pattern)))[:size]
+        caches = memory.view(tensor_dtype(self.how.dtype)).view([shape[i] for i in in_memory])
         return list(caches.permute([in_memory.index(i) for i in range(5)]))
 
     def ours(self, b: Buffers) -> Call:
         options: dict[str, Any] = {
-            "kv_cache_dtype": KV_CACHE_DTYPE,
+            "kv_cache_dtype": CACHE_NAMES[self.how.dtype],
             "k_scale": b.k_scale,
             "v_scale": b.v_scale,
+            "k_offset": b.k_offset,
+            "v_offset": b.v_offset,
             "max_seq_len": self.context,
             "sliding_window": self.how.window,
             "softcap": self.how.softcap,
@@ -227,10 +238,8 @@ class AttentionCase(Case[Buffers]):
         queries, length = self.how.queries, self.lengths[sequence]
         position = torch.arange(length, device=self.device)
         place = (b.table[sequence][position // BLOCK_SIZE].long(), position % BLOCK_SIZE)
-        keys, values = (
-            cache[place][:, 0].view(FP8).double() * _scale(scale, place)
-            for cache, scale in ((b.key_cache, b.k_scale), (b.value_cache, b.v_scale))
-        )
+        keys = self._dequantized(b.key_cache, place, b.k_scale, b.k_offset)
+        values = self._dequantized(b.value_cache, place, b.v_scale, b.v_offset)
         query = b.query[sequence * queries : (sequence + 1) * queries, : self.group].double()
         logits = query @ keys.T * self.head_size**-0.5
         if self.how.softcap:
@@ -246,9 +255,14 @@ class AttentionCase(Case[Buffers]):
         weights: Tensor = logits.softmax(-1)[..., :length]
         return weights @ values
 
+    def _dequantized(self, cache: Tensor, place: tuple[Tensor, Tensor], scale: Tensor, offset: Tensor | None) -> Tensor:
+        """The first head at these slots in fp64: [slots, head_size]"""
+        x = cache[place][:, 0].view(self.how.dtype).double() * _scale(scale, place)
+        return x if offset is None else x + offset[0].double()
+
 
 def _scale(scale: Tensor, place: tuple[Tensor, Tensor]) -> Tensor:
-    """The scales of the first head at each slot: [slots, 1], or one element."""
+    """The scales of the first head at each slot: [slots, 1]; or one element, or those of its channels."""
     if scale.dim() == 3:
         return scale[place][:, :1].double()
     return scale[:1].double()

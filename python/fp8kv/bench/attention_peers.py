@@ -3,8 +3,8 @@
 An adapter returns None if the peer doesn't support the case. It raises an ImportError if the peer is not
 installed, and the peer may raise anything; both become notes in the report.
 
-Peers that read 16 or 32 bits get the dequantized FP8 cache, rounded to bf16 or fp32. Peers that read pages
-get them in random order.
+Only FP8 caches have peers. Peers that read 16 or 32 bits get the dequantized cache, rounded to bf16 or fp32.
+Peers that read pages get them in random order.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -229,22 +228,29 @@ def _reordered(pages: Tensor, order: Tensor) -> Tensor:
 
 
 Adapter = Callable[["AttentionCase"], Peer | None]
+
+
+def _of_fp8(adapter: Callable[..., Peer | None], **options: Any) -> Adapter:
+    """The adapter with these options; None for caches of another format."""
+    return lambda case: adapter(case, **options) if case.how.dtype == FP8 else None
+
+
 CUDA_PEERS: dict[str, Adapter] = {
-    "SDPA cuDNN": partial(sdpa, backend=SDPBackend.CUDNN_ATTENTION),
-    "SDPA flash": partial(sdpa, backend=SDPBackend.FLASH_ATTENTION),
-    "SDPA efficient": partial(sdpa, backend=SDPBackend.EFFICIENT_ATTENTION),
-    "SDPA math": partial(sdpa, backend=SDPBackend.MATH),
-    "SDPA grouped": partial(sdpa, grouped=True),
-    "gather + SDPA": gather_and_sdpa,
-    "FA3 bf16": partial(flash_attention_3, fp8=False),
-    "FA3 fp8": partial(flash_attention_3, fp8=True),
-    "FlashInfer bf16": partial(flashinfer, fp8=False),
-    "FlashInfer fp8": partial(flashinfer, fp8=True),
+    "SDPA cuDNN": _of_fp8(sdpa, backend=SDPBackend.CUDNN_ATTENTION),
+    "SDPA flash": _of_fp8(sdpa, backend=SDPBackend.FLASH_ATTENTION),
+    "SDPA efficient": _of_fp8(sdpa, backend=SDPBackend.EFFICIENT_ATTENTION),
+    "SDPA math": _of_fp8(sdpa, backend=SDPBackend.MATH),
+    "SDPA grouped": _of_fp8(sdpa, grouped=True),
+    "gather + SDPA": _of_fp8(gather_and_sdpa),
+    "FA3 bf16": _of_fp8(flash_attention_3, fp8=False),
+    "FA3 fp8": _of_fp8(flash_attention_3, fp8=True),
+    "FlashInfer bf16": _of_fp8(flashinfer, fp8=False),
+    "FlashInfer fp8": _of_fp8(flashinfer, fp8=True),
 }
 CPU_PEERS: dict[str, Adapter] = {
-    "SDPA bf16": sdpa,
-    "SDPA fp32": partial(sdpa, dtype=torch.float32),
-    "SDPA bf16 grouped": partial(sdpa, grouped=True),
-    "SDPA fp32 grouped": partial(sdpa, dtype=torch.float32, grouped=True),
-    "gather + SDPA": gather_and_sdpa,
+    "SDPA bf16": _of_fp8(sdpa),
+    "SDPA fp32": _of_fp8(sdpa, dtype=torch.float32),
+    "SDPA bf16 grouped": _of_fp8(sdpa, grouped=True),
+    "SDPA fp32 grouped": _of_fp8(sdpa, dtype=torch.float32, grouped=True),
+    "gather + SDPA": _of_fp8(gather_and_sdpa),
 }

@@ -1,7 +1,8 @@
 """One step of an attention layer: norm, RoPE and quantization of Q and K, quantization of V, and the append.
 
-Bytes are Q, K and V, read and written, without the RoPE table and the indices. The caches are the same as in
-the cache benchmark, the slots random and distinct, the inputs slices of one QKV tensor.
+Bytes are Q, K and V, read and written, without the RoPE table, the scales and the indices. With an INT8 cache
+Q is not quantized and written in bf16. The caches are the same as in the cache benchmark, the slots random
+and distinct, the inputs slices of one QKV tensor.
 
 The peer "separate ops" is `quantize` of Q and `reshape_and_cache_flash`; RoPE and norm come before them as
 one compiled PyTorch expression.
@@ -12,24 +13,45 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import fp8kv
+from fp8kv._dtypes import CACHE_NAMES, FP8_DTYPES
 from fp8kv.bench.kv_cache import BLOCK_SIZE, KV_CACHE_DTYPE, Caches, append, draws, quantized
 from fp8kv.bench.measure import FP8, INPUT, Call, Case, small, torch_peer
 
 OP = "rope_quant_and_cache"
 PEERS = ("separate ops", "torch eager", "torch.compile", "flashinfer", "flashinfer with PDL")
 
-# The layout of the caches, whether positions are given, and whether norm weights are.
+
+class Work(NamedTuple):
+    """The kind of a case.
+
+    `layout` is "NHD" or "HND". `rope`: positions are given; `norm`: norm weights are. `scales` of K and V are
+    "head" or "channel", `dtype` is the format of the caches.
+    """
+
+    layout: str = "NHD"
+    rope: bool = False
+    norm: bool = False
+    scales: str = "head"
+    dtype: torch.dtype = FP8
+
+    @property
+    def query_dtype(self) -> torch.dtype:
+        """What queries become: they are quantized to FP8 only."""
+        return self.dtype if self.dtype in FP8_DTYPES else INPUT
+
+
 WORKS = {
-    "step NHD": ("NHD", False, False),
-    "step rope NHD": ("NHD", True, False),
-    "step rope HND": ("HND", True, False),
-    "step norm rope NHD": ("NHD", True, True),
+    "step NHD": Work(),
+    "step rope NHD": Work(rope=True),
+    "step rope HND": Work("HND", rope=True),
+    "step norm rope NHD": Work(rope=True, norm=True),
+    "step rope int8 channel NHD": Work(rope=True, scales="channel", dtype=torch.int8),
 }
 # (num_heads, num_kv_heads, head_size), and the models that have them.
 GEOMETRIES: dict[tuple[int, ...], tuple[str, ...]] = {
@@ -39,8 +61,8 @@ GEOMETRIES: dict[tuple[int, ...], tuple[str, ...]] = {
     (32, 32, 128): ("Llama-2-7B",),
     (9, 3, 64): ("SmolLM2-135M",),
 }
+FIRST = (32, 8, 128)  # the only one in quick runs, and for formats other than FP8
 TOKENS = {"cuda": (1, 16, 64, 256, 2048, 16384), "cpu": (1, 64, 1024)}
-QUICK_GEOMETRIES = ((32, 8, 128),)
 QUICK_TOKENS = {"cuda": (16, 256), "cpu": (16,)}
 MAX_POSITION = 8192
 NORM_EPS = 1e-6
@@ -48,19 +70,17 @@ NORM_EPS = 1e-6
 
 def cases(device: torch.device, quick: bool, warm: bool) -> Iterator[StepCase]:
     caches = Caches(device, warm)
-    for work, (layout, rope, norm) in WORKS.items():
-        for geometry in QUICK_GEOMETRIES if quick else GEOMETRIES:
+    for name, work in WORKS.items():
+        for geometry in (FIRST,) if quick or work.dtype != FP8 else GEOMETRIES:
             for tokens in (QUICK_TOKENS if quick else TOKENS)[device.type]:
-                yield StepCase(work, (tokens, *geometry), device, layout, rope, norm, caches)
+                yield StepCase(name, (tokens, *geometry), device, work, caches)
 
 
 @dataclass(frozen=True)
 class StepCase(Case[tuple[Any, ...]]):
     """`shape` is [num_tokens, num_heads, num_kv_heads, head_size]; buffers are the operator's arguments."""
 
-    layout: str
-    rope: bool
-    norm: bool
+    how: Work
     caches: Caches
 
     geometries = GEOMETRIES
@@ -68,38 +88,45 @@ class StepCase(Case[tuple[Any, ...]]):
     @property
     def size(self) -> int:
         tokens, heads, kv_heads, head_size = self.shape
-        return tokens * (heads + 2 * kv_heads) * head_size * (INPUT.itemsize + FP8.itemsize)
+        query = INPUT.itemsize + self.how.query_dtype.itemsize
+        key = INPUT.itemsize + self.how.dtype.itemsize
+        return tokens * head_size * (heads * query + 2 * kv_heads * key)
 
     def buffers(self, count: int) -> list[tuple[Any, ...]]:
         tokens, heads, kv_heads, head_size = self.shape
         generator = torch.Generator(self.device).manual_seed(0)
         random: dict[str, Any] = {"generator": generator, "device": self.device, "dtype": torch.float32}
-        caches = self.caches.views(kv_heads, head_size, self.layout)
-        scales = [0.02 * (1 + torch.rand(kv_heads, **random)) for _ in range(3)]
+        how, name = self.how, CACHE_NAMES[self.how.dtype]
+        caches = self.caches.views(kv_heads, head_size, how.layout, how.dtype)
+        shape = {"head": (kv_heads,), "channel": (kv_heads, head_size)}[how.scales]
+        scales = [0.02 * (1 + torch.rand(of, **random)) for of in ((kv_heads,), shape, shape)]
         table = rope_table(MAX_POSITION, head_size, self.device)
         weights = [(1 + 0.1 * torch.randn(head_size, **random)).to(INPUT) for _ in range(2)]
         slots = draws(len(caches[0]) * BLOCK_SIZE, tokens, count, generator)
         calls = []
         for slot in slots:
             qkv = torch.randn(tokens, heads + 2 * kv_heads, head_size, **random).to(INPUT)
-            out = torch.empty(tokens, heads, head_size, dtype=FP8, device=self.device)
+            out = torch.empty(tokens, heads, head_size, dtype=how.query_dtype, device=self.device)
             positions = torch.randint(MAX_POSITION, (tokens,), generator=generator, device=self.device)
-            rope = (positions, table) if self.rope else (None, None)
-            norm = weights if self.norm else (None, None)
+            rope = (positions, table) if how.rope else (None, None)
+            norm = weights if how.norm else (None, None)
             q, k, v = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
-            calls.append((q, k, v, out, *caches, slot, KV_CACHE_DTYPE, *scales, *rope, True, *norm, NORM_EPS))
+            calls.append((q, k, v, out, *caches, slot, name, *scales, *rope, True, *norm, NORM_EPS))
         return calls
 
     def ours(self, b: tuple[Any, ...]) -> Call:
         return lambda: fp8kv.rope_quant_and_cache(*b)
 
     def peer(self, name: str) -> Callable[[tuple[Any, ...]], Call] | None:
-        if name == "separate ops":
-            function: Callable[..., object] = separate(torch_peer("torch.compile", transformed))
-        elif name.startswith("torch"):
-            function = torch_peer(name, step)
-        elif self.rope and not self.norm and self.device.type == "cuda" and (rope := flashinfer_rope()) is not None:
-            return lambda b: flashinfer_call(rope, b, self.layout, name.endswith("PDL"))
+        how = self.how
+        if name.startswith("torch"):
+            function: Callable[..., object] = torch_peer(name, step)
+        elif how.dtype != FP8:
+            return None
+        elif name == "separate ops":
+            function = separate(torch_peer("torch.compile", transformed))
+        elif how.rope and not how.norm and self.device.type == "cuda" and (rope := flashinfer_rope()) is not None:
+            return lambda b: flashinfer_call(rope, b, how.layout, name.endswith("PDL"))
         else:
             return None
         return lambda b: lambda: function(*b)
@@ -149,7 +176,10 @@ def step(
     group = query.shape[1] // key.shape[1]
     q = transformed(query, positions, table, q_weight, eps)
     k = transformed(key, positions, table, k_weight, eps)
-    query_out.view(torch.uint8).copy_(quantized(q.float() / q_scale.repeat_interleave(group).view(-1, 1)))
+    if query_out.dtype == FP8:
+        query_out.view(torch.uint8).copy_(quantized(q.float() / q_scale.repeat_interleave(group).view(-1, 1), FP8))
+    else:
+        query_out.copy_(q)
     append(k, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale)
 
 

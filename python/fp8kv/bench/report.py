@@ -102,7 +102,7 @@ def table(report: Report) -> Table:
     with_models = any(row.models for row in report.rows)
     inexact = any(row.errors for row in report.rows)
     peers = [] if inexact else _peers_of(report)
-    result = Table(title=f"{report.title}, bf16 and e4m3, PyTorch {report.torch}")
+    result = Table(title=f"{report.title}, bf16 and e4m3 where no format is named, PyTorch {report.torch}")
     for name in ("work", *(("models",) if with_models else ())):
         result.add_column(name, no_wrap=True)
     for name in (

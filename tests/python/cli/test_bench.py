@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from types import ModuleType, SimpleNamespace
@@ -16,7 +17,7 @@ from rich.console import Console
 
 import fp8kv
 from fp8kv import bench, reference
-from fp8kv.bench import attention, attention_peers, kv_cache, measure, quantize
+from fp8kv.bench import attention, attention_peers, decode, kv_cache, measure, quantize
 from fp8kv.bench.cards import specified_gbps
 
 CPU = torch.device("cpu")
@@ -31,6 +32,12 @@ def small_caches(monkeypatch: pytest.MonkeyPatch) -> None:
 def cache_case(work: str) -> kv_cache.CacheCase:
     """The case with 16 tokens of 8 heads of 128."""
     (case,) = [case for case in kv_cache.cases(CPU, quick=True, warm=False) if case.work == work]
+    return case
+
+
+def step_case(work: str) -> decode.StepCase:
+    """The case with 16 tokens of 32 query and 8 KV heads of 128."""
+    (case,) = [case for case in decode.cases(CPU, quick=True, warm=False) if case.work == work]
     return case
 
 
@@ -156,27 +163,55 @@ def test_the_quantization_that_peers_do_is_the_same(work: str) -> None:
 # Caches
 
 
-def check_peers(case: kv_cache.CacheCase) -> None:
-    (arguments,) = case.buffers(1)
+def check_against_reference(op: str, call: Callable[..., object], arguments: tuple[Any, ...], count: int) -> None:
+    """The call writes `count` of its arguments, the same bytes as the reference."""
     actual, expected = clones(arguments), clones(arguments)
-    kv_cache.EXPRESSIONS[case.op](*actual)
-    getattr(reference, case.op)(*expected)
+    call(*actual)
+    getattr(reference, op)(*expected)
     written = 0
     for x, y, before in zip(actual, expected, arguments, strict=True):
         if isinstance(x, torch.Tensor):
             assert torch.equal(tensor_bytes(x), tensor_bytes(y))
             written += not torch.equal(tensor_bytes(x), tensor_bytes(before))
-    assert written == (4 if case.op == kv_cache.APPEND_DYNAMIC else 2)
+    assert written == count
+
+
+def check_cache(case: kv_cache.CacheCase) -> None:
+    """The operator and the expression of peers."""
+    (arguments,) = case.buffers(1)
+    count = 4 if case.how.op == kv_cache.APPEND_DYNAMIC else 2
+    for call in (lambda *given: case.ours(given)(), kv_cache.EXPRESSIONS[case.how.op]):
+        check_against_reference(case.how.op, call, arguments, count)
 
 
 @pytest.mark.parametrize("work", kv_cache.WORKS)
-def test_what_peers_do_to_a_cache_is_the_same(small_caches: None, work: str) -> None:
-    check_peers(cache_case(work))
+def test_what_is_done_to_a_cache_is_what_the_reference_does(small_caches: None, work: str) -> None:
+    check_cache(cache_case(work))
 
 
-def test_the_gather_of_several_sequences_that_peers_do_is_the_same(small_caches: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("work", [work for work in kv_cache.WORKS if work.startswith("gather")])
+def test_the_gather_of_several_sequences(small_caches: None, monkeypatch: pytest.MonkeyPatch, work: str) -> None:
     monkeypatch.setattr(kv_cache, "MAX_SEQ_LEN", 40)
-    check_peers(replace(cache_case("gather head NHD"), shape=(80, 8, 128)))
+    check_cache(replace(cache_case(work), shape=(80, 8, 128)))
+
+
+@pytest.mark.parametrize(
+    ("work", "parameters"),
+    [
+        ("append int8 channel NHD", 2),
+        ("append int8 channel offset NHD", 4),
+        ("gather int8 channel NHD", 2),
+        ("gather int8 channel offset NHD", 4),
+    ],
+)
+def test_the_scales_and_offsets_of_an_int8_cache(small_caches: None, work: str, parameters: int) -> None:
+    (arguments,) = cache_case(work).buffers(1)
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    assert "int8" in arguments
+    assert [x.shape[1:] for x in tensors if x.dtype == torch.int8] == [(16, 8, 128)] * 2
+    of_channels = [x for x in tensors if x.dtype == torch.float32]
+    assert [x.shape for x in of_channels] == [(8, 128)] * parameters
+    assert all(len(x.unique()) > 1000 for x in of_channels)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +220,10 @@ def test_the_gather_of_several_sequences_that_peers_do_is_the_same(small_caches:
         ("append tensor NHD", 16 * 8 * 128 * 2 * 3),
         ("append head HND", 16 * 8 * 128 * 2 * 3),
         ("append token-head NHD", 16 * 8 * (128 * 3 + 4) * 2),
+        ("append int8 channel NHD", 16 * 8 * 128 * 2 * 3),
+        ("append int8 channel offset NHD", 16 * 8 * 128 * 2 * 3),
         ("gather head NHD", 16 * 8 * 128 * 2 * 3),
+        ("gather int8 channel offset NHD", 16 * 8 * 128 * 2 * 3),
     ],
 )
 def test_the_bytes_a_cache_operator_moves(work: str, size: int) -> None:
@@ -195,7 +233,27 @@ def test_the_bytes_a_cache_operator_moves(work: str, size: int) -> None:
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_no_geometry_is_measured_twice(kind: str) -> None:
     cases = [(case.work, case.shape) for case in kv_cache.cases(torch.device(kind), quick=False, warm=False)]
-    assert len(cases) == len(set(cases)) == 6 * 5 * {"cpu": 4, "cuda": 6}[kind]
+    assert len(cases) == len(set(cases)) == (6 * 5 + 4) * {"cpu": 4, "cuda": 6}[kind]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("module", "geometry", "like"),
+    [
+        (kv_cache, (8, 128), "append head NHD"),
+        (decode, (32, 8, 128), "step rope NHD"),
+        (attention, (32, 8, 128), "decode token-head NHD"),
+    ],
+    ids=["cache", "decode", "attention"],
+)
+def test_int8_is_measured_on_one_geometry(kind: str, module: ModuleType, geometry: tuple[int, ...], like: str) -> None:
+    cases = list(module.cases(torch.device(kind), quick=False, warm=False))
+    shapes = [case.shape for case in cases if case.work == like and case.shape[-len(geometry) :] == geometry]
+    works = [work for work in module.WORKS if "int8" in work]
+    assert shapes
+    assert works
+    for work in works:
+        assert [case.shape for case in cases if case.work == work] == shapes
 
 
 def test_the_caches_of_all_geometries_lie_in_the_same_memory(small_caches: None) -> None:
@@ -234,6 +292,61 @@ def test_vllm_is_a_peer_of_appends_per_tensor(monkeypatch: pytest.MonkeyPatch, s
     assert seen == [arguments]
 
 
+# Steps
+
+
+@pytest.mark.parametrize("work", decode.WORKS)
+def test_a_step_does_what_the_reference_does(small_caches: None, work: str) -> None:
+    case = step_case(work)
+    (arguments,) = case.buffers(1)
+    for call in (lambda *given: case.ours(given)(), decode.step):
+        if "norm" not in work:
+            check_against_reference(decode.OP, call, arguments, 3)
+            continue
+        actual, expected = clones(arguments), clones(arguments)
+        call(*actual)
+        reference.rope_quant_and_cache(*expected)
+        # The order of the norm's sum is not fixed: within one step of E4M3.
+        for x, y in zip(actual[3:6], expected[3:6], strict=True):
+            x, y = (tensor.view(torch.float8_e4m3fn).float() for tensor in (x, y))
+            assert torch.allclose(x, y, rtol=0.125, atol=2.0**-9)
+
+
+def test_queries_are_not_quantized_with_an_int8_cache(small_caches: None) -> None:
+    (arguments,) = step_case("step rope int8 channel NHD").buffers(1)
+    _, _, _, out, k_cache, v_cache, _, name, q_scale, k_scale, v_scale, *_ = arguments
+    assert (out.dtype, k_cache.dtype, v_cache.dtype, name) == (torch.bfloat16, torch.int8, torch.int8, "int8")
+    assert k_scale.shape == v_scale.shape == (8, 128)
+    assert q_scale.shape == (8,)
+
+
+@pytest.mark.parametrize(
+    ("work", "size"),
+    [
+        ("step NHD", 16 * (32 + 8 + 8) * 128 * 3),
+        ("step norm rope NHD", 16 * (32 + 8 + 8) * 128 * 3),
+        ("step rope int8 channel NHD", 16 * (32 * 4 + (8 + 8) * 3) * 128),
+    ],
+)
+def test_the_bytes_a_step_moves(work: str, size: int) -> None:
+    assert step_case(work).size == size
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_no_step_is_measured_twice(kind: str) -> None:
+    cases = [(case.work, case.shape) for case in decode.cases(torch.device(kind), quick=False, warm=False)]
+    assert len(cases) == len(set(cases)) == (4 * 5 + 1) * {"cpu": 3, "cuda": 6}[kind]
+
+
+def test_other_libraries_are_no_peers_of_a_step_to_an_int8_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "flashinfer_rope", lambda: print)
+    monkeypatch.setattr(decode, "torch_peer", lambda name, expression: expression)
+    case = replace(step_case("step rope int8 channel NHD"), device=torch.device("cuda"))
+    assert [name for name in decode.PEERS if case.peer(name) is not None] == ["torch eager", "torch.compile"]
+    fp8 = replace(step_case("step rope NHD"), device=torch.device("cuda"))
+    assert all(fp8.peer(name) is not None for name in decode.PEERS)
+
+
 # Attention
 
 
@@ -247,6 +360,7 @@ def reference_result(case: attention.AttentionCase, b: attention.Buffers) -> tor
     """fp64 [tokens, num_heads, head_size]"""
     return reference.paged_attention(
         b.query, b.key_cache, b.value_cache, b.table, b.lengths, k_scale=b.k_scale, v_scale=b.v_scale,
+        kv_cache_dtype="int8" if "int8" in case.work else "fp8", k_offset=b.k_offset, v_offset=b.v_offset,
         cu_query_lens=b.cu_query_lens, sliding_window=case.how.window, softcap=case.how.softcap,
         sinks=b.sinks, out=torch.empty(b.query.shape, dtype=torch.float64),
     )  # fmt: skip
@@ -279,12 +393,27 @@ def test_errors_of_attention_are_against_what_the_reference_says(short_window: N
         ("decode head NHD", 2 * 2 * 64 * 2 * 64),
         ("decode head side by side", 2 * 2 * 64 * 2 * 64),
         ("decode token-head NHD", 2 * 2 * 64 * 2 * (64 + 4)),
+        ("decode int8 channel NHD", 2 * 2 * 64 * 2 * 64),
+        ("decode int8 channel offset NHD", 2 * 2 * 64 * 2 * 64),
         ("8 queries head NHD", 2 * 2 * 64 * 2 * 64),
         (attention.WINDOW, 2 * 2 * 20 * 2 * 64),
     ],
 )
 def test_the_bytes_attention_reads(short_window: None, work: str, size: int) -> None:
     assert attention_case(work).size == size
+
+
+@pytest.mark.parametrize("work", ["decode int8 channel NHD", "decode int8 channel offset NHD"])
+def test_what_attention_reads_of_an_int8_cache(work: str) -> None:
+    (b,) = attention_case(work).buffers(1)
+    for cache, scale, offset in ((b.key_cache, b.k_scale, b.k_offset), (b.value_cache, b.v_scale, b.v_offset)):
+        assert cache.dtype == torch.int8
+        assert cache.min() >= -127
+        assert cache.float().std() == pytest.approx(attention.SPREAD, rel=0.1)
+        assert scale.shape == (2, 64)
+        assert len(scale.unique()) > 100
+        assert (offset is not None) == ("offset" in work)
+        assert offset is None or (offset.shape == (2, 64) and len(offset.unique()) > 100)
 
 
 def test_the_bytes_of_ragged_sequences() -> None:
@@ -410,7 +539,7 @@ def flash_attention_3(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["FA3 bf16", "FA3 fp8"])
 def test_what_flash_attention_3_is_asked_for(short_window: None, flash_attention_3: None, name: str, work: str) -> None:
     adapter = attention_peers.CUDA_PEERS[name]
-    if name == "FA3 fp8" and "token-head" in work:
+    if "int8" in work or (name == "FA3 fp8" and "token-head" in work):
         assert adapter(attention_case(work)) is None
     else:
         check_attention_peer(adapter, work, 1e-2 if name == "FA3 bf16" else 5e-2)
@@ -472,7 +601,11 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("work", attention.WORKS)
 @pytest.mark.parametrize("name", ["FlashInfer bf16", "FlashInfer fp8"])
 def test_what_flashinfer_is_asked_for(short_window: None, flashinfer: None, name: str, work: str) -> None:
-    check_attention_peer(attention_peers.CUDA_PEERS[name], work, 1e-2)
+    adapter = attention_peers.CUDA_PEERS[name]
+    if "int8" in work:
+        assert adapter(attention_case(work)) is None
+    else:
+        check_attention_peer(adapter, work, 1e-2)
 
 
 def test_a_peer_of_attention_that_is_not_installed_is_left_out_with_a_note(

@@ -180,7 +180,7 @@ CACHE = {"append tensor NHD", "append tensor HND", "append token-head NHD"}
         ([], "static t", QUANTIZATION),
         (["quantize"], "static t", QUANTIZATION),
         (["cache"], "append t", CACHE),
-        (["decode"], "step rope", {"step rope NHD", "step rope HND"}),
+        (["decode"], "step rope", {"step rope NHD", "step rope HND", "step rope int8 channel NHD"}),
     ],
     ids=["default", "quantize", "cache", "decode"],
 )
