@@ -713,32 +713,39 @@ def test_an_unknown_type_of_model_is_one_sentence(model_folder: Path, text_file:
 #: PyTorch asks for the names of addresses; without a network, each question waits for its time limit.
 RESOLVER = {"RES_OPTIONS": "timeout:1 attempts:1"}
 ONE_THREAD = {**os.environ, **RESOLVER, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-#: `python -m fp8kv`, which at the end also writes how many threads it has, of Python or not, to a file.
-COUNTING = """
+#: `python -m fp8kv`, which at the end also writes the names of its threads, of Python or not, to a file.
+THREADS = """
 import atexit, os, pathlib
 from fp8kv.cli import main
 
-report = pathlib.Path(__file__).with_name("threads_of_" + os.environ["RANK"])
-atexit.register(lambda: report.write_text(str(len(os.listdir("/proc/self/task")))))
+def write():
+    names = sorted(path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm"))
+    pathlib.Path(__file__).with_name("threads_of_" + os.environ.get("RANK", "one")).write_text("".join(names))
+
+atexit.register(write)
 main()
 """
 
 
 def test_two_processes_give_the_scales_of_one(calibrated: Path, model_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    (tmp_path / "counting.py").write_text(COUNTING)
+    script = tmp_path / "threads.py"
+    script.write_text(THREADS)
+    command = arguments(model_folder, tmp_path / "out", text_file, "--strategy", "attn_head", "--query")
     # Machines need not be able to resolve their own names.
     alone = ("--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")
-    launcher = ("-m", "torch.distributed.run", *alone, tmp_path / "counting.py")
-    command = arguments(model_folder, tmp_path / "out", text_file, "--strategy", "attn_head", "--query")
-    result = subprocess.run(
-        [sys.executable, *map(str, (*launcher, *command))],
-        capture_output=True, text=True, timeout=120, env=ONE_THREAD | {"CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert_same_scales(tmp_path / "out", calibrated)
-    assert result.stdout.count("no problems") == 1
+    for launcher in ((), ("-m", "torch.distributed.run", *alone)):
+        result = subprocess.run(
+            [sys.executable, *map(str, (*launcher, script, *command))],
+            capture_output=True, text=True, timeout=120, env=ONE_THREAD | {"CUDA_VISIBLE_DEVICES": ""},
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert_same_scales(tmp_path / "out", calibrated)
+        assert result.stdout.count("no problems") == 1
+        shutil.rmtree(tmp_path / "out")
     # A thread of gloo that outlives its process group can abort the process.
-    assert [(tmp_path / f"threads_of_{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+    one, *both = ((tmp_path / f"threads_of_{rank}").read_text() for rank in ("one", 0, 1))
+    assert one
+    assert both == [one, one]
 
 
 def test_what_fails_in_one_process_ends_all_and_the_first_says_why(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
