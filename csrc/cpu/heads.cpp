@@ -30,13 +30,13 @@ void HeadScales::load_channels(const core::PagedScales& scales) {
 }
 
 void HeadScales::convert_channels(const StridedElements& in, const StridedElements& out, std::int64_t in_head,
-                                  std::int64_t out_head) const {
+                                  std::int64_t out_head, bool stream) const {
   auto batch = batches_.begin();
   std::int64_t first = 0;  // number of the head's first scale in its batch
   for (std::int64_t h = 0; h < heads_; ++h) {
     for (std::int64_t c = 0; c < columns_; c += kBatch)
       convert_strided_columns(kernels_, in.at(h * in_head + c * in.stride), out.at(h * out_head + c * out.stride),
-                              std::min(kBatch, columns_ - c), **(batch + c / kBatch), first);
+                              std::min(kBatch, columns_ - c), **(batch + c / kBatch), first, stream);
     first += columns_;
     if (first >= heads_per_batch_ * columns_) first = 0, batch += core::ceil_div(columns_, kBatch);
   }

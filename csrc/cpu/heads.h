@@ -18,15 +18,15 @@ class HeadScales {
   // The columns of all heads, which are `in_head` and `out_head` elements apart; for `stream` see Rows.
   void convert(const StridedElements& in, const StridedElements& out, std::int64_t in_head, std::int64_t out_head,
                bool stream = false) const {
-    if (!batches_.empty()) return convert_channels(in, out, in_head, out_head);
+    if (!batches_.empty()) return convert_channels(in, out, in_head, out_head, stream);
     convert_strided_rows(kernels_, in, out, columns_, {heads_, in_head, out_head, one_scale_ ? 0 : 1, stream}, rows_);
   }
 
  private:
   static constexpr std::int64_t kBatch = ColumnScales::kMaxCount;
   void load_channels(const core::PagedScales& scales);
-  void convert_channels(const StridedElements& in, const StridedElements& out, std::int64_t in_head,
-                        std::int64_t out_head) const;
+  void convert_channels(const StridedElements& in, const StridedElements& out, std::int64_t in_head, std::int64_t out_head,
+                        bool stream) const;
 
   const ElementwiseKernels kernels_;
   const std::int64_t heads_, columns_;

@@ -98,10 +98,10 @@ void convert_strided_rows(const ElementwiseKernels& kernels, const StridedElemen
 }
 
 void convert_strided_columns(const ElementwiseKernels& kernels, const StridedElements& in, const StridedElements& out,
-                             std::int64_t columns, const ColumnScales& scales, std::int64_t first) {
-  if (in.stride == 1 && out.stride == 1) return kernels.columns(in.data, out.data, columns, scales, first);
+                             std::int64_t columns, const ColumnScales& scales, std::int64_t first, bool stream) {
+  if (in.stride == 1 && out.stride == 1) return kernels.columns(in.data, out.data, columns, scales, first, stream);
   convert_staged(in, out, columns, [&](const void* from, void* to, std::int64_t n, std::int64_t i) {
-    kernels.columns(from, to, n, scales, first + i);
+    kernels.columns(from, to, n, scales, first + i, false);
   });
 }
 

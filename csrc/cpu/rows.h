@@ -72,9 +72,9 @@ void convert_strided_rows(const ElementwiseKernels& kernels, const StridedElemen
 // The same with scales that aren't ready.
 void convert_strided_rows(const ElementwiseKernels& kernels, const StridedElements& in, const StridedElements& out,
                           std::int64_t columns, const Rows& rows, const float* scale);
-// One row of elements of any stride, each with a scale of its own: element i the number first + i.
+// One row of elements of any stride, each with a scale of its own: element i the number first + i; for `stream` see Rows.
 void convert_strided_columns(const ElementwiseKernels& kernels, const StridedElements& in, const StridedElements& out,
-                             std::int64_t columns, const ColumnScales& scales, std::int64_t first);
+                             std::int64_t columns, const ColumnScales& scales, std::int64_t first, bool stream = false);
 // Makes `count` scales ready that are `stride` apart.
 void load_row_scales(const ElementwiseKernels& kernels, RowScales& scales, const float* from, std::int64_t stride,
                      std::int64_t count);

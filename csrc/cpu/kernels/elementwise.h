@@ -282,7 +282,7 @@ void prepare_columns(ColumnScales& scales, std::int64_t count) {
   for (int i = 0; i < kLanes; ++i) scales.ordinary &= ordinary[i] != 0;
 }
 
-template <class Op>
+template <bool kStream, class Op>
 FP8KV_INLINE void convert_row_of_columns(const Op& op, const typename Op::In* in, typename Op::Out* out, std::int64_t count,
                                          const ColumnScales& scales, std::int64_t first) {
   if (!scales.ordinary) [[unlikely]]
@@ -292,19 +292,20 @@ FP8KV_INLINE void convert_row_of_columns(const Op& op, const typename Op::In* in
     load4(high, scales.high + first + i);
     load4(low, scales.low + first + i);
     prefetch<typename Op::In, kTile>(in + i);
-    if (!op.template fast<false>(in + i, out + i, high, low)) [[unlikely]]
+    if (!op.template fast<kStream>(in + i, out + i, high, low)) [[unlikely]]
       convert_plain<Op>(in + i, out + i, kTile, scales.scale + first + i, 1);
   });
 }
 
 template <class Op>
-void convert_columns(const void* in_data, void* out_data, std::int64_t columns, const ColumnScales& scales,
-                     std::int64_t first) {
+void convert_columns(const void* in_data, void* out_data, std::int64_t columns, const ColumnScales& scales, std::int64_t first,
+                     bool stream) {
   const auto* in = static_cast<const typename Op::In*>(in_data);
   auto* out = static_cast<typename Op::Out*>(out_data);
   const Op op;
-  if (columns >= kTile) return convert_row_of_columns(op, in, out, columns, scales, first);
-  convert_short<Op>(in, out, columns, [&](auto* x, auto* y) { convert_row_of_columns(op, x, y, kTile, scales, first); });
+  if (stream && can_stream(out, columns)) return convert_row_of_columns<true>(op, in, out, columns, scales, first);
+  if (columns >= kTile) return convert_row_of_columns<false>(op, in, out, columns, scales, first);
+  convert_short<Op>(in, out, columns, [&](auto* x, auto* y) { convert_row_of_columns<false>(op, x, y, kTile, scales, first); });
 }
 
 }  // namespace

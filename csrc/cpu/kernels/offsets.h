@@ -10,6 +10,10 @@ template <class Real>
 void subtract_offsets(const void* in_data, const float* offsets, float* out, std::int64_t count) {
   const auto* in = static_cast<const Real*>(in_data);
   std::int64_t i = 0;
+  for (; i + kTile <= count; i += kTile) {
+    prefetch<Real, kTile>(in + i);
+    for (int k = 0; k < kTile; k += kLanes) store_vector(out + i + k, load(in + i + k) - load(offsets + i + k));
+  }
   for (; i + kLanes <= count; i += kLanes) store_vector(out + i, load(in + i) - load(offsets + i));
   if (i == count) return;
   Real rest[kLanes] = {};

@@ -48,8 +48,9 @@ struct ElementwiseKernels {
                std::int64_t first) = nullptr;
   // `scale` is set for this many columns.
   void (*prepare_columns)(ColumnScales& scales, std::int64_t columns) = nullptr;
-  // A row in which element i has the scale number first + i.
-  void (*columns)(const void* in, void* out, std::int64_t columns, const ColumnScales& scales, std::int64_t first) = nullptr;
+  // A row in which element i has the scale number first + i; for `stream` see Rows.
+  void (*columns)(const void* in, void* out, std::int64_t columns, const ColumnScales& scales, std::int64_t first,
+                  bool stream) = nullptr;
   // Kernels that quantize have it: finds the scales of rows from their largest magnitudes (AmaxKernels), and makes them ready.
   void (*dynamic_rows)(RowScales& scales, const std::int32_t* amax, std::int64_t count, float upper_bound) = nullptr;
 };

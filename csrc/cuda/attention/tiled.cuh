@@ -924,8 +924,9 @@ struct Work {
 
 // What the compiler knows of the arguments of a call: less code, which takes a short kernel most of its time, and fewer
 // registers. Usual: 16-bit queries and results, and nothing rare; with a column tile, one query per sequence. Plain: a usual
-// call without sinks and softcap, which cost it 1% and up to 5% of a short one.
-enum class Known { Nothing, Usual, Plain };
+// call without sinks and softcap, which cost it 1% and up to 5% of a short one. Channels: a plain call whose channels may have
+// scales and offsets, as INT8 caches have.
+enum class Known { Nothing, Usual, Plain, Channels };
 
 template <int kColumnTiles, bool kPerToken, Known kKnown>
 struct KnownCall {
@@ -933,20 +934,22 @@ struct KnownCall {
 
   static bool is(const AttentionLayout& l, const AttentionPlan& plan) {
     if (kColumnTiles == 1 && l.cu_query_lens.data) return false;
-    if (kKnown == Known::Plain && (l.sinks.data || l.softcap > 0.0f)) return false;
+    if (kKnown != Known::Usual && (l.sinks.data || l.softcap > 0.0f)) return false;
+    if (kKnown != Known::Channels && (l.k_offset.data || l.v_offset.data)) return false;
     const bool known_sinks = !l.sinks.data || l.sinks.dtype == DType::Float32 || l.sinks.dtype == DType::BFloat16;
-    return known_sinks && !l.seq_starts.data && !l.lse.data && !l.k_offset.data && !l.v_offset.data && !l.q_scale &&
-           l.sliding_window == 0 && l.query_dtype == DType::BFloat16 && l.out_dtype == DType::BFloat16 && l.out.dim == 1 &&
-           l.block_table.stride == 1 && l.seq_lens.stride == 1 && are_known(l.k_scale, l.v_scale) &&
-           plan.column_tiles == kColumnTiles && plan.column_warps == 1;
+    return known_sinks && !l.seq_starts.data && !l.lse.data && !l.q_scale && l.sliding_window == 0 &&
+           l.query_dtype == DType::BFloat16 && l.out_dtype == DType::BFloat16 && l.out.dim == 1 && l.block_table.stride == 1 &&
+           l.seq_lens.stride == 1 && are_known(l.k_scale, l.v_scale) && plan.column_tiles == kColumnTiles &&
+           plan.column_warps == 1;
   }
 
   __device__ static TiledArgs of(TiledArgs args) {
     AttentionLayout& l = args.layout;
     if constexpr (kColumnTiles == 1) l.cu_query_lens = {};
-    if constexpr (kKnown == Known::Plain) l.sinks = {}, l.softcap = 0.0f;
+    if constexpr (kKnown != Known::Usual) l.sinks = {}, l.softcap = 0.0f;
+    if constexpr (kKnown != Known::Channels) l.k_offset = l.v_offset = {};
     l.sinks.dtype = l.sinks.dtype == DType::Float32 ? DType::Float32 : DType::BFloat16;
-    l.seq_starts = {}, l.lse = {}, l.k_offset = l.v_offset = {};
+    l.seq_starts = {}, l.lse = {};
     l.q_scale = nullptr, l.sliding_window = 0;
     l.query_dtype = l.out_dtype = DType::BFloat16;
     l.out.dim = l.block_table.stride = l.seq_lens.stride = 1;
@@ -955,8 +958,9 @@ struct KnownCall {
       l.k_scale.dim = 0;
       l.v_scale = {l.v_scale.data, l.k_scale.block, l.k_scale.offset, l.k_scale.head, 0};
     } else {
-      l.k_scale = {l.k_scale.data, 0, 0, l.k_scale.head, 0};
-      l.v_scale = {l.v_scale.data, 0, 0, l.v_scale.head, 0};
+      constexpr bool kDims = kKnown == Known::Channels;
+      l.k_scale = {l.k_scale.data, 0, 0, l.k_scale.head, kDims ? l.k_scale.dim : 0};
+      l.v_scale = {l.v_scale.data, 0, 0, l.v_scale.head, kDims ? l.v_scale.dim : 0};
     }
     args.plan.column_tiles = kColumnTiles, args.plan.column_warps = 1, args.plan.columns = kColumnTiles * core::kColumnTile;
     return args;
@@ -964,7 +968,7 @@ struct KnownCall {
 
  private:
   static bool are_known(const core::ChannelScales& k, const core::ChannelScales& v) {
-    if (!k.data || !v.data || k.dim != 0 || v.dim != 0) return false;
+    if (!k.data || !v.data || (kKnown != Known::Channels && (k.dim != 0 || v.dim != 0))) return false;
     if (!kPerToken) return !k.per_token() && !v.per_token();
     return k.offset != 0 && k.block == v.block && k.offset == v.offset && k.head == v.head;
   }

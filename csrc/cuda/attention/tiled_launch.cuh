@@ -81,9 +81,12 @@ void launch_tiled(const AttentionLayout& layout, const AttentionPlan& plan, void
   core::visit_quantized(layout.cache_dtype, [&]<class Fp8>(core::Type<Fp8>) {
     const auto launch = [&]<int kColumnTiles>(std::integral_constant<int, kColumnTiles>) {
       const auto with = [&]<bool kPerToken>(std::bool_constant<kPerToken>) {
-        if constexpr (kColumnTiles == 1 && !kPerToken)
+        if constexpr (kColumnTiles == 1 && !kPerToken) {
           if (KnownCall<kColumnTiles, kPerToken, Known::Plain>::is(layout, plan))
             return launch_tiled_kernel<Fp8, kHeadSize, kColumnTiles, kPerToken, Known::Plain>(args, stream);
+          if (KnownCall<kColumnTiles, kPerToken, Known::Channels>::is(layout, plan))
+            return launch_tiled_kernel<Fp8, kHeadSize, kColumnTiles, kPerToken, Known::Channels>(args, stream);
+        }
         if constexpr (kColumnTiles == 1 || !kPerToken)
           if (KnownCall<kColumnTiles, kPerToken, Known::Usual>::is(layout, plan))
             return launch_tiled_kernel<Fp8, kHeadSize, kColumnTiles, kPerToken, Known::Usual>(args, stream);

@@ -74,6 +74,7 @@ struct GroupGrid {
   std::uint32_t count;
   device::FastDiv row, group, row_block;
   std::uint32_t row_scale, group_scale;
+  std::uint32_t rest;  // elements behind the last item
 
   GroupGrid(const core::GroupGrid& grid, std::int64_t numel, int unit)
       : count(static_cast<std::uint32_t>(numel / unit)),
@@ -81,7 +82,8 @@ struct GroupGrid {
         group(grid.group / unit),
         row_block(grid.row_block),
         row_scale(static_cast<std::uint32_t>(grid.row_scale)),
-        group_scale(static_cast<std::uint32_t>(grid.group_scale)) {}
+        group_scale(static_cast<std::uint32_t>(grid.group_scale)),
+        rest(static_cast<std::uint32_t>(numel % unit)) {}
 
   __device__ __forceinline__ std::uint64_t scale_of(std::uint32_t row_index, std::uint32_t group_in_row) const {
     return std::uint64_t{row_block.div(row_index)} * row_scale + std::uint64_t{group_in_row} * group_scale;
@@ -97,7 +99,8 @@ struct GroupGrid {
   }
 };
 
-// A thread takes kVecs vectors, a block apart. Beyond the end it repeats the last one.
+// A thread takes kVecs vectors, a block apart. Beyond the end it repeats the last one. Where there is one scale, elements may
+// be left behind the last vector.
 template <class Op, class In, class Out, core::Groups kGroups, int kVecs>
 __global__ void __launch_bounds__(256)
     elementwise_contiguous(const In* input, Out* result, const float* scales, const __grid_constant__ GroupGrid grid) {
@@ -122,6 +125,12 @@ __global__ void __launch_bounds__(256)
   multiply_vecs<Op>(raw, converted, [&](int k, int) { return prepared[k]; });
 #pragma unroll
   for (int k = 0; k < kVecs; ++k) device::store_aligned(result + std::int64_t{vec[k]} * kVecSize, converted[k]);
+  if constexpr (kGroups == core::Groups::One) {
+    if (blockIdx.x == 0 && threadIdx.x < grid.rest) {
+      const std::int64_t i = std::int64_t{grid.count} * kVecSize + threadIdx.x;
+      result[i] = device::convert_element<Op, Out>(input[i], prepared[0]);
+    }
+  }
   if (divide) {
 #pragma unroll
     for (int k = 0; k < kVecs; ++k) {
