@@ -98,8 +98,10 @@ def beside(names: Sequence[str], *geometry: int, shapes: Sequence[Shape] = ()) -
 
 
 def peers(name: str, others: Sequence[str], *geometry: int, shapes: Sequence[Shape] = ()) -> str:
-    """Microseconds: ours / the others', "-" where one can't do it."""
+    """Microseconds: ours / those of the others that were measured, "-" where one can't do it."""
     results = Results(name)
+    measured = {other for row in results.rows.values() for other in row["peers"]}
+    others = [other for other in others if other in measured]
 
     def cell(work: str, shape: Shape) -> str:
         row = results.rows.get((work, shape))
@@ -190,6 +192,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode cpu": lambda: times("decode_cpu", 32, 8, 128, threads=1),
     "attention h200": lambda: attention("attention_h200"),
     "attention peers h200": lambda: attention("attention_h200_peers"),
+    "attention int8 h200": lambda: attention("attention_h200_int8"),
     "attention cpu": lambda: attention("attention_cpu", threads=1),
     "host": lambda: host({"H200": "h200", "H100": "h100", "CPU": "cpu"}),
 }

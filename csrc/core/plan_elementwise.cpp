@@ -9,9 +9,6 @@ namespace {
 // From this number of vectors on the device is full, and a thread takes two.
 constexpr std::int64_t kManyVecs = 1 << 18;
 
-// Elements of a tensor that has as many vectors as there can be elements behind the last one.
-constexpr std::int64_t kLeastBeforeRest = kVecSize * kVecSize;
-
 constexpr int kChannelThreads = 128;  // per block of the kernels per column, but for two rows per thread
 
 // Three groups in a unit are slow. They are rare where only the last group of a row is that small, and rows are long.
@@ -155,8 +152,8 @@ ElementwisePlan plan_elementwise(const Chunk& chunk, const TensorView& input, co
   const std::optional<GroupGrid> grid = grid_of(layout);
   ElementwisePlan plan;
   if (goes_across_groups(chunk, input, result)) {
-    const bool one_scale = grid->group == layout.numel && layout.numel >= kLeastBeforeRest;
-    plan = one_scale ? plan_contiguous(*grid, layout.numel) : plan_across_groups(*grid, layout.numel);
+    const bool many_of_one_scale = grid->group == layout.numel && layout.numel / kVecSize >= kManyVecs;
+    plan = many_of_one_scale ? plan_contiguous(*grid, layout.numel) : plan_across_groups(*grid, layout.numel);
   } else if (layout.flat_rows || !contiguous_rows(layout) || (!aligned && layout.inner().size < kVecSize)) {
     plan.outer_dims = layout.ndim;
     plan.work = layout.numel;

@@ -63,9 +63,7 @@ bool fits_many_heads(const RopeLayout& layout) {
 // More vectors of Q, K and V than these are worth it: about what a large GPU has threads for at once.
 std::int64_t least_for_many_heads(const RopeLayout& layout) {
   if (layout.cache.has_channels()) return 1 << 19;
-  if (layout.has_norm()) return 5 << 15;
-  const bool in_pairs = layout.num_heads % 2 == 0 && layout.cache.num_heads % 2 == 0;
-  return in_pairs ? 7 << 15 : 8 << 15;  // three heads and more per thread leave fewer threads
+  return layout.has_norm() ? 5 << 15 : 7 << 15;
 }
 
 // Of a block, for one of its tokens: as many as K takes, so that few have nothing to do, but enough for Q to take at most 64

@@ -66,7 +66,8 @@ const KernelOf kKernels[] = {
     {"heads_of_many_rows", quantize_problem(1031, 2048, {-1, 128}), Kernel::RowsOfBlocks, KernelPath::Vectorized},
     {"blocks_4d", blocks_4d({2, 3, 4, 16}, {2, 1, 4, 1}), Kernel::Vectorized, KernelPath::Vectorized},
     {"padded_rows", with_input_pitch(quantize_problem(16, 64, {-1, -1}), 72), Kernel::Vectorized, KernelPath::Vectorized},
-    {"odd_tensor", quantize_problem(10, 131, {-1, -1}), Kernel::Contiguous, KernelPath::Vectorized},
+    {"odd_tensor", quantize_problem(10, 131, {-1, -1}), Kernel::AcrossGroups, KernelPath::Vectorized},
+    {"large_odd_tensor", quantize_problem(4097, 5137, {-1, -1}), Kernel::Contiguous, KernelPath::Vectorized},
     {"odd_rows", quantize_problem(10, 131, {1, -1}), Kernel::AcrossGroups, KernelPath::Vectorized},
     {"odd_rows_padded", with_input_pitch(quantize_problem(10, 131, {1, -1}), 132), Kernel::VectorizedUnaligned,
      KernelPath::Vectorized},
@@ -203,11 +204,11 @@ void expect_scales(const StaticQuantize& p, GroupShape shape) {
 }
 
 TEST(PlanElementwise, AGridOfGroupsHasTheScaleOfEveryElement) {
-  for (GroupShape shape : {GroupShape{1, -1}, {5, -1}, {-1, 20}, {-1, 52}, {1, 20}, {3, 20}, {-1, 105}, {3, 104}}) {
+  for (GroupShape shape : {GroupShape{-1, -1}, {1, -1}, {5, -1}, {-1, 20}, {-1, 52}, {1, 20}, {3, 20}, {-1, 105}, {3, 104}}) {
     SCOPED_TRACE(std::to_string(shape.rows) + ", " + std::to_string(shape.cols));
     for (std::int64_t cols : {105, 100 + 20, 100 + 18}) {
       const StaticQuantize p = quantize_problem(11, cols, shape);
-      if (across_groups(p) && p.scale.numel() > 1) expect_scales(p, shape);
+      if (across_groups(p)) expect_scales(p, shape);
     }
   }
   expect_scales(quantize_problem(11, 105, {1, -1}), {1, -1});
@@ -223,15 +224,14 @@ TEST(PlanElementwise, UnitsGoAcrossGroupsOnlyWhereVectorsDoNotFit) {
   EXPECT_FALSE(across_groups(quantize_problem(11, 105, {-1, 1}))) << "a scale for each column";
 }
 
-TEST(PlanElementwise, OneScaleNeedsNoUnits) {
+TEST(PlanElementwise, ALargeTensorOfOneScaleNeedsNoUnits) {
   const ElementwisePlan plan = plan_of(quantize_problem(4097, 5137, {-1, -1}));
   EXPECT_EQ(plan.kernel, Kernel::Contiguous);
   EXPECT_EQ(plan.groups, Groups::One);
   EXPECT_EQ(plan.vecs_per_thread, 2);
   EXPECT_EQ(plan.work, 4097 * 5137 / kVecSize) << "the rest is 1 element";
-  EXPECT_EQ(plan_of(quantize_problem(1, 63, {-1, -1})).kernel, Kernel::AcrossGroups)
-      << "fewer vectors than a rest has elements";
-  EXPECT_EQ(plan_of(quantize_problem(1, 65, {-1, -1})).kernel, Kernel::Contiguous);
+  EXPECT_EQ(plan_of(quantize_problem(1, (1 << 21) + 1, {-1, -1})).kernel, Kernel::Contiguous);
+  EXPECT_EQ(plan_of(quantize_problem(1, (1 << 21) - 1, {-1, -1})).kernel, Kernel::AcrossGroups) << "single vectors";
 }
 
 TEST(PlanElementwise, UnitsOfManyGroupsAreAvoided) {

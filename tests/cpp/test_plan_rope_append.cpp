@@ -82,8 +82,6 @@ TEST(PlanRopeAppend, NothingIsSharedWithoutRope) {
 
 TEST(PlanRopeAppend, HeadsAreSharedEvenly) {
   EXPECT_EQ(share_of(rope_of(1400, 3, 64, 64)), (Share{1, 1, 1}));
-  EXPECT_EQ(share_of(rope_of(1820, 3, 64, 64)), (Share{1, 1, 1}));
-  EXPECT_EQ(share_of(rope_of(1821, 3, 64, 64)), (Share{2, 2, 3}));
   EXPECT_EQ(share_of(with_norm(rope_of(1400, 3, 64, 64), 64)), (Share{2, 2, 3}));
   EXPECT_EQ(share_of(rope_of(16384, 3, 64, 64)), (Share{2, 4, 3}));
   EXPECT_EQ(share_of(rope_of(4096, 5, 64, 64)), (Share{2, 4, 5}));

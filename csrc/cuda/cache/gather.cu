@@ -346,58 +346,36 @@ __global__ void __launch_bounds__(128, 6) gather_tokens(const __grid_constant__ 
   const auto [head, vec] = p.vecs_per_head.divmod(vec_in_token);
   const std::uint32_t column = vec * kVecSize, first = batch * kTokens;
   device::wait_then_release();
-  const auto channels_of = [&, head = head](const KVViews& kv) {
-    return load_channels<Op, In, kChannels>(kv, kv.scales.data + head * kv.scales.head, head, {column});
-  };
-  constexpr bool kEarly = kTokens == 1;  // few tokens: the parameters are asked for before the token is found
-  device::Channels<Op> early[kEarly ? 2 : 1];
-  if constexpr (kEarly) {
-#pragma unroll
-    for (int s = 0; s < 2; ++s)
-      if (s < p.sides) early[s] = channels_of(p.kv[s]);
-  }
+  SequenceFinder finder(p.sequences);
+  Span sequence = kBeforeAll;
   Place places[kTokens];
   Vec<In> raw[2][kTokens] = {};
-  const auto load = [&, head = head](int t) {
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    const std::uint32_t token = p.first_token + first + t;
+    const bool wanted = first + t < p.num_tokens;
+    // Most tokens lie behind the one before, in the same block.
+    const Place before = places[t > 0 ? t - 1 : 0];
+    const bool follows = wanted && static_cast<int>(token) < sequence.end && before.block < p.sequences.num_blocks &&
+                         before.offset + 1 < p.block_size.divisor;
+    if (t > 0 && __all_sync(0xffffffffu, follows)) {
+      places[t] = {before.block, before.offset + 1};
+    } else {
+      finder.advance(token, wanted, sequence);
+      if (wanted) places[t] = p.sequences.place(token, sequence, p.block_size);
+    }
     const auto [block, offset] = places[t];
-    if (block >= p.sequences.num_blocks) return;
+    if (block >= p.sequences.num_blocks) continue;
 #pragma unroll
     for (int s = 0; s < 2; ++s)
       if (s < p.sides) raw[s][t] = device::load_aligned(row<const In>(p.kv[s].cache, block, offset, head) + column);
-  };
-  if constexpr (kTokens == 1) {
-    places[0] = find_place(p, p.first_token + first, first < p.num_tokens);
-    load(0);
-  } else {
-    SequenceFinder finder(p.sequences);
-    Span sequence = kBeforeAll;
-#pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
-      const std::uint32_t token = p.first_token + first + t;
-      const bool wanted = first + t < p.num_tokens;
-      // Most tokens lie behind the one before, in the same block.
-      const Place before = places[t > 0 ? t - 1 : 0];
-      const bool follows = wanted && static_cast<int>(token) < sequence.end && before.block < p.sequences.num_blocks &&
-                           before.offset + 1 < p.block_size.divisor;
-      if (t > 0 && __all_sync(0xffffffffu, follows)) {
-        places[t] = {before.block, before.offset + 1};
-      } else {
-        finder.advance(token, wanted, sequence);
-        if (wanted) places[t] = p.sequences.place(token, sequence, p.block_size);
-      }
-      load(t);
-    }
   }
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
     if (s >= p.sides) break;
     const KVViews& kv = p.kv[s];
     const float* scale = kv.scales.data + head * kv.scales.head;
-    device::Channels<Op> channels;
-    if constexpr (kEarly)
-      channels = early[s];
-    else
-      channels = channels_of(kv);
+    auto channels = load_channels<Op, In, kChannels>(kv, scale, head, {column});
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
       const auto [block, offset] = places[t];
