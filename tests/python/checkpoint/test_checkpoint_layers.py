@@ -66,12 +66,15 @@ def kinds(folder: Path) -> list[tuple[str, int | None]]:
                           "moe"]},
          [1, 2, 3]),
         ({"use_cla": True, "cla_share_factor": 2}, [0, 2, 4]),
+        ({"kv_reuse_group": [[1, 2, 3]], "kv_reuse_every_i_layer": -1}, [0, 1, 4]),
+        ({"kv_reuse_group": None, "kv_reuse_every_i_layer": 2}, [0, 2, 4]),
+        ({"mb_per_layer": 2, "num_hidden_layers": 8}, [1, 3, 5]),
     ],
     ids=["Kimi", "flash-linear-attention", "Mamba 2", "Zamba 2", "Ling", "MiniCPM-SALA", "hybrid", "types",
-         "Hunyuan"],
+         "Hunyuan", "Hymba", "Hymba, a period", "Phi-4-mini-flash"],
 )  # fmt: skip
 def test_layers_with_attention(tmp_path: Path, changes: dict[str, Any], layers: list[int]) -> None:
-    loaded = load_kv_scales(write_checkpoint(tmp_path, scales(dict.fromkeys(layers, 4)), fields(5, **changes)))
+    loaded = load_kv_scales(write_checkpoint(tmp_path, scales(dict.fromkeys(layers, 4)), fields(5) | changes))
     assert (list(loaded), loaded.problems) == (layers, [])
 
 

@@ -139,6 +139,11 @@ def _every_and_rest(value: Any, num_layers: int) -> set[int] | None:
     return last | set(range(num_layers // interval * interval, num_layers))
 
 
+def _but_every(value: Any, num_layers: int) -> set[int] | None:
+    interval = positive(value)
+    return None if interval is None else {n for n in range(num_layers) if n % interval != 0}
+
+
 def _repeated(value: Any, num_layers: int) -> set[int] | None:
     return _by_type((value * num_layers)[:num_layers], num_layers) if isinstance(value, list) else None
 
@@ -158,6 +163,7 @@ _LAYER_RULES: tuple[tuple[str, Callable[[Any, int], set[int] | None], str], ...]
     ("hybrid_layer_ids", _by_index, "Zamba 2"),
     ("full_attention_interval", _every, "Qwen3-Next"),
     ("layer_group_size", _every_and_rest, "Ling 2.5 and Ring, linear"),
+    ("mb_per_layer", _but_every, "Phi-4-mini-flash"),
     ("block_types", _repeated, "RecurrentGemma"),
 )
 #: Fields with a type for each layer.
@@ -207,10 +213,16 @@ def _with_attention(config: Mapping[str, Any], num_layers: int) -> tuple[Collect
 
 def _with_own_cache(config: Mapping[str, Any], num_layers: int) -> Iterator[int]:
     """The layers that do not reuse the keys and values of earlier ones."""
-    shared = positive(config.get("num_kv_shared_layers")) or 0  # Gemma 3n and 4: the last ones
+    end = num_layers - (positive(config.get("num_kv_shared_layers")) or 0)  # Gemma 3n and 4
+    if positive(config.get("mb_per_layer")) is not None:  # Phi-4-mini-flash: its second half
+        end = min(end, num_layers // 2 + 2)
     factor = positive(config.get("cla_share_factor")) if config.get("use_cla") else None  # Hunyuan
-    for n in range(max(0, num_layers - shared)):
-        if n % (factor or 1) == 0:
+    groups = config.get("kv_reuse_group")  # Hymba: the first of a group has the cache
+    if not isinstance(groups, list):
+        factor, groups = factor or positive(config.get("kv_reuse_every_i_layer")), []
+    others = [n for group in groups if isinstance(group, list) for n in group[1:]]
+    for n in range(max(0, end)):
+        if n % (factor or 1) == 0 and n not in others:
             yield n
 
 
