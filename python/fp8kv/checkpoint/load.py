@@ -370,7 +370,7 @@ class _Examination:
 
     def _read_tensors(self) -> None:
         if not self.is_json:
-            self.models, problems = take_inventory(self.path)
+            self.models, problems = take_inventory(self.path, self.config)
             self.complete = not problems
             self.add(problems)
             return
