@@ -370,7 +370,7 @@ class _Examination:
 
     def _read_tensors(self) -> None:
         if not self.is_json:
-            self.models, problems = take_inventory(self.path)
+            self.models, problems = take_inventory(self.path, self.config)
             self.complete = not problems
             self.add(problems)
             return
@@ -387,12 +387,18 @@ class _Examination:
             self.add([make_problem("sources-differ", message, value=model_type)])
 
     def _find_layers(self, name: str) -> None:
-        alone = sum(bool(x.attention) for x in self.models.values()) <= 1
-        self.config = section_of_model(self.config, name, side=self.tensors.is_side and not alone)
         tensors = self.tensors
         with_scales = tensors.layers_with_scales | {x.layer for x in tensors.unknown if x.layer is not None}
+        alone = sum(bool(x.attention) for x in self.models.values()) <= 1
+        side = tensors.is_side and not (alone and self._is_described(name, with_scales))
+        self.config = section_of_model(self.config, name, side=side)
         self.layers = with_tensors(layers_of_config(self.config), self.config, tensors.attention, tensors.present, with_scales)
         self.result.heads = None if self.layers is None else self.layers.heads
+
+    def _is_described(self, name: str, with_scales: Collection[int]) -> bool:
+        """Whether the config is of this model, the only one; next to a draft, it may be that of the whole model."""
+        layers = layers_of_config(section_of_model(self.config, name))
+        return self.tensors.is_tower or layers is None or len(layers.heads) <= len({*self.tensors.attention, *with_scales})
 
     def _find_scheme(self) -> None:
         """Fills in from the tensors what the config leaves open."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoint_files import config, scheme, write_checkpoint
@@ -65,12 +66,15 @@ def kinds(folder: Path) -> list[tuple[str, int | None]]:
                           "moe"]},
          [1, 2, 3]),
         ({"use_cla": True, "cla_share_factor": 2}, [0, 2, 4]),
+        ({"kv_reuse_group": [[1, 2, 3]], "kv_reuse_every_i_layer": -1}, [0, 1, 4]),
+        ({"kv_reuse_group": None, "kv_reuse_every_i_layer": 2}, [0, 2, 4]),
+        ({"mb_per_layer": 2, "num_hidden_layers": 8}, [1, 3, 5]),
     ],
     ids=["Kimi", "flash-linear-attention", "Mamba 2", "Zamba 2", "Ling", "MiniCPM-SALA", "hybrid", "types",
-         "Hunyuan"],
+         "Hunyuan", "Hymba", "Hymba, a period", "Phi-4-mini-flash"],
 )  # fmt: skip
 def test_layers_with_attention(tmp_path: Path, changes: dict[str, Any], layers: list[int]) -> None:
-    loaded = load_kv_scales(write_checkpoint(tmp_path, scales(dict.fromkeys(layers, 4)), fields(5, **changes)))
+    loaded = load_kv_scales(write_checkpoint(tmp_path, scales(dict.fromkeys(layers, 4)), fields(5) | changes))
     assert (list(loaded), loaded.problems) == (layers, [])
 
 
@@ -161,6 +165,78 @@ def test_other_fields_explain_nothing(tmp_path: Path, other: dict[str, Any]) -> 
     assert kinds(tmp_path) == [("layer-missing", 0), ("layer-missing", 2)]
 
 
+@pytest.mark.parametrize("types", [["jet", "jet", "attn", "swa"], ["mlstm", "slstm", "full_attention", "hybrid"]], ids=str)
+@pytest.mark.parametrize("kind", ["without weights", "with weights"])
+def test_types_that_are_not_known_need_no_scales_if_all_others_have_some(tmp_path: Path, types: list[str], kind: str) -> None:
+    """Linear attention may have projections to keys."""
+    shapes = weights({n: {"q_proj": 128, "k_proj": 64} for n in range(4)}) if kind == "with weights" else {}
+    given = fields(4, layer_types=types)
+    loaded = load_kv_scales(write_checkpoint(tmp_path / "a", shapes | scales({2: 4, 3: 4}), given))
+    assert list(loaded) == [2, 3]
+    assert [(p.kind, p.severity, p.value) for p in loaded.problems] == [("layers-inferred", "note", "2")]
+    write_checkpoint(tmp_path / "b", shapes | scales({2: 4}), given)  # 3 is of a known type
+    assert kinds(tmp_path / "b") == [("layer-missing", 0), ("layer-missing", 1), ("layer-missing", 3)]
+
+
+def test_a_layer_of_a_type_that_is_not_known_needs_scales_if_another_of_its_type_has_some(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, scales({0: 4, 2: 4}), fields(3, layer_types=["a", "a", "full_attention"]))
+    assert kinds(tmp_path) == [("layer-missing", 1)]
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"attn_layer_indices": []},
+        {"full_attention_interval": 4},
+        {"layer_types": [None, None]},
+        {"hybrid_override_pattern": "MM"},
+    ],
+    ids=str,
+)
+def test_a_field_that_selects_no_layer_says_nothing(tmp_path: Path, field: dict[str, Any]) -> None:
+    loaded = load_kv_scales(write_checkpoint(tmp_path / "a", scales({0: 4, 1: 4}), fields(2, **field)))
+    assert (list(loaded), loaded.problems) == ([0, 1], [])
+    write_checkpoint(tmp_path / "b", scales({0: 4}), fields(2, **field))
+    assert kinds(tmp_path / "b") == [("layer-missing", 1)]
+
+
+def test_a_field_that_selects_other_layers_than_the_tensors_do(tmp_path: Path) -> None:
+    """Counted from one, it selects 1 and 3."""
+    field = {"attn_layer_indices": [2, 4]}
+    tensors = weights({1: {"k_proj": 64}, 3: {"k_proj": 64}}) | weights({n: {"in_proj": 8} for n in (0, 2, 4)}, "linear_attn")
+    loaded = load_kv_scales(write_checkpoint(tmp_path / "a", tensors | scales({1: 4, 3: 4}), fields(5, **field)))
+    assert (list(loaded), loaded.problems) == ([1, 3], [])
+    # Without weights, or with keys where the field says, the scales may be those of other layers.
+    tensors = weights({2: {"k_proj": 64}, 4: {"k_proj": 64}})
+    for n, others in enumerate(({}, tensors)):
+        write_checkpoint(tmp_path / str(n), others | scales({1: 4, 3: 4}), fields(5, **field))
+        assert ("layer-missing", None) in kinds(tmp_path / str(n))
+
+
+def zamba(**changes: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Layers 1 and 3 share the weights of their attention, which are stored with layer 1."""
+    name = "model.layers.1.shared_transformer.self_attn"
+    tensors = {f"{name}.{x}_proj.weight": torch.ones(rows, 4) for x, rows in (("q", 128), ("k", 64), ("v", 64))}
+    tensors |= {f"model.layers.{n}.mamba.in_proj.weight": torch.ones(2, 2) for n in range(4)}
+    return tensors, fields(4, layers_block_type=["mamba", "hybrid"] * 2, **changes)
+
+
+def test_layers_whose_weights_are_stored_with_another_need_scales(tmp_path: Path) -> None:
+    tensors, given = zamba()
+    loaded = load_kv_scales(write_checkpoint(tmp_path / "a", tensors | scales({1: 4, 3: 4}), given))
+    assert (list(loaded), loaded.problems) == ([1, 3], [])
+    write_checkpoint(tmp_path / "b", tensors | scales({1: 4}), given)
+    assert kinds(tmp_path / "b") == [("layer-missing", 3)]
+
+
+def test_layers_without_attention_need_none_if_the_config_tells_no_layers_apart(tmp_path: Path) -> None:
+    """Their attention was removed after training."""
+    tensors = weights({n: {"k_proj": 64} for n in (0, 2)}) | {"model.layers.1.mlp.up_proj.weight": torch.ones(2, 2)}
+    given = fields(3, layer_types=["full_attention"] * 3)
+    loaded = load_kv_scales(write_checkpoint(tmp_path, tensors | scales({0: 4, 2: 4}), given))
+    assert (list(loaded), loaded.problems) == ([0, 2], [])
+
+
 # Heads, from tensors
 
 
@@ -219,6 +295,52 @@ def test_numbers_of_heads_by_layer_are_saved_and_loaded(tmp_path: Path, changes:
     KVScales(layers, KVCacheScheme("attn_head", observer="static_minmax")).save(tmp_path / "out", tmp_path / "model")
     loaded = load_kv_scales(tmp_path / "out")
     assert (heads(loaded), loaded.problems) == ({0: 4, 1: 2}, [])
+
+
+def test_scales_of_layers_whose_weights_are_stored_with_another_are_saved(tmp_path: Path) -> None:
+    tensors, given = zamba(quantization_config=None)
+    write_checkpoint(tmp_path / "model", tensors, given)
+    layers = {n: LayerScales(q=None, k=torch.full((4,), 2.0**-n), v=torch.ones(4)) for n in (1, 3)}
+    KVScales(layers, KVCacheScheme("attn_head", observer="static_minmax")).save(tmp_path / "out", tmp_path / "model")
+    stored = load_file(tmp_path / "out/model.safetensors")
+    found = {name: x.flatten().tolist() for name, x in stored.items() if name.endswith("k_scale")}
+    stem = "model.layers.{}.shared_transformer.self_attn.k_scale"
+    assert found == {stem.format(1): [0.5] * 4, stem.format(3): [0.125] * 4}
+    loaded = load_kv_scales(tmp_path / "out")
+    assert (heads(loaded), loaded.problems) == ({1: 4, 3: 4}, [])
+    del layers[3]
+    with pytest.raises(ValueError, match=r"must have all 2 attention layers of .* got none for layer 3"):
+        KVScales(layers, KVCacheScheme("attn_head")).save(tmp_path / "out", tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("field", "layers"),
+    [({"layer_types": ["jet", "attn", "jet"]}, [1]), ({"attn_layer_indices": []}, [0, 1, 2])],
+    ids=["unknown types", "a field that selects no layer"],
+)
+def test_layers_are_saved_by_the_rules_of_loading(tmp_path: Path, field: dict[str, Any], layers: list[int]) -> None:
+    given = fields(3, quantization_config=None, **field)
+    write_checkpoint(tmp_path / "model", weights({n: {"q_proj": 128, "k_proj": 64} for n in range(3)}), given)
+    layer = LayerScales(q=None, k=torch.ones(4), v=torch.ones(4))
+    found = KVScales(dict.fromkeys(layers, layer), KVCacheScheme("attn_head", observer="static_minmax"))
+    found.save(tmp_path / "out", tmp_path / "model")
+    assert heads(load_kv_scales(tmp_path / "out")) == dict.fromkeys(layers, 4)
+
+
+@pytest.mark.parametrize("size", [1, 24])
+def test_scales_of_latent_attention_are_those_of_one_head(tmp_path: Path, size: int) -> None:
+    """Of its row of 16 + 8 channels; layer 1 is of another kind, with 4 KV heads."""
+    shapes = {0: {"q_proj": 192, "kv_a_proj_with_mqa": 24}, 1: {"q_proj": 128, "k_proj": 64}}
+    given = fields(2, kv_lora_rank=16, qk_rope_head_dim=8, quantization_config=None)
+    write_checkpoint(tmp_path / "model", weights(shapes), given)
+    strategy = "attn_head" if size == 1 else "channel"
+    sizes = {0: (1,), 1: (4,)} if size == 1 else {0: (1, 24), 1: (4, 16)}
+    layers = {n: LayerScales(q=None, k=torch.full(shape, 0.5), v=torch.full(shape, 0.5)) for n, shape in sizes.items()}
+    KVScales(layers, KVCacheScheme(strategy, observer="static_minmax")).save(tmp_path / "out", tmp_path / "model")
+    loaded = load_kv_scales(tmp_path / "out")
+    assert loaded.problems == []
+    assert {n: tuple(layer.k.shape) for n, layer in loaded.items() if layer.k is not None} == sizes
+    assert all(torch.equal(layer.k, layers[n].k) for n, layer in loaded.items() if layer.k is not None)
 
 
 def test_the_share_of_a_rank_is_not_taken_for_other_heads(tmp_path: Path) -> None:

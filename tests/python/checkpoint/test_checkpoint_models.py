@@ -130,6 +130,23 @@ def test_a_checkpoint_of_a_draft_alone(tmp_path: Path, stem: str) -> None:
     assert (keys_of(loaded), loaded.problems) == ({0: 0.125}, [])
 
 
+@pytest.mark.parametrize("stem", ["midlayer.self_attn", "draft_model.layers.0.self_attn", "mtp.layers.0.self_attn"])
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_a_file_of_a_draft_beside_the_config_of_the_whole_model(tmp_path: Path, stem: str, with_weights: bool) -> None:
+    weights = {f"{stem}.k_proj.weight": torch.ones(64, 4)} if with_weights else {}
+    write_checkpoint(tmp_path, weights | pair(stem, 0.125), config("tensor") | {"num_hidden_layers": 48})
+    loaded = load_kv_scales(tmp_path / "model.safetensors")
+    assert (keys_of(loaded), loaded.problems) == ({0: 0.125}, [])
+
+
+def test_a_draft_with_weights_of_a_layer_without_scales(tmp_path: Path) -> None:
+    weights = {f"mtp.layers.{n}.self_attn.k_proj.weight": torch.ones(64, 4) for n in range(2)}
+    for n, num_layers in enumerate((2, 48)):  # its own config, and that of the whole model
+        folder = write_checkpoint(tmp_path / str(n), weights | pair("mtp.layers.0.self_attn", 0.125),
+                                  config("tensor") | {"num_hidden_layers": num_layers})  # fmt: skip
+        assert [(p.kind, p.layer) for p in audit_checkpoint(folder)] == [("layer-missing", 1)]
+
+
 def test_a_vision_tower_is_never_taken_for_the_language_model(tmp_path: Path) -> None:
     tensors = layers("vision_tower.encoder.layers.{}.self_attn", 1.0, 1.0, 1.0)
     with pytest.raises(CheckpointError, match=r"No layer has scales.*there are some of vision_tower\.encoder\.layers"):

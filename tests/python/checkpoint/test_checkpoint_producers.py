@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoint_files import scheme, write_checkpoint
@@ -242,3 +243,31 @@ def test_a_quark_config_that_names_layers_one_by_one(tmp_path: Path) -> None:
     }  # fmt: skip
     loaded = load_kv_scales(checkpoint(tmp_path, quantization, 0, 2))
     assert findings(loaded) == [("layer-unquantized", "note", 1)]
+
+
+# TensorRT-LLM
+
+
+@pytest.mark.parametrize(
+    ("mapping", "files"),
+    [
+        ({"world_size": 1, "tp_size": 1, "pp_size": 1}, [[0, 1, 2, 3, 4]]),
+        ({"world_size": 2, "tp_size": 2, "pp_size": 1}, [[0, 1, 2, 3, 4]] * 2),
+        ({"world_size": 2, "tp_size": 1, "pp_size": 2}, [[0, 1, 2], [3, 4]]),
+        ({"world_size": 3, "tp_size": 1, "pp_size": 3}, [[0, 1], [2, 3], [4]]),
+        ({"world_size": 4, "tp_size": 2, "pp_size": 2}, [[0, 1, 2], [0, 1, 2], [3, 4], [3, 4]]),
+        ({"world_size": 4, "cp_size": 2, "pp_size": 2}, [[0, 1, 2], [0, 1, 2], [3, 4], [3, 4]]),
+    ],
+    ids=str,
+)
+def test_files_of_ranks_whose_layers_count_from_0(tmp_path: Path, mapping: dict[str, Any], files: list[list[int]]) -> None:
+    quantization = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
+    config = {**SIZES, "num_hidden_layers": 5, "mapping": mapping, "quantization": quantization}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    name = "transformer.layers.{}.attention.kv_cache_scaling_factor"
+    for rank, layers in enumerate(files):
+        tensors = {name.format(n - layers[0]): torch.tensor([2.0**-n]) for n in layers}
+        save_file(tensors, tmp_path / f"rank{rank}.safetensors")
+    loaded = load_kv_scales(tmp_path)
+    assert {n: layer.k.item() for n, layer in loaded.items() if layer.k is not None} == {n: 2.0**-n for n in range(5)}
+    assert {problem.kind for problem in loaded.problems} <= {"duplicate-scale"}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fp8kv._checks import listed
+from fp8kv.checkpoint._read.config import LAYERS, first_of, positive
 from fp8kv.checkpoint._read.files import find_files
 from fp8kv.checkpoint._read.layers import Attention
 from fp8kv.checkpoint._read.safetensors import StoredTensor, read_header
@@ -95,14 +97,44 @@ class ModelTensors:
 Models = dict[str, ModelTensors]
 
 
-def take_inventory(checkpoint: Path) -> tuple[Models, list[Problem]]:
-    """The attention of all models, from the headers of a .safetensors file or of all in a directory."""
+#: A file of TensorRT-LLM, and the number of a layer in it.
+_RANK_FILE = re.compile(r"rank(\d{1,5})\.safetensors")
+_LAYER_NUMBER = re.compile(r"(?<=layers\.)\d{1,4}(?=\.)")
+
+
+def take_inventory(checkpoint: Path, config: Mapping[str, Any]) -> tuple[Models, list[Problem]]:
+    """The attention of all models, from the headers of a .safetensors file or of all in a directory.
+
+    Args:
+        checkpoint: the file or directory.
+        config: that of the checkpoint, which says how TensorRT-LLM has distributed the layers over files.
+    """
     files, problems = find_files(checkpoint)
     named: dict[str, list[StoredTensor]] = defaultdict(list)
     for file, names in files.items():
+        first = _first_layer(file, config)
         for name, stored in _read_header(file, names, problems).items():
-            named[name].append(stored)
+            named[_renumbered(name, first)].append(stored)
     return sort_tensors(named), problems
+
+
+def _renumbered(name: str, first: int) -> str:
+    """The name of a tensor if the layer with the number 0 in it is `first`."""
+    return _LAYER_NUMBER.sub(lambda match: str(first + int(match[0])), name, count=1) if first else name
+
+
+def _first_layer(file: Path, config: Mapping[str, Any]) -> int:
+    """The layer that has the number 0 in a file: each stage of TensorRT-LLM's pipelines counts its own layers.
+
+    The first stages have one layer more than the last ones if there are not equally many for all.
+    """
+    mapping, match = config.get("mapping"), _RANK_FILE.fullmatch(file.name)
+    num_layers = positive(first_of(config, LAYERS))
+    if match is None or num_layers is None or not isinstance(mapping, dict):
+        return 0
+    stages, *inner = (positive(mapping.get(f"{kind}_size")) or 1 for kind in ("pp", "tp", "cp"))
+    stage = int(match[1]) // math.prod(inner)
+    return stage * (num_layers // stages) + min(stage, num_layers % stages)
 
 
 def sort_tensors(named: Mapping[str, list[StoredTensor]]) -> Models:

@@ -31,6 +31,8 @@ _ANY_HEAD_SIZE = re.compile(r"head_(?:dim|size)|kv_channels|d_kv")
 _NO_ATTENTION = re.compile(
     r"linear|mamba|ssm|conv|recurrent|delta|lightning|rwkv|kda|gdn|lru|hyena|identity|no_?op|^(?:moe|mlp|dense|none)$"
 )
+#: Types of layers with keys and values; what all others are is open.
+_ATTENTION = re.compile(r"att|full|sliding|sparse|swa|window|chunk|global|local|hybrid|minicpm")
 #: Types of layers that see a window of tokens.
 _WINDOW = re.compile(r"sliding|window|local|swa|chunked")
 #: Key projections, by any name.
@@ -53,6 +55,7 @@ class Layers:
 
     Attributes:
         heads: by index.
+        unsure: the layers among them whose type, which is the value, is not known to have attention.
         field: the config field that lists them; None: all layers are assumed to have attention.
         optional: layers that cache the output of another model, and may stay in 16 bits.
         apart: layers that are omitted, because `field` in the config distinguishes them from all layers with
@@ -60,6 +63,7 @@ class Layers:
     """
 
     heads: dict[int, Heads]
+    unsure: Mapping[int, str] = field(default_factory=dict)
     field: str | None = None
     optional: frozenset[int] = frozenset()
     apart: tuple[int, ...] = ()
@@ -135,6 +139,11 @@ def _every_and_rest(value: Any, num_layers: int) -> set[int] | None:
     return last | set(range(num_layers // interval * interval, num_layers))
 
 
+def _but_every(value: Any, num_layers: int) -> set[int] | None:
+    interval = positive(value)
+    return None if interval is None else {n for n in range(num_layers) if n % interval != 0}
+
+
 def _repeated(value: Any, num_layers: int) -> set[int] | None:
     return _by_type((value * num_layers)[:num_layers], num_layers) if isinstance(value, list) else None
 
@@ -154,28 +163,37 @@ _LAYER_RULES: tuple[tuple[str, Callable[[Any, int], set[int] | None], str], ...]
     ("hybrid_layer_ids", _by_index, "Zamba 2"),
     ("full_attention_interval", _every, "Qwen3-Next"),
     ("layer_group_size", _every_and_rest, "Ling 2.5 and Ring, linear"),
+    ("mb_per_layer", _but_every, "Phi-4-mini-flash"),
     ("block_types", _repeated, "RecurrentGemma"),
 )
+#: Fields with a type for each layer.
+_TYPES = {path for path, read, _ in _LAYER_RULES if read is _by_type}
 #: Layers that cache the output of a vision tower: Llama 3.2 Vision.
 _CROSS_LAYERS = "cross_attention_layers"
 
 
-def layers_of_config(config: Mapping[str, Any]) -> Layers | None:
-    """The layers with their own KV cache, from a model's config; None if it has no layers."""
+def layers_of_config(config: Mapping[str, Any], *, listed: bool = True) -> Layers | None:
+    """The layers with their own KV cache, from a model's config; None if it has no layers.
+
+    Args:
+        config: the model's.
+        listed: False: all layers are assumed to have attention, whatever the config says.
+    """
     types = _types(config)
     pattern = config.get("hybrid_override_pattern")
-    listed = types or (pattern if isinstance(pattern, str) else "")
-    num_layers = positive(first_of(config, LAYERS)) or len(listed)
+    num_layers = positive(first_of(config, LAYERS)) or len(types or (pattern if isinstance(pattern, str) else ""))
     if not 0 < num_layers <= _MOST_LAYERS:
         return None
-    with_attention, field = _with_attention(config, num_layers)
+    with_attention, field = _with_attention(config, num_layers) if listed else (range(num_layers), None)
     own = [n for n in _with_own_cache(config, num_layers) if n in with_attention]
-    if any(_block(config, n) for n in range(num_layers)):
+    if listed and any(_block(config, n) for n in range(num_layers)):
         field = field or "block_configs"
     cross = config.get(_CROSS_LAYERS)
     optional = frozenset(n for n in own if n in cross) if isinstance(cross, list) else frozenset()
     heads = {n: _heads(config, n, types) for n in own if not _is_without(_block(config, n))}
-    return Layers(heads, field, optional)
+    kinds = field_of(config, field) if field in _TYPES else []
+    unsure = {n: str(kind) for n, kind in enumerate(kinds) if n in heads and not _ATTENTION.search(str(kind).lower())}
+    return Layers(heads, unsure, field, optional)
 
 
 def _with_attention(config: Mapping[str, Any], num_layers: int) -> tuple[Collection[int], str | None]:
@@ -195,10 +213,16 @@ def _with_attention(config: Mapping[str, Any], num_layers: int) -> tuple[Collect
 
 def _with_own_cache(config: Mapping[str, Any], num_layers: int) -> Iterator[int]:
     """The layers that do not reuse the keys and values of earlier ones."""
-    shared = positive(config.get("num_kv_shared_layers")) or 0  # Gemma 3n and 4: the last ones
+    end = num_layers - (positive(config.get("num_kv_shared_layers")) or 0)  # Gemma 3n and 4
+    if positive(config.get("mb_per_layer")) is not None:  # Phi-4-mini-flash: its second half
+        end = min(end, num_layers // 2 + 2)
     factor = positive(config.get("cla_share_factor")) if config.get("use_cla") else None  # Hunyuan
-    for n in range(max(0, num_layers - shared)):
-        if n % (factor or 1) == 0:
+    groups = config.get("kv_reuse_group")  # Hymba: the first of a group has the cache
+    if not isinstance(groups, list):
+        factor, groups = factor or positive(config.get("kv_reuse_every_i_layer")), []
+    others = [n for group in groups if isinstance(group, list) for n in group[1:]]
+    for n in range(max(0, end)):
+        if n % (factor or 1) == 0 and n not in others:
             yield n
 
 
@@ -335,11 +359,17 @@ def with_tensors(
     makes_keys = {n for n, module in attention.items() if module.makes_keys}
     if layers is None:
         return Layers(dict.fromkeys(sorted(makes_keys), Heads())) if makes_keys else None
+    if layers.field is not None and with_scales and not layers.heads.keys() & {*with_scales, *makes_keys}:
+        every = with_tensors(layers_of_config(config, listed=False), {}, attention, present, with_scales)
+        # The field means something else if the tensors are complete without it.
+        if every is not None and (not layers.heads or every.heads.keys() <= set(with_scales)):
+            return every
     kept = set(layers.heads)
     if makes_keys:
-        kept -= set(present) - makes_keys - set(with_scales)
+        kept -= set(present) - makes_keys - set(with_scales) - with_tied_weights(layers, attention, present)
     if layers.field is not None or not kept & set(with_scales):
-        return replace(layers, heads={n: heads for n, heads in layers.heads.items() if n in kept})
+        heads = {n: heads for n, heads in layers.heads.items() if n in kept}
+        return _without_unknown_types(replace(layers, heads=heads), with_scales)
     field: str | None = None
     kinds = {attention[n].parts for n in with_scales if n in attention}
     if makes_keys:
@@ -351,6 +381,32 @@ def with_tensors(
     heads = {n: heads for n, heads in layers.heads.items() if n in kept}
     apart = tuple(n for n in layers.heads if n not in kept) if field else ()
     return replace(layers, heads=heads, field=field, apart=apart)
+
+
+def with_tied_weights(layers: Layers, attention: Collection[int], present: Collection[int]) -> set[int]:
+    """The layers whose attention is stored with another layer: each has its own cache (Zamba 2).
+
+    These are the layers without attention among the tensors that the config distinguishes from others, which
+    have none.
+
+    Args:
+        layers: as the config has them.
+        attention: the layers with an attention module.
+        present: the layers of which there is any tensor.
+    """
+    if layers.field is None or layers.heads.keys() >= set(present):
+        return set()
+    return {n for n in layers.heads if n in present and n not in attention and n not in layers.unsure}
+
+
+def _without_unknown_types(layers: Layers, with_scales: Collection[int]) -> Layers:
+    """Without the layers of unknown types of which none has scales, if all other layers have some."""
+    scaled = {layers.unsure.get(n) for n in with_scales}
+    apart = tuple(n for n in layers.heads if n in layers.unsure and layers.unsure[n] not in scaled)
+    heads = {n: heads for n, heads in layers.heads.items() if n not in apart}
+    if not apart or not heads or not heads.keys() <= set(with_scales):
+        return layers
+    return replace(layers, heads=heads, apart=apart)
 
 
 def with_counts(

@@ -53,7 +53,7 @@ def scale_tensors(
 
 
 def _modules_of_layers(scales: Scales, source: Source) -> dict[int, str]:
-    modules = source.attention_modules()
+    modules = source.attention_modules(scales)
     for index in modules:
         if index not in scales:
             raise ValueError(

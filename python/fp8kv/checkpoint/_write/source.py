@@ -14,7 +14,14 @@ import torch
 from fp8kv._dtypes import REAL_DTYPES, dtype_name
 from fp8kv.checkpoint._read.config import CONFIG_FILE, MODELOPT_FILE, NESTED, section_of_model
 from fp8kv.checkpoint._read.inventory import Models, ModelTensors, sort_tensors
-from fp8kv.checkpoint._read.layers import Heads, layers_of_config, with_counts, with_tensors
+from fp8kv.checkpoint._read.layers import (
+    Heads,
+    kv_heads_by_tensors,
+    layers_of_config,
+    with_counts,
+    with_tensors,
+    with_tied_weights,
+)
 from fp8kv.checkpoint._read.own_scales import FOLDER, JSON_FILE, TENSOR_FILE
 from fp8kv.checkpoint._read.safetensors import DTYPES, INDEX_FILE, StoredTensor, read_header
 from fp8kv.checkpoint.names import parse_scale_name
@@ -91,18 +98,27 @@ class Source:
         paths = (path.relative_to(self.folder) for path in _files(self.folder))
         return [path for path in paths if str(path) not in replaced]
 
-    def attention_modules(self) -> dict[int, str]:
+    def attention_modules(self, with_scales: Collection[int] = ()) -> dict[int, str]:
         """The names of the attention modules by layer, such as "model.layers.0.self_attn".
+
+        Args:
+            with_scales: the layers with scales to add.
 
         Raises:
             ValueError: there are none, or several models have some.
         """
-        model = self._model()
-        layers = with_tensors(layers_of_config(self._section()), {}, model.attention, model.present, ())
-        modules = {n: x.name for n, x in model.attention.items() if x.makes_keys and layers and n in layers.heads}
+        model, section = self._model(), self._section()
+        of_config = layers_of_config(section)
+        layers = with_tensors(of_config, section, model.attention, model.present, with_scales)
+        names = {n: x.name for n, x in model.attention.items() if x.makes_keys}
+        if of_config is not None and names:
+            below = next(name.removeprefix(f"{model.stack}{n}") for n, name in names.items())
+            tied = with_tied_weights(of_config, model.attention, model.present)
+            names |= {n: f"{model.stack}{n}{below}" for n in tied}
+        modules = {n: names[n] for n in sorted(names) if layers is not None and n in layers.heads}
         if not modules:
             raise self._no_model("none")
-        return dict(sorted(modules.items()))
+        return modules
 
     def _model(self) -> ModelTensors:
         """The attention of the language model."""
@@ -146,11 +162,14 @@ class Source:
             ValueError: neither specifies it.
         """
         section, attention = self._section(), self._model().attention
-        layers = layers_of_config(section)
+        layers = layers_of_config(section, listed=False)
         given = layers.heads.get(layer, Heads()) if layers else Heads()
         query, kv = given
         if layers is not None and kv is not None:
             kv = with_counts(layers, section, attention, {layer: num_scales})[layer].kv
+        elif section.get("kv_lora_rank") is not None:
+            # Latent attention caches one row; other layers of such a model have projections to keys.
+            kv = kv_heads_by_tensors(section, given, attention.get(layer)) or 1
         if query is None or kv is None or query % kv:
             raise ValueError(
                 "KVScales.save: source must have num_attention_heads, a multiple of num_key_value_heads, in "
