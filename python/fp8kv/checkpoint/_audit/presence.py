@@ -178,7 +178,7 @@ def reasons_to_be_absent(
         if layers is not None and layer in layers.optional:
             return "It caches what another model has made, and has no scales"
         module = module_of(layer)
-        if statement is not None and statement.leaves_out(module):
+        if statement is not None and tensors.layers_with_scales and statement.leaves_out(module):
             return f"The config leaves {module} out of what is quantized, and there are no scales"
         return None
 
