@@ -86,8 +86,8 @@ def load_kv_scales(
             half the value there.
         model: which one, if there are several in the checkpoint, by the distinctive part of its tensor names,
             such as "talker" or "encoder_attn" (attention to an encoder). None: the language model.
-        accept: kinds of errors that become warnings: "before-rope" uses Quark's scales from before norm and
-            RoPE, "nvfp4-cache" the scales of an NVFP4 cache.
+        accept: kinds of errors that become warnings: "before-rope" uses scales of keys before norm and RoPE,
+            "nvfp4-cache" the scales of an NVFP4 cache.
 
     Returns:
         fp32 scales by layer, ``[1]``, ``[KV heads of the rank]`` or ``[KV heads of the rank, head_size]``;
@@ -435,7 +435,7 @@ class _Examination:
         if self.config.get("kv_lora_rank") is not None:
             self.add(presence.check_latent(stored))
         if self.statement is not None:
-            self.add(presence.check_rope(entries, self.statement))
+            self.add(presence.check_rope(entries, self.statement, self.tensors.attention))
             self.add(presence.check_formats(stored, self.statement, self._module))
         for layer, by_letter in stored.items():
             usable = {letter: scale.values for letter, scale in by_letter.items() if (layer, letter) not in bad}
