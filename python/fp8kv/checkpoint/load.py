@@ -414,7 +414,10 @@ class _Examination:
             self.add([make_problem("scheme-missing", message)])
             self.result.scheme = KVCacheScheme(by_tensors, has_query, producer="unknown")
         elif not self.tensors.unknown and (self.complete or not self.is_json):
+            elsewhere = self._elsewhere()
             message = "config.json must have a kv_cache_scheme and there must be scales, got none"
+            if elsewhere is not None:
+                message += f", but {elsewhere}"
             if self.is_json:
                 message = f"{self.path} must have scales of the language model, got none"
             self.add([make_problem("not-quantized", message)])

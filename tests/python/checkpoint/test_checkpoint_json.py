@@ -154,6 +154,33 @@ def test_scales_in_a_file_that_is_not_read_are_named(tmp_path: Path) -> None:
     assert len(load_kv_scales(tmp_path / "consolidated.safetensors")) == 3
 
 
+@pytest.mark.parametrize("quantized", [True, False])
+def test_scales_in_a_file_outside_of_the_index_are_named(tmp_path: Path, quantized: bool) -> None:
+    make_checkpoint(tmp_path, "tensor")
+    (tmp_path / "model.safetensors").rename(tmp_path / "more.safetensors")
+    write_checkpoint(tmp_path, {"lm_head.weight": torch.ones(2, 2)})
+    (tmp_path / "model.safetensors").rename(tmp_path / "adapter.safetensors")
+    (tmp_path / "damaged.safetensors").write_bytes(b"nothing")
+    write_checkpoint(tmp_path, {"model.layers.0.self_attn.k_proj.weight": torch.ones(2, 2), "x": torch.ones(1)}, shards=2)
+    if not quantized:
+        (tmp_path / "config.json").write_text(json.dumps(SIZES))
+    (problem,) = audit_checkpoint(tmp_path)
+    assert problem.kind == ("layer-missing" if quantized else "not-quantized")
+    assert problem.message.endswith(", but more.safetensors may have some: give that file instead of the directory.")
+
+
+def test_scales_of_a_file_that_is_not_read_without_a_scheme(tmp_path: Path) -> None:
+    names = {f"layers.{n}.attention.{x}_fake_quantizer.qscale_act": torch.tensor(0.25) for n in range(3) for x in "kv"}
+    write_checkpoint(tmp_path, names, SIZES)
+    (tmp_path / "model.safetensors").rename(tmp_path / "consolidated.safetensors")
+    write_checkpoint(tmp_path, {"model.layers.0.self_attn.k_proj.weight": torch.ones(2, 2)})
+    (problem,) = audit_checkpoint(tmp_path)
+    assert problem.message == (
+        "config.json must have a kv_cache_scheme and there must be scales, got none, "
+        "but consolidated.safetensors may have some: give that file instead of the directory."
+    )
+
+
 # Other files
 
 

@@ -84,9 +84,7 @@ def check_other_models(models: Models, chosen: str) -> Iterator[Problem]:
             yield make_problem("other-model", message, tensor=names[0], value=choice)
 
 
-def check_rope(
-    entries: dict[Key, list[Entry]], statement: Statement, attention: Mapping[int, Attention]
-) -> Iterator[Problem]:
+def check_rope(entries: dict[Key, list[Entry]], statement: Statement, attention: Mapping[int, Attention]) -> Iterator[Problem]:
     """A problem if scales describe the outputs of projections, but the cache holds other values."""
     names = [name for key, copies in entries.items() if key.letter != "v" for name, _ in copies]
     if not names or statement.before_rope is False:
