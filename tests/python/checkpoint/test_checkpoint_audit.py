@@ -498,6 +498,15 @@ def test_no_safetensors_at_all(tmp_path: Path) -> None:
     assert (problem.kind, problem.severity) == ("file-missing", "error")
 
 
+def test_an_index_with_a_name_that_no_file_can_have(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, shards=2)
+    file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], 5000 * "x")
+    file.write_text(json.dumps(index))
+    assert kinds(audit_checkpoint(tmp_path)) == ["file-missing"]
+
+
 def test_a_directory_in_place_of_a_file(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, shards=2)
     shard = tmp_path / "model-00001-of-00002.safetensors"
@@ -509,7 +518,7 @@ def test_a_directory_in_place_of_a_file(tmp_path: Path) -> None:
 # The config
 
 
-@pytest.mark.parametrize("contents", [None, b"", b"{", b"[]", b"\xff"], ids=str)
+@pytest.mark.parametrize("contents", [None, b"", b"{", b"[]", b"\xff", b'{"a":' * 450 + b"1" + b"}" * 450])
 def test_an_unreadable_config(tmp_path: Path, contents: bytes | None) -> None:
     make_checkpoint(tmp_path)
     (tmp_path / "config.json").unlink()

@@ -173,7 +173,7 @@ def _with_cross_layers(models: Models) -> Models:
 
 def _read_header(file: Path, listed: list[str], problems: list[Problem]) -> dict[str, StoredTensor]:
     """The tensors of a file, which must include those in the index; none if it cannot be read."""
-    if not file.is_file():
+    if not _is_file(file):
         problems.append(make_problem("file-missing", f"{file} must be there, but is not"))
         return {}
     try:
@@ -187,6 +187,13 @@ def _read_header(file: Path, listed: list[str], problems: list[Problem]) -> dict
         message = f"{file} must have {some} that the index names, but has not"
         problems.append(make_problem("tensor-missing", message, tensor=missing[0], value=len(missing)))
     return tensors
+
+
+def _is_file(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 # Choice of the model
