@@ -440,6 +440,8 @@ class _Examination:
         if self.statement is not None:
             self.add(presence.check_rope(entries, self.statement, self.tensors.attention))
             self.add(presence.check_formats(stored, self.statement, self._module))
+        if self.config.get("kv_lora_rank") is not None:
+            bad |= {(layer, "v") for layer in _complete_latent(stored) if (layer, "k") in bad}
         for layer, by_letter in stored.items():
             usable = {letter: scale.values for letter, scale in by_letter.items() if (layer, letter) not in bad}
             self.result.scales[layer] = {letter: values for letter, values in usable.items() if values is not None}
@@ -508,6 +510,14 @@ def _strategy(entries: Mapping[Key, list[Entry]]) -> Strategy:
     }
     per_head = any(n > 1 and n == counts.get((layer, "v")) for (layer, letter), n in counts.items() if letter == "k")
     return "attn_head" if per_head else "tensor"
+
+
+def _complete_latent(stored: StoredScales) -> list[int]:
+    """Layers without a scale of V, which get that of K: latent attention caches one row for both."""
+    layers = [layer for layer, by_letter in stored.items() if "k" in by_letter and "v" not in by_letter]
+    for layer in layers:
+        stored[layer]["v"] = stored[layer]["k"]
+    return layers
 
 
 def _without_query(entries: dict[Key, list[Entry]]) -> dict[Key, list[Entry]]:
