@@ -261,6 +261,17 @@ def test_the_file_of_a_format_that_is_refused_is_named(tmp_path: Path) -> None:
     assert problem.message == 'kv_cache_quant_algo must be "FP8", got "INT8" in hf_quant_config.json.'
 
 
+@pytest.mark.parametrize("pattern", ["model.layers.1.self_attn.k_proj", "*layers.1.self_attn*", "re:.*layers.1.*[kv]_proj"])
+def test_quark_quantizes_projections_which_may_be_left_out(tmp_path: Path, pattern: str) -> None:
+    outputs = {"output_tensors": {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False}}
+    quantization = {
+        "quant_method": "quark", "kv_cache_post_rope": True, "kv_cache_quant_config": {"*k_proj": outputs},
+        "exclude": ["lm_head", "model.layers.0.self_attn.o_proj", pattern],
+    }  # fmt: skip
+    loaded = load_kv_scales(checkpoint(tmp_path, quantization, 0, 2))
+    assert findings(loaded) == [("layer-unquantized", "note", 1)]
+
+
 def test_a_quark_config_that_names_layers_one_by_one(tmp_path: Path) -> None:
     outputs = [{"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False}]
     layers = {f"{MODULE.format(n)}.{x}_proj": {"output_tensors": outputs} for n in (0, 2) for x in "kv"}
@@ -268,17 +279,6 @@ def test_a_quark_config_that_names_layers_one_by_one(tmp_path: Path) -> None:
         "quant_method": "quark", "kv_cache_post_rope": True,
         "export": {"kv_cache_group": ["*k_proj", "*v_proj"]},
         "layer_quant_config": layers,
-    }  # fmt: skip
-    loaded = load_kv_scales(checkpoint(tmp_path, quantization, 0, 2))
-    assert findings(loaded) == [("layer-unquantized", "note", 1)]
-
-
-@pytest.mark.parametrize("pattern", ["model.layers.1.self_attn.k_proj", "*layers.1.self_attn*", "re:.*layers.1.*[kv]_proj"])
-def test_quark_quantizes_projections_which_may_be_left_out(tmp_path: Path, pattern: str) -> None:
-    outputs = {"output_tensors": {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False}}
-    quantization = {
-        "quant_method": "quark", "kv_cache_post_rope": True, "kv_cache_quant_config": {"*k_proj": outputs},
-        "exclude": ["lm_head", "model.layers.0.self_attn.o_proj", pattern],
     }  # fmt: skip
     loaded = load_kv_scales(checkpoint(tmp_path, quantization, 0, 2))
     assert findings(loaded) == [("layer-unquantized", "note", 1)]

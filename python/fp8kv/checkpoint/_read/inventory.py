@@ -23,6 +23,7 @@ from fp8kv.checkpoint.names import (
     looks_like_scale,
     model_of_stack,
     scale_at,
+    unwrapped,
 )
 from fp8kv.checkpoint.problems import Problem, make_problem
 
@@ -114,7 +115,7 @@ def sort_tensors(named: Mapping[str, list[StoredTensor]]) -> Models:
         scale = None if place is None else scale_at(place)
         if place is not None:
             tensors = models.setdefault(_model_of(place), ModelTensors(place.stack))
-            module = name.removesuffix(f".{place.rest}")
+            module = unwrapped(name).removesuffix(f".{place.rest}")
             attention = tensors.attention.setdefault(place.layer, Attention(module))
             if scale is None:
                 attention.shapes[place.rest] = named[name][0].shape
@@ -131,7 +132,7 @@ def sort_tensors(named: Mapping[str, list[StoredTensor]]) -> Models:
     for tensors in models.values():
         tensors.entries = dict(sorted(tensors.entries.items()))
         number = re.compile(rf"{re.escape(tensors.stack)}(\d{{1,4}})\.")
-        found = (number.match(name) for name in named if name.startswith(tensors.stack))
+        found = (number.match(name) for name in map(unwrapped, named) if name.startswith(tensors.stack))
         tensors.present = {int(match[1]) for match in found if match}
     return models
 
