@@ -290,8 +290,9 @@ def blocks(*attention: dict[str, Any] | None) -> list[dict[str, Any]]:
         ),
     ],
     ids=["GQA", "MHA", "MQA", "a list", "Falcon 7B", "Falcon 40B", "ChatGLM", "ChatGLM with all heads",
-         "DeciLM", "DeciLM 2", "layer_types", "layers_block_type", "NemotronH", "Bamba", "Jamba", "Qwen3-Next", "MiniMax", "RecurrentGemma",
-         "shared layers", "Gemma 4", "latent", "unknown", "GPT", "text_config"],
+         "DeciLM", "DeciLM 2", "layer_types", "layers_block_type", "NemotronH", "Bamba", "Jamba",
+         "Qwen3-Next", "MiniMax", "RecurrentGemma", "shared layers", "Gemma 4", "latent", "unknown", "GPT",
+         "text_config"],
 )  # fmt: skip
 def test_heads_of_models(tmp_path: Path, changes: dict[str, Any], counts: dict[int, int]) -> None:
     loaded = load_kv_scales(write_checkpoint(tmp_path, kv(counts), sized(**changes)))
