@@ -281,8 +281,15 @@ def _matches(pattern: str, module: str) -> bool:
         return pattern == module
     if pattern.isdecimal():
         return pattern == str(place.layer)
-    named = find_place(f"{pattern}.") or find_place(f"{pattern}.self_attn.")
-    return named is not None and _place(named) == _place(place)
+    named = _named(pattern)
+    return named is not None and named == _place(place)
+
+
+@lru_cache(maxsize=1 << 16)
+def _named(name: str) -> tuple[str, int] | None:
+    """The model and the number of a layer, by the name of the layer, or of attention or a part of it."""
+    place = find_place(f"{name}.") or find_place(f"{name}.self_attn.")
+    return None if place is None else _place(place)
 
 
 @lru_cache(maxsize=4096)
