@@ -253,14 +253,6 @@ def test_scales_from_before_rope_by_another_name(tmp_path: Path) -> None:
     assert found(write_checkpoint(tmp_path, tensors, quark())) == []
 
 
-@pytest.mark.parametrize(("post", "kinds"), [(True, []), (None, [("rope-unsaid", "warning")])])
-def test_scales_from_after_rope(tmp_path: Path, post: bool | None, kinds: list[tuple[str, str]]) -> None:
-    fields = {} if post is None else {"kv_cache_post_rope": post}
-    loaded = load_kv_scales(write_checkpoint(tmp_path, quark_scales(), quark(**fields)))
-    assert [(p.kind, p.severity) for p in loaded.problems] == kinds
-    assert keys_of(loaded) == {0: 0.25, 1: 0.25, 2: 0.25}
-
-
 #: Older versions of compressed-tensors quantize the outputs of projections.
 OF_OUTPUTS = {"group_0": {"targets": ["re:.*k_proj", "re:.*v_proj"], "weights": None, "input_activations": None,
                           "output_activations": scheme("tensor")}}  # fmt: skip
@@ -286,6 +278,14 @@ def test_scales_of_the_outputs_of_projections(
     write_checkpoint(tmp_path, tensors, config("tensor", **quantization))
     assert [(kind, severity) for kind, severity, _ in found(tmp_path)] == kinds
     assert keys_of(load_kv_scales(tmp_path, accept=["before-rope"])) == {0: 0.25, 1: 0.25, 2: 0.25}
+
+
+@pytest.mark.parametrize(("post", "kinds"), [(True, []), (None, [("rope-unsaid", "warning")])])
+def test_scales_from_after_rope(tmp_path: Path, post: bool | None, kinds: list[tuple[str, str]]) -> None:
+    fields = {} if post is None else {"kv_cache_post_rope": post}
+    loaded = load_kv_scales(write_checkpoint(tmp_path, quark_scales(), quark(**fields)))
+    assert [(p.kind, p.severity) for p in loaded.problems] == kinds
+    assert keys_of(loaded) == {0: 0.25, 1: 0.25, 2: 0.25}
 
 
 @pytest.mark.parametrize("accept", ["before-rope", ["not-finite"], [3]])
