@@ -86,8 +86,8 @@ def load_kv_scales(
             half the value there.
         model: which one, if there are several in the checkpoint, by the distinctive part of its tensor names,
             such as "talker" or "encoder_attn" (attention to an encoder). None: the language model.
-        accept: kinds of errors that become warnings: "before-rope" uses Quark's scales from before norm and
-            RoPE, "nvfp4-cache" the scales of an NVFP4 cache.
+        accept: kinds of errors that become warnings: "before-rope" uses scales of keys before norm and RoPE,
+            "nvfp4-cache" the scales of an NVFP4 cache.
 
     Returns:
         fp32 scales by layer, ``[1]``, ``[KV heads of the rank]`` or ``[KV heads of the rank, head_size]``;
@@ -420,7 +420,10 @@ class _Examination:
             self.add([make_problem("scheme-missing", message)])
             self.result.scheme = KVCacheScheme(by_tensors, has_query, producer="unknown")
         elif not self.tensors.unknown and (self.complete or not self.is_json):
+            elsewhere = self._elsewhere()
             message = "config.json must have a kv_cache_scheme and there must be scales, got none"
+            if elsewhere is not None:
+                message += f", but {elsewhere}"
             if self.is_json:
                 message = f"{self.path} must have scales of the language model, got none"
             self.add([make_problem("not-quantized", message)])
@@ -441,8 +444,10 @@ class _Examination:
         if self.config.get("kv_lora_rank") is not None:
             self.add(presence.check_latent(stored))
         if self.statement is not None:
-            self.add(presence.check_rope(entries, self.statement))
+            self.add(presence.check_rope(entries, self.statement, self.tensors.attention))
             self.add(presence.check_formats(stored, self.statement, self._module))
+        if self.config.get("kv_lora_rank") is not None:
+            bad |= {(layer, "v") for layer in _complete_latent(stored) if (layer, "k") in bad}
         for layer, by_letter in stored.items():
             usable = {letter: scale.values for letter, scale in by_letter.items() if (layer, letter) not in bad}
             self.result.scales[layer] = {letter: values for letter, values in usable.items() if values is not None}
@@ -511,6 +516,14 @@ def _strategy(entries: Mapping[Key, list[Entry]]) -> Strategy:
     }
     per_head = any(n > 1 and n == counts.get((layer, "v")) for (layer, letter), n in counts.items() if letter == "k")
     return "attn_head" if per_head else "tensor"
+
+
+def _complete_latent(stored: StoredScales) -> list[int]:
+    """Layers without a scale of V, which get that of K: latent attention caches one row for both."""
+    layers = [layer for layer, by_letter in stored.items() if "k" in by_letter and "v" not in by_letter]
+    for layer in layers:
+        stored[layer]["v"] = stored[layer]["k"]
+    return layers
 
 
 def _without_query(entries: dict[Key, list[Entry]]) -> dict[Key, list[Entry]]:

@@ -23,6 +23,9 @@ _ABOVE = r"layer\.\d+|[A-Za-z_]+"
 #: Modules between attention and its scales: engines (vLLM, SGLang), ChatGLM, GPT-Neo, BERT.
 _BELOW = r"(?:attn|attn_mqa|attn_mha|mla_attn(?:\.mla_attn)?|core_attention|attention|self)"
 
+#: Modules around other modules, which have their names as parts of all names in them: torch.compile, FSDP, checkpointing.
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
 #: A quick filter for names in attention; most tensors belong to experts.
 _ATTENTION = re.compile(r"att|Att|mixer|temporal_block")
 #: Layer and attention of a tensor; the first matching number, because T5 has another one after it.
@@ -37,7 +40,7 @@ _ONLY_LAYER = re.compile(rf"(?P<stack>(?:.*\.)?midlayer)\.(?P<module>{_SELF})\.(
 
 _KIND = r"(?:(?P<scale>scale)|zero_point)"
 _LETTER = r"(?P<letter>q|k|v|kv)"
-_FUSED = r"qkv_proj|qkqkv_proj|qkv|Wqkv|W_pack|c_attn|query_key_value|kv_proj|kv_a_proj_with_mqa|kv_b_proj"
+_FUSED = r"qkv_proj|qkqkv_proj|qkv|Wqkv|wqkv|W_pack|c_attn|query_key_value|kv_proj|kv_a_proj_with_mqa|kv_b_proj"
 _FORMS = [
     re.compile(rf"(?:{_BELOW}\.)?{form}")
     for form in (
@@ -182,6 +185,7 @@ def find_place(name: str) -> Place | None:
     """Layer and attention of a tensor, or of a module with a trailing dot; None if it is not in attention."""
     if not _ATTENTION.search(name):
         return None
+    name = unwrapped(name)
     match = _PLACE.fullmatch(name)
     if match is not None:
         stack, above = match["stack"], match["above"]
@@ -190,6 +194,17 @@ def find_place(name: str) -> Place | None:
         return Place(stack, int(match["layer"]), match["module"], match["rest"])
     match = _ONLY_LAYER.fullmatch(name)
     return None if match is None else Place(match["stack"], 0, match["module"], match["rest"])
+
+
+def unwrapped(name: str) -> str:
+    """The name of a tensor without parts such as "_orig_mod", which wrappers of modules add.
+
+    Example:
+        >>> from fp8kv.checkpoint.names import unwrapped
+        >>> unwrapped("_orig_mod.model.layers.3.self_attn._fsdp_wrapped_module.k_scale")
+        'model.layers.3.self_attn.k_scale'
+    """
+    return _WRAPPERS.sub("", name)
 
 
 def looks_like_scale(name: str) -> bool:

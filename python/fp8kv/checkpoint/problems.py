@@ -128,7 +128,7 @@ KINDS: dict[str, tuple[Severity, str]] = {
     ),
     "before-rope": (
         "error",
-        "Quantize the model again with kv_cache_post_rope, or calibrate it; "
+        "Calibrate the model again (with Quark: with kv_cache_post_rope); "
         'load_kv_scales(..., accept=["before-rope"]) takes the scales all the same, which is right for a '
         "model without RoPE and without a norm of keys.",
     ),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8kv._checks import Strategy as Strategy
-from fp8kv.checkpoint._read.config import CONFIG_FILE, read_configs
+from fp8kv.checkpoint._read.config import CONFIG_FILE, check_depth, read_configs
 from fp8kv.checkpoint._read.quantization import COMPRESSED_TENSORS as COMPRESSED_TENSORS
 from fp8kv.checkpoint._read.quantization import Statement, contradicts, read_statements
 
@@ -67,6 +67,8 @@ class KVCacheScheme:
         if not isinstance(config, (dict, str, Path)):
             raise ValueError(f"{_CALLER}: config must be a dict or a path, got {type(config).__name__}")
         try:
+            if isinstance(config, dict):
+                check_depth(config, "config")
             configs = {"": config} if isinstance(config, dict) else read_configs(Path(config))
             statement = declared(configs).statement
             if statement is not None and not statement.has_fp8:

@@ -23,7 +23,7 @@ from checkpoint_files import (
     weights,
     write_checkpoint,
 )
-from fp8kv import Problem, audit_checkpoint
+from fp8kv import Problem, audit_checkpoint, load_kv_scales
 from fp8kv.checkpoint.problems import KINDS
 
 ROOT = Path(__file__).parents[3]
@@ -348,6 +348,13 @@ def test_a_zero_point_of_nan(tmp_path: Path) -> None:
     assert (problem.kind, problem.value) == ("zero-point", "nan")
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int32], ids=str)
+def test_zero_points_are_numbers_of_any_type(tmp_path: Path, dtype: torch.dtype) -> None:
+    assert audit(tmp_path, {f"{STEM}.k_zero_point": torch.zeros(4, dtype=dtype)}, query=True) == []
+    (problem,) = audit(tmp_path, {f"{STEM}.k_zero_point": torch.tensor([0, 3, 0, 0]).to(dtype)}, query=True)
+    assert (problem.kind, problem.value) == ("zero-point", "3")
+
+
 def test_a_zero_point_that_is_no_number(tmp_path: Path) -> None:
     name = f"{STEM}.k_zero_point"
     (problem,) = audit(tmp_path, {name: torch.zeros(4, dtype=torch.bool)}, query=True)
@@ -498,6 +505,15 @@ def test_no_safetensors_at_all(tmp_path: Path) -> None:
     assert (problem.kind, problem.severity) == ("file-missing", "error")
 
 
+def test_an_index_with_a_name_that_no_file_can_have(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, shards=2)
+    file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], 5000 * "x")
+    file.write_text(json.dumps(index))
+    assert kinds(audit_checkpoint(tmp_path)) == ["file-missing"]
+
+
 def test_a_directory_in_place_of_a_file(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, shards=2)
     shard = tmp_path / "model-00001-of-00002.safetensors"
@@ -509,7 +525,7 @@ def test_a_directory_in_place_of_a_file(tmp_path: Path) -> None:
 # The config
 
 
-@pytest.mark.parametrize("contents", [None, b"", b"{", b"[]", b"\xff"], ids=str)
+@pytest.mark.parametrize("contents", [None, b"", b"{", b"[]", b"\xff", b'{"a":' * 450 + b"1" + b"}" * 450])
 def test_an_unreadable_config(tmp_path: Path, contents: bytes | None) -> None:
     make_checkpoint(tmp_path)
     (tmp_path / "config.json").unlink()
@@ -613,6 +629,16 @@ def test_latent_attention_has_one_scale_for_its_row(tmp_path: Path, v: float, ki
     tensors = {name: torch.tensor([0.05]) for name in scales("tensor")} | {V: torch.tensor([v])}
     folder = write_checkpoint(tmp_path, tensors, config("tensor") | {"kv_lora_rank": 32})
     assert [problem.kind for problem in audit_checkpoint(folder)] == kinds
+
+
+def test_a_scale_of_keys_is_enough_for_latent_attention(tmp_path: Path) -> None:
+    tensors = {name: torch.tensor([0.05]) for name in scales("tensor") if name.endswith(".k_scale")}
+    folder = write_checkpoint(tmp_path, tensors, config("tensor") | {"kv_lora_rank": 32})
+    assert audit_checkpoint(folder) == []
+    loaded = load_kv_scales(folder)
+    assert [(x.k, x.v) for x in loaded.values()] == [(torch.tensor([0.05]), torch.tensor([0.05]))] * 3
+    write_checkpoint(tmp_path, tensors | {K: torch.tensor([NAN])})
+    assert [(problem.kind, problem.tensor) for problem in audit_checkpoint(folder)] == [("not-finite", K)]
 
 
 def test_a_missing_checkpoint(tmp_path: Path) -> None:

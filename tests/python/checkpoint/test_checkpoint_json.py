@@ -49,12 +49,13 @@ NAMED = {f"model.layers.{n}.self_attn.{x}_scale": y[n] for n in range(3) for x, 
         ({"scales": {"k_scales": K, "v_scales": V}}, PAIRS),
         ({"scales": {"k_scales": K[::-1], "v_scales": V[::-1]}, "layer_ids": [2, 1, 0], "qmax": 448.0},
          PAIRS),
+        ({"scales": {"k_scales": K, "v_scales": V}, "layer_ids": None, "qmax": None}, PAIRS),
         (NAMED, PAIRS),
         ({name: [x] for name, x in NAMED.items()}, PAIRS),
         ({f"model.layers.{n}.self_attn": {"k_scale": K[n], "v_scale": V[n]} for n in range(3)}, PAIRS),
         ({str(n): {"k_scale": K[n], "v_scale": V[n]} for n in range(3)}, PAIRS),
     ],
-    ids=["vLLM", "two numbers", "two names", "equal ranks", "onnxruntime-genai", "layer_ids", "names",
+    ids=["vLLM", "two numbers", "two names", "equal ranks", "onnxruntime-genai", "layer_ids", "null", "names",
          "lists",
          "modules", "layers"],
 )  # fmt: skip
@@ -152,6 +153,33 @@ def test_scales_in_a_file_that_is_not_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"consolidated\.safetensors may have some: give that file"):
         load_kv_scales(tmp_path)
     assert len(load_kv_scales(tmp_path / "consolidated.safetensors")) == 3
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_scales_in_a_file_outside_of_the_index_are_named(tmp_path: Path, quantized: bool) -> None:
+    make_checkpoint(tmp_path, "tensor")
+    (tmp_path / "model.safetensors").rename(tmp_path / "more.safetensors")
+    write_checkpoint(tmp_path, {"lm_head.weight": torch.ones(2, 2)})
+    (tmp_path / "model.safetensors").rename(tmp_path / "adapter.safetensors")
+    (tmp_path / "damaged.safetensors").write_bytes(b"nothing")
+    write_checkpoint(tmp_path, {"model.layers.0.self_attn.k_proj.weight": torch.ones(2, 2), "x": torch.ones(1)}, shards=2)
+    if not quantized:
+        (tmp_path / "config.json").write_text(json.dumps(SIZES))
+    (problem,) = audit_checkpoint(tmp_path)
+    assert problem.kind == ("layer-missing" if quantized else "not-quantized")
+    assert problem.message.endswith(", but more.safetensors may have some: give that file instead of the directory.")
+
+
+def test_scales_of_a_file_that_is_not_read_without_a_scheme(tmp_path: Path) -> None:
+    names = {f"layers.{n}.attention.{x}_fake_quantizer.qscale_act": torch.tensor(0.25) for n in range(3) for x in "kv"}
+    write_checkpoint(tmp_path, names, SIZES)
+    (tmp_path / "model.safetensors").rename(tmp_path / "consolidated.safetensors")
+    write_checkpoint(tmp_path, {"model.layers.0.self_attn.k_proj.weight": torch.ones(2, 2)})
+    (problem,) = audit_checkpoint(tmp_path)
+    assert problem.message == (
+        "config.json must have a kv_cache_scheme and there must be scales, got none, "
+        "but consolidated.safetensors may have some: give that file instead of the directory."
+    )
 
 
 # Other files

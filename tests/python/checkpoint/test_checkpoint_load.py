@@ -113,6 +113,18 @@ def test_foreign_names(tmp_path: Path, prefix: str, k: str, v: str) -> None:
         assert same(loaded[layer].v, flat(tensors, layer, "v"))
 
 
+def test_wrapped_modules_are_those_that_they_wrap(tmp_path: Path) -> None:
+    """A layer that has other tensors, but no attention, is still known as such."""
+    stem = "_orig_mod.model.layers.{}._fsdp_wrapped_module._checkpoint_wrapped_module."
+    tensors = {f"{stem.format(1)}mlp.weight": torch.ones(1)}
+    for layer in (0, 2):
+        module = f"{stem.format(layer)}self_attn._fsdp_wrapped_module."
+        tensors[f"{module}k_proj.weight"] = torch.ones(4, 4)
+        tensors |= {f"{module}{x}_proj.{x}_scale": torch.tensor(0.25) for x in "kv"}
+    loaded = load_kv_scales(write_checkpoint(tmp_path, tensors, config("tensor")))
+    assert (list(loaded), loaded.problems) == ([0, 2], [])
+
+
 def test_one_scale_for_keys_and_values(tmp_path: Path) -> None:
     tensors = {f"{ATTENTION.format(layer=n)}.kv_scale": torch.tensor([0.25 + n]) for n in range(3)}
     loaded = load_kv_scales(write_checkpoint(tmp_path, tensors, config("tensor")))
@@ -231,6 +243,14 @@ def blocks(*attention: dict[str, Any] | None) -> list[dict[str, Any]]:
             {0: 2, 1: 2, 2: 2},
         ),
         (
+            {"multi_query_attention": True, "multi_query_group_num": 2, "num_key_value_heads": None},
+            {0: 2, 1: 2, 2: 2},
+        ),
+        (
+            {"multi_query_attention": False, "multi_query_group_num": 2, "num_key_value_heads": None},
+            {0: 8, 1: 8, 2: 8},
+        ),
+        (
             {"block_configs": blocks({"n_heads_in_group": 2}, {"no_op": True}, {"n_heads_in_group": 8}),
              "num_key_value_heads": None},
             {0: 4, 2: 1},
@@ -269,9 +289,10 @@ def blocks(*attention: dict[str, Any] | None) -> list[dict[str, Any]]:
             {0: 3, 1: 3},
         ),
     ],
-    ids=["GQA", "MHA", "MQA", "a list", "Falcon 7B", "Falcon 40B", "DeciLM", "DeciLM 2", "layer_types",
-         "layers_block_type", "NemotronH", "Bamba", "Jamba", "Qwen3-Next", "MiniMax", "RecurrentGemma",
-         "shared layers", "Gemma 4", "latent", "unknown", "GPT", "text_config"],
+    ids=["GQA", "MHA", "MQA", "a list", "Falcon 7B", "Falcon 40B", "ChatGLM", "ChatGLM with all heads",
+         "DeciLM", "DeciLM 2", "layer_types", "layers_block_type", "NemotronH", "Bamba", "Jamba",
+         "Qwen3-Next", "MiniMax", "RecurrentGemma", "shared layers", "Gemma 4", "latent", "unknown", "GPT",
+         "text_config"],
 )  # fmt: skip
 def test_heads_of_models(tmp_path: Path, changes: dict[str, Any], counts: dict[int, int]) -> None:
     loaded = load_kv_scales(write_checkpoint(tmp_path, kv(counts), sized(**changes)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoint_files import SIZES, config, write_checkpoint
+from checkpoint_files import SIZES, config, scheme, write_checkpoint
 from fp8kv import CheckpointError, KVScales, audit_checkpoint, load_kv_scales
 
 MAIN = "model.layers.{}.self_attn"
@@ -268,6 +268,33 @@ def test_scales_from_before_rope_by_another_name(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, tensors, quark(kv_cache_post_rope=False))
     assert [kind for kind, _, _ in found(tmp_path)] == ["before-rope"]
     assert found(write_checkpoint(tmp_path, tensors, quark())) == []
+
+
+#: Older versions of compressed-tensors quantize the outputs of projections.
+OF_OUTPUTS = {"group_0": {"targets": ["re:.*k_proj", "re:.*v_proj"], "weights": None, "input_activations": None,
+                          "output_activations": scheme("tensor")}}  # fmt: skip
+KEY_NORM = {f"model.layers.{n}.self_attn.k_norm.weight": torch.ones(16) for n in range(3)}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "tensors", "kinds"),
+    [
+        ({"kv_cache_scheme": None, "config_groups": OF_OUTPUTS}, quark_scales() | KEY_NORM, [("before-rope", "error")]),
+        ({"kv_cache_scheme": None, "config_groups": OF_OUTPUTS}, quark_scales(), [("rope-unsaid", "warning")]),
+        ({"kv_cache_scheme": None, "config_groups": OF_OUTPUTS}, layers(MAIN, 0.25, 0.25, 0.25) | KEY_NORM,
+         [("before-rope", "error")]),
+        ({}, quark_scales() | KEY_NORM, [("before-rope", "error")]),
+        ({}, quark_scales(), [("rope-unsaid", "warning")]),
+        ({}, layers(MAIN, 0.25, 0.25, 0.25) | KEY_NORM, []),
+    ],
+    ids=["groups", "groups without a norm", "groups and usual names", "names", "names without a norm", "usual names"],
+)  # fmt: skip
+def test_scales_of_the_outputs_of_projections(
+    tmp_path: Path, quantization: dict[str, Any], tensors: dict[str, Tensor], kinds: list[tuple[str, str]]
+) -> None:
+    write_checkpoint(tmp_path, tensors, config("tensor", **quantization))
+    assert [(kind, severity) for kind, severity, _ in found(tmp_path)] == kinds
+    assert keys_of(load_kv_scales(tmp_path, accept=["before-rope"])) == {0: 0.25, 1: 0.25, 2: 0.25}
 
 
 @pytest.mark.parametrize(("post", "kinds"), [(True, []), (None, [("rope-unsaid", "warning")])])

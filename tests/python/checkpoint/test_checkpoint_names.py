@@ -28,7 +28,7 @@ ATTENTION = "model.layers.7.self_attn"
         ("k_proj.kv_cache_scale", "k_scale"), ("v_proj.kv_cache_offset", "v_zero_point"),
         ("k_cache_scale", "k_scale"), ("attn_mqa.k_scale", "k_scale"),
         ("mla_attn.mla_attn.k_scale", "k_scale"),
-        ("W_pack.v_scale", "v_scale"), ("kv_a_proj_with_mqa.k_scale", "k_scale"),
+        ("wqkv.k_scale", "k_scale"), ("W_pack.v_scale", "v_scale"), ("kv_a_proj_with_mqa.k_scale", "k_scale"),
         ("q_proj.output_scale", "q_scale"), ("k_proj.output_scale", "k_scale"),
         ("v_proj.output_scale", "v_scale"), ("v_proj.output_zero_point", "v_zero_point"),
     ],
@@ -54,6 +54,10 @@ def test_names(name: str, expected: str) -> None:
         "decoder.block.12.layer.0.SelfAttention",
         "transformer.blocks.12.norm_attn_norm.attn",
         "layers.12.attention",
+        "_orig_mod.model.layers.12.self_attn",
+        "model.layers.12._orig_mod.self_attn",
+        "model.layers.12.self_attn._orig_mod",
+        "_fsdp_wrapped_module.model.layers.12._fsdp_wrapped_module._checkpoint_wrapped_module.self_attn._fsdp_wrapped_module",
     ],
 )
 def test_prefixes(attention: str) -> None:

@@ -161,6 +161,35 @@ def test_modules_that_are_left_out_on_purpose(tmp_path: Path, field: str, patter
     assert findings(loaded) == [("layer-unquantized", "note", 1)]
 
 
+#: Of linear layers whose weights stay in 16 bits, or of something else.
+OF_LINEARS = [
+    "model.layers.1.self_attn.o_proj", "model.layers.1.self_attn.k_proj", "model.layers.1.self_attn.indexer.wk",
+    "model.layers.1", "*self_attn*", "model.layers.1*", "re:.*self_attn.*", "re:.*layers.1.self_attn",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", OF_LINEARS)
+@pytest.mark.parametrize("method", ["compressed-tensors", "modelopt"])
+def test_linears_that_are_left_out_have_a_cache_all_the_same(tmp_path: Path, method: str, pattern: str) -> None:
+    quantization = {"quant_method": method, "kv_cache_scheme": scheme("tensor"), "ignore": ["lm_head", pattern]}
+    checkpoint(tmp_path, quantization, 0, 2)
+    assert [(p.kind, p.layer) for p in audit_checkpoint(tmp_path)] == [("layer-missing", 1)]
+
+
+@pytest.mark.parametrize("patterns", [["*.self_attn"], ["re:.*self_attn$"], [MODULE.format(n) for n in range(3)]], ids=str)
+def test_not_all_attention_is_left_out_of_an_fp8_cache(tmp_path: Path, patterns: list[str]) -> None:
+    quantization = {"quant_method": "compressed-tensors", "kv_cache_scheme": scheme("tensor"), "ignore": patterns}
+    with pytest.raises(CheckpointError, match="has 1 problem: No layer has scales of K and V"):
+        load_kv_scales(checkpoint(tmp_path, quantization))
+
+
+@pytest.mark.parametrize("slow", ["(.*)*(.*)*(.*)*x$", "(.|.)*x$", ".*" * 20 + "x$", "[", "(" * 500])
+def test_a_regex_that_takes_forever_matches_nothing(tmp_path: Path, slow: str) -> None:
+    patterns = [f"re:{slow}", r"re:^(?!.*(?:mlp|experts)).*\.layers\.(?:1|7)\.self_attn$"]
+    loaded = load_kv_scales(checkpoint(tmp_path, {"kv_cache_quant_algo": "FP8", "ignore": patterns}, 0, 2))
+    assert findings(loaded) == [("layer-unquantized", "note", 1)]
+
+
 def test_scales_of_a_layer_that_the_config_leaves_in_16_bits(tmp_path: Path) -> None:
     loaded = load_kv_scales(checkpoint(tmp_path, mixed("FP8", None, "FP8"), 0, 1, 2))
     assert list(loaded) == [0, 1, 2]
@@ -231,6 +260,17 @@ def test_the_file_of_a_format_that_is_refused_is_named(tmp_path: Path) -> None:
     checkpoint(tmp_path, {"kv_cache_scheme": "FP8"}, 0, 1, 2, kv_cache_quant_algo="INT8")
     (problem,) = audit_checkpoint(tmp_path)
     assert problem.message == 'kv_cache_quant_algo must be "FP8", got "INT8" in hf_quant_config.json.'
+
+
+@pytest.mark.parametrize("pattern", ["model.layers.1.self_attn.k_proj", "*layers.1.self_attn*", "re:.*layers.1.*[kv]_proj"])
+def test_quark_quantizes_projections_which_may_be_left_out(tmp_path: Path, pattern: str) -> None:
+    outputs = {"output_tensors": {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False}}
+    quantization = {
+        "quant_method": "quark", "kv_cache_post_rope": True, "kv_cache_quant_config": {"*k_proj": outputs},
+        "exclude": ["lm_head", "model.layers.0.self_attn.o_proj", pattern],
+    }  # fmt: skip
+    loaded = load_kv_scales(checkpoint(tmp_path, quantization, 0, 2))
+    assert findings(loaded) == [("layer-unquantized", "note", 1)]
 
 
 def test_a_quark_config_that_names_layers_one_by_one(tmp_path: Path) -> None:

@@ -335,16 +335,29 @@ def test_a_missing_file(tmp_path: Path, missing: str) -> None:
         (b"{", "must be JSON, got: Expecting"),
         (b"\xff\xfe", "must be JSON, got: 'utf-8' codec can't decode"),
         (b"[" * 100_000, "must be JSON, got: maximum recursion depth"),
+        (b'{"text_config": ' * 450 + b"{}" + b"}" * 450, "must have at most 100 objects and lists in each other, got more"),
         (b"[]", "must hold an object, got list"),
         (b"null", "must hold an object, got NoneType"),
     ],
-    ids=["empty", "cut off", "no text", "too deep", "list", "null"],
+    ids=["empty", "cut off", "no text", "too deep", "deep", "list", "null"],
 )
 def test_a_file_that_is_no_config(tmp_path: Path, contents: bytes, sentence: str) -> None:
     (tmp_path / "config.json").write_bytes(contents)
     with pytest.raises(ValueError) as error:
         from_config(tmp_path)
     assert str(error.value).startswith(f"KVCacheScheme.from_config: {tmp_path / 'config.json'} {sentence}")
+
+
+def test_how_deep_a_config_may_be() -> None:
+    found = config()
+    for _ in range(96):  # there are 4 objects in each other: the innermost is the observer_kwargs of the scheme
+        found = {"text_config": found}
+    assert from_config(found).strategy == "attn_head"
+    with pytest.raises(ValueError) as error:
+        from_config({"text_config": found})
+    assert (
+        str(error.value) == "KVCacheScheme.from_config: config must have at most 100 objects and lists in each other, got more"
+    )
 
 
 def test_neither_a_dict_nor_a_path() -> None:

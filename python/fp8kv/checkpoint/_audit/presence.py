@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
 from fp8kv.checkpoint._read.inventory import Entry, Key, Models, ModelTensors
-from fp8kv.checkpoint._read.layers import Layers
+from fp8kv.checkpoint._read.layers import Attention, Layers
 from fp8kv.checkpoint._read.quantization import FP8, NVFP4, REAL, Statement
 from fp8kv.checkpoint._read.scales import StoredScales
 from fp8kv.checkpoint.problems import Problem, make_problem
@@ -83,17 +84,28 @@ def check_other_models(models: Models, chosen: str) -> Iterator[Problem]:
             yield make_problem("other-model", message, tensor=names[0], value=choice)
 
 
-def check_rope(entries: dict[Key, list[Entry]], statement: Statement) -> Iterator[Problem]:
+def check_rope(entries: dict[Key, list[Entry]], statement: Statement, attention: Mapping[int, Attention]) -> Iterator[Problem]:
     """A problem if scales describe the outputs of projections, but the cache holds other values."""
     names = [name for key, copies in entries.items() if key.letter != "v" for name, _ in copies]
-    if statement.producer != "quark" or not names or statement.before_rope is False:
+    if not names or statement.before_rope is False:
         return
+    kind, said, of_outputs = "rope-unsaid", "", "_proj.output_" in names[0]
+    norm = next((f"{x.name}.{rest}" for x in attention.values() for rest in x.shapes if _KEY_NORM.search(rest)), None)
     if statement.before_rope:
-        message = f"kv_cache_post_rope is false: {names[0]} is of keys before norm and RoPE, and not of the cache"
-        yield make_problem("before-rope", message, tensor=names[0], value=len(names))
-    elif "_proj.output_" in names[0]:
-        message = f"Without kv_cache_post_rope, {names[0]} may be of keys before norm and RoPE"
-        yield make_problem("rope-unsaid", message, tensor=names[0], value=len(names))
+        kind = "before-rope"
+        said = f"kv_cache_post_rope is false: {names[0]} is of keys before norm and RoPE, and not of the cache"
+    elif statement.producer == "quark":
+        said = f"Without kv_cache_post_rope, {names[0]} may be of keys before norm and RoPE" if of_outputs else ""
+    elif of_outputs or statement.of_projections:
+        said = f"{names[0]} is of the output of a projection: of keys before RoPE"
+        if norm is not None:
+            kind, said = "before-rope", f"{said} and {norm}, and not of the cache"
+    if said:
+        yield make_problem(kind, said, tensor=names[0], value=len(names))
+
+
+#: Weights of a norm of keys, which follows their projection.
+_KEY_NORM = re.compile(r"(?:^|\.)k(?:ey)?_?(?:layer)?_?norm\.weight$")
 
 
 def check_formats(stored: StoredScales, statement: Statement, module_of: Callable[[int], str]) -> Iterator[Problem]:
@@ -178,7 +190,7 @@ def reasons_to_be_absent(
         if layers is not None and layer in layers.optional:
             return "It caches what another model has made, and has no scales"
         module = module_of(layer)
-        if statement is not None and statement.leaves_out(module):
+        if statement is not None and tensors.layers_with_scales and statement.leaves_out(module):
             return f"The config leaves {module} out of what is quantized, and there are no scales"
         return None
 

@@ -23,6 +23,9 @@ LAYERS = (
     "num_transformer_layers",
 )  # fmt: skip
 
+#: Configs and files of scales have 10 at most; what reads them calls itself for each.
+_DEEPEST = 100
+
 
 def read_configs(path: Path) -> dict[str, dict[str, Any]]:
     """The contents of a config file; for a directory, of config.json and, if present, ModelOpt's file.
@@ -52,7 +55,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is not JSON, or not an object.
+        ValueError: it is not JSON, not an object, or nested too deep.
     """
     try:
         contents = json.loads(file.read_text(encoding="utf-8"))
@@ -60,7 +63,19 @@ def read_object(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} must be JSON, got: {error}") from None
     if not isinstance(contents, dict):
         raise ValueError(f"{file} must hold an object, got {type(contents).__name__}")
+    check_depth(contents, str(file))
     return contents
+
+
+def check_depth(contents: Any, name: str) -> None:
+    """A `ValueError`, which starts with the name, if objects and lists are nested deeper than those of any config."""
+    level = [contents]
+    for _ in range(_DEEPEST + 1):
+        level = [x for x in level if isinstance(x, (dict, list))]
+        if not level:
+            return
+        level = [value for x in level for value in (x.values() if isinstance(x, dict) else x)]
+    raise ValueError(f"{name} must have at most {_DEEPEST} objects and lists in each other, got more")
 
 
 # Models

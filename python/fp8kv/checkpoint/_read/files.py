@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fp8kv.checkpoint._read.safetensors import INDEX_FILE
+from fp8kv.checkpoint._read.safetensors import INDEX_FILE, read_header
+from fp8kv.checkpoint.names import parse_scale_name
 from fp8kv.checkpoint.problems import Problem, make_problem
 
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
@@ -40,13 +41,20 @@ def find_files(checkpoint: Path) -> tuple[dict[Path, list[str]], list[Problem]]:
 
 
 def files_beside(checkpoint: Path) -> list[str]:
-    """The files of a directory that are not read but may have scales; none for a single file."""
+    """The files of a directory that are not read but have scales, or may have some; none for a single file."""
     if not checkpoint.is_dir():
         return []
-    files = list(checkpoint.glob("*.safetensors"))
-    mistral = [file for file in files if _is_mistral(file)]
-    found = [*checkpoint.glob("*scale*.json"), *(mistral if len(mistral) < len(files) else ())]
-    return sorted(file.name for file in found)
+    read = find_files(checkpoint)[0]
+    others = [file for file in checkpoint.glob("*.safetensors") if file not in read and _has_scales(file)]
+    return sorted(file.name for file in (*others, *checkpoint.glob("*scale*.json")))
+
+
+def _has_scales(file: Path) -> bool:
+    try:
+        tensors, _ = read_header(file)
+    except (OSError, ValueError):
+        return False
+    return any(map(parse_scale_name, tensors))
 
 
 def _is_mistral(file: Path) -> bool:

@@ -25,6 +25,7 @@ from fp8kv.checkpoint.names import (
     looks_like_scale,
     model_of_stack,
     scale_at,
+    unwrapped,
 )
 from fp8kv.checkpoint.problems import Problem, make_problem
 
@@ -146,7 +147,7 @@ def sort_tensors(named: Mapping[str, list[StoredTensor]]) -> Models:
         scale = None if place is None else scale_at(place)
         if place is not None:
             tensors = models.setdefault(_model_of(place), ModelTensors(place.stack))
-            module = name.removesuffix(f".{place.rest}")
+            module = unwrapped(name).removesuffix(f".{place.rest}")
             attention = tensors.attention.setdefault(place.layer, Attention(module))
             if scale is None:
                 attention.shapes[place.rest] = named[name][0].shape
@@ -163,7 +164,7 @@ def sort_tensors(named: Mapping[str, list[StoredTensor]]) -> Models:
     for tensors in models.values():
         tensors.entries = dict(sorted(tensors.entries.items()))
         number = re.compile(rf"{re.escape(tensors.stack)}(\d{{1,4}})\.")
-        found = (number.match(name) for name in named if name.startswith(tensors.stack))
+        found = (number.match(name) for name in map(unwrapped, named) if name.startswith(tensors.stack))
         tensors.present = {int(match[1]) for match in found if match}
     return models
 
@@ -205,7 +206,7 @@ def _with_cross_layers(models: Models) -> Models:
 
 def _read_header(file: Path, listed: list[str], problems: list[Problem]) -> dict[str, StoredTensor]:
     """The tensors of a file, which must include those in the index; none if it cannot be read."""
-    if not file.is_file():
+    if not _is_file(file):
         problems.append(make_problem("file-missing", f"{file} must be there, but is not"))
         return {}
     try:
@@ -219,6 +220,13 @@ def _read_header(file: Path, listed: list[str], problems: list[Problem]) -> dict
         message = f"{file} must have {some} that the index names, but has not"
         problems.append(make_problem("tensor-missing", message, tensor=missing[0], value=len(missing)))
     return tensors
+
+
+def _is_file(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 # Choice of the model

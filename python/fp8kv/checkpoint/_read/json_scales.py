@@ -126,14 +126,16 @@ def _in_order(where: str, numbered: Mapping[str, Any]) -> list[str]:
 
 
 def _of_lists(path: Path, content: Mapping[str, Any], scales: Mapping[str, Any]) -> ModelTensors:
-    qmax = content.get("qmax", _QMAX)
-    if qmax != _QMAX:
+    qmax = content.get("qmax")
+    if qmax not in (None, _QMAX):
         raise ValueError(f"{path}: qmax must be {_QMAX}, that of float8_e4m3fn, got {qmax!r}")
     lists = {letter: scales.get(f"{letter}_scales") for letter in "kv"}
     tensors = ModelTensors("model.layers.")
     for letter, values in lists.items():
         where = f"{path}: scales.{letter}_scales"
-        layers = content.get("layer_ids", list(range(len(values))) if isinstance(values, list) else None)
+        layers = content.get("layer_ids")
+        if layers is None and isinstance(values, list):
+            layers = list(range(len(values)))
         if not isinstance(values, list) or not isinstance(layers, list) or len(values) != len(layers):
             raise ValueError(f"{where} must be a list, as long as layer_ids if there is one, got {_kind(values)}")
         for layer, value in zip(layers, values, strict=True):

@@ -37,7 +37,7 @@ _ATTENTION = re.compile(r"att|full|sliding|sparse|swa|window|chunk|global|local|
 _WINDOW = re.compile(r"sliding|window|local|swa|chunked")
 #: Key projections, by any name.
 KEY_PROJECTIONS = {
-    "k_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "W_pack", "wk", "k", "key", "kv_proj",
+    "k_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv", "W_pack", "wk", "k", "key", "kv_proj",
     "kv_a_proj_with_mqa", "wkv_a_with_mqa",
 }  # fmt: skip
 
@@ -251,6 +251,8 @@ def _heads(config: Mapping[str, Any], layer: int, types: list[str]) -> Heads:
         kv = None  # latent attention caches no heads
     elif config.get("multi_query") is True and not config.get("new_decoder_architecture"):
         kv = 1  # Falcon also has num_kv_heads, with another meaning
+    elif config.get("multi_query_attention") is False:
+        kv = query  # ChatGLM also has multi_query_group_num, which is of no use then
     elif group is not None:
         kv = None if query is None else query // group
     elif first_of(config, _KV_HEADS) is None and kv is None:

@@ -6,7 +6,8 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from fp8kv._checks import Strategy
@@ -56,6 +57,8 @@ _ALL_FIELDS = ("kv_cache_scheme", *_WORD_FIELDS)
 #: Fields for the quantized layers and their formats; and fields for the excluded ones.
 _LAYER_FIELD = "kv_cache_quantized_layers"
 _LEFT_OUT = ("ignore", "ignored_layers", "exclude_modules", "exclude", "modules_to_not_convert")
+#: Repetitions and alternatives of a regex; those of real configs have 5 or fewer.
+_MOST_CHOICES = 8
 #: Fields of a scheme, which distinguish it from a map of layers.
 _SCHEME_FIELDS = {
     "num_bits",
@@ -82,6 +85,7 @@ class Statement:
         observer: None: not specified.
         by_layer: patterns of names, or indices, of layers with another format.
         left_out: patterns of the names of modules that are not quantized.
+        of_projections: whether the outputs of `k_proj` and `v_proj` are quantized, instead of attention.
         before_rope: Quark: whether keys were observed before norm and RoPE; None: not specified.
         field: the config field it comes from.
         said: the reason why it is not FP8, for errors.
@@ -94,6 +98,7 @@ class Statement:
     observer: str | None = None
     by_layer: Mapping[str, Formats] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    of_projections: bool = False
     before_rope: bool | None = None
     field: str = ""
     said: str = ""
@@ -119,8 +124,31 @@ class Statement:
         return next(found, self.formats)
 
     def leaves_out(self, module: str) -> bool:
-        """Whether an attention module is deliberately not quantized."""
-        return any(_matches(pattern, module) for pattern in self.left_out)
+        """Whether an attention module is deliberately not quantized.
+
+        What is left out are linear layers as a rule, whose weights stay in 16 bits. So a pattern counts only
+        if it matches the module alone; or one of its projections, if these are what is quantized.
+        """
+        place = find_place(f"{module}.")
+        if place is not None and _place(place) in self._places_left_out:
+            return True
+        names = [f"{module}{part}" for part in self._quantized_parts]
+        matching = (regex for regex in self._patterns_left_out if any(map(regex.match, names)))
+        return any(self.of_projections or not regex.match(f"{module}.o_proj") for regex in matching)
+
+    @property
+    def _quantized_parts(self) -> tuple[str, ...]:
+        return ("", ".k_proj", ".v_proj") if self.of_projections else ("",)
+
+    @cached_property
+    def _places_left_out(self) -> frozenset[tuple[str, int]]:
+        places = (find_place(f"{name}.") for name in self.left_out if not _is_pattern(name))
+        return frozenset(_place(x) for x in places if x is not None and f".{x.rest}"[:-1] in self._quantized_parts)
+
+    @cached_property
+    def _patterns_left_out(self) -> list[re.Pattern[str]]:
+        found = (_regex(pattern) for pattern in self.left_out if _is_pattern(pattern))
+        return [regex for regex in found if regex is not None]
 
 
 def read_statements(config: Mapping[str, Any]) -> list[Statement]:
@@ -245,20 +273,42 @@ def _matches(pattern: str, module: str) -> bool:
     long as the model is the same.
     """
     names = (module, f"{module}.k_proj")
-    if pattern.startswith("re:"):
-        try:
-            return any(re.match(pattern[3:], name) for name in names)
-        except (re.error, RecursionError, OverflowError):
-            return False
     if _is_pattern(pattern):
-        return any(fnmatchcase(name, pattern) for name in names)
+        regex = _regex(pattern)
+        return regex is not None and any(map(regex.match, names))
     place = find_place(f"{module}.")
     if place is None:
         return pattern == module
     if pattern.isdecimal():
         return pattern == str(place.layer)
-    named = find_place(f"{pattern}.") or find_place(f"{pattern}.self_attn.")
-    return named is not None and _place(named) == _place(place)
+    named = _named(pattern)
+    return named is not None and named == _place(place)
+
+
+@lru_cache(maxsize=1 << 16)
+def _named(name: str) -> tuple[str, int] | None:
+    """The model and the number of a layer, by the name of the layer, or of attention or a part of it."""
+    place = find_place(f"{name}.") or find_place(f"{name}.self_attn.")
+    return None if place is None else _place(place)
+
+
+@lru_cache(maxsize=4096)
+def _regex(pattern: str) -> re.Pattern[str] | None:
+    """A regex ("re:...") or wildcards as a regex; None if it is invalid, or could take forever."""
+    is_regex = pattern.startswith("re:")
+    if is_regex and _is_costly(pattern[3:]):
+        return None
+    try:
+        return re.compile(pattern[3:] if is_regex else translate(pattern))
+    except (re.error, RecursionError, OverflowError):
+        return None
+
+
+def _is_costly(regex: str) -> bool:
+    """Whether a regex repeats a group, or has so many parts to repeat or choose that the ways to match explode."""
+    plain = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", regex)  # without escapes and sets
+    plain = re.sub(r"\(\?(?:[:=!]|<[=!]|P<\w+>)", "(", plain)
+    return re.search(r"\)[*+{]", plain) is not None or len(re.findall(r"[*+?{]+|\|[^)]*\)", plain)) > _MOST_CHOICES
 
 
 def _is_pattern(name: str) -> bool:
@@ -307,8 +357,16 @@ def _of_scheme(quantization: Mapping[str, Any], producer: str) -> Statement | No
             raise ValueError(f'{name}.strategy must be that of {first}, "{one}", got "{two}"')
     observers = [x["observer"] for x in schemes.values() if x.get("observer") is not None]
     observer = str(observers[0]) if observers else None
-    query = any(name.endswith("input_activations") for name in groups)
-    return Statement(producer, formats, strategy, query, observer, field=first, said=f"{first}.num_bits must be 8, got 4")
+    return Statement(
+        producer,
+        formats,
+        strategy,
+        quantizes_query=any(name.endswith("input_activations") for name in groups),
+        observer=observer,
+        of_projections=first.endswith("output_activations"),
+        field=first,
+        said=f"{first}.num_bits must be 8, got 4",
+    )
 
 
 def _attention_groups(quantization: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -400,6 +458,7 @@ def _of_quark(quantization: Mapping[str, Any]) -> Statement | None:
         field="output_tensors",
         by_layer=by_layer,
         left_out=tuple(_texts(quantization, _LEFT_OUT)),
+        of_projections=True,
         before_rope=None if post is None else not post,
     )
 

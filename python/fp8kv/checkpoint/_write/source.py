@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fp8kv._dtypes import REAL_DTYPES, dtype_name
-from fp8kv.checkpoint._read.config import CONFIG_FILE, MODELOPT_FILE, NESTED, section_of_model
+from fp8kv.checkpoint._read.config import CONFIG_FILE, MODELOPT_FILE, NESTED, check_depth, section_of_model
 from fp8kv.checkpoint._read.inventory import Models, ModelTensors, sort_tensors
 from fp8kv.checkpoint._read.layers import (
     Heads,
@@ -209,6 +209,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
         raise FileNotFoundError(f"KVScales.save: source must be a folder with a {name}, got {folder}")
     try:
         content = json.loads((folder / name).read_bytes())
+        check_depth(content, "it")
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / name} is no JSON file: {error}") from error
     if not isinstance(content, dict):
