@@ -161,10 +161,15 @@ def test_modules_that_are_left_out_on_purpose(tmp_path: Path, field: str, patter
     assert findings(loaded) == [("layer-unquantized", "note", 1)]
 
 
-#: Of linear layers whose weights stay in 16 bits, or of something else.
+#: Of linear layers whose weights stay in 16 bits.
 OF_LINEARS = [
     "model.layers.1.self_attn.o_proj", "model.layers.1.self_attn.k_proj", "model.layers.1.self_attn.indexer.wk",
-    "model.layers.1", "*self_attn*", "model.layers.1*", "re:.*self_attn.*", "re:.*layers.1.self_attn",
+    "*self_attn*", "model.layers.1.self_attn*", "*layers.1.self_attn.*", "re:.*[qkvo]_proj$", "re:.*layers.1.self_attn.o",
+]  # fmt: skip
+#: Of attention itself, or of a whole layer.
+OF_ATTENTION = [
+    "model.layers.1", "model.layers.1.self_attn", "model.layers.1*", "*.layers.1.*", "*layers.1.self_attn",
+    "re:.*layers.1.self_attn$", "re:.*layers.1.self_attn.*", r"re:model\.layers\.1\..*", "re:.*layers.1",
 ]  # fmt: skip
 
 
@@ -176,7 +181,15 @@ def test_linears_that_are_left_out_have_a_cache_all_the_same(tmp_path: Path, met
     assert [(p.kind, p.layer) for p in audit_checkpoint(tmp_path)] == [("layer-missing", 1)]
 
 
-@pytest.mark.parametrize("patterns", [["*.self_attn"], ["re:.*self_attn$"], [MODULE.format(n) for n in range(3)]], ids=str)
+@pytest.mark.parametrize("pattern", OF_ATTENTION)
+def test_a_layer_that_is_left_out_needs_no_scales(tmp_path: Path, pattern: str) -> None:
+    quantization = {"quant_method": "compressed-tensors", "kv_cache_scheme": scheme("tensor"), "ignore": ["lm_head", pattern]}
+    loaded = load_kv_scales(checkpoint(tmp_path, quantization, 0, 2))
+    assert list(loaded) == [0, 2]
+    assert findings(loaded) == [("layer-unquantized", "note", 1)]
+
+
+@pytest.mark.parametrize("patterns", [["*.self_attn"], ["re:.*self_attn.*"], [MODULE.format(n) for n in range(3)]], ids=str)
 def test_not_all_attention_is_left_out_of_an_fp8_cache(tmp_path: Path, patterns: list[str]) -> None:
     quantization = {"quant_method": "compressed-tensors", "kv_cache_scheme": scheme("tensor"), "ignore": patterns}
     with pytest.raises(CheckpointError, match="has 1 problem: No layer has scales of K and V"):

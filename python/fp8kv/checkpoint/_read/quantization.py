@@ -126,15 +126,23 @@ class Statement:
     def leaves_out(self, module: str) -> bool:
         """Whether an attention module is deliberately not quantized.
 
-        What is left out are linear layers as a rule, whose weights stay in 16 bits. So a pattern counts only
-        if it matches the module alone; or one of its projections, if these are what is quantized.
+        What is left out are linear layers as a rule, whose weights stay in 16 bits. So a name counts only if it
+        is that of the module or of its layer, and a pattern if it matches the module; or one of its
+        projections, if these are what is quantized. Of wildcards, those that match all parts of attention and
+        nothing else of the layer stand for its linear layers: ModelOpt summarizes their names so. A regex is
+        matched with the names of all modules, attention included, by compressed-tensors.
         """
         place = find_place(f"{module}.")
         if place is not None and _place(place) in self._places_left_out:
             return True
         names = [f"{module}{part}" for part in self._quantized_parts]
-        matching = (regex for regex in self._patterns_left_out if any(map(regex.match, names)))
-        return any(self.of_projections or not regex.match(f"{module}.o_proj") for regex in matching)
+        layer = module.rpartition(".")[0]
+        for pattern, regex in self._patterns_left_out:
+            of_linears = regex.match(f"{module}.o_proj") and not regex.match(f"{layer}.mlp.down_proj")
+            on_purpose = self.of_projections or pattern.startswith("re:") or not of_linears
+            if on_purpose and any(map(regex.match, names)):
+                return True
+        return False
 
     @property
     def _quantized_parts(self) -> tuple[str, ...]:
@@ -142,13 +150,14 @@ class Statement:
 
     @cached_property
     def _places_left_out(self) -> frozenset[tuple[str, int]]:
-        places = (find_place(f"{name}.") for name in self.left_out if not _is_pattern(name))
+        names = [name for name in self.left_out if not _is_pattern(name)]
+        places = [find_place(f"{name}.") for name in names] + [find_place(f"{name}.self_attn.") for name in names]
         return frozenset(_place(x) for x in places if x is not None and f".{x.rest}"[:-1] in self._quantized_parts)
 
     @cached_property
-    def _patterns_left_out(self) -> list[re.Pattern[str]]:
-        found = (_regex(pattern) for pattern in self.left_out if _is_pattern(pattern))
-        return [regex for regex in found if regex is not None]
+    def _patterns_left_out(self) -> list[tuple[str, re.Pattern[str]]]:
+        found = ((pattern, _regex(pattern)) for pattern in self.left_out if _is_pattern(pattern))
+        return [(pattern, regex) for pattern, regex in found if regex is not None]
 
 
 def read_statements(config: Mapping[str, Any]) -> list[Statement]:
