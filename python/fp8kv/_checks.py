@@ -19,6 +19,8 @@ STANDARD_STRATEGIES: tuple[Strategy, ...] = ("tensor", "attn_head")
 #: Those that can be asked for.
 STRATEGIES: tuple[Strategy, ...] = (*STANDARD_STRATEGIES, "channel")
 LAYOUTS: tuple[str, ...] = get_args(Layout)
+#: Types of models of `transformers` that cache something else than keys and values.
+WITHOUT_KEYS = ("reformer", "rwkv", "xlnet", "xlstm")
 
 
 def require(module: str, extra: str, purpose: str) -> None:
@@ -39,6 +41,24 @@ def require(module: str, extra: str, purpose: str) -> None:
 def is_installed(module: str) -> bool:
     """Whether it can be imported."""
     return importlib.util.find_spec(module) is not None
+
+
+def check_size(name: str, size: Any, least: int) -> None:
+    """A `ValueError` that begins with `name` unless the size is an integer of at least this number."""
+    check_integer(name, size)
+    if size < least:
+        raise ValueError(f"{name} must be at least {least}, got {size}")
+
+
+def check_integer(name: str, number: Any) -> None:
+    """A `ValueError` that begins with `name` unless this is an integer, of any package."""
+    if isinstance(number, bool) or not hasattr(type(number), "__index__"):
+        raise ValueError(f"{name} must be an int, got {type(number).__name__}")
+
+
+def is_number(x: Any) -> bool:
+    """Whether it can be compared with numbers."""
+    return hasattr(type(x), "__float__")
 
 
 def is_scale(x: float) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fp8kv._checks import Strategy, require
+from fp8kv._checks import WITHOUT_KEYS, Strategy, is_number, require
 from fp8kv._dtypes import DEFAULT_FORMAT
 from fp8kv.calibration import _progress
 from fp8kv.calibration._chooser import Chooser
@@ -129,7 +129,7 @@ def calibrate(
     shown = progress if first or progress is not True else None
     with all_ranks(recorder, group):
         check_wanted(wanted, observer)
-        _check_arguments(model, wanted, observer, percentile, query)
+        _check_arguments(model, batches, wanted, observer, percentile, query)
         kept = _observe(model, recorder, batches, seeing_queries(recorder) if query else None, shown)
     _check_what_was_seen(recorder, model, query)
     if first:
@@ -161,7 +161,8 @@ def calibrate_several(
         lambda letter, *sizes: ChannelObserver(*sizes), per_head="kv", holds_out=holds_out
     )  # fmt: skip
     auto = Wanted(None, AUTO, "none", 1.0)
-    _check_arguments(model, auto if holds_out else Wanted("attn_head", "fp8", "none", 1.0), _MINMAX, 100, False)
+    kind = auto if holds_out else Wanted("attn_head", "fp8", "none", 1.0)
+    _check_arguments(model, batches, kind, _MINMAX, 100, False)
     kept = _observe(model, recorder, batches, None, progress)
     _check_what_was_seen(recorder, model, False)
     found = {}
@@ -298,15 +299,19 @@ def share(batches: Iterable[T], rank: int, size: int) -> Iterable[T]:
 # Checks
 
 
-def _check_arguments(model: nn.Module, wanted: Wanted, observer: str, percentile: float, query: bool) -> None:
+def _check_arguments(model: nn.Module, batches: Any, wanted: Wanted, observer: str, percentile: float, query: bool) -> None:
     require("transformers", "transformers", "calibrate")
     check_observer("calibrate: observer", observer)
-    if not 0 < percentile <= 100:
+    if not is_number(percentile) or not 0 < percentile <= 100:
         raise ValueError(f"calibrate: percentile must be above 0 and at most 100, got {percentile!r}")
     config = getattr(model, "config", None)
     decodes = config is not None and not getattr(config, "is_encoder_decoder", False)
     if not decodes or not hasattr(model, "get_input_embeddings"):
         raise ValueError(f"calibrate: model must be a causal language model of transformers, got {type(model).__name__}")
+    if getattr(config, "model_type", None) in WITHOUT_KEYS:
+        raise ValueError(f"calibrate: model must cache keys and values, got {type(model).__name__}")
+    if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise ValueError(f"calibrate: batches must be a list or another iterable, got {type(batches).__name__}")
     if wanted.dtype == AUTO and latent_sizes(config) is not None:
         raise ValueError(
             f'calibrate: dtype must not be "{AUTO}" for {type(model).__name__}, as its attention expands the '

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fp8kv._checks import STANDARD_STRATEGIES, STRATEGIES, Strategy, check_choice
+from fp8kv._checks import STANDARD_STRATEGIES, STRATEGIES, Strategy, check_choice, is_number
 from fp8kv._dtypes import CACHE_DTYPES, DEFAULT_FORMAT, QUANTIZED_CACHE_NAMES
 from fp8kv.calibration.observers import ChannelObserver, MinMaxObserver, Observer
 from fp8kv.checkpoint.scales import LayerScales
@@ -90,7 +90,7 @@ def check_wanted(wanted: Wanted, observer: str) -> None:
     check_choice("calibrate: offset", offset, OFFSETS)
     if dtype == AUTO and offset != "none":
         raise ValueError(f'calibrate: offset must be "none" with dtype "{AUTO}", which chooses it, got {offset!r}')
-    if not 0 < headroom < math.inf:
+    if not is_number(headroom) or not 0 < headroom < math.inf:
         raise ValueError(f"calibrate: headroom must be finite and above 0, got {headroom!r}")
     if observer != "static_minmax" and not wanted.is_plain:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -158,9 +159,10 @@ def _recording_cache(model: Any, recorder: Reader, *, keeps: bool) -> Cache:
     """
     from transformers import DynamicCache
 
+    base: Any = _cache_class(model)
     latent = latent_sizes(model.config)
 
-    class RecordingCache(DynamicCache):
+    class RecordingCache(base):  # type: ignore[misc]
         def update(
             self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
         ) -> tuple[Tensor, Tensor]:
@@ -172,11 +174,22 @@ def _recording_cache(model: Any, recorder: Reader, *, keeps: bool) -> Cache:
                 super().update(key_states, value_states, layer_idx, *args, **kwargs)
             return key_states, value_states
 
-    cache = RecordingCache(config=model.config)
+    cache: Cache = RecordingCache(config=model.config) if base is DynamicCache else RecordingCache()
     if not keeps:
         for layer in cache.layers:
             _refuse_reads(layer)
     return cache
+
+
+def _cache_class(model: Any) -> type[Cache]:
+    """The class of caches that a model takes: `DynamicCache`, or a subclass defined beside the model, as of MiniMax."""
+    from transformers import DynamicCache
+
+    if getattr(model, "_supports_default_dynamic_cache", lambda: True)():
+        return DynamicCache
+    names = dict.fromkeys(kind.__module__ for kind in type(model).__mro__)
+    classes = (x for name in names for x in vars(sys.modules[name]).values() if isinstance(x, type) and x.__module__ == name)
+    return next((x for x in classes if issubclass(x, DynamicCache)), DynamicCache)
 
 
 def latent_sizes(config: Any) -> tuple[int, int] | None:

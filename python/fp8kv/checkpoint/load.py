@@ -246,6 +246,8 @@ def examine(
         FileNotFoundError: there is no such directory or file.
         ValueError: `checkpoint` is something else, there is no such model, or an error cannot be accepted.
     """
+    if not (model is None or isinstance(model, str)):
+        raise ValueError(f"{caller}: model must be None or a str, got {type(model).__name__}")
     _check_accept(accept, caller)
     path = locate(checkpoint, caller)
     found = _Examination(path, query)
@@ -272,9 +274,9 @@ def examine(
 
 def _check_accept(accept: Collection[str], caller: str) -> None:
     choices = listed((f'"{kind}"' for kind in ACCEPTABLE), "and")
-    for kind in [accept] if isinstance(accept, str) else accept:
-        if isinstance(accept, str) or kind not in ACCEPTABLE:
-            raise ValueError(f"{caller}: accept must be a list of {choices}, got {accept!r}")
+    is_list = isinstance(accept, Collection) and not isinstance(accept, str)
+    if not is_list or any(kind not in ACCEPTABLE for kind in accept):
+        raise ValueError(f"{caller}: accept must be a list of {choices}, got {accept!r}")
 
 
 class _Examination:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from fp8kv._checks import STANDARD_STRATEGIES, Strategy, check_choice, listed
+from fp8kv._checks import STANDARD_STRATEGIES, Strategy, check_choice, check_integer, listed
 from fp8kv._dtypes import (
     CACHE_DTYPES,
     DEFAULT_FORMAT,
@@ -65,6 +65,8 @@ class LayerScales:
     def __post_init__(self) -> None:
         check_choice("LayerScales: dtype", self.dtype, QUANTIZED_CACHE_NAMES)
         for name, x in self._tensors().items():
+            if not isinstance(x, Tensor):
+                raise ValueError(f"LayerScales: {name} must be None or a tensor, got {type(x).__name__}")
             sizes = {"q": (1,), "k": (1, 2), "v": (1, 2)}.get(name, (2,))
             if x.dtype != torch.float32 or x.dim() not in sizes:
                 words = listed(("one", "two")[size - 1] for size in sizes)
@@ -168,6 +170,10 @@ class KVScales(Mapping[int, LayerScales]):
         standard: Mapping[int, LayerScales] | None = None,
         errors: Mapping[int, float] | None = None,
     ) -> None:
+        if not isinstance(layers, Mapping):
+            raise ValueError(f"KVScales: layers must be a mapping from numbers to LayerScales, got {type(layers).__name__}")
+        if not isinstance(scheme, KVCacheScheme):
+            raise ValueError(f"KVScales: scheme must be a KVCacheScheme, got {type(scheme).__name__}")
         self._layers = dict(sorted(layers.items()))
         self.scheme = scheme
         self.problems = list(problems)
@@ -387,6 +393,8 @@ def mapped(layer: LayerScales, function: Callable[[Tensor], Tensor]) -> LayerSca
 
 def check_rank(tp_rank: int, tp_size: int) -> None:
     """A `ValueError` unless there is such a tensor-parallel rank."""
+    check_integer("tp_rank", tp_rank)
+    check_integer("tp_size", tp_size)
     if tp_size < 1 or not 0 <= tp_rank < tp_size:
         raise ValueError(f"tp_rank must be from 0 to tp_size - 1, got {tp_rank} with tp_size={tp_size}")
 

@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional
 from torch import Tensor
 
-from fp8kv._checks import LAYOUTS, check_choice, check_offset_values, check_scale_values, placed, quoted
+from fp8kv._checks import (
+    LAYOUTS,
+    check_choice,
+    check_integer,
+    check_offset_values,
+    check_scale_values,
+    check_size,
+    placed,
+    quoted,
+)
 from fp8kv._dtypes import CACHE_DTYPES, CACHE_NAMES, FORMATS, FP8_DTYPES, QUANTIZED_CACHE_NAMES, dtype_name
 from fp8kv.kv_cache import ops
 from fp8kv.kv_cache.attention import paged_attention
@@ -25,7 +34,7 @@ _ALIGNMENT = 16
 class PagedKVCache:
     """The paged KV cache of one layer: owns the storage and the scales, stores tokens and reads them back.
 
-    Its sizes, `layout` and `device` are attributes of the same names.
+    Its sizes, `layout` and `device` are attributes of the same names. It can be copied and pickled.
 
     Args:
         num_blocks: number of blocks.
@@ -108,8 +117,7 @@ class PagedKVCache:
         sizes = {"block_size": block_size, "num_kv_heads": num_kv_heads, "head_size": head_size}
         at_least = [("num_blocks", num_blocks, 0), *((*item, 1) for item in sizes.items()), ("v_head_size", v_head_size, 0)]
         for name, size, least in at_least:
-            if size < least:
-                raise ValueError(f"PagedKVCache: {name} must be at least {least}, got {size}")
+            check_size(f"PagedKVCache: {name}", size, least)
         check_choice("PagedKVCache: layout", layout, LAYOUTS)
         self.num_blocks, self.block_size = num_blocks, block_size
         self.num_kv_heads, self.head_size, self.v_head_size = num_kv_heads, head_size, v_head_size
@@ -197,6 +205,7 @@ class PagedKVCache:
             raise ValueError(f"PagedKVCache: {name} must be a float or a floating-point tensor, got {_kind(scale)}")
         if not self._is_scale_shape(side, scale):
             raise ValueError(f"PagedKVCache: {name} must have {self._shapes(side)}, got shape {list(scale.shape)}")
+        _check_real(f"PagedKVCache: {name}", scale)
         host = scale.detach().to("cpu", torch.float32, copy=True)
         host = host.reshape(-1) if host.numel() in (1, self.num_kv_heads) else host
         check_scale_values(f"PagedKVCache: {name}", host)
@@ -216,18 +225,19 @@ class PagedKVCache:
         name, offset = (name, given) if of_scales is None else (f"scales.{name}", of_scales)
         if offset is None:
             return None
+        if not (isinstance(offset, Tensor) and offset.is_floating_point()):
+            raise ValueError(f"PagedKVCache: {name} must be a floating-point tensor, got {_kind(offset)}")
         if self.v_head_size == 0 and "v_offset" in name:
             raise ValueError(f"PagedKVCache: {name} must be None, as there is no V, got shape {list(offset.shape)}")
         if self._formats()[name.removeprefix("scales.")[0]] not in FORMATS:
             of_side = self.v_cache_dtype if "v_offset" in name else self.kv_cache_dtype
             raise ValueError(f"PagedKVCache: {name} must be None with dtype {of_side!r}, as only FP8 and int8 use offsets")
-        if not (isinstance(offset, Tensor) and offset.is_floating_point()):
-            raise ValueError(f"PagedKVCache: {name} must be a floating-point tensor, got {_kind(offset)}")
         channels = self._channels(name.removeprefix("scales."))
         if offset.shape != channels:
             raise ValueError(
                 f"PagedKVCache: {name} must have the shape [num_kv_heads, head_size]={list(channels)}, got {list(offset.shape)}"
             )
+        _check_real(f"PagedKVCache: {name}", offset)
         host = offset.detach().to("cpu", torch.float32, copy=True)
         check_offset_values(f"PagedKVCache: {name}", host)
         return host
@@ -269,6 +279,8 @@ class PagedKVCache:
         if self.v_head_size == 0 and (v_scale is not k_scale or v_offset is not None):
             raise ValueError("PagedKVCache.use_scales: v_scale must be k_scale, and v_offset None, as there is no V")
         for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+            if not isinstance(scale, Tensor):
+                raise ValueError(f"PagedKVCache.use_scales: {name} must be a tensor, got {type(scale).__name__}")
             self._check_in_use(name, scale, self._is_scale_shape(name, scale), f"with {self._shapes(name)}")
         for name, offset in (("k_offset", k_offset), ("v_offset", v_offset)):
             if offset is not None:
@@ -308,6 +320,9 @@ class PagedKVCache:
             >>> cache.key_cache[1, 4].tolist(), cache.k_scale[1, 4].tolist()
             ([[448.0, -224.0]], [0.015625])
         """
+        if key is None or slot_mapping is None:
+            name = "key" if key is None else "slot_mapping"
+            raise ValueError(f"PagedKVCache.append: {name} must be a tensor, got None")
         if value is None:
             if self.v_head_size > 0:
                 raise ValueError("PagedKVCache.append: value must be a tensor, as the cache has V, got None")
@@ -403,7 +418,10 @@ class PagedKVCache:
             >>> key.flatten().tolist()
             [3.0]
         """
+        _check_out(dtype, out)
         lengths = _integers("seq_lens", seq_lens)
+        if lengths.dim() != 1:
+            raise ValueError(f"PagedKVCache.gather: seq_lens must be [num_seqs], got shape {list(lengths.shape)}")
         sums = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         if lengths.device.type == "cpu" and (lengths.lt(0).any() or sums[-1] > _INT32.max):
             raise ValueError(
@@ -487,6 +505,8 @@ class PagedKVCache:
             [3.0, 4.0]
         """
 
+        if query is None:
+            raise ValueError("PagedKVCache.attend: query must be a tensor, got None")
         if self.v_head_size == 0:
             raise ValueError(
                 "PagedKVCache.attend: the cache must have V, got v_head_size=0; paged_attention takes a part of key_cache as V"
@@ -508,6 +528,17 @@ class PagedKVCache:
             lse=lse, num_splits=num_splits, out=out, workspace=workspace,
             v_cache_dtype=None if self.v_dtype == self.dtype else self.v_cache_dtype,
         )  # fmt: skip
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The storage as bytes, without its views, as pickle has no FP8."""
+        state = {name: x for name, x in vars(self).items() if name not in ("key_cache", "value_cache")}
+        state["storage"] = _viewed(self.storage, torch.uint8)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.storage = _viewed(self.storage, self._storage_form()[1])
+        self.key_cache, self.value_cache = self._views()
 
     def _caches(self) -> tuple[Tensor, Tensor]:
         """`key_cache` and `value_cache`; in compiled code made again from the tensor that both are views of.
@@ -608,6 +639,8 @@ class PagedKVCache:
             part.index_copy_(0, target, copied.to(self.device))
 
     def _check_source(self, source: PagedKVCache) -> None:
+        if not isinstance(source, PagedKVCache):
+            raise ValueError(f"PagedKVCache.copy_blocks: source must be a PagedKVCache, got {type(source).__name__}")
         for name in ("block_size", "num_kv_heads", "head_size", "v_head_size", "dtype", "v_dtype", "dynamic"):
             ours, theirs = getattr(self, name), getattr(source, name)
             if ours != theirs:
@@ -706,6 +739,7 @@ class PagedKVCache:
                 f"PagedKVCache.descales: the cache must be FP8, as FlashAttention-3 reads no "
                 f"{self.kv_cache_dtype}; `attend` does"
             )
+        check_integer("PagedKVCache.descales: num_seqs", num_seqs)
         shape = (num_seqs, self.num_kv_heads)
         return self.k_scale.expand(shape), self.v_scale.expand(shape)
 
@@ -823,6 +857,36 @@ def check_format(caller: str, dtype: str, made_for: Any) -> None:
         )
 
 
+def _viewed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """As another dtype, with its attributes, which tell compilers that its address stays."""
+    view = x.view(dtype)
+    vars(view).update(vars(x))
+    return view
+
+
+def _on_host(name: str, values: Any, method: str) -> Tensor:
+    """A sequence as a tensor, of integers if it is empty."""
+    try:
+        host = torch.tensor(values, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"PagedKVCache.{method}: {name} must be integers, a tensor or lists of one length, got {type(values).__name__}"
+        ) from error
+    return host if host.numel() > 0 else host.long()
+
+
+def _check_real(name: str, x: Tensor) -> None:
+    if x.is_meta:
+        raise ValueError(f"{name} must be on a real device, got the meta device")
+
+
+def _check_out(dtype: torch.dtype, out: Any) -> None:
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"PagedKVCache.gather: dtype must be a torch dtype, got {dtype!r}")
+    if out is not None and len(out) != 2:
+        raise ValueError(f"PagedKVCache.gather: out must be two tensors, key and value, got {type(out).__name__}")
+
+
 def _kind(value: Any) -> str:
     return dtype_name(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
@@ -834,7 +898,7 @@ def _cache_dtype(argument: str, dtype: str | torch.dtype) -> tuple[str, torch.dt
         raise ValueError(
             f'PagedKVCache: {argument} must say what the elements are, such as "bfloat16" or the dtype of the model, got "auto"'
         )
-    if name not in CACHE_DTYPES:
+    if not isinstance(name, str) or name not in CACHE_DTYPES:
         names = ", ".join(map(quoted, CACHE_DTYPES))
         raise ValueError(f"PagedKVCache: {argument} must be {names} or the torch dtype, got {dtype!r}")
     return name, CACHE_DTYPES[name]
@@ -843,7 +907,7 @@ def _cache_dtype(argument: str, dtype: str | torch.dtype) -> tuple[str, torch.dt
 def _integers(name: str, values: Sequence[Any] | Tensor, method: str = "gather") -> Tensor:
     """int64, on the device where they are; a sequence is on the host."""
     if not isinstance(values, Tensor):
-        return torch.tensor(values, dtype=torch.int64, device="cpu")
+        values = _on_host(name, values, method)
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise ValueError(f"PagedKVCache.{method}: {name} must be integers, got {dtype_name(values.dtype)}")
     return values.long()

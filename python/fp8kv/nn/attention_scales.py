@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fp8kv._checks import STRATEGIES, check_choice, listed
+from fp8kv._checks import STRATEGIES, check_choice, check_size, is_number, listed
 from fp8kv._dtypes import CACHE_NAMES, FORMATS, FP8_DTYPES, REAL_DTYPES, dtype_name
 from fp8kv.checkpoint.scales import LayerScales
 from fp8kv.kv_cache import PagedKVCache, paged_attention, reshape_and_cache_flash, rope_quant_and_cache
@@ -115,12 +115,11 @@ class AttentionScales(nn.Module):
         super().__init__()
         sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_size": head_size}
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"AttentionScales: {name} must be at least 1, got {size}")
+            check_size(f"AttentionScales: {name}", size, 1)
         if num_heads % num_kv_heads:
             raise ValueError(f"AttentionScales: num_heads must be a multiple of num_kv_heads={num_kv_heads}, got {num_heads}")
-        if first_kv_head is not None and first_kv_head < 0:
-            raise ValueError(f"AttentionScales: first_kv_head must be at least 0, got {first_kv_head}")
+        if first_kv_head is not None:
+            check_size("AttentionScales: first_kv_head", first_kv_head, 0)
         check_choice("AttentionScales: strategy", strategy, STRATEGIES)
         if dtype not in FORMATS:
             names = listed(map(dtype_name, FORMATS))
@@ -591,8 +590,8 @@ class AttentionScales(nn.Module):
             >>> scales.k_scale.item(), scales.v_scale.item(), sum(report.k.clipped)
             (1.5625, 0.015625, 384)
         """
-        if not 0 < margin < float("inf"):
-            raise ValueError(f"AttentionScales.freeze: margin must be finite and above 0, got {margin}")
+        if not is_number(margin) or not 0 < margin < float("inf"):
+            raise ValueError(f"AttentionScales.freeze: margin must be finite and above 0, got {margin!r}")
         largest, seen = self._merged(group)
         if not (sum(seen.k.observed) and sum(seen.v.observed)):
             raise RuntimeError(
@@ -629,6 +628,11 @@ class AttentionScales(nn.Module):
             >>> scales.k_scale, scales.v_scale
             (tensor([0.5000, 0.2500]), tensor([0.1250, 0.1250]))
         """
+        if not isinstance(scales, LayerScales):
+            raise ValueError(
+                "AttentionScales.load_scales: scales must be the LayerScales of one layer, such as "
+                f"load_kv_scales(checkpoint)[0], got {type(scales).__name__}"
+            )
         given = {"q": scales.q, "k": scales.k, "v": scales.v}
         fitting = {
             letter: self._shape.fit(f"AttentionScales.load_scales: scales.{letter}", scale, query=letter == "q")

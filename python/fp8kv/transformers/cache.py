@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,15 @@ from transformers.cache_utils import (
 )
 from transformers.configuration_utils import PreTrainedConfig
 
-from fp8kv._checks import LAYOUTS, check_choice, check_offset_values, check_scale_values, quoted
+from fp8kv._checks import (
+    LAYOUTS,
+    WITHOUT_KEYS,
+    check_choice,
+    check_offset_values,
+    check_scale_values,
+    check_size,
+    quoted,
+)
 from fp8kv._dtypes import CACHE_DTYPES, CACHE_NAMES, DEFAULT_FORMAT, QUANTIZED_CACHE_NAMES
 from fp8kv.checkpoint import KVScales, LayerScales, load_kv_scales
 from fp8kv.checkpoint.scales import mapped
@@ -42,6 +50,8 @@ _STORED_IN_FP8 = {
 }
 #: Fields of a config with the window of a layer, and the type of such a layer.
 _BOUNDED = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}
+#: Types of models that take only caches of a class of their own.
+_OWN_CACHES = ("minimax",)
 
 
 class Fp8Cache(Cache):
@@ -266,8 +276,8 @@ def _check_sizes(layout: str, block_size: int, max_cache_len: int | None, max_ba
     check_choice("Fp8Cache: layout", layout, LAYOUTS)
     sizes = {"block_size": block_size, "max_cache_len": max_cache_len, "max_batch_size": max_batch_size}
     for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise ValueError(f"Fp8Cache: {name} must be at least 1, got {size}")
+        if size is not None or name == "block_size":
+            check_size(f"Fp8Cache: {name}", size, 1)
     if max_batch_size is not None and max_cache_len is None:
         raise ValueError(
             f"Fp8Cache: max_batch_size must be None without max_cache_len, as a dynamic cache grows, got {max_batch_size}"
@@ -281,6 +291,10 @@ def _check_sizes(layout: str, block_size: int, max_cache_len: int | None, max_ba
 
 def _decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The part of the config that describes the language model."""
+    if not isinstance(config, PreTrainedConfig):
+        raise ValueError(
+            f"Fp8Cache: config must be a config of transformers, such as model.config, got {type(config).__name__}"
+        )
     if config.is_encoder_decoder:
         raise ValueError(
             "Fp8Cache: config must be of a model without an encoder, as keys of an encoder are not cached, "
@@ -291,6 +305,13 @@ def _decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
         raise ValueError(
             "Fp8Cache: config must be of a model without cross-attention layers, as it would read keys from "
             f"the cache itself, got {type(decoder).__name__}"
+        )
+    if decoder.model_type in WITHOUT_KEYS:
+        raise ValueError(f"Fp8Cache: config must be of a model that caches keys and values, got {type(decoder).__name__}")
+    if decoder.model_type in _OWN_CACHES:
+        raise ValueError(
+            f"Fp8Cache: config must be of a model that takes any cache of Transformers, got {type(decoder).__name__}, "
+            "whose model takes only its own; fp8kv.calibrate finds its KVScales, which AttentionScales and engines use"
         )
     return decoder
 
@@ -348,6 +369,8 @@ def _skipped(skip_layers: Sequence[int | str], types: list[str]) -> set[int]:
     """The layers selected by index or type."""
     if isinstance(skip_layers, (int, str)):
         skip_layers = [skip_layers]
+    if not isinstance(skip_layers, Collection):
+        raise ValueError(f"Fp8Cache: skip_layers must be a list of numbers and types, got {type(skip_layers).__name__}")
     skipped: set[int] = set()
     for one in skip_layers:
         named = {index for index, kind in enumerate(types) if one in (index, kind)}
@@ -458,6 +481,9 @@ def _offsets_of_layers(offsets: dict[str, Mapping[int, Tensor] | None], scales: 
                 raise ValueError(f"Fp8Cache: {name} must be None, as scales have one, got both for layer {index}")
             if index not in by_layer:
                 raise ValueError(f"Fp8Cache: {name} must be there for every layer, got none for layer {index}")
+            if not isinstance(by_layer[index], Tensor):
+                got = type(by_layer[index]).__name__
+                raise ValueError(f"Fp8Cache: {name} of layer {index} must be a tensor, got {got}")
             found[index][name] = by_layer[index].detach().to("cpu", torch.float32, copy=True)
             check_offset_values(f"Fp8Cache: {name} of layer {index}", found[index][name])
     return found

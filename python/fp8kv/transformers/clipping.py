@@ -20,6 +20,10 @@ class Clipping:
         self.warned = False
         self._on_its_way: tuple[Any, list[Tensor]] | None = None  # GPU counts, and the event after them
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without counts on their way, as events can't be copied; they are asked for again."""
+        return vars(self) | {"_on_its_way": None}
+
     def watch(self, storage: PagedKVCache) -> None:
         """Makes a new storage use the counter of its device, if it counts at all."""
         if storage.clip_counter is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -467,10 +469,16 @@ STRINGS = '"fp8", "fp8_e4m3", "fp8_e5m2", "int8", "float16", "bfloat16", "float3
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
         ({"num_kv_heads": 0}, "num_kv_heads must be at least 1, got 0"),
         ({"head_size": -3}, "head_size must be at least 1, got -3"),
+        ({"num_blocks": "2"}, "num_blocks must be an int, got str"),
+        ({"block_size": True}, "block_size must be an int, got bool"),
+        ({"num_kv_heads": None}, "num_kv_heads must be an int, got NoneType"),
+        ({"head_size": 24.0}, "head_size must be an int, got float"),
+        ({"v_head_size": "24"}, "v_head_size must be an int, got str"),
         ({"layout": "nhd"}, 'layout must be "NHD" or "HND", got \'nhd\''),
         ({"dtype": "auto"},
          'dtype must say what the elements are, such as "bfloat16" or the dtype of the model, got "auto"'),
         ({"dtype": "int16"}, f"dtype must be {STRINGS}, got 'int16'"),
+        ({"dtype": ["fp8"]}, f"dtype must be {STRINGS}, got ['fp8']"),
         ({"dtype": torch.float8_e4m3fnuz}, f"dtype must be {STRINGS}, got torch.float8_e4m3fnuz"),
         ({"dtype": "float16", "scales": Scales(1.0, 1.0)},
          "scales must be None with dtype 'float16', as only FP8 and int8 use them"),
@@ -498,6 +506,9 @@ STRINGS = '"fp8", "fp8_e4m3", "fp8_e5m2", "int8", "float16", "bfloat16", "float3
          "scales.v must be finite and above 0 in fp32, got -0.5 for head 1"),
         ({"scales": Scales(1.0, torch.ones(3, 24).index_fill(1, torch.tensor([5]), math.inf))},
          "scales.v must be finite and above 0 in fp32, got inf for head 0, channel 5"),
+        ({"scales": Scales(1.0, torch.ones(3, device="meta"))},
+         "scales.v must be on a real device, got the meta device"),
+        ({"k_offset": torch.ones(3, 24, device="meta")}, "k_offset must be on a real device, got the meta device"),
         ({"k_offset": 0.5}, "k_offset must be a floating-point tensor, got float"),
         ({"v_offset": torch.ones(3, 24).int()}, "v_offset must be a floating-point tensor, got int32"),
         ({"v_offset": torch.ones(3)},
@@ -527,6 +538,7 @@ def test_what_can_not_be_made(device: torch.device, arguments: dict[str, Any], s
 
 
 ONES = torch.ones(3, 24)
+INTEGERS = "must be integers, a tensor or lists of one length, got"
 LENGTHS = f"seq_lens must be at least 0 and sum to at most {(1 << 31) - 1}, got"
 
 
@@ -537,15 +549,92 @@ LENGTHS = f"seq_lens must be at least 0 and sum to at most {(1 << 31) - 1}, got"
         (torch.zeros(2, 2).bool(), [1, 1], None, "block_table must be integers, got bool"),
         (torch.zeros(2, 2).int(), torch.ones(2), None, "seq_lens must be integers, got float32"),
         (torch.zeros(2, 2).int(), [1, 1], torch.zeros(2).half(), "seq_starts must be integers, got float16"),
+        (None, [1, 1], None, f"block_table {INTEGERS} NoneType"),
+        ([[0, 1], [2]], [1, 1], None, f"block_table {INTEGERS} list"),
+        (torch.zeros(2, 2).int(), None, None, f"seq_lens {INTEGERS} NoneType"),
+        (torch.zeros(2, 2).int(), ["1", "1"], None, f"seq_lens {INTEGERS} list"),
+        (torch.zeros(2, 2).int(), [1.5, 1], None, "seq_lens must be integers, got float32"),
+        (torch.zeros(2, 2).int(), 1, None, "seq_lens must be [num_seqs], got shape []"),
         (torch.zeros(2, 2).int(), [1, -1], None, f"{LENGTHS} -1 to 1"),
         (torch.zeros(2, 2).int(), [1 << 30, 1 << 30], None, f"{LENGTHS} 1073741824 to 1073741824"),
     ],
-    ids=["float table", "bool table", "float lengths", "half starts", "negative length", "too many"],
-)
-def test_what_gather_refuses(device: torch.device, table: Tensor, lengths: Any, starts: Tensor | None, sentence: str) -> None:
+    ids=["float table", "bool table", "float lengths", "half starts", "no table", "ragged table", "no lengths",
+         "strings", "floats", "a number", "negative length", "too many"],
+)  # fmt: skip
+def test_what_gather_refuses(device: torch.device, table: Any, lengths: Any, starts: Tensor | None, sentence: str) -> None:
     with pytest.raises(ValueError) as error:
         make(device).gather(table, lengths, seq_starts=starts)
     assert str(error.value) == f"PagedKVCache.gather: {sentence}"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"dtype": "bfloat16"}, "dtype must be a torch dtype, got 'bfloat16'"),
+        ({"dtype": None}, "dtype must be a torch dtype, got None"),
+        ({"out": torch.empty(1, 3, 24)}, "out must be two tensors, key and value, got Tensor"),
+    ],
+    ids=["string", "no dtype", "one tensor"],
+)
+def test_results_that_gather_refuses(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError) as error:
+        make(CPU).gather([[0]], [1], **options)
+    assert str(error.value) == f"PagedKVCache.gather: {sentence}"
+
+
+@pytest.mark.parametrize("kind", ["fp8", "fp8 dynamic"])
+@pytest.mark.parametrize("name", ["key", "value", "slot_mapping"])
+def test_append_takes_no_none(kind: str, name: str) -> None:
+    cache = make(CPU, kind)
+    before = fill(cache)
+    arguments = {"key": ONES[None], "value": ONES[None], "slot_mapping": torch.tensor([5])} | {name: None}
+    with pytest.raises(ValueError, match=rf"^PagedKVCache.append: {name} must be a tensor,.* got None$"):
+        cache.append(**arguments)
+    for actual, x in zip(contents(cache), before, strict=True):
+        assert_same_bytes(actual, x)
+
+
+def test_arguments_that_are_no_tensors_and_no_caches() -> None:
+    cache = make(CPU)
+    for call, sentence in (
+        (lambda: cache.attend(None, [[0]], [1]), "attend: query must be a tensor, got None"),
+        (lambda: cache.use_scales(1.0, 1.0), "use_scales: k_scale must be a tensor, got float"),
+        (lambda: cache.descales("3"), "descales: num_seqs must be an int, got str"),
+        (lambda: cache.copy_blocks([(0, 1)], ONES), "copy_blocks: source must be a PagedKVCache, got Tensor"),
+        (lambda: cache.copy_blocks({0: 1}), f"copy_blocks: block_mapping {INTEGERS} dict"),
+    ):
+        with pytest.raises(ValueError) as error:
+            call()
+        assert str(error.value) == f"PagedKVCache.{sentence}"
+
+
+@each_kind
+@each_layout
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+def test_caches_can_be_copied(kind: str, layout: str, duplicate: Callable[[PagedKVCache], PagedKVCache]) -> None:
+    cache = make(CPU, kind, layout=layout)
+    before = fill(cache)
+    twin = duplicate(cache)
+    assert repr(twin) == repr(cache)
+    for actual, x in zip(contents(twin), before, strict=True):
+        assert_same_bytes(actual, x)
+    for name in ("k_scale", "v_scale", "k_offset", "v_offset"):
+        ours, theirs = getattr(cache, name), getattr(twin, name)
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert_same_bytes(theirs, ours)
+    # The views are of its own storage.
+    assert twin.key_cache.data_ptr() == twin.storage.data_ptr() != cache.storage.data_ptr()
+    twin.append(torch.ones(1, 3, 24), torch.ones(1, 3, 24), torch.tensor([5]))
+    for actual, x in zip(contents(cache), before, strict=True):
+        assert_same_bytes(actual, x)
+
+
+def test_copies_keep_what_compilers_are_told() -> None:
+    cache = make(CPU)
+    torch._dynamo.mark_static_address(cache.storage)
+    twin = pickle.loads(pickle.dumps(cache))
+    assert vars(twin.storage) == vars(cache.storage) != {}
 
 
 def test_append_and_gather_pass_on_what_the_ops_say(device: torch.device) -> None:

@@ -27,9 +27,11 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
+    MiniMaxConfig,
     Qwen3Config,
     T5Config,
     T5ForConditionalGeneration,
+    xLSTMConfig,
 )
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -851,6 +853,11 @@ def test_an_empty_text(text: str | list[str]) -> None:
         ({"observer": "max"}, 'observer must be one of "static_minmax", "percentile", "mse", got \'max\''),
         ({"percentile": 0}, "percentile must be above 0 and at most 100, got 0"),
         ({"percentile": 101}, "percentile must be above 0 and at most 100, got 101"),
+        ({"percentile": "99"}, "percentile must be above 0 and at most 100, got '99'"),
+        ({"headroom": "1"}, "headroom must be finite and above 0, got '1'"),
+        ({"headroom": None}, "headroom must be finite and above 0, got None"),
+        ({"batches": None}, "batches must be a list or another iterable, got NoneType"),
+        ({"batches": 3}, "batches must be a list or another iterable, got int"),
         ({"model": nn.Linear(1, 1)}, "model must be a causal language model of transformers, got Linear"),
         ({"batches": []}, "batches must have at least one token that is not padding, got none"),
         (
@@ -888,6 +895,38 @@ def test_a_model_with_an_encoder() -> None:
     config = T5Config(vocab_size=97, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
     with pytest.raises(ValueError, match=r"^calibrate: model must be .*, got T5ForConditionalGeneration$"):
         fp8kv.calibrate(T5ForConditionalGeneration(config), [IDS], strategy="tensor")
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+def test_a_model_with_a_cache_class_of_its_own(padding: int) -> None:
+    """MiniMax takes only its MiniMaxCache; of its layers of linear attention nothing is cached per token."""
+    config = MiniMaxConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, layer_types=["linear_attention", "full_attention"] * 2, block_size=8, num_local_experts=2,
+        num_experts_per_tok=1,
+    )  # fmt: skip
+    model = make(config=config)
+    mask = torch.ones_like(IDS)
+    mask[0, :padding] = 0
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    with torch.no_grad():
+        output = model(IDS, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0), use_cache=True)
+    kept = output.cache if "cache" in output else output.past_key_values
+    for layer in (1, 3):
+        keys, values = kept.layers[layer].keys, kept.layers[layer].values
+        # Tokens of the batch and the sequence, in one row.
+        seen[layer] = tuple(x.movedim(1, 0).flatten(1, 2)[:, mask.flatten() != 0][None] for x in (keys, values))
+    scales = fp8kv.calibrate(model, [{"input_ids": IDS, "attention_mask": mask}], strategy="attn_head", query=True)
+    assert list(scales) == [1, 3]
+    for layer, (keys, values) in seen.items():
+        assert_same_bytes(scales[layer].k, scale([keys], "attn_head"))
+        assert_same_bytes(scales[layer].v, scale([values], "attn_head"))
+
+
+def test_a_model_that_takes_no_cache_of_keys() -> None:
+    model = make(config=xLSTMConfig(vocab_size=97, hidden_size=32, num_blocks=1, num_heads=2), implementation="eager")
+    with pytest.raises(ValueError, match=r"^calibrate: model must cache keys and values, got xLSTMForCausalLM$"):
+        fp8kv.calibrate(model, [IDS], strategy="tensor")
 
 
 def test_a_model_whose_layers_have_no_keys() -> None:

@@ -350,6 +350,30 @@ def test_a_rank_that_is_none(tmp_path: Path, rank: int, size: int) -> None:
     assert str(error.value) == (f"load_kv_scales: tp_rank must be from 0 to tp_size - 1, got {rank} with tp_size={size}")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"tp_rank": "0"}, "tp_rank must be an int, got str"),
+        ({"tp_rank": None}, "tp_rank must be an int, got NoneType"),
+        ({"tp_size": 1.0}, "tp_size must be an int, got float"),
+        ({"model": ["talker"]}, "model must be None or a str, got list"),
+    ],
+    ids=str,
+)
+def test_arguments_of_another_type(tmp_path: Path, arguments: dict[str, Any], sentence: str) -> None:
+    make_checkpoint(tmp_path)
+    with pytest.raises(ValueError) as error:
+        load_kv_scales(tmp_path, **arguments)
+    assert str(error.value) == f"load_kv_scales: {sentence}"
+
+
+def test_a_rank_of_another_type_has_no_shard() -> None:
+    layer = LayerScales(None, torch.ones(2), torch.ones(2))
+    for rank, size, sentence in (("0", 2, "tp_rank must be an int, got str"), (0, 2.0, "tp_size must be an int, got float")):
+        with pytest.raises(ValueError, match=f"^{sentence}$"):
+            layer.shard(rank, size)
+
+
 @st.composite
 def models(draw: st.DrawFn) -> tuple[list[int], list[int], int]:
     """KV heads of each layer, query heads of each layer, and a number of ranks that fits all layers."""
@@ -590,6 +614,8 @@ def test_another_on_problem(tmp_path: Path) -> None:
     [
         ({"v": torch.ones(2, dtype=torch.bfloat16)},
          "v must be float32 of one or two dimensions, got bfloat16 of shape [2]"),
+        ({"k": 1.0}, "k must be None or a tensor, got float"),
+        ({"v_offset": [1.0]}, "v_offset must be None or a tensor, got list"),
         ({"v": torch.ones(2, 1, 1)},
          "v must be float32 of one or two dimensions, got float32 of shape [2, 1, 1]"),
         ({"k": torch.tensor(1.0)}, "k must be float32 of one or two dimensions, got float32 of shape []"),
@@ -600,12 +626,21 @@ def test_another_on_problem(tmp_path: Path) -> None:
          "v_offset must be for the heads of v, got shapes [2, 8] and [2, 4]"),
         ({"dtype": "fp4"}, 'dtype must be "fp8", "fp8_e4m3", "fp8_e5m2" or "int8", got \'fp4\''),
     ],
-    ids=["dtype", "three dimensions", "no dimension", "query", "offset", "heads", "channels", "format"],
+    ids=["dtype", "number", "list", "three dimensions", "no dimension", "query", "offset", "heads", "channels", "format"],
 )  # fmt: skip
 def test_scales_of_a_layer_that_are_refused(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError) as error:
         LayerScales(**{"q": None, "k": torch.ones(2), "v": torch.ones(2)} | changes)
     assert str(error.value) == f"LayerScales: {sentence}"
+
+
+def test_scales_of_a_model_that_are_refused() -> None:
+    for layers, kind, sentence in (
+        ([], KVCacheScheme("tensor"), "layers must be a mapping from numbers to LayerScales, got list"),
+        ({}, "tensor", "scheme must be a KVCacheScheme, got str"),
+    ):
+        with pytest.raises(ValueError, match=f"^KVScales: {sentence}$"):
+            KVScales(layers, kind)
 
 
 def test_query_heads_that_are_no_multiple_of_the_kv_heads() -> None:

@@ -305,7 +305,7 @@ def test_scales_from_after_rope(tmp_path: Path, post: bool | None, kinds: list[t
     assert keys_of(loaded) == {0: 0.25, 1: 0.25, 2: 0.25}
 
 
-@pytest.mark.parametrize("accept", ["before-rope", ["not-finite"], [3]])
+@pytest.mark.parametrize("accept", ["before-rope", ["not-finite"], [3], None, 3])
 def test_what_cannot_be_accepted(tmp_path: Path, accept: Any) -> None:
     with pytest.raises(ValueError) as error:
         load_kv_scales(tmp_path, accept=accept)

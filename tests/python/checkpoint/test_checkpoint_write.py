@@ -887,6 +887,8 @@ def test_scales_are_checked_before_anything_is_written(tmp_path: Path, scales: C
             "source must be a checkpoint without quantization, or one quantized with compressed-tensors, "
             "got quant_method 'gptq'",
         ),
+        ({"quantization_config": "fp8"}, "source must have an object as quantization_config in config.json, got str"),
+        ({"compression_config": [FP8_LINEARS]}, "source must have an object as compression_config in config.json, got list"),
         (
             {"text_config": {"quantization_config": FP8_LINEARS}},
             "source must have its quantization_config outside of text_config",
@@ -898,7 +900,7 @@ def test_scales_are_checked_before_anything_is_written(tmp_path: Path, scales: C
             "got 're:.*self_attn' in its ignore list",
         ),
     ],
-    ids=["another method", "a nested config", "no head counts", "uneven groups", "attention ignored"],
+    ids=["another method", "a word", "a list", "a nested config", "no head counts", "uneven groups", "attention ignored"],
 )
 def test_a_config_that_does_not_fit_is_refused(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     source = plain_checkpoint(tmp_path / "source", **changes)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fp8kv import AttentionScales, LayerScales, PagedKVCache, reference
+from fp8kv import AttentionScales, KVCacheScheme, KVScales, LayerScales, PagedKVCache, reference
 from fp8kv.nn import Observations, Observed, statistics
 from helpers import (
     assert_same_bytes,
@@ -112,6 +112,9 @@ def test_the_default_device_and_dtype(device: torch.device) -> None:
         ({"num_kv_heads": -2}, "num_kv_heads must be at least 1, got -2"),
         ({"head_size": 0}, "head_size must be at least 1, got 0"),
         ({"first_kv_head": -1}, "first_kv_head must be at least 0, got -1"),
+        ({"num_heads": "8"}, "num_heads must be an int, got str"),
+        ({"head_size": None}, "head_size must be an int, got NoneType"),
+        ({"first_kv_head": 0.0}, "first_kv_head must be an int, got float"),
         ({"num_heads": 7}, "num_heads must be a multiple of num_kv_heads=2, got 7"),
         ({"num_heads": 1}, "num_heads must be a multiple of num_kv_heads=2, got 1"),
         ({"strategy": "auto"}, 'strategy must be "tensor", "attn_head" or "channel", got \'auto\''),
@@ -648,6 +651,16 @@ def test_scales_of_a_layer_that_are_refused(change: dict[str, Any], sentence: st
     with pytest.raises(ValueError, match=f"^AttentionScales.load_scales: {sentence}$"):
         module.load_scales(LayerScales(**scales))
     assert_unchanged(module, before)
+
+
+@pytest.mark.parametrize("scales", [None, {"k": torch.ones(2)}, KVScales({}, KVCacheScheme("tensor"))], ids=type)
+def test_what_is_no_scales_of_a_layer(scales: Any) -> None:
+    with pytest.raises(ValueError) as error:
+        make().load_scales(scales)
+    assert str(error.value) == (
+        "AttentionScales.load_scales: scales must be the LayerScales of one layer, such as "
+        f"load_kv_scales(checkpoint)[0], got {type(scales).__name__}"
+    )
 
 
 def test_scales_are_not_loaded_onto_the_meta_device() -> None:
@@ -1248,12 +1261,12 @@ def test_nothing_seen_cannot_be_frozen(prepare: Callable[[AttentionScales], None
     assert module.calculate_kv_scales
 
 
-@pytest.mark.parametrize("margin", [0.0, -1.0, math.inf, math.nan])
-def test_margins_that_are_refused(margin: float) -> None:
+@pytest.mark.parametrize("margin", [0.0, -1.0, math.inf, math.nan, "1", None])
+def test_margins_that_are_refused(margin: Any) -> None:
     module = make()
     module.observe(None, *KV)
     before = snapshot(module)
-    with pytest.raises(ValueError, match=f"freeze: margin must be finite and above 0, got {margin}"):
+    with pytest.raises(ValueError, match=f"freeze: margin must be finite and above 0, got {margin!r}$"):
         module.freeze(margin=margin)
     assert_unchanged(module, before)
 

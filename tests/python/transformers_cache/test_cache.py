@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -604,6 +606,10 @@ def scales_with(index: int, k: Any, v: Any) -> KVScales:
          'dtype must be "fp8", "fp8_e4m3", "fp8_e5m2", "int8" or the torch dtype, got torch.float16'),
         ({"layout": "NDH"}, 'layout must be "NHD" or "HND", got \'NDH\''),
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
+        ({"block_size": None}, "block_size must be an int, got NoneType"),
+        ({"max_cache_len": "40"}, "max_cache_len must be an int, got str"),
+        ({"skip_layers": None}, "skip_layers must be a list of numbers and types, got NoneType"),
+        ({"k_offset": {0: 1.0, 1: 1.0}}, "k_offset of layer 0 must be a tensor, got float"),
         ({"max_cache_len": 0}, "max_cache_len must be at least 1, got 0"),
         ({"max_cache_len": 8, "max_batch_size": -1}, "max_batch_size must be at least 1, got -1"),
         ({"max_batch_size": 2},
@@ -625,7 +631,8 @@ def scales_with(index: int, k: Any, v: Any) -> KVScales:
         ({"scales": scales_with(1, torch.ones(1), torch.tensor([float("inf")]))},
          "scales of v in layer 1 must be finite and above 0 in fp32, got inf"),
     ],
-    ids=["16 bit", "torch dtype", "layout", "block size", "no tokens", "no sequences", "dynamic batch",
+    ids=["16 bit", "torch dtype", "layout", "block size", "no block size", "string", "no layers", "offset", "no tokens",
+         "no sequences", "dynamic batch",
          "dynamic device", "device without batch", "a number", "a layer less", "no v", "zero", "infinite"],
 )  # fmt: skip
 def test_arguments_that_are_refused(arguments: dict[str, Any], sentence: str) -> None:
@@ -659,6 +666,15 @@ def with_types(*types: str) -> Any:
         (lambda: transformers.MllamaConfig(),
          "config must be of a model without cross-attention layers, as it would read keys from the "
          "cache itself, got MllamaTextConfig"),
+        (lambda: model_of("Llama"),
+         "config must be a config of transformers, such as model.config, got LlamaForCausalLM"),
+        (lambda: "org/model", "config must be a config of transformers, such as model.config, got str"),
+        (lambda: config_of("Llama").to_dict(), "config must be a config of transformers, such as model.config, got dict"),
+        (lambda: transformers.MiniMaxConfig(),
+         "config must be of a model that takes any cache of Transformers, got MiniMaxConfig, whose model takes only "
+         "its own; fp8kv.calibrate finds its KVScales, which AttentionScales and engines use"),
+        (lambda: transformers.xLSTMConfig(),
+         "config must be of a model that caches keys and values, got xLSTMConfig"),
         (lambda: with_types("full_attention", SPARSE),
          f"config must have layers whose keys and values can be FP8, got '{SPARSE}' for layer 1; "
          f'skip_layers=["{SPARSE}"] keeps such layers in 16 bits'),
@@ -668,7 +684,8 @@ def with_types(*types: str) -> Any:
          "config must be of a model with keys and values to store in FP8, "
          "got LlamaConfig without such layers, or skip_layers with all of them"),
     ],
-    ids=["encoder", "cross-attention", "sparse attention", "unknown", "no attention"],
+    ids=["encoder", "cross-attention", "model", "id", "dict", "minimax", "xlstm", "sparse attention", "unknown",
+         "no attention"],
 )  # fmt: skip
 def test_models_that_are_refused(config: Any, sentence: str) -> None:
     with pytest.raises(ValueError) as error:
@@ -752,6 +769,33 @@ def test_crop_of_what_is_not_there(static: bool, count: int) -> None:
         cache.crop(count)
     assert str(error.value) == (f"Fp8Cache.crop: tokens_to_remove must be from -5 to 0, as there are 5 tokens, got {count}")
     assert int(cache.get_seq_length()) == 5
+
+
+# Copies
+
+
+@full_and_sliding
+@each_mode
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("scales", [None, "dynamic"], ids=["1.0", "dynamic"])
+def test_copies_go_on_alike(name: str, static: bool, duplicate: Callable[[Any], Any], scales: Any) -> None:
+    model, ids = model_of(name), tokens()
+    cache = Fp8Cache(copy.copy(model.config), scales, max_cache_len=40 if static else None)
+    logits(model, cache, ids[:, :12], torch.ones_like(ids[:, :12]), (12,))
+    twin = duplicate(cache)
+    rest, mask = ids[:, 12:], torch.ones_like(ids)
+    expected = logits(model, cache, rest, mask, (4, *[1] * (rest.shape[1] - 4)))
+    assert_same_bytes(logits(model, twin, rest, mask, (4, *[1] * (rest.shape[1] - 4))), expected)
+    assert int(twin.get_seq_length()) == int(cache.get_seq_length()) == ids.shape[1]
+    assert (twin.nbytes, twin.clipped()) == (cache.nbytes, cache.clipped())
+
+
+def test_counts_on_their_way_stay_behind() -> None:
+    """An event of a GPU can't be copied."""
+    cache = Fp8Cache(config_of("Llama"))
+    cache._clipping._on_its_way = (object(), [])
+    assert pickle.loads(pickle.dumps(cache))._clipping._on_its_way is None
+    assert cache._clipping._on_its_way is not None
 
 
 # The package

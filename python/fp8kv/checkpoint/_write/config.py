@@ -89,6 +89,8 @@ def _quantization(config: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"KVScales.save: source must have its quantization_config outside of {name} in config.json")
     for key in _KEYS:
         found = config.get(key)
+        if found and not isinstance(found, dict):
+            raise ValueError(f"KVScales.save: source must have an object as {key} in config.json, got {type(found).__name__}")
         if found:
             method = found.get("quant_method") or COMPRESSED_TENSORS
             if method != COMPRESSED_TENSORS:
