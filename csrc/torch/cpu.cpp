@@ -18,7 +18,10 @@ template <auto make>
 struct CpuOp;
 template <class Problem, class... Arguments, Problem (*make)(Arguments...)>
 struct CpuOp<make> {
-  static void run(Arguments... arguments) { cpu::run(make(arguments...), parallel_for); }
+  static void run(Arguments... arguments) {
+    check_defined(arguments...);
+    cpu::run(make(arguments...), parallel_for);
+  }
 };
 
 std::string library_version() { return version(); }

@@ -41,6 +41,7 @@ struct CudaOp;
 template <class Problem, class... Arguments, Problem (*make)(Arguments...)>
 struct CudaOp<make> {
   static void run(Arguments... arguments) {
+    check_defined(arguments...);
     const CurrentStream stream(arguments...);
     cuda::run(make(arguments...), stream.get());
   }

@@ -8,6 +8,7 @@
 #include <array>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "core/check.h"
@@ -23,6 +24,18 @@ using Tensor = torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using OptionalString = std::optional<std::string>;
 using IntList = std::optional<std::vector<std::int64_t>>;
+
+// None in place of a tensor arrives as one that is not defined, of which nothing can be asked.
+template <class... Arguments>
+void check_defined(const Arguments&... arguments) {
+  int position = 0;
+  const auto check = [&](const auto& argument) {
+    ++position;
+    if constexpr (std::is_same_v<std::remove_cvref_t<decltype(argument)>, Tensor>)
+      if (!argument.defined()) throw Error("fp8kv: argument " + std::to_string(position) + " must be a tensor, got None");
+  };
+  (check(arguments), ...);
+}
 
 inline DType dtype_of(const Tensor& tensor) {
   std::int32_t code = -1;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -874,6 +875,21 @@ def test_the_sentence(op: str, cases: list[Case]) -> None:
 def test_all_sentences_on_cuda(cuda: torch.device, op: str) -> None:
     for case in CASES[op]:
         refuse(cuda, op, case)
+
+
+@pytest.mark.parametrize("op", USUAL)
+def test_none_in_place_of_a_tensor(device: torch.device, op: str) -> None:
+    """PyTorch lets it pass."""
+    for position, name in enumerate(USUAL[op], 1):
+        arguments = {name: make(device) for name, make in USUAL[op].items()}
+        if isinstance(arguments[name], Tensor):
+            before = {n: x.clone() for n, x in arguments.items() if isinstance(x, Tensor)}
+            with pytest.raises(RuntimeError) as error:
+                getattr(fp8kv, op)(**arguments | {name: None})
+            argument = r"\d+" if op == "paged_attention" else position  # whose operator has another order
+            assert re.fullmatch(rf"fp8kv(: argument {argument}|::\w+: {name}) must be a tensor, got None", str(error.value))
+            for n, x in before.items():
+                assert_same_bytes(arguments[n], x)
 
 
 @pytest.mark.parametrize("op", USUAL)

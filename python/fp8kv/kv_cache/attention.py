@@ -133,6 +133,10 @@ def paged_attention(
 
     See also: `reshape_and_cache_flash`, `PagedKVCache.attend`, `merge_attention`.
     """
+    if query is None or key_cache is None or value_cache is None or block_table is None:
+        tensors = {"query": query, "key_cache": key_cache, "value_cache": value_cache, "block_table": block_table}
+        name = next(name for name, x in tensors.items() if x is None)
+        raise RuntimeError(f"fp8kv::paged_attention: {name} must be a tensor, got None")
     # Of any number of dimensions, as it is the operator that refuses a query without three.
     if softmax_scale is None:
         softmax_scale = max(1, query.shape[-1] if query.dim() else 1) ** -0.5
