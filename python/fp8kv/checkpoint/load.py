@@ -476,7 +476,8 @@ class _Examination:
         return self.result.heads
 
     def _check_absent(self, stored: StoredScales, scheme: KVCacheScheme) -> None:
-        units = presence.unit_layers(self.tensors, self.layers, self.statement, self._module)
+        has_scales = bool(self.tensors.entries or self.tensors.unknown) or self._elsewhere() is not None
+        units = presence.unit_layers(has_scales, self.layers, self.statement, self._module)
         if units:
             message = (
                 "The config has an FP8 cache and there are no scales, as ModelOpt does it on purpose "

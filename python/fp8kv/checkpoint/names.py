@@ -220,6 +220,8 @@ def looks_like_scale(name: str) -> bool:
     above, _, last = name.rpartition(".")
     if not _SCALE_WORD.search(last) or "indexer" in name:
         return False
+    if last == "_amax":
+        above = above.removesuffix(".output_quantizer")
     end = f"{above.rpartition('.')[2]}.{last}"
     return not _OTHER_SCALE.search(end) and _LETTER_WORD.search(end) is not None
 

@@ -423,7 +423,7 @@ class PagedKVCache:
         if lengths.dim() != 1:
             raise ValueError(f"PagedKVCache.gather: seq_lens must be [num_seqs], got shape {list(lengths.shape)}")
         sums = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        if lengths.device.type == "cpu" and (lengths.lt(0).any() or sums[-1] > _INT32.max):
+        if _is_known(lengths) and (lengths.lt(0).any() or sums[-1] > _INT32.max):
             raise ValueError(
                 f"PagedKVCache.gather: seq_lens must be at least 0 and sum to at most {_INT32.max}, "
                 f"got {lengths.min().item()} to {lengths.max().item()}"
@@ -681,7 +681,7 @@ class PagedKVCache:
             raise ValueError(
                 f"PagedKVCache.copy_blocks: block_mapping must have rows of two blocks, got shape {list(mapping.shape)}"
             )
-        if mapping.device.type == "cpu":
+        if _is_known(mapping):
             for column, cache, name in ((0, source, "source"), (1, self, "destination")):
                 wrong = [b for b in mapping[:, column].tolist() if not 0 <= b < cache.num_blocks]
                 if wrong:
@@ -873,6 +873,11 @@ def _on_host(name: str, values: Any, method: str) -> Tensor:
             f"PagedKVCache.{method}: {name} must be integers, a tensor or lists of one length, got {type(values).__name__}"
         ) from error
     return host if host.numel() > 0 else host.long()
+
+
+def _is_known(x: Tensor) -> bool:
+    """Whether values can be looked at: on the CPU, but not while a call is compiled or traced."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) is Tensor
 
 
 def _check_real(name: str, x: Tensor) -> None:

@@ -132,18 +132,19 @@ class AttentionScales(nn.Module):
         self._shape = shape = LayerShape(num_heads, num_kv_heads, head_size, strategy)
         count = shape.num_scales
         shapes = {"q": (count,), "k": shape.of_scales, "v": shape.of_scales}
-        for letter in "qkv":
-            ones = torch.ones(shapes[letter], dtype=torch.float32, device=device)
-            self.register_buffer(f"{letter}_scale", ones)
-        for letter in "kv":
-            zeros = torch.zeros(shape.channels, dtype=torch.float32, device=device)
-            self.register_buffer(f"{letter}_offset", zeros if offsets else None)
-        for letter in "qkv":
-            amax = torch.zeros(shapes[letter], dtype=torch.float32, device=device)
-            self.register_buffer(f"{letter}_amax", amax, persistent=False)
-            for kind in ("clipped", "observed"):
-                zeros = torch.zeros(count, dtype=torch.int64, device=device)
-                self.register_buffer(f"{letter}_{kind}", zeros, persistent=False)
+        with torch.inference_mode(False):  # a module that is made in it can be used outside of it too
+            for letter in "qkv":
+                ones = torch.ones(shapes[letter], dtype=torch.float32, device=device)
+                self.register_buffer(f"{letter}_scale", ones)
+            for letter in "kv":
+                zeros = torch.zeros(shape.channels, dtype=torch.float32, device=device)
+                self.register_buffer(f"{letter}_offset", zeros if offsets else None)
+            for letter in "qkv":
+                amax = torch.zeros(shapes[letter], dtype=torch.float32, device=device)
+                self.register_buffer(f"{letter}_amax", amax, persistent=False)
+                for kind in ("clipped", "observed"):
+                    zeros = torch.zeros(count, dtype=torch.int64, device=device)
+                    self.register_buffer(f"{letter}_{kind}", zeros, persistent=False)
 
     # Use
 
@@ -279,7 +280,7 @@ class AttentionScales(nn.Module):
             norm_after_rope: likewise.
             out: receives the queries, ``[num_tokens, num_heads, head_size]`` or flat: of this module's dtype
                 if that is FP8, or, not quantized, of the dtype of `query`. None allocates the former, with
-                int8 caches the latter.
+                int8 and unquantized caches the latter.
 
         Returns:
             The queries: `out`, or a tensor with the shape of `query` and a row for each slot.
@@ -309,7 +310,7 @@ class AttentionScales(nn.Module):
         key_cache, value_cache, name = self._storage_of("append_step", cache)
         if out is None:
             rows = slot_mapping.shape[:1]
-            dtype = self.dtype if self.dtype in FP8_DTYPES else query.dtype
+            dtype = self.dtype if self.dtype in FP8_DTYPES and name != "auto" else query.dtype
             out = torch.empty((*rows, *query.shape[1:]), dtype=dtype, device=query.device)
         result = self._heads("append_step", "out", out, self.num_heads)
         rope = (positions, cos_sin_cache, is_neox)
@@ -776,6 +777,10 @@ class AttentionScales(nn.Module):
                     "PagedKVCache, which computes its own"
                 )
             cache = cache._caches()
+        elif not isinstance(cache, (tuple, list)) or len(cache) != 2:
+            raise ValueError(
+                f"AttentionScales.{method}: cache must be a PagedKVCache or two tensors, got {type(cache).__name__}"
+            )
         return *cache, "auto" if cache[0].dtype in REAL_DTYPES else self._name
 
     def _take_over(self, cache: PagedKVCache | tuple[Tensor, Tensor], name: str) -> None:
@@ -800,6 +805,8 @@ class AttentionScales(nn.Module):
     def _check_heads(self, method: str, name: str, x: Tensor, num_heads: int, head_size: int | None = None) -> None:
         size = head_size or self.head_size
         width = num_heads * size
+        if not isinstance(x, Tensor):
+            raise ValueError(f"AttentionScales.{method}: {name} must be a tensor, got {type(x).__name__}")
         if x.dim() < 2 or x.shape[1:] not in ((num_heads, size), (width,)):
             raise ValueError(
                 f"AttentionScales.{method}: {name} must have the shape [num_tokens, {num_heads}, "

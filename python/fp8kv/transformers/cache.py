@@ -50,6 +50,8 @@ _STORED_IN_FP8 = {
 }
 #: Fields of a config with the window of a layer, and the type of such a layer.
 _BOUNDED = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}
+#: Types of models that compute something else from the values that `update` returns.
+_READ_ALL_VALUES = ("doge",)
 #: Types of models that take only caches of a class of their own.
 _OWN_CACHES = ("minimax",)
 
@@ -140,6 +142,7 @@ class Fp8Cache(Cache):
         decoder = _decoder_config(config)
         plans = _plans(decoder, skip_layers)
         self._fp8 = [index for index, plan in enumerate(plans) if plan is not None]
+        direct = direct and decoder.model_type not in _READ_ALL_VALUES
         self._clipping, self._progress, steps = Clipping(), Progress(self._fp8), Steps()
         by_layer = _scales_of_layers(scales, self._fp8)
         offsets = _offsets_of_layers({"k_offset": k_offset, "v_offset": v_offset}, by_layer)
@@ -436,6 +439,8 @@ def _geometry(config: PreTrainedConfig) -> Geometry:
         return Geometry(1, config.kv_lora_rank, config.qk_rope_head_dim)
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):  # Falcon
+        return Geometry(1, head_size, head_size)
     v_head_size = getattr(config, "v_head_dim", None) or head_size
     return Geometry(getattr(config, "num_key_value_heads", None) or heads, head_size, v_head_size)
 

@@ -842,3 +842,18 @@ def test_offsets_in_use_are_the_same_tensors(device: torch.device) -> None:
         f"{cache.device}, got float32 of shape [2] on {cache.device}"
     )
     assert cache.v_offset is own
+
+
+def test_a_gather_can_be_compiled(device: torch.device) -> None:
+    cache = PagedKVCache(4, 16, 2, 8, device=device)
+    x = torch.randn(20, 2, 8, device=device)
+    cache.append(x, x, torch.arange(20, device=device))
+    table = torch.tensor([[0, 1]], dtype=torch.int32, device=device)
+    lengths = torch.tensor([20], dtype=torch.int32, device=device)
+    expected, _ = cache.gather(table, lengths, torch.float32)
+
+    def gather(key: Tensor, value: Tensor) -> Tensor:
+        return cache.gather(table, lengths, out=(key, value))[0]
+
+    out = torch.empty(2, 20, 2, 8, device=device)
+    assert_same_bytes(torch.compile(gather, fullgraph=True, backend="eager")(*out), expected)

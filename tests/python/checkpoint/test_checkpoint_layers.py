@@ -308,6 +308,8 @@ def test_scales_of_layers_whose_weights_are_stored_with_another_are_saved(tmp_pa
     assert found == {stem.format(1): [0.5] * 4, stem.format(3): [0.125] * 4}
     loaded = load_kv_scales(tmp_path / "out")
     assert (heads(loaded), loaded.problems) == ({1: 4, 3: 4}, [])
+    loaded.save(tmp_path / "again", tmp_path / "out")
+    assert heads(load_kv_scales(tmp_path / "again")) == {1: 4, 3: 4}
     del layers[3]
     with pytest.raises(ValueError, match=r"must have all 2 attention layers of .* got none for layer 3"):
         KVScales(layers, KVCacheScheme("attn_head")).save(tmp_path / "out", tmp_path / "model")

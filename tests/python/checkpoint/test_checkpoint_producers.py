@@ -164,13 +164,33 @@ def test_modules_that_are_left_out_on_purpose(tmp_path: Path, field: str, patter
 #: Of linear layers whose weights stay in 16 bits.
 OF_LINEARS = [
     "model.layers.1.self_attn.o_proj", "model.layers.1.self_attn.k_proj", "model.layers.1.self_attn.indexer.wk",
-    "*self_attn*", "model.layers.1.self_attn*", "*layers.1.self_attn.*", "re:.*[qkvo]_proj$", "re:.*layers.1.self_attn.o",
+    "model.layers.1.input_layernorm", "model.layers.1.mlp", "*self_attn*", "model.layers.1.self_attn*", "*layers.1.self_attn.*", "re:.*[qkvo]_proj$", "re:.*layers.1.self_attn.o",
 ]  # fmt: skip
 #: Of attention itself, or of a whole layer.
 OF_ATTENTION = [
     "model.layers.1", "model.layers.1.self_attn", "model.layers.1*", "*.layers.1.*", "*layers.1.self_attn",
     "re:.*layers.1.self_attn$", "re:.*layers.1.self_attn.*", r"re:model\.layers\.1\..*", "re:.*layers.1",
 ]  # fmt: skip
+
+
+def test_scales_that_are_elsewhere_are_not_replaced_by_ones(tmp_path: Path) -> None:
+    """ModelOpt's FP8 without scales stands for 1.0 only if there are no scales at all."""
+    folder = checkpoint(tmp_path, {"kv_cache_quant_algo": "FP8"})
+    assert [problem.kind for problem in load_kv_scales(folder).problems] == ["unit-scales"]
+    scaling = {"kv_cache": {"dtype": "float8_e4m3fn", "scaling_factor": {"0": {"0": 0.25, "1": 0.5, "2": 0.5}}}}
+    (folder / "kv_cache_scales.json").write_text(json.dumps(scaling))
+    with pytest.raises(CheckpointError, match=r"kv_cache_scales\.json may have some"):
+        load_kv_scales(folder)
+
+
+@pytest.mark.parametrize("name", ["k_proj.k_cache_scale", "k_proj.output_scale_inv", "k_proj.output_quantizer._amax"])
+def test_scales_next_to_weights_are_named(tmp_path: Path, name: str) -> None:
+    folder = checkpoint(tmp_path, {"kv_cache_quant_algo": "FP8"})
+    tensors = {f"{MODULE.format(n)}.{x}": torch.tensor(20.0) for n in range(3) for x in (name, name.replace("k_", "v_", 1))}
+    write_checkpoint(folder, KEYS | tensors)
+    problems = audit_checkpoint(folder)
+    assert {problem.kind for problem in problems} == {"unknown-scale"}
+    assert {problem.tensor for problem in problems} == tensors.keys()
 
 
 @pytest.mark.parametrize("pattern", OF_LINEARS)

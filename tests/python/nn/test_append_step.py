@@ -188,3 +188,30 @@ def test_what_does_not_fit_is_named(device: torch.device) -> None:
     with pytest.raises(RuntimeError, match=r"rope_quant_and_cache: positions must have at least 11 elements"):
         scales.append_step(cache=pair, **(arguments | {"positions": arguments["positions"][:3]}))
     assert not pair[0].view(torch.uint8).any()
+
+
+@pytest.mark.parametrize("observes", [False, True])
+def test_a_cache_that_is_not_quantized(device: torch.device, observes: bool) -> None:
+    scales = layer(device, "attn_head", calculate_kv_scales=observes)
+    arguments = step(device)
+    cache = PagedKVCache(3, 16, NUM_KV_HEADS, HEAD_SIZE, dtype="bfloat16", device=device)
+    query = scales.append_step(cache=cache, **arguments)
+    assert (query.dtype, query.shape) == (torch.bfloat16, arguments["query"].shape)
+    table, lengths = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([[0, 1, 2]] * NUM_TOKENS, [9] * NUM_TOKENS))
+    assert scales.attend_step(query, cache, table, lengths).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "cache"])
+def test_none(name: str) -> None:
+    cpu = torch.device("cpu")
+    arguments = {"cache": caches(cpu), **step(cpu)} | {name: None}
+    expected = "a PagedKVCache or two tensors" if name == "cache" else "a tensor"
+    with pytest.raises(ValueError, match=f"^AttentionScales.append_step: {name} must be {expected}, got NoneType$"):
+        layer(cpu, "tensor").append_step(**arguments)
+
+
+def test_a_module_that_was_made_for_inference_can_observe(device: torch.device) -> None:
+    with torch.inference_mode():
+        scales = layer(device, "tensor", calculate_kv_scales=True)
+    scales.append_step(cache=caches(device), **step(device))
+    assert scales.k_amax.item() > 0

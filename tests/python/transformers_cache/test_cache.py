@@ -282,6 +282,73 @@ def test_sequences_are_repeated(name: str) -> None:
     assert_same_bytes(actual, logits(model, expected, ids[:, 14:], mask, (1, 9)))
 
 
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(
+    ("indices", "sentence"),
+    [
+        (torch.tensor([3]), "sequences must be from -2 to 1, got 3"),
+        (torch.tensor([0, -3]), "sequences must be from -2 to 1, got -3"),
+        (torch.tensor([True]), r"a mask of sequences must have the shape \[2\], got \[1\]"),
+        (torch.tensor([True, True, False]), r"a mask of sequences must have the shape \[2\], got \[3\]"),
+    ],
+    ids=str,
+)
+def test_sequences_that_are_not_there(static: bool, indices: torch.Tensor, sentence: str) -> None:
+    model, ids = model_of("Llama"), tokens()[:2]
+    cache = Fp8Cache(model.config, "dynamic", **({"max_cache_len": 20, "max_batch_size": 4} if static else {}))
+    logits(model, cache, ids[:, :14], torch.ones(2, 14).long(), (13, 1))
+    with pytest.raises(ValueError, match=f"^Fp8Cache: {sentence}$"):
+        cache.batch_select_indices(indices)
+    cache.batch_select_indices(torch.tensor([-1]))
+    assert cache.layers[0].batch_size == 1
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+def test_autocast(name: str, static: bool) -> None:
+    """RoPE leaves keys in float32, while values are bfloat16."""
+    model, ids, mask = model_of(name).float(), tokens(), torch.ones(3, 24).long()
+    options = {"max_cache_len": 40, "max_batch_size": 3} if static else {}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = logits(model, Fp8Cache(model.config, "dynamic", dtype="int8", **options), ids, mask, (13, 1, 1, 9))
+        expected = logits(model, DynamicCache(config=model.config), ids, mask, (13, 1, 1, 9))
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_model_that_reads_all_values_gets_them() -> None:
+    """Doge computes its mask from them."""
+    config = transformers.DogeConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.15, pad_token_id=0, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.DogeForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("self_attn.A"):
+            torch.nn.init.normal_(parameter)
+    ids = torch.randint(1, 97, (2, 14))
+
+    def steps(cache: Any) -> torch.Tensor:
+        with torch.no_grad():
+            model(ids[:, :9], **with_cache(cache))
+            return torch.cat([model(ids[:, i : i + 1], **with_cache(cache)).logits for i in range(9, 14)], 1)
+
+    expected = steps(DynamicCache(config=config))
+    found = steps(Fp8Cache(config, "dynamic", dtype="int8"))
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("fields", [{"multi_query": True}, {"new_decoder_architecture": True, "num_kv_heads": 2}], ids=str)
+def test_heads_of_falcon(fields: dict[str, Any]) -> None:
+    config = transformers.FalconConfig(vocab_size=32, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, **fields)
+    model = transformers.FalconForCausalLM(config).eval()
+    cache = Fp8Cache(config, max_cache_len=20, max_batch_size=2, device="cpu")
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3], [4, 5, 6]]), **with_cache(cache))
+    # The newer architecture repeats the heads of keys before it caches them.
+    assert cache.layers[0].storage.num_kv_heads == (1 if "multi_query" in fields else 4)
+
+
 def test_a_static_cache_selects_and_repeats_in_place() -> None:
     model, ids = model_of("Llama"), tokens()
     cache = Fp8Cache(model.config, max_cache_len=40, max_batch_size=4, block_size=4)

@@ -198,12 +198,10 @@ def reasons_to_be_absent(
 
 
 def unit_layers(
-    tensors: ModelTensors, layers: Layers | None, statement: Statement | None, module_of: Callable[[int], str]
+    has_scales: bool, layers: Layers | None, statement: Statement | None, module_of: Callable[[int], str]
 ) -> Mapping[int, str]:
     """Letters of the layers whose scales are 1.0, because ModelOpt exported none for an FP8 config."""
-    if statement is None or layers is None or not statement.is_modelopt:
-        return {}
-    if tensors.entries or tensors.unknown:
+    if has_scales or statement is None or layers is None or not statement.is_modelopt:
         return {}
     formats = {n: statement.formats_of(module_of(n)) for n in layers.heads if n not in layers.optional}
     letters = {n: "".join(x for x in "kv" if one._asdict()[x] == FP8) for n, one in formats.items()}

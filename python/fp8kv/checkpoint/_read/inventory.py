@@ -98,6 +98,8 @@ class ModelTensors:
 Models = dict[str, ModelTensors]
 
 
+#: Scales that are not those of weights, although they are next to some.
+_OF_OUTPUT = re.compile(r"(?:output|cache|(?:^|[._])[qkv]|(?:^|[._])kv)_[^.]*$|output_quantizer\._amax$")
 #: A file of TensorRT-LLM, and the number of a layer in it.
 _RANK_FILE = re.compile(r"rank(\d{1,5})\.safetensors")
 _LAYER_NUMBER = re.compile(r"(?<=layers\.)\d{1,4}(?=\.)")
@@ -158,7 +160,7 @@ def sort_tensors(named: Mapping[str, list[StoredTensor]]) -> Models:
             entries = [Entry(name, stored) for stored in named[name]]
             for letter in scale.letters:
                 tensors.entries.setdefault(Key(scale.layer, letter, scale.kind), []).extend(entries)
-        elif looks_like_scale(name) and f"{name.rpartition('.')[0]}.weight" not in named:
+        elif looks_like_scale(name) and (_OF_OUTPUT.search(name) or f"{name.rpartition('.')[0]}.weight" not in named):
             _add_unknown(models, name, place)
     models = _with_cross_layers(models)
     for tensors in models.values():

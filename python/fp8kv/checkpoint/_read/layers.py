@@ -385,7 +385,7 @@ def with_tensors(
     return replace(layers, heads=heads, field=field, apart=apart)
 
 
-def with_tied_weights(layers: Layers, attention: Collection[int], present: Collection[int]) -> set[int]:
+def with_tied_weights(layers: Layers, attention: Mapping[int, Attention], present: Collection[int]) -> set[int]:
     """The layers whose attention is stored with another layer: each has its own cache (Zamba 2).
 
     These are the layers without attention among the tensors that the config distinguishes from others, which
@@ -398,7 +398,8 @@ def with_tied_weights(layers: Layers, attention: Collection[int], present: Colle
     """
     if layers.field is None or layers.heads.keys() >= set(present):
         return set()
-    return {n for n in layers.heads if n in present and n not in attention and n not in layers.unsure}
+    without = {n for n in present if n not in attention or not attention[n].shapes}
+    return {n for n in layers.heads if n in without and n not in layers.unsure}
 
 
 def _without_unknown_types(layers: Layers, with_scales: Collection[int]) -> Layers:

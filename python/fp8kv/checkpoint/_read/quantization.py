@@ -151,12 +151,13 @@ class Statement:
     @cached_property
     def _places_left_out(self) -> frozenset[tuple[str, int]]:
         names = [name for name in self.left_out if not _is_pattern(name)]
-        places = [find_place(f"{name}.") for name in names] + [find_place(f"{name}.self_attn.") for name in names]
+        layers = [name for name in names if name.rpartition(".")[2].isdecimal()]
+        places = [find_place(f"{name}.") for name in names] + [find_place(f"{name}.self_attn.") for name in layers]
         return frozenset(_place(x) for x in places if x is not None and f".{x.rest}"[:-1] in self._quantized_parts)
 
     @cached_property
     def _patterns_left_out(self) -> list[tuple[str, re.Pattern[str]]]:
-        found = ((pattern, _regex(pattern)) for pattern in self.left_out if _is_pattern(pattern))
+        found = ((pattern, regex_of(pattern)) for pattern in self.left_out if _is_pattern(pattern))
         return [(pattern, regex) for pattern, regex in found if regex is not None]
 
 
@@ -283,7 +284,7 @@ def _matches(pattern: str, module: str) -> bool:
     """
     names = (module, f"{module}.k_proj")
     if _is_pattern(pattern):
-        regex = _regex(pattern)
+        regex = regex_of(pattern)
         return regex is not None and any(map(regex.match, names))
     place = find_place(f"{module}.")
     if place is None:
@@ -302,7 +303,7 @@ def _named(name: str) -> tuple[str, int] | None:
 
 
 @lru_cache(maxsize=4096)
-def _regex(pattern: str) -> re.Pattern[str] | None:
+def regex_of(pattern: str) -> re.Pattern[str] | None:
     """A regex ("re:...") or wildcards as a regex; None if it is invalid, or could take forever."""
     is_regex = pattern.startswith("re:")
     if is_regex and _is_costly(pattern[3:]):

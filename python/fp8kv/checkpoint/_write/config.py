@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Collection
 from typing import Any
 
 from fp8kv.checkpoint._read.config import NESTED
+from fp8kv.checkpoint._read.quantization import regex_of
 from fp8kv.checkpoint.scheme import COMPRESSED_TENSORS, KVCacheScheme
 
 #: The version of compressed-tensors whose fields are written.
@@ -125,7 +125,7 @@ def _without_attention(group: Any, attention_modules: Collection[str]) -> Any:
         return group  # a preset, or a group of linear layers
     targets = [
         target
-        for target in group.get("targets", [])
+        for target in group.get("targets") or []
         if not (target.endswith("Attention") or any(_matches(target, module) for module in attention_modules))
     ]
     return {**group, "targets": targets} if targets else None
@@ -134,7 +134,8 @@ def _without_attention(group: Any, attention_modules: Collection[str]) -> Any:
 def _matches(target: str, module: str) -> bool:
     """Matches a target with the name of a module, as compressed-tensors does."""
     if target.startswith("re:"):
-        return re.match(target[3:], module) is not None
+        regex = regex_of(target)
+        return regex is not None and regex.match(module) is not None
     return target == module
 
 

@@ -163,7 +163,8 @@ class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _append(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
         assert self.storage is not None
-        self.storage.append(_packed(key), _packed(value), slots)
+        # Under autocast keys are float32 after RoPE, and values are not.
+        self.storage.append(_packed(key), _packed(value.to(key.dtype)), slots)
 
     def _given(self, key: Tensor, value: Tensor, step: Step, readable: bool) -> tuple[Tensor, Tensor]:
         """What `update` returns after the new tokens are stored.
@@ -235,7 +236,16 @@ class Fp8Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.storage is None or self.batch_size is None:
             return
         indices = torch.as_tensor(indices, device=self.storage.device)
-        self._select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
+        count = self.batch_size
+        if indices.dtype == torch.bool:
+            if indices.shape != (count,):
+                raise ValueError(f"Fp8Cache: a mask of sequences must have the shape [{count}], got {list(indices.shape)}")
+            indices = indices.nonzero().flatten()
+        elif indices.device.type == "cpu":
+            wrong = [i for i in indices.tolist() if not -count <= i < count]
+            if wrong:
+                raise ValueError(f"Fp8Cache: sequences must be from {-count} to {count - 1}, got {wrong[0]}")
+        self._select(torch.where(indices < 0, indices + count, indices))
 
     def _select(self, sequences: Tensor) -> None:
         raise NotImplementedError

@@ -53,7 +53,7 @@ class StaticWindowFp8Layer(StaticFp8Layer):  # type: ignore[no-untyped-call]
         """Stores as many new tokens as fit the ring, and returns them after the tokens of the window."""
         assert self.storage is not None
         old = self.read(self._past(len(key)), key.dtype)
-        new = as_stored(self.storage, key, value)
+        new = as_stored(self.storage, key, value.to(key.dtype))
         count = min(key.shape[2], self.ring_size)
         positions = torch.arange(key.shape[2] - count, key.shape[2], device=key.device)
         slots = self._slots(positions + self.cumulative_length, len(key))
