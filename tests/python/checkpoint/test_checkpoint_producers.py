@@ -164,7 +164,8 @@ def test_modules_that_are_left_out_on_purpose(tmp_path: Path, field: str, patter
 #: Of linear layers whose weights stay in 16 bits.
 OF_LINEARS = [
     "model.layers.1.self_attn.o_proj", "model.layers.1.self_attn.k_proj", "model.layers.1.self_attn.indexer.wk",
-    "model.layers.1.input_layernorm", "model.layers.1.mlp", "*self_attn*", "model.layers.1.self_attn*", "*layers.1.self_attn.*", "re:.*[qkvo]_proj$", "re:.*layers.1.self_attn.o",
+    "model.layers.1.input_layernorm", "model.layers.1.mlp", "*self_attn*", "model.layers.1.self_attn*",
+    "*layers.1.self_attn.*", "re:.*[qkvo]_proj$", "re:.*layers.1.self_attn.o",
 ]  # fmt: skip
 #: Of attention itself, or of a whole layer.
 OF_ATTENTION = [
