@@ -476,7 +476,8 @@ class _Examination:
         return self.result.heads
 
     def _check_absent(self, stored: StoredScales, scheme: KVCacheScheme) -> None:
-        has_scales = bool(self.tensors.entries or self.tensors.unknown) or self._elsewhere() is not None
+        elsewhere = self._elsewhere()
+        has_scales = bool(self.tensors.entries or self.tensors.unknown) or elsewhere is not None
         units = presence.unit_layers(has_scales, self.layers, self.statement, self._module)
         if units:
             message = (
@@ -488,7 +489,7 @@ class _Examination:
             self.result.scheme = replace(scheme, strategy="tensor", quantizes_query=False)
             return
         reasons = presence.reasons_to_be_absent(self.tensors, self.layers, self.statement, self._module)
-        self.add(presence.check_absent(stored, scheme, self.layers, reasons, self._elsewhere()))
+        self.add(presence.check_absent(stored, scheme, self.layers, reasons, elsewhere))
 
     def _module(self, layer: int) -> str:
         """The name of the attention module of a layer."""

@@ -230,10 +230,19 @@ def test_the_bytes_a_cache_operator_moves(work: str, size: int) -> None:
     assert cache_case(work).size == size
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_no_geometry_is_measured_twice(kind: str) -> None:
-    cases = [(case.work, case.shape) for case in kv_cache.cases(torch.device(kind), quick=False, warm=False)]
-    assert len(cases) == len(set(cases)) == (6 * 5 + 4) * {"cpu": 4, "cuda": 6}[kind]
+@pytest.mark.parametrize(
+    ("module", "kind", "count"),
+    [
+        (kv_cache, "cpu", (6 * 5 + 4) * 4),
+        (kv_cache, "cuda", (6 * 5 + 4) * 6),
+        (decode, "cpu", (4 * 5 + 1) * 3),
+        (decode, "cuda", (4 * 5 + 1) * 6),
+    ],
+    ids=["cache-cpu", "cache-cuda", "decode-cpu", "decode-cuda"],
+)
+def test_no_geometry_is_measured_twice(module: ModuleType, kind: str, count: int) -> None:
+    cases = [(case.work, case.shape) for case in module.cases(torch.device(kind), quick=False, warm=False)]
+    assert len(cases) == len(set(cases)) == count
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
@@ -330,12 +339,6 @@ def test_queries_are_not_quantized_with_an_int8_cache(small_caches: None) -> Non
 )
 def test_the_bytes_a_step_moves(work: str, size: int) -> None:
     assert step_case(work).size == size
-
-
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_no_step_is_measured_twice(kind: str) -> None:
-    cases = [(case.work, case.shape) for case in decode.cases(torch.device(kind), quick=False, warm=False)]
-    assert len(cases) == len(set(cases)) == (4 * 5 + 1) * {"cpu": 3, "cuda": 6}[kind]
 
 
 def test_other_libraries_are_no_peers_of_a_step_to_an_int8_cache(monkeypatch: pytest.MonkeyPatch) -> None:
